@@ -1,0 +1,161 @@
+"""Time and peak memory of `moesurgery rescale` against `cp` of the same bytes, in one run.
+
+    python benchmarks/rescale.py [--gb 2] [--shards 4] [--rounds 3] [--mergekit PATH/TO/mergekit-yaml]
+
+Makes a synthetic Mixtral-shaped bf16 checkpoint, then alternates the commands, each as a process of its own.
+Reported are the medians of wall time, user+system time and peak resident memory, and the ratio to `cp`.
+The source is in the page cache; `cp` does not wait for the disk, moesurgery does (fsync before rename), so
+`cp` followed by `sync` of the copy is shown as well. With --mergekit, its passthrough+scale recipe runs on the
+same checkpoint. Start-up times of `--help` and `count-params` follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MERGEKIT_RECIPE = """\
+slices:
+  - sources:
+      - model: {model}
+        layer_range: [0, {layers}]
+        parameters:
+          scale:
+            - filter: mlp.experts.down_proj
+              value: 1.2247448713915890
+            - value: 1.0
+merge_method: passthrough
+dtype: bfloat16
+"""
+
+
+def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> None:
+    """Write a Mixtral-shaped checkpoint of about `gigabytes` GB of bf16 normals."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, width, experts, vocabulary = 1024, 3584, 8, 32000
+    layer_bytes = 2 * (experts * 3 * hidden * width + 4 * hidden * hidden)
+    layers = max(shards, round(gigabytes * 1e9 / layer_bytes))
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(4_000_037, generator=generator).mul_(0.02).bfloat16()
+
+    def normal(*shape: int) -> torch.Tensor:
+        count = int(torch.tensor(shape).prod())
+        return block.repeat(-(-count // len(block)))[:count].view(shape).clone()
+
+    folder.mkdir(parents=True)
+    weight_map, total = {}, 0
+    for shard in range(shards):
+        tensors = {}
+        for i in range(layers * shard // shards, layers * (shard + 1) // shards):
+            p = f"model.layers.{i}."
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                tensors[f"{p}self_attn.{name}.weight"] = normal(hidden, hidden)
+            for e in range(experts):
+                tensors[f"{p}block_sparse_moe.experts.{e}.w1.weight"] = normal(width, hidden)
+                tensors[f"{p}block_sparse_moe.experts.{e}.w2.weight"] = normal(hidden, width)
+                tensors[f"{p}block_sparse_moe.experts.{e}.w3.weight"] = normal(width, hidden)
+            tensors[f"{p}block_sparse_moe.gate.weight"] = normal(experts, hidden)
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{p}{name}.weight"] = torch.ones(hidden).bfloat16()
+        if shard == 0:
+            tensors["model.embed_tokens.weight"] = normal(vocabulary, hidden)
+        if shard == shards - 1:
+            tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
+            tensors["lm_head.weight"] = normal(vocabulary, hidden)
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        for name, tensor in tensors.items():
+            weight_map[name] = file
+            total += tensor.numel() * 2
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """Run a command; return wall seconds, CPU seconds and peak resident MB."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()}")
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=2.0)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mergekit", help="path of mergekit-yaml in an environment of its own")
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    options = parser.parse_args()
+    tool = [str(Path(sys.executable).parent / "moesurgery")]
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        work = Path(name)
+        model = work / "model"
+        make_checkpoint(model, options.gb, options.shards)
+        size = sum(f.stat().st_size for f in model.iterdir())
+        layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+        print(f"{size / 1e9:.2f} GB, {layers} layers, {options.shards} shards; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+        out = work / "out"
+        rescale = [*tool, "rescale", str(model), "--top-k", "3", "-q", "-o", str(out)]
+        jobs = {
+            "cp": ["cp", "-r", str(model), str(out)],
+            "cp and sync": ["sh", "-c", f"cp -r {model} {out} && sync {out}/*"],
+            "rescale, all down-projections": [*rescale, "--scale", "norm"],
+            "rescale, router estimate": rescale,
+            "rescale, config only": [*rescale, "--scale", "none"],
+            "rescale, config only, --link": [*rescale, "--scale", "none", "--link"],
+        }
+        if options.mergekit:
+            recipe = work / "mergekit.yml"
+            recipe.write_text(MERGEKIT_RECIPE.format(model=model, layers=layers))
+            jobs["mergekit passthrough+scale"] = [options.mergekit, str(recipe), str(out), "--quiet"]
+        results: dict[str, list[tuple[float, float, float]]] = {job: [] for job in jobs}
+        for _ in range(options.rounds + 1):  # the first round fills the page cache and is not counted
+            for job, command in jobs.items():
+                results[job].append(timed(command))
+                shutil.rmtree(out)
+        base = statistics.median(r[0] for r in results["cp"][1:])
+        base_cpu = statistics.median(r[1] for r in results["cp"][1:])
+        print(f"{'':32} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'x cp':>6} {'peak MB':>8}")
+        for job, runs in results.items():
+            wall, cpu, memory = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
+            print(f"{job:32} {wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f} {memory:8.0f}")
+        for job, command in {"--help": [*tool, "--help"], "count-params": [*tool, "count-params", str(model)]}.items():
+            runs = [timed(command) for _ in range(5)]
+            print(f"{'start-up: ' + job:32} {statistics.median(r[0] for r in runs):8.2f} {'':6} {'':7} {'':6} {runs[0][2]:8.0f}")
+    print(f"peak of this script itself: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reading checkpoints without loading them: headers, index, sources, element types."""

@@ -1,0 +1,249 @@
+"""A strict reader of safetensors headers: 8 bytes of length, then JSON. No torch, no numpy.
+
+Stricter than safetensors 0.8 itself, which accepts a repeated tensor name (its specification forbids it,
+and parsers differ on which one wins). A header is read as a list of problems rather than up to the first
+one, so that `validate` can report them all; everything else calls `read_header`, which raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from moesurgery.checkpoint.dtypes import BITS
+from moesurgery.errors import CheckpointError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_ELEMENTS = 2**63 - 1
+FIRST_READ = 1 << 17  # one request over the network covers most headers
+
+ReadAt = Callable[[int, int], bytes]
+
+
+class TensorInfo(NamedTuple):
+    """One tensor as a header describes it; `start` counts from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a header. `code` is stable (docs/validation.md lists them)."""
+
+    code: str
+    message: str
+    tensor: str | None = None
+    fatal: bool = True
+
+
+@dataclass(slots=True)
+class Header:
+    """The header of one shard. `digest` is the SHA-256 of its JSON bytes."""
+
+    file: str
+    tensors: list[TensorInfo] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    data_start: int = 0
+    file_size: int = 0
+    digest: str = ""
+    problems: list[Problem] = field(default_factory=list)
+    # Set where the file ends before its data does, and the caller asked only for headers.
+    data_missing: bool = False
+
+
+class _Duplicates(dict[str, Any]):
+    """A JSON object that remembers which of its keys were given twice."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for json: keeps the last value and remembers repeated keys."""
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    marked = _Duplicates(pairs)
+    seen: set[str] = set()
+    marked.repeated = tuple(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+    return marked
+
+
+def repeated_keys(value: object) -> tuple[str, ...]:
+    """Return the keys that stood twice in the JSON object `value` came from."""
+    return value.repeated if isinstance(value, _Duplicates) else ()
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON strictly: UTF-8, no NaN or Infinity, bounded depth. Raises ValueError."""
+
+    def no_constants(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique_object, parse_constant=no_constants)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def scan_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: bool = False) -> Header:
+    """Read and check the header of `file`; never raises for what the bytes contain.
+
+    `headers_only` accepts a file that ends before its data does (a shard of which only the header was
+    copied): enough to count parameters, never to write.
+    """
+    header = Header(file=file, file_size=file_size)
+
+    def bad(code: str, message: str, tensor: str | None = None, *, fatal: bool = True) -> None:
+        header.problems.append(Problem(code, message, tensor, fatal))
+
+    first = read_at(0, min(FIRST_READ, file_size)) if file_size else b""
+    if disguise := _disguise(first):
+        bad("S08", f"is {disguise}, not safetensors")
+        return header
+    if file_size < LENGTH_BYTES:
+        bad("S01", f"is {file_size} bytes long, too short for a safetensors file")
+        return header
+    length = int.from_bytes(first[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        bad("S01", f"declares a header of {length:,} bytes; the format allows {MAX_HEADER_BYTES:,}")
+        return header
+    if LENGTH_BYTES + length > file_size:
+        bad("S01", f"declares a header of {length:,} bytes but is only {file_size:,} bytes long")
+        return header
+    data = first[LENGTH_BYTES : LENGTH_BYTES + length]
+    if len(data) < length:
+        data += read_at(LENGTH_BYTES + len(data), length - len(data))
+    if len(data) < length:
+        bad("S01", "ends inside its header")
+        return header
+    header.data_start = LENGTH_BYTES + length
+    header.digest = hashlib.sha256(data).hexdigest()
+    if not data.startswith(b"{"):
+        bad("S02", "the header does not start with '{'", fatal=not data.lstrip(b" \t\r\n").startswith(b"{"))
+    try:
+        table = parse_json(data)
+    except ValueError as error:
+        bad("S02", f"the header is not valid JSON: {error}")
+        return header
+    if not isinstance(table, dict):
+        bad("S02", "the header is not a JSON object")
+        return header
+    for name in repeated_keys(table):
+        bad("S03", "the name occurs twice in the header", name)
+    _read_metadata(header, table.pop("__metadata__", None), bad)
+    for name, entry in table.items():
+        info = _read_entry(header, name, entry, bad)
+        if info is not None:
+            header.tensors.append(info)
+    header.tensors.sort(key=lambda t: (t.start, t.nbytes))
+    _check_extent(header, bad, headers_only)
+    return header
+
+
+def read_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: bool = False) -> Header:
+    """Read a header; raise CheckpointError at its first fatal problem."""
+    header = scan_header(file, file_size, read_at, headers_only=headers_only)
+    fatal = [p for p in header.problems if p.fatal]
+    if fatal:
+        problem = fatal[0]
+        where = f"{file}: tensor {problem.tensor!r}" if problem.tensor is not None else file
+        more = f" (and {len(fatal) - 1} more problems)" if len(fatal) > 1 else ""
+        hint = "download or copy the file again; `moesurgery validate` lists everything that is wrong"
+        raise CheckpointError(f"{where}: {problem.message}{more}", hint)
+    return header
+
+
+def _disguise(first: bytes) -> str | None:
+    """Name what a file really is when it is one of the usual things in place of weights."""
+    if first.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (run `git lfs pull`)"
+    if first.startswith(b"PK\x03\x04"):
+        return "a zip archive (perhaps a PyTorch pickle)"
+    # A pickle starts with PROTO and a version; as a header length those bytes would be enormous.
+    if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and first[2:3] in b"}]c(\x8a\x95":
+        return "a Python pickle"
+    if first.startswith(b"GGUF"):
+        return "a GGUF file"
+    if first[:64].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "an HTML page"
+    return None
+
+
+Bad = Callable[..., None]
+
+
+def _read_metadata(header: Header, metadata: object, bad: Bad) -> None:
+    if metadata is None:
+        bad("S07", "the header has no __metadata__ (older loaders ask for its 'format')", fatal=False)
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        bad("S07", "__metadata__ is not an object of strings")
+        return
+    for key in repeated_keys(metadata):
+        bad("S03", f"__metadata__ has the key {key!r} twice")
+    header.metadata = dict(metadata)
+
+
+def _read_entry(header: Header, name: str, entry: object, bad: Bad) -> TensorInfo | None:
+    if not isinstance(entry, dict):
+        bad("S02", "the entry is not an object", name)
+        return None
+    for key in repeated_keys(entry):
+        bad("S03", f"the entry has the key {key!r} twice", name)
+    if not name or any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        bad("P07", "the name is empty or contains control characters", name)
+        return None
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    extra = entry.keys() - {"dtype", "shape", "data_offsets"}
+    if extra:
+        bad("S02", f"the entry has unknown keys {sorted(extra)}", name)
+    if not isinstance(dtype, str) or dtype not in BITS:
+        bad("S04", f"unknown dtype {dtype!r}", name)
+        return None
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        bad("S04", f"shape {shape!r} is not a list of non-negative integers", name)
+        return None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        bad("S05", f"data_offsets {offsets!r} are not two non-negative integers", name)
+        return None
+    elements = 1
+    for n in shape:
+        elements *= n
+        if elements > MAX_ELEMENTS:
+            bad("S04", f"shape {shape} has more elements than a file can hold", name)
+            return None
+    begin, end = offsets
+    if (elements * BITS[dtype]) % 8 or end - begin != elements * BITS[dtype] // 8:
+        bad("S05", f"{dtype} {shape} takes {elements * BITS[dtype] / 8:g} bytes, data_offsets hold {end - begin}", name)
+        return None
+    return TensorInfo(name, dtype, tuple(shape), header.file, header.data_start + begin, end - begin)
+
+
+def _check_extent(header: Header, bad: Bad, headers_only: bool) -> None:
+    """The tensors must cover the data exactly: no overlap, no hole, nothing after the last."""
+    position = header.data_start
+    for info in header.tensors:
+        if info.start != position:
+            what = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
+            bad("S06", f"{what} (starts at byte {info.start:,}, expected {position:,})", info.name)
+            return
+        position += info.nbytes
+    if position == header.file_size or any(p.fatal for p in header.problems):
+        return
+    if position > header.file_size:
+        header.data_missing = headers_only
+        if not headers_only:
+            bad("S06", f"is truncated: {header.file_size:,} bytes, its header describes {position:,}")
+    else:
+        bad("S06", f"has {header.file_size - position:,} bytes after its last tensor")

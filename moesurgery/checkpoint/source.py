@@ -1,0 +1,244 @@
+"""Where the bytes of a checkpoint come from: a local directory, the Hub, or any fsspec URL.
+
+A source knows file names (relative, '/'-separated), sizes, and how to read a byte range. It never
+follows a path out of the checkpoint. Sources are small and picklable, so that a shard task can carry one
+to another process.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from moesurgery.errors import CheckpointError
+
+MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
+_BLOCK = 8 << 20
+
+
+class Source(Protocol):
+    """Read access to the files of one checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """A short name for output folders and cards: never a local path."""
+
+    @property
+    def identity(self) -> str:
+        """What provenance records: `hf://org/name@<commit>`, a URL, or the folder's name."""
+
+    def files(self) -> dict[str, int]:
+        """Return every regular file below the root with its size in bytes."""
+
+    def read(self, file: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of `file` from `start`; fewer only at its end."""
+
+    def local(self, file: str) -> Path | None:
+        """Return a path that the kernel can copy from, or None where there is none."""
+
+
+def contained(file: str) -> str:
+    """Return `file` if it is a plain relative path inside a checkpoint; raise CheckpointError."""
+    path = PurePosixPath(file)
+    unsafe = not file or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or ":" in path.parts[0]
+    if unsafe:
+        raise CheckpointError(
+            f"the path {file!r} leaves the checkpoint",
+            "a checkpoint may only name files beside its config.json; do not use this one",
+        )
+    return file
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A directory, with Hub cache symlinks (`snapshots/<sha>/x -> ../../blobs/<digest>`) allowed."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        snapshot = self.root.resolve()
+        if snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--"):
+            return snapshot.parent.parent.name.split("--")[-1]
+        return snapshot.name or "model"
+
+    @property
+    def identity(self) -> str:
+        snapshot = self.root.resolve()
+        repository = snapshot.parent.parent.name
+        if snapshot.parent.name == "snapshots" and repository.startswith("models--"):
+            return "hf://" + "/".join(repository.split("--")[1:]) + "@" + snapshot.name
+        return self.name
+
+    def files(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for path in self._walk(self.root):
+            if len(found) == MAX_FILES:
+                raise CheckpointError(f"{self.root} holds more than {MAX_FILES:,} files", "name the model's own folder")
+            status = path.stat() if path.is_symlink() and path.exists() else path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found[path.relative_to(self.root).as_posix()] = status.st_size
+        return found
+
+    def _walk(self, folder: Path) -> Iterator[Path]:
+        with os.scandir(folder) as entries:
+            ordered = sorted(entries, key=lambda e: e.name)
+        for entry in ordered:
+            if not entry.is_dir(follow_symlinks=False):
+                yield Path(entry.path)
+            elif entry.name not in (".git", ".cache", ".moesurgery") and not entry.name.endswith(".partial"):
+                yield from self._walk(Path(entry.path))
+
+    def local(self, file: str) -> Path:
+        """Return the real path of `file`; raise CheckpointError where it leads out of the checkpoint."""
+        path = self.root / contained(file)
+        try:
+            real = path.resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise CheckpointError(f"{path} is missing", "copy or download the checkpoint again") from None
+        if not any(real.is_relative_to(allowed) for allowed in self._allowed()):
+            raise CheckpointError(
+                f"{path} is a link to {real}, outside the checkpoint",
+                "replace the link by the file; only a Hub cache may link to its own blobs",
+            )
+        if not stat.S_ISREG(real.stat().st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        return real
+
+    def _allowed(self) -> list[Path]:
+        root = self.root.resolve()
+        allowed = [root]
+        for parent in root.parents:
+            if parent.name == "snapshots":
+                allowed.append(parent.parent / "blobs")
+        return allowed
+
+    def read(self, file: str, start: int, length: int) -> bytes:
+        path = self.local(file)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        try:
+            blocks = []
+            while length > 0 and (block := os.pread(descriptor, min(length, _BLOCK), start)):
+                blocks.append(block)
+                start += len(block)
+                length -= len(block)
+            return b"".join(blocks)
+        except OSError as error:
+            raise CheckpointError(f"{path}, byte {start:,}: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class RemoteSource:
+    """Files behind an fsspec URL, read by ranges: `hf://org/name@revision`, `s3://…`, `https://…`.
+
+    `url` is what fsspec opens; for the Hub it names a commit, so that every range is of one version.
+    """
+
+    url: str
+    label: str
+    _local: threading.local = field(default_factory=threading.local, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[RemoteSource], tuple[str, str]]:
+        return type(self), (self.url, self.label)
+
+    @property
+    def name(self) -> str:
+        return self.label.split("@")[0].rstrip("/").rsplit("/", 1)[-1] or "model"
+
+    @property
+    def identity(self) -> str:
+        return self.label
+
+    def _open(self) -> tuple[Any, str]:
+        """Return this thread's file system and the root path in it."""
+        if not hasattr(self._local, "opened"):
+            import fsspec
+
+            try:
+                self._local.opened = fsspec.core.url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise CheckpointError(f"{self.url} cannot be opened: {error}", "see README.md, 'Remote models'") from None
+        return self._local.opened  # type: ignore[no-any-return]
+
+    def files(self) -> dict[str, int]:
+        system, root = self._open()
+        with remote_errors(self.label):
+            found = system.find(root, detail=True)
+        prefix = root.rstrip("/") + "/"
+        return {p.removeprefix(prefix): int(d["size"]) for p, d in sorted(found.items()) if d.get("type") == "file"}
+
+    def local(self, file: str) -> None:
+        contained(file)
+
+    def read(self, file: str, start: int, length: int) -> bytes:
+        if length <= 0:
+            return b""
+        system, root = self._open()
+        path = f"{root.rstrip('/')}/{contained(file)}"
+        extra = {"cache_type": "none"} if self.url.startswith("hf://") else {}  # else it reads 5 MB ahead
+        with remote_errors(f"{self.label}/{file}"):
+            return bytes(system.cat_file(path, start=start, end=start + length, **extra))
+
+
+class remote_errors:  # noqa: N801 - reads as a statement
+    """Turn whatever a remote library raises into a CheckpointError about `where`."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            return
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "check the name and the network; for a private model set HF_TOKEN"
+        raise CheckpointError(f"{self.where} cannot be read: {reason}", hint) from None
+
+
+def open_hub(reference: str) -> RemoteSource:
+    """Resolve `hf://org/name[@revision]` to a commit and return its source."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    repository, _, revision = reference.removeprefix("hf://").strip("/").partition("@")
+    if repository.count("/") != 1:
+        raise CheckpointError(f"{reference} does not name a model", "write hf://org/name or hf://org/name@revision")
+    with remote_errors(reference):
+        validate_repo_id(repository)
+        commit = HfApi().model_info(repository, revision=revision or None).sha
+    label = f"hf://{repository}@{commit}"
+    return RemoteSource(url=label, label=label)
+
+
+def open_source(reference: str | Path) -> Source:
+    """Return the source that `reference` names.
+
+    Raises CheckpointError for a path that does not exist; a bare `org/name` is not looked up on the Hub,
+    so that a typing error never reaches the network.
+    """
+    text = str(reference)
+    if text.startswith("hf://"):
+        return open_hub(text)
+    if "://" in text:
+        return RemoteSource(url=text, label=text)
+    path = Path(text)
+    if path.is_dir():
+        return LocalSource(path)
+    if path.is_file():
+        raise CheckpointError(f"{text} is a file, not a checkpoint directory", f"try {path.parent}")
+    hint = None
+    if len(path.parts) == 2 and not path.is_absolute() and not text.startswith("."):
+        hint = f"for a model on the Hub write hf://{text}"
+    raise CheckpointError(f"{text}: no such directory", hint)

@@ -1,0 +1,98 @@
+"""A command for every operation, made from its signature: `moesurgery rescale MODEL --top-k 3`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from moesurgery.cli import writing
+from moesurgery.errors import RecipeError
+from moesurgery.recipes import Recipe, RecipeStep
+from moesurgery.surgery.operation import Operation, problems
+from moesurgery.surgery.parameters import Parameter, from_text
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], or a URL.")]
+
+_WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "output": (writing.Output, None),
+    "force": (writing.Force, False),
+    "dry_run": (writing.DryRun, False),
+    "print_recipe": (writing.PrintRecipe, False),
+    "max_shard_size": (writing.MaxShardSize, None),
+    "link": (writing.Link, False),
+    "card": (writing.Card, False),
+    "jobs": (writing.Jobs, None),
+    "as_json": (writing.Json, False),
+    "quiet": (writing.Quiet, False),
+}
+
+
+def command_for(found: Operation) -> Callable[..., None]:
+    """Return a Typer command that runs one operation."""
+
+    def command(**given: Any) -> None:
+        flags = writing.WriterFlags(**{key: given.pop(key) for key in _WRITER_OPTIONS})
+        model = given.pop("model")
+        values = {}
+        for name, text in given.items():
+            if text is not None:
+                values[name] = _value(found.parameters[name], text)
+        wrong = problems(found, values)
+        if wrong:
+            raise RecipeError("\n".join(wrong), f"see `moesurgery {found.name} --help`")
+        step = RecipeStep(found.name, values)
+        writing.carry_out(Recipe(model, (step,), flags.shard_bytes, origin="command line"), flags)
+
+    with_signature(command, found)
+    return command
+
+
+def with_signature(command: Callable[..., None], found: Operation) -> None:
+    """Give `command` the signature that Typer reads: model, the operation's parameters, the writers' options."""
+    parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=Model, default=".")]
+    for parameter in found.parameters.values():
+        kind, extra = _option_type(parameter)
+        option = typer.Option(parameter.option, help=_help(parameter), metavar=parameter.param.metavar, **extra)
+        default = inspect.Parameter.empty if parameter.required else None
+        annotation = Annotated[kind if parameter.required else kind | None, option]
+        parameters.append(
+            inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
+    for name, (annotation, default) in _WRITER_OPTIONS.items():
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = found.documentation
+    command.__name__ = found.name.replace("-", "_")
+
+
+def _option_type(parameter: Parameter) -> tuple[Any, dict[str, Any]]:
+    """Return what Typer should parse: plain types itself, everything else as text for `from_text`."""
+    if parameter.annotation is int:
+        return int, {"min": parameter.param.minimum, "max": parameter.param.maximum}
+    if parameter.annotation is float:
+        return float, {}
+    if parameter.annotation is bool:
+        return bool, {}
+    return str, {}
+
+
+def _help(parameter: Parameter) -> str:
+    text = parameter.param.help[:1].upper() + parameter.param.help[1:]
+    if get_origin(parameter.annotation) is Literal:
+        text += ": " + ", ".join(map(str, get_args(parameter.annotation)))
+    if not parameter.required and parameter.default not in (None, False):
+        text += f" [default: {parameter.default}]"
+    return text + "."
+
+
+def _value(parameter: Parameter, given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return from_text(parameter, given)
+    except ValueError as error:
+        raise RecipeError(f"{parameter.option}: {error}") from None

@@ -1,0 +1,82 @@
+"""`moesurgery run`, `schema` and `recipes`: recipes from YAML files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesurgery.cli import writing
+from moesurgery.cli.console import console
+from moesurgery.errors import RecipeError
+from moesurgery.recipes import load_recipe, recipe_schema
+from moesurgery.surgery.operation import did_you_mean
+
+recipes_app = typer.Typer(help="List and show the recipes that ship with moesurgery.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def run_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file (see `moesurgery recipes ls`).")],
+    model: Annotated[str | None, typer.Option("--model", help="Use this model instead of the recipe's.")] = None,
+    output: writing.Output = None,
+    force: writing.Force = False,
+    dry_run: writing.DryRun = False,
+    print_recipe: writing.PrintRecipe = False,
+    max_shard_size: writing.MaxShardSize = None,
+    link: writing.Link = False,
+    card: writing.Card = False,
+    jobs: writing.Jobs = None,
+    as_json: writing.Json = False,
+    quiet: writing.Quiet = False,
+) -> None:
+    """Carry out a recipe: several operations, one pass, one output."""
+    flags = writing.WriterFlags(output, force, dry_run, print_recipe, max_shard_size, link, card, jobs, as_json, quiet)
+    loaded = load_recipe(recipe)
+    if model is not None:
+        loaded = replace(loaded, model=model)
+    if flags.shard_bytes is not None:
+        loaded = replace(loaded, max_shard_size=flags.shard_bytes)
+    writing.carry_out(loaded, flags)
+
+
+def schema_command() -> None:
+    """Print the JSON schema of recipes, for editors and CI."""
+    console.json(recipe_schema())
+
+
+def _folder() -> Traversable:
+    """Return where the recipes are: in the installed package, or at the top of a source checkout."""
+    packaged = resources.files("moesurgery") / "recipes_shipped"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Return the text of every shipped recipe by its name."""
+    found = {}
+    for entry in sorted(_folder().iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".yaml"):
+            found[entry.name.removesuffix(".yaml")] = entry.read_text(encoding="utf-8")
+    return found
+
+
+@recipes_app.command("ls")
+def list_command() -> None:
+    """List the recipes with what each does."""
+    rows = []
+    for name, text in shipped_recipes().items():
+        comments = [line[2:] for line in text.splitlines() if line.startswith("# ") and "yaml-language-server" not in line]
+        rows.append((name, comments[0] if comments else ""))
+    console.table(("recipe", "what it does"), rows)
+
+
+@recipes_app.command("show")
+def show_command(name: Annotated[str, typer.Argument(help="A name from `moesurgery recipes ls`.")]) -> None:
+    """Print a recipe, to be saved and edited."""
+    known = shipped_recipes()
+    if name not in known:
+        raise RecipeError(f"there is no recipe {name!r}", did_you_mean(name, known) or f"known: {', '.join(known)}")
+    console.result(known[name].rstrip())

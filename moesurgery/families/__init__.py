@@ -1,0 +1,1 @@
+"""What the tensors of a checkpoint mean: the family table, layout detection, routing, quantised forms."""

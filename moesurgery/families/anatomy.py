@@ -1,0 +1,384 @@
+"""What every tensor of a model is: the family table applied to names, shapes and config.
+
+`recognise` reads no weights and imports nothing heavy. It works on the headers of a checkpoint and on the
+tensors of a plan alike, so that every operation sees the model as the one before it left it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+from moesurgery.checkpoint.dtypes import INTEGERS, element_count
+from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.families import components as parts
+from moesurgery.families.family import EXPERTS_KEYS, Along, Family, Layout, Part
+from moesurgery.families.quantised import Stem, packed_bits, take_apart, weights_per_element
+from moesurgery.families.settings import Settings
+from moesurgery.families.table import by_model_type
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])|(?<=\bexpert_)\d+")
+
+
+class HasShape(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Member(NamedTuple):
+    """One tensor of an MoE block.
+
+    `role` is a projection ("down") or a router tensor ("correction_bias"). `stem` tells weight from bias and
+    companion. `expert` is the number in the name (per-expert layouts); `axis` is the expert axis (all others).
+    """
+
+    name: str
+    role: str
+    stem: Stem
+    part: Part | None
+    along: Along | None
+    expert: int | None
+    axis: int | None
+
+
+@dataclass
+class MoeBlock:
+    """The routed experts of one layer and everything that follows them."""
+
+    root: str
+    layer: int
+    container: str
+    members: list[Member] = field(default_factory=list)
+    layout: Layout | None = None
+    experts: int = 0
+    mtp: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{self.root}{self.container}.{self.layer}"
+
+    def named(self, role: str) -> list[Member]:
+        return [m for m in self.members if m.role == role]
+
+    @cached_property
+    def router(self) -> Member | None:
+        return next((m for m in self.members if m.role == "router" and m.stem.main), None)
+
+
+@dataclass
+class Anatomy:
+    """A model taken apart. `component` and `parameters` have an entry for every tensor.
+
+    `parameters[name]` is the number of weights that the tensor stands for: 0 for companions of quantised
+    weights, for buffers and for integer tables (those are listed in `buffers` with their elements).
+    """
+
+    config: Mapping[str, Any]
+    family: Family | None
+    is_moe: bool
+    blocks: list[MoeBlock]
+    component: dict[str, str]
+    layer: dict[str, int]
+    parameters: dict[str, int]
+    buffers: dict[str, int]
+    unrecognised: list[str]
+    notes: list[str]
+
+    @cached_property
+    def settings(self) -> Settings:
+        return Settings(self.family or Family("unknown", (), (), ()), self.config)
+
+    @property
+    def model_type(self) -> str:
+        return model_type_of(self.config)
+
+    @property
+    def main_blocks(self) -> list[MoeBlock]:
+        """The MoE blocks of the language model, without multi-token-prediction layers."""
+        return [block for block in self.blocks if not block.mtp]
+
+    def require_family(self, operation: str) -> Family:
+        """Return the family; raise RefusedError where the model is dense, unknown, or refuses `operation`."""
+        if self.family is None or not self.blocks:
+            if not self.is_moe:
+                raise RefusedError(
+                    f"{operation}: this is a dense model ({self.model_type}): it has no experts",
+                    "`moesurgery upcycle` makes a mixture of experts of it",
+                )
+            raise RefusedError(
+                f"{operation}: the family of model_type {self.model_type!r} is not in the table, so its experts"
+                " cannot be told from other tensors",
+                "`moesurgery families` lists what is known; docs/families.md shows how to add one",
+            )
+        reason = self.family.refuses.get(operation)
+        if reason:
+            raise RefusedError(f"{operation}: {self.family.name}: {reason}")
+        return self.family
+
+    @cached_property
+    def experts(self) -> int:
+        """The number of routed experts per layer. Raises CheckpointError where tensors and config disagree."""
+        counts = {block.experts for block in self.main_blocks}
+        if len(counts) != 1:
+            raise CheckpointError(f"the layers have different numbers of experts: {sorted(counts)}")
+        (count,) = counts
+        stated = self.settings.experts
+        if stated is not None and stated != count:
+            raise CheckpointError(f"config.json says {stated} experts, the tensors hold {count}")
+        return count
+
+
+def model_type_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("model_type", "")) or "?"
+
+
+def find_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
+    """Return the table entries that `config` may mean, by model_type (nested ones too) and architectures."""
+    for place in (config, config.get("text_config"), config.get("llm_config"), config.get("thinker_config")):
+        if not isinstance(place, Mapping):
+            continue
+        found = by_model_type(str(place.get("model_type", "")))
+        architectures = set(config.get("architectures") or ())
+        exact = tuple(f for f in found if architectures.intersection(f.architectures))
+        if found:
+            return exact or tuple(f for f in found if not f.architectures) or found
+    return ()
+
+
+def template_of(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return `name` with its numbers as `#`, and the numbers."""
+    numbers = _NUMBER.findall(name)
+    return (_NUMBER.sub("#", name), tuple(map(int, numbers))) if numbers else (name, ())
+
+
+class _Place(NamedTuple):
+    """What a name template means; the numbers of a name then say which layer and expert."""
+
+    component: str
+    stem: Stem
+    root: str | None  # before `layers.#`; None outside layers
+    layer_at: int  # position of the layer number among the numbers
+    part: Part | None = None
+    along: Along | None = None
+    expert_at: int | None = None
+    ignored: bool = False  # the family registers it as a buffer
+
+
+def recognise(config: Mapping[str, Any], tensors: Mapping[str, HasShape]) -> Anatomy:
+    """Take a model apart by its config, tensor names, dtypes and shapes.
+
+    Never refuses: what the table does not know is counted and listed under `unrecognised`.
+    Raises CheckpointError where an MoE block is incomplete (an expert or its router is missing).
+    """
+    families = find_families(config)
+    family = families[0] if families else None
+    templates: dict[str, tuple[str, list[str]]] = {}
+    split: list[tuple[str, str, tuple[int, ...]]] = []
+    for name in tensors:
+        template, numbers = template_of(name)
+        split.append((name, template, numbers))
+        templates.setdefault(template, (name, []))
+    first_dtype = {t: tensors[first].dtype for t, (first, _) in templates.items()}
+    places = {t: _place(family, t, first_dtype) for t in templates}
+    for template, place in places.items():
+        if place.stem.companion is not None:
+            main = place.stem.base + place.stem.companion.of
+            templates[main][1].append(place.stem.suffix)
+
+    anatomy = Anatomy(
+        config=config,
+        family=family,
+        is_moe=_looks_moe(config, templates),
+        blocks=[],
+        component={},
+        layer={},
+        parameters={},
+        buffers={},
+        unrecognised=[],
+        notes=[],
+    )
+    layers = anatomy.settings.layers
+    bits = packed_bits(config)
+    blocks: dict[tuple[str, int], MoeBlock] = {}
+    factor: dict[tuple[str, str], int] = {}
+    for name, template, numbers in split:
+        place = places[template]
+        info = tensors[name]
+        component, layer = place.component, None
+        if place.root is not None:
+            layer = numbers[place.layer_at]
+            anatomy.layer[name] = layer
+            beyond = layers is not None and layer >= layers and component != parts.VISION
+            if beyond or parts.is_mtp_root(place.root):
+                component = parts.MTP
+        elif parts.is_mtp_root(template):
+            component = parts.MTP
+        anatomy.component[name] = component
+        if component == parts.OTHER:
+            anatomy.unrecognised.append(name)
+        elements = element_count(info.shape)
+        if not place.stem.main and not place.stem.bias:
+            anatomy.parameters[name] = 0
+        elif place.ignored or (place.along and not place.along.parameter) or _is_table(info, place):
+            anatomy.parameters[name] = 0
+            anatomy.buffers[name] = elements
+        else:
+            key = (template, info.dtype)
+            if key not in factor:
+                factor[key] = weights_per_element(info.dtype, place.stem.suffix, templates[template][1], bits)
+            anatomy.parameters[name] = elements * factor[key]
+        if layer is None or family is None or (place.part is None and place.along is None):
+            continue
+        assert place.root is not None
+        block = blocks.get((place.root, layer))
+        if block is None:
+            block = blocks[place.root, layer] = MoeBlock(place.root, layer, family.layers)
+            block.mtp = component == parts.MTP
+        expert = numbers[place.expert_at] if place.expert_at is not None else None
+        role = place.part.role if place.part else place.along.role  # type: ignore[union-attr]
+        axis = place.along.axis if place.along else (0 if expert is None else None)
+        block.members.append(Member(name, role, place.stem, place.part, place.along, expert, axis))
+    # A dense layer of a family may have a router-like name (`mlp.gate`): only blocks with experts count.
+    complete = [b for b in blocks.values() if any(m.part for m in b.members)]
+    for block in complete:
+        assert family is not None
+        _settle(block, family, tensors, anatomy)
+    anatomy.blocks = sorted(complete, key=lambda b: (b.mtp, b.root, b.layer))
+    return anatomy
+
+
+def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
+    """Whether a model has experts at all: by its tensors, or by a config that counts some."""
+    if any(re.search(r"\bexperts?\b|\.moe\.|expert_#", t) for t in templates):
+        return True
+    counts = (Settings(Family("unknown", (), (), ()), config).first((k,)) for k in EXPERTS_KEYS)
+    return any(isinstance(c, int) and c > 1 for c in counts)
+
+
+def _is_table(info: HasShape, place: _Place) -> bool:
+    """Integer tensors that hold no packed weights: token-to-expert tables, position ids."""
+    return info.dtype in INTEGERS and place.stem.suffix not in (".qweight", ".weight_packed", "_blocks", ".weight")
+
+
+def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> _Place:
+    """Decide what a name template means."""
+    stem = take_apart(template, dtypes.__contains__, dtypes.__getitem__)
+    container = family.layers if family else "layers"
+    root, rest = _split_layer(template, container)
+    if root is None and family is None:
+        for other in ("blocks", "h", "block"):
+            root, rest = _split_layer(template, other)
+            if root is not None:
+                break
+    components = template.split(".")
+    layer_at = root.count("#") if root is not None else 0
+    if parts.is_vision(components):
+        return _Place(parts.VISION, stem, root, layer_at)
+    relative = rest if root is not None else template
+    ignored = family is not None and any(relative.endswith(b) for b in family.buffers)
+    ignored = ignored or relative.endswith(("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias"))
+    if family is not None and root is not None:
+        base = stem.base[len(template) - len(rest) :]
+        for layout in family.layouts:
+            for part in layout.parts:
+                if part.path == base:
+                    expert_at = template[: len(template) - len(rest) + len(part.path)].count("#") - 1
+                    return _Place(
+                        parts.ROUTED, stem, root, layer_at, part=part, expert_at=expert_at if "#" in part.path else None
+                    )
+        for along in family.along:
+            if relative == along.path:
+                return _Place(parts.ROUTER, Stem(template, ""), root, layer_at, along=along, ignored=ignored)
+        if any(base == s or relative.startswith(s + ".") for s in family.shared):
+            return _Place(parts.SHARED, stem, root, layer_at, ignored=ignored)
+    component = parts.component_of(relative.split("."), root is not None)
+    return _Place(component, stem, root, layer_at, ignored=ignored)
+
+
+def _split_layer(template: str, container: str) -> tuple[str | None, str]:
+    """Split `model.layers.#.mlp.gate` into ("model.", "mlp.gate"); (None, template) outside layers."""
+    mark = f"{container}.#."
+    at = 0 if template.startswith(mark) else template.find("." + mark) + 1
+    if at == 0 and not template.startswith(mark):
+        return None, template
+    return template[:at], template[at + len(mark) :]
+
+
+def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], anatomy: Anatomy) -> None:
+    """Choose the block's layout, count its experts and check that none is missing."""
+    weights = [m for m in block.members if m.part and m.stem.main]
+    present = {m.part.path for m in weights if m.part}
+    fitting = [la for la in family.layouts if present == {p.path for p in la.parts}]
+    if not fitting:
+        wanted = " or ".join("+".join(p.path for p in la.parts) for la in family.layouts)
+        raise CheckpointError(
+            f"{block.where}: its experts have {', '.join(sorted(present))}; a {family.name} layer has {wanted}",
+            "tensors are missing or belong to another model",
+        )
+    if len(fitting) > 1:
+        fitting = _by_orientation(fitting, weights, tensors, anatomy)
+    block.layout = fitting[0]
+    by_path = {p.path: p for p in block.layout.parts}
+    block.members = [m._replace(part=by_path[m.part.path]) if m.part else m for m in block.members]
+    if block.layout.kind == "per-expert":
+        numbers = {p.path: {m.expert for m in weights if m.part and m.part.path == p.path} for p in block.layout.parts}
+        block.experts = max(len(found) for found in numbers.values())
+        for path, found in numbers.items():
+            missing = set(range(block.experts)) - found
+            if missing:
+                raise CheckpointError(f"{block.where}: {path} of expert {min(missing)} is missing")
+    else:
+        block.experts = _fused_experts(block, weights, tensors, anatomy)
+    for member in block.members:
+        if member.along is not None and member.along.role != "expert_table":
+            length = tensors[member.name].shape[member.along.axis]
+            if length != block.experts and not (member.along.extra and length > block.experts):
+                raise CheckpointError(f"{member.name} has {length} entries for {block.experts} experts")
+
+
+def _fused_experts(
+    block: MoeBlock, weights: list[Member], tensors: Mapping[str, HasShape], anatomy: Anatomy
+) -> int:
+    counts = set()
+    for member in weights:
+        assert member.part is not None
+        if member.part.rows:
+            stated = anatomy.settings.experts
+            if not stated or tensors[member.name].shape[0] % stated:
+                raise CheckpointError(f"{member.name}: its rows do not divide into {stated} experts")
+            counts.add(stated)
+        else:
+            counts.add(tensors[member.name].shape[0])
+    if len(counts) != 1:
+        raise CheckpointError(f"{block.where}: the stacked projections hold different numbers of experts: {sorted(counts)}")
+    return int(counts.pop())
+
+
+def _by_orientation(
+    layouts: list[Layout], weights: list[Member], tensors: Mapping[str, HasShape], anatomy: Anatomy
+) -> list[Layout]:
+    """Tell [E, out, in] from [E, in, out] under the same names, by where the hidden size stands."""
+    hidden = anatomy.settings.hidden
+
+    def fits(layout: Layout) -> bool:
+        for member in weights:
+            part = next(p for p in layout.parts if member.part and p.path == member.part.path)
+            shape = tensors[member.name].shape
+            into, out = (shape[-1], shape[-2]) if part.order == "oi" else (shape[-2], shape[-1])
+            if hidden not in (out if part.role == "down" else into,):
+                return False
+        return True
+
+    chosen = [layout for layout in layouts if fits(layout)]
+    if len(chosen) > 1:
+        anatomy.notes.append("the orientation of the fused experts cannot be told from their shapes; [E, out, in] assumed")
+        chosen.sort(key=lambda la: la.parts[0].order != "oi")
+    return chosen or layouts

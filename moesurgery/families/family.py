@@ -1,0 +1,187 @@
+"""The words in which the family table is written. Data only; `anatomy` gives them effect.
+
+Paths are relative to a layer: `model.layers.7.mlp.experts.3.w1.weight` is `mlp.experts.#.w1` with the
+suffix `.weight`. A `#` stands for an expert number. E is the number of experts, H the hidden size, I the
+width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ExpertRole = Literal["gate", "up", "down", "gate_up"]
+RouterRole = Literal["router", "router_bias", "correction_bias", "expert_scale", "expert_table"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection of the experts as a layout stores it.
+
+    `order` says what the last two axes mean: "oi" is [out, in] as in `nn.Linear`, "io" is [in, out].
+    `interleaved`: gate and up alternate (even = gate) instead of standing one after the other.
+    `rows`: the experts are E consecutive blocks of rows of one matrix (DBRX).
+    """
+
+    path: str
+    role: ExpertRole
+    order: Literal["oi", "io"] = "oi"
+    interleaved: bool = False
+    rows: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a family's experts are stored: `per-expert` (a number in the name) or `fused`."""
+
+    kind: Literal["per-expert", "fused"]
+    parts: tuple[Part, ...]
+
+    @property
+    def gated(self) -> bool:
+        return any(part.role in ("gate", "gate_up") for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Along:
+    """A tensor besides the expert weights that has an expert axis, and so follows the experts.
+
+    `parameter` is False for what transformers registers as a buffer: not counted as a parameter.
+    `extra`: it may have more entries than experts (identity experts, shared experts), always after them.
+    """
+
+    path: str
+    role: RouterRole
+    axis: int = 0
+    parameter: bool = True
+    extra: bool = False
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A boolean (or number) that config.json holds under one of `keys`; `default` where it is absent."""
+
+    keys: tuple[str, ...]
+    default: Any
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How router logits become weights.
+
+    `score`: "softmax" over all experts; "top-softmax" over the chosen ones (the same weights as a
+    renormalised softmax); "sigmoid"; "sqrt-softplus"; "other" where no estimate is offered.
+    `renormalised`: the chosen weights are divided by their sum.
+    `groups`: how a group of experts is scored before the top groups are kept ("max" or "top2" sum).
+    `knob`: the config number that multiplies exactly the routed sum, with its default.
+    `after`: what normalises the result: "routed" (a factor has no effect), "joint" (routed and shared
+    together: a factor only moves their ratio).
+    `fixed_top_k`: the model code ignores the config's top-k and uses this one.
+    """
+
+    score: Literal["softmax", "top-softmax", "sigmoid", "sqrt-softplus", "other"] = "softmax"
+    renormalised: bool | Flag = True
+    groups: Literal["max", "top2"] | None = None
+    groups_if: tuple[str, str] | None = None  # groups apply only where config[key] == value
+    bias_on: Literal["score", "logit"] = "score"
+    score_flag: Flag | None = None  # config key that names the scoring function
+    knob: str | None = None
+    knob_default: float | None = None
+    after: Literal["routed", "joint"] | None = None
+    fixed_top_k: int | None = None
+    special: str | None = None  # class E: why the even-gates rule does not apply
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """The norm whose output the router reads: `x / rms(x) * w` ("rms"), `* (1 + w)` ("rms1"), or LayerNorm."""
+
+    path: str = "post_attention_layernorm.weight"
+    kind: Literal["rms", "rms1", "layer"] = "rms"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of the table.
+
+    `nested` lists the places in config.json where the language model's settings may stand, most specific
+    first. `refuses` maps an operation to the reason why it has no meaning here. `architectures` is
+    needed only where one `model_type` names two layouts.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    along: tuple[Along, ...]
+    routing: Routing = Routing()
+    shared: tuple[str, ...] = ()
+    nested: tuple[tuple[str, ...], ...] = ((),)
+    layers: str = "layers"
+    top_k_key: str = "num_experts_per_tok"
+    experts_key: str = "num_experts"
+    norm: InputNorm = InputNorm()
+    architectures: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+# The names under which config.json files give the same number. All that are present are read and edited.
+EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "num_selects",
+)
+LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "dim")
+GROUPS_KEYS = ("n_group", "num_expert_group", "n_groups")
+TOP_GROUPS_KEYS = ("topk_group", "topk_groups")
+
+
+def per_expert(
+    experts: str = "mlp.experts.#",
+    *,
+    gate: str | None = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+) -> Layout:
+    """Return the layout with one tensor per expert and projection."""
+    names: list[tuple[str | None, ExpertRole]] = [(gate, "gate"), (up, "up"), (down, "down")]
+    return Layout("per-expert", tuple(Part(f"{experts}.{name}", role) for name, role in names if name))
+
+
+def fused(
+    module: str = "mlp.experts",
+    *,
+    gate_up: str = "gate_up_proj",
+    down: str = "down_proj",
+    order: Literal["oi", "io"] = "oi",
+    interleaved: bool = False,
+) -> Layout:
+    """Return the layout with all experts of a layer stacked: gate_up [E, 2I, H] and down [E, H, I]."""
+    return Layout(
+        "fused",
+        (
+            Part(f"{module}.{gate_up}", "gate_up", order, interleaved),
+            Part(f"{module}.{down}", "down", order),
+        ),
+    )
+
+
+def routers(*modules: str) -> tuple[Along, ...]:
+    """Return the router weight [E, H] and bias [E] under each of `modules`."""
+    return tuple(
+        along for m in modules for along in (Along(f"{m}.weight", "router"), Along(f"{m}.bias", "router_bias"))
+    )
+
+
+def correction(*paths: str, parameter: bool = False) -> tuple[Along, ...]:
+    """Return the selection bias [E] under each of `paths`; a buffer in most families."""
+    return tuple(Along(path, "correction_bias", parameter=parameter) for path in paths)

@@ -1,0 +1,164 @@
+"""Quantised weights: which tensors belong together, how many weights they stand for, where a factor goes.
+
+A quantised linear is a main tensor (`….weight`, `…_blocks`, `….qweight`) and companions (`….weight_scale`,
+…). Only the main tensor stands for parameters. A factor on the weight is a factor on one companion, exact
+where that is floating point of enough precision, and exact for powers of two where it is an exponent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+
+CompanionKind = Literal["scale", "divisor", "input", "meta"]
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A tensor `base + suffix` that belongs to the main tensor `base + of`.
+
+    kind "scale" multiplies the weight, "divisor" divides it, "input" concerns activations (never touched),
+    "meta" is shapes, zero points, indices. `rank`: where several could take a factor, the lowest does.
+    """
+
+    suffix: str
+    of: str
+    kind: CompanionKind
+    rank: int = 1
+
+
+COMPANIONS: tuple[Companion, ...] = (
+    # FP8 in blocks (DeepSeek-V3, Qwen3-FP8, MiniMax) and, fused, as transformers 5 writes it
+    Companion(".weight_scale_inv", ".weight", "scale"),
+    Companion("_scale_inv", "", "scale"),
+    Companion("_scale_inv", ".weight", "scale"),
+    Companion(".activation_scale", ".weight", "input"),
+    # DeepSeek-V4: FP4 and FP8 with E8M0 scales
+    Companion(".scale", ".weight", "scale"),
+    # MXFP4 (gpt-oss)
+    Companion("_scales", "_blocks", "scale"),
+    # compressed-tensors; NVFP4 has the divisor as well
+    Companion(".weight_scale", ".weight_packed", "scale"),
+    Companion(".weight_global_scale", ".weight_packed", "divisor", rank=0),
+    Companion(".weight_shape", ".weight_packed", "meta"),
+    Companion(".weight_zero_point", ".weight_packed", "meta"),
+    Companion(".weight_g_idx", ".weight_packed", "meta"),
+    Companion(".input_scale", ".weight_packed", "input"),
+    Companion(".input_global_scale", ".weight_packed", "input"),
+    Companion(".weight_scale", ".weight", "scale"),
+    Companion(".weight_zero_point", ".weight", "meta"),
+    Companion(".input_scale", ".weight", "input"),
+    Companion(".output_scale", ".weight", "input"),
+    # NVFP4 of ModelOpt
+    Companion(".weight_scale_2", ".weight", "scale", rank=0),
+    Companion("_weight_scale", "", "scale"),
+    Companion("_weight_scale_2", "", "scale", rank=0),
+    Companion("_input_scale", "", "input"),
+    # fused MXFP8 (Inkling-2)
+    Companion("_scale", "", "scale"),
+    # Mistral's own names
+    Companion(".qscale_weight", ".weight", "scale"),
+    Companion(".qscale_act", ".weight", "input"),
+    # GPTQ and AWQ
+    Companion(".scales", ".qweight", "scale"),
+    Companion(".qzeros", ".qweight", "meta"),
+    Companion(".g_idx", ".qweight", "meta"),
+    # bitsandbytes
+    Companion(".SCB", ".weight", "scale"),
+    Companion(".weight_format", ".weight", "meta"),
+    Companion(".weight.absmax", ".weight", "scale"),
+    Companion(".weight.quant_map", ".weight", "meta"),
+    Companion(".weight.nested_absmax", ".weight", "scale", rank=0),
+    Companion(".weight.nested_quant_map", ".weight", "meta"),
+    Companion(".weight.quant_state.bitsandbytes__nf4", ".weight", "meta"),
+    Companion(".weight.quant_state.bitsandbytes__fp4", ".weight", "meta"),
+)
+_BY_LENGTH = tuple(sorted(COMPANIONS, key=lambda c: -len(c.suffix)))
+
+# Endings of a main tensor, longest first; "" is a bare parameter such as a fused `experts.down_proj`.
+MAIN_SUFFIXES = (".weight_packed", ".qweight", "_blocks", ".weight", "")
+BIAS_SUFFIXES = (".bias", "_bias")
+
+
+@dataclass(frozen=True)
+class Stem:
+    """A tensor name taken apart: `base + suffix`, and what the suffix makes of it."""
+
+    base: str
+    suffix: str
+    companion: Companion | None = None
+    bias: bool = False
+
+    @property
+    def main(self) -> bool:
+        return self.companion is None and not self.bias
+
+
+def take_apart(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str], str]) -> Stem:
+    """Split `name` into base and suffix. A companion counts only beside a main tensor that needs one."""
+    for companion in _BY_LENGTH:
+        if not name.endswith(companion.suffix):
+            continue
+        base = name[: -len(companion.suffix)]
+        main = base + companion.of
+        if base and main != name and exists(main) and dtype_of(main) not in PLAIN_FLOATS:
+            return Stem(base, companion.suffix, companion)
+    for suffix in BIAS_SUFFIXES:
+        if name.endswith(suffix):
+            return Stem(name[: -len(suffix)], suffix, bias=True)
+    for suffix in MAIN_SUFFIXES:
+        if name.endswith(suffix):
+            return Stem(name[: len(name) - len(suffix)], suffix)
+    raise AssertionError("the empty suffix always matches")
+
+
+def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `quantization_config` object, wherever config.json nests it; empty where there is none."""
+    for place in (config, config.get("text_config"), config.get("llm_config")):
+        if isinstance(place, Mapping):
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(place.get(key), Mapping):
+                    return place[key]  # type: ignore[no-any-return]
+    return {}
+
+
+def method(config: Mapping[str, Any]) -> str | None:
+    """Return the quantisation method that config.json names, None for plain weights."""
+    found = quantisation_config(config)
+    name = found.get("quant_method") or found.get("quant_algo")
+    return str(name) if name else None
+
+
+def packed_bits(config: Mapping[str, Any]) -> int:
+    """Return the bits per weight of packed 32-bit integers: from the config, 4 where it does not say."""
+    found = quantisation_config(config)
+    for key in ("bits", "w_bit"):
+        if isinstance(found.get(key), int):
+            return int(found[key])
+    groups = found.get("config_groups")
+    if isinstance(groups, Mapping):
+        for group in groups.values():
+            weights = group.get("weights") if isinstance(group, Mapping) else None
+            if isinstance(weights, Mapping) and isinstance(weights.get("num_bits"), int):
+                return int(weights["num_bits"])
+    return 4
+
+
+def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits: int) -> int:
+    """Return how many weights one stored element of a main tensor stands for.
+
+    `companions` are the suffixes of the tensors that stand beside it; `bits` comes from `packed_bits`.
+    """
+    beside = set(companions)
+    if suffix in (".qweight", ".weight_packed") and dtype in ("I32", "U32"):
+        return 32 // bits
+    if suffix in ("_blocks", ".weight_packed") and dtype == "U8":
+        return 2
+    if dtype == "U8" and (beside & {".weight_scale_2", "_weight_scale_2", ".weight.absmax"}):
+        return 2
+    if dtype == "I8" and ".scale" in beside:
+        return 2
+    return 1

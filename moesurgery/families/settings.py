@@ -1,0 +1,146 @@
+"""The numbers of config.json that matter to surgery, read and edited as raw JSON.
+
+config.json is never passed through `AutoConfig`, which renames keys and drops others. Where several
+aliases of one key are present, all of them are read as one and edited together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moesurgery.errors import CheckpointError
+from moesurgery.families.family import (
+    EXPERTS_KEYS,
+    GROUPS_KEYS,
+    HIDDEN_KEYS,
+    LAYERS_KEYS,
+    TOP_GROUPS_KEYS,
+    TOP_K_KEYS,
+    Family,
+    Flag,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A view of `config` through the entry of `family`."""
+
+    family: Family
+    config: Mapping[str, Any]
+
+    def sections(self) -> list[Mapping[str, Any]]:
+        """Return the objects in which the language model's keys may stand, most specific first."""
+        return [s for path in (*self.family.nested, ()) if (s := section(self.config, path)) is not None]
+
+    def first(self, keys: tuple[str, ...], default: Any = None) -> Any:
+        """Return the first value present under one of `keys`; null counts as absent."""
+        for part in self.sections():
+            for key in keys:
+                if part.get(key) is not None:
+                    return part[key]
+        return default
+
+    def flag(self, flag: Flag | bool) -> Any:
+        return self.first(flag.keys, flag.default) if isinstance(flag, Flag) else flag
+
+    def integer(self, keys: tuple[str, ...]) -> int | None:
+        """Return a count: an integer, or the one value of a per-layer list. None where absent.
+
+        Raises CheckpointError where it is anything else.
+        """
+        value = self.first(keys)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        if value is None or (type(value) is int and value >= 0):
+            return value
+        raise CheckpointError(f"config.json: {keys_present(self, keys)} is {value!r}, expected a whole number")
+
+    @property
+    def experts(self) -> int | None:
+        return self.integer(EXPERTS_KEYS)
+
+    @property
+    def top_k(self) -> int | None:
+        if self.family.routing.fixed_top_k is not None:
+            return self.family.routing.fixed_top_k
+        return self.integer(TOP_K_KEYS)
+
+    @property
+    def layers(self) -> int | None:
+        return self.integer(LAYERS_KEYS)
+
+    @property
+    def hidden(self) -> int | None:
+        return self.integer(HIDDEN_KEYS)
+
+    @property
+    def renormalised(self) -> Any:
+        """Whether the chosen weights are divided by their sum (for DBRX: the order of the norm)."""
+        return self.flag(self.family.routing.renormalised)
+
+    @property
+    def score(self) -> str:
+        """The scoring function, from the config where the family lets it choose."""
+        routing = self.family.routing
+        named = self.flag(routing.score_flag) if routing.score_flag else None
+        return str(named) if named in ("softmax", "sigmoid", "top-softmax", "sqrt-softplus") else routing.score
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """Return (number of groups, groups kept) where routing is limited to groups."""
+        routing = self.family.routing
+        if routing.groups is None:
+            return None
+        if routing.groups_if and self.first((routing.groups_if[0],)) != routing.groups_if[1]:
+            return None
+        count, kept = self.integer(GROUPS_KEYS), self.integer(TOP_GROUPS_KEYS)
+        return (count, kept) if count and kept and count > 1 else None
+
+    @property
+    def knob(self) -> float | None:
+        """The value of the config number that multiplies the routed sum; None where there is none."""
+        routing = self.family.routing
+        if routing.knob is None:
+            return None
+        value = self.first((routing.knob,), routing.knob_default)
+        if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CheckpointError(f"config.json: {routing.knob} is {value!r}, expected a number")
+        return float(value)
+
+
+def section(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """Return the object at `path`, None where it is absent or no object."""
+    found: Any = config
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else None
+
+
+def keys_present(settings: Settings, keys: tuple[str, ...]) -> str:
+    """Name the keys among `keys` that the config holds, for messages."""
+    present = [k for k in keys if any(part.get(k) is not None for part in settings.sections())]
+    return " and ".join(present) or keys[0]
+
+
+def with_value(settings: Settings, keys: tuple[str, ...], value: Any, canonical: str) -> dict[str, Any]:
+    """Return a copy of the config with `value` under every alias present, or under `canonical` if none is.
+
+    A per-layer list stays a list of the same length.
+    """
+    config: dict[str, Any] = copy.deepcopy(dict(settings.config))
+    edited = False
+    for path in dict.fromkeys((*settings.family.nested, ())):
+        part = section(config, path)
+        for key in keys:
+            if part is not None and part.get(key) is not None:
+                old = part[key]
+                part[key] = [value] * len(old) if isinstance(old, list) else value  # type: ignore[index]
+                edited = True
+    if not edited:
+        places = (section(config, path) for path in settings.family.nested)
+        target = next((p for p in places if p is not None), config)
+        target[canonical] = value  # type: ignore[index]
+    return config

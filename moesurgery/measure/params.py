@@ -1,0 +1,166 @@
+"""Exact parameter counts from headers alone: totals, what is active per token, where it sits.
+
+A parameter is what transformers counts as one: tied matrices once, whether stored once or twice; quantised
+weights by their logical number; no buffers, no quantisation scales. Prediction (MTP) layers, router selection
+biases and integer tables are listed apart and are not in the total.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moesurgery.checkpoint.dtypes import BITS, INTEGERS, element_count
+from moesurgery.errors import RefusedError
+from moesurgery.families import components as parts
+from moesurgery.families.anatomy import Anatomy, HasShape
+from moesurgery.families.quantised import method
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Counts:
+    """What a model holds. `active` is None where the experts of an unknown family cannot be told apart.
+
+    `active` has one entry per convention in use: `all` (Mixtral, Qwen1.5, OLMoE), `without_input_embedding`
+    (gpt-oss: an untied input embedding is a table look-up) and `without_embeddings` (MiniMax, GLM-4.5:
+    neither embedding nor head).
+    """
+
+    family: str | None
+    model_type: str
+    total: int
+    active: dict[str, int] | None
+    num_layers: int | None
+    num_moe_layers: int
+    num_experts: int | None
+    top_k: int | None
+    components: dict[str, int]
+    not_counted: dict[str, int]
+    stored_bytes: int
+    bytes_by_dtype: dict[str, int]
+    memory_bytes: int
+    tied_embeddings: bool
+    quantisation: str | None
+    by_layer: list[dict[str, Any]] = field(default_factory=list)
+    unrecognised: list[str] = field(default_factory=list)
+
+    @property
+    def total_experts(self) -> int | None:
+        return None if self.num_experts is None else self.num_experts * self.num_moe_layers
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the documented JSON form; `total_params`, `active_params` and the rest of the schema."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "family": self.family,
+            "model_type": self.model_type,
+            "total_params": self.total,
+            "active_params": self.active,
+            "num_layers": self.num_layers,
+            "num_moe_layers": self.num_moe_layers,
+            "num_experts": self.num_experts,
+            "total_experts": self.total_experts,
+            "top_k": self.top_k,
+            "components": self.components,
+            "not_counted": self.not_counted,
+            "stored_bytes": self.stored_bytes,
+            "bytes_by_dtype": self.bytes_by_dtype,
+            "memory_bytes": self.memory_bytes,
+            "tied_embeddings": self.tied_embeddings,
+            "quantisation": self.quantisation,
+            "unrecognised": self.unrecognised,
+        }
+
+
+def count_params(anatomy: Anatomy, tensors: Mapping[str, HasShape], top_k: int | None = None) -> Counts:
+    """Count a model by its headers, with `top_k` experts active (the config's number by default).
+
+    Raises RefusedError for a top-k below 1 or above the number of experts.
+    """
+    settings = anatomy.settings
+    components: Counter[str] = Counter()
+    not_counted: Counter[str] = Counter()
+    by_dtype: Counter[str] = Counter()
+    layers: dict[int, Counter[str]] = defaultdict(Counter)
+    tied = _tied_head(anatomy, tensors)
+    for name, info in tensors.items():
+        component, count = anatomy.component[name], anatomy.parameters[name]
+        by_dtype[info.dtype] += element_count(info.shape) * BITS[info.dtype] // 8
+        if component == parts.MTP:
+            not_counted["mtp"] += count
+        elif name in anatomy.buffers:
+            kind = "router_bias" if component == parts.ROUTER else "buffers"
+            not_counted["integer_tables" if info.dtype in INTEGERS else kind] += anatomy.buffers[name]
+        elif name in tied:
+            not_counted["tied_copies"] += count
+        elif count == 0:
+            not_counted["quantisation"] += element_count(info.shape)
+        else:
+            components[component] += count
+            if name in anatomy.layer and component != parts.VISION:
+                layers[anatomy.layer[name]][component] += count
+    stored = sum(by_dtype.values())
+    duplicates = sum(element_count(tensors[n].shape) * BITS[tensors[n].dtype] // 8 for n in tied)
+    experts, k, active = _active(anatomy, components, top_k, tied_embeddings=parts.HEAD not in components)
+    return Counts(
+        family=anatomy.family.name if anatomy.family else None,
+        model_type=anatomy.model_type,
+        total=sum(components.values()),
+        active=active,
+        num_layers=settings.layers,
+        num_moe_layers=len({(b.root, b.layer) for b in anatomy.main_blocks}),
+        num_experts=experts,
+        top_k=k,
+        components={c: components[c] for c in (*parts.MAIN_COMPONENTS, parts.VISION) if components[c]},
+        not_counted={key: value for key, value in sorted(not_counted.items()) if value},
+        stored_bytes=stored,
+        bytes_by_dtype=dict(sorted(by_dtype.items())),
+        memory_bytes=stored - duplicates,
+        tied_embeddings=parts.HEAD not in components and parts.EMBEDDING in components,
+        quantisation=method(anatomy.config),
+        by_layer=[{"layer": i, "params": sum(c.values()), "components": dict(c)} for i, c in sorted(layers.items())],
+        unrecognised=anatomy.unrecognised,
+    )
+
+
+def _tied_head(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> set[str]:
+    """Return stored output matrices that the config ties to the embedding: they are the same parameters."""
+    flags = [part.get("tie_word_embeddings", part.get("tie_embedding")) for part in anatomy.settings.sections()]
+    if next((f for f in flags if f is not None), False) is not True:
+        return set()
+    shapes = {tensors[n].shape for n, c in anatomy.component.items() if c == parts.EMBEDDING}
+    return {n for n, c in anatomy.component.items() if c == parts.HEAD and tensors[n].shape in shapes}
+
+
+def _active(
+    anatomy: Anatomy, components: Mapping[str, int], top_k: int | None, *, tied_embeddings: bool
+) -> tuple[int | None, int | None, dict[str, int] | None]:
+    text = sum(count for component, count in components.items() if component != parts.VISION)
+    if anatomy.blocks:
+        experts, k = anatomy.experts, top_k or anatomy.settings.top_k
+        if top_k is not None and not 1 <= top_k <= experts:
+            raise RefusedError(f"top-k {top_k} is impossible: each layer has {experts} experts")
+        if k is None:
+            return experts, None, None
+        routed = sum(anatomy.parameters[m.name] for b in anatomy.main_blocks for m in b.members if m.part)
+        text -= routed - routed * k // experts
+    elif anatomy.is_moe:
+        return None, None, None
+    elif top_k is not None:
+        raise RefusedError("this is a dense model: it has no experts, so no top-k")
+    else:
+        experts, k = 0, 0
+    embedding, head = components.get(parts.EMBEDDING, 0), components.get(parts.HEAD, 0)
+    return (
+        experts,
+        k,
+        {
+            "all": text,
+            "without_input_embedding": text if tied_embeddings else text - embedding,
+            "without_embeddings": text - embedding - head,
+        },
+    )

@@ -1,0 +1,1 @@
+"""Lazy tensor expressions and the plan of an output checkpoint."""

@@ -1,0 +1,365 @@
+"""Lazy tensor expressions: dtype and shape now, values later.
+
+An expression that only selects or joins stored tensors compiles to byte ranges of the source files
+(`Copy`), which the kernel copies. Arithmetic compiles to `Compute`: flat element ranges, evaluated chunk by
+chunk. Every node rounds to its own dtype, so a recipe of several steps gives the bytes that the same steps
+give one by one with files between them.
+
+Expressions are immutable and picklable. torch is imported only to evaluate one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, byte_count, element_count
+from moesurgery.checkpoint.header import TensorInfo
+from moesurgery.checkpoint.source import Source
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Copy(NamedTuple):
+    """Bytes to copy as they are."""
+
+    source: Source
+    file: str
+    start: int
+    nbytes: int
+
+
+class Compute(NamedTuple):
+    """Elements `start:stop` of `expr` (flattened) to evaluate. Cut only at multiples of `expr.granule`."""
+
+    expr: Expr
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * BITS[self.expr.dtype] // 8
+
+
+Piece = Copy | Compute
+
+
+class Reader(Protocol):
+    """Gives an evaluation the bytes of the sources."""
+
+    def read(self, source: Source, file: str, start: int, nbytes: int) -> torch.Tensor:
+        """Return the bytes as a uint8 tensor that the caller owns until the chunk is written."""
+
+
+class Expr:
+    """Base of all expressions. `granule` is the smallest number of elements that can be evaluated apart."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return element_count(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return byte_count(self.dtype, self.shape)
+
+    @property
+    def granule(self) -> int:
+        return 1
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return ()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces that make up the tensor's bytes, in order."""
+        if self.numel:
+            yield Compute(self, 0, self.numel)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        """Return elements `start:stop` (flattened), in this node's dtype, owned by the caller."""
+        raise NotImplementedError
+
+    def stored(self) -> Iterator[Stored]:
+        """Yield the stored tensors that the expression reads."""
+        for part in self.inputs:
+            yield from part.stored()
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Return torch's name for a safetensors dtype. Raises ValueError for types torch cannot hold."""
+    import torch
+
+    names = {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E8M0": "float8_e8m0fnu",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U8": "uint8",
+        "BOOL": "bool",
+    }
+    if dtype not in names:
+        raise ValueError(f"no arithmetic on {dtype}")
+    return getattr(torch, names[dtype])  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Stored(Expr):
+    """A tensor as a source file holds it."""
+
+    source: Source
+    info: TensorInfo
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.info.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.info.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.info.nbytes
+
+    def pieces(self) -> Iterator[Piece]:
+        if self.info.nbytes:
+            yield Copy(self.source, self.info.file, self.info.start, self.info.nbytes)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        kind = torch_dtype(self.dtype)
+        size = BITS[self.dtype] // 8
+        data = reader.read(self.source, self.info.file, self.info.start + start * size, (stop - start) * size)
+        return data.view(kind)
+
+    def stored(self) -> Iterator[Stored]:
+        yield self
+
+
+@dataclass(frozen=True)
+class Rows(Expr):
+    """Entries `start:stop` of the first axis of `of`."""
+
+    of: Expr
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= self.of.shape[0]:
+            raise ValueError(f"rows {self.start}:{self.stop} of {self.of.shape}")
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.of.dtype
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.stop - self.start, *self.of.shape[1:])
+
+    @property
+    def row(self) -> int:
+        return element_count(self.of.shape[1:])
+
+    @property
+    def granule(self) -> int:
+        return self.of.granule
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.of,)
+
+    def pieces(self) -> Iterator[Piece]:
+        return window(self.of.pieces(), self.start * self.row, self.stop * self.row, BITS[self.dtype])
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        offset = self.start * self.row
+        return self.of.evaluate(offset + start, offset + stop, reader)
+
+
+@dataclass(frozen=True)
+class Joined(Expr):
+    """Expressions one after the other in memory, seen as one tensor of `shape`: see `concat` and `stack`."""
+
+    parts: tuple[Expr, ...]
+    shape: tuple[int, ...]  # type: ignore[misc]
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.parts[0].dtype
+
+    @property
+    def granule(self) -> int:
+        return math.lcm(*(part.granule for part in self.parts))
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.parts
+
+    def pieces(self) -> Iterator[Piece]:
+        for part in self.parts:
+            yield from part.pieces()
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        found, at = [], 0
+        for part in self.parts:
+            first, last = max(start - at, 0), min(stop - at, part.numel)
+            if first < last:
+                found.append(part.evaluate(first, last, reader))
+            at += part.numel
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def concat(parts: list[Expr]) -> Expr:
+    """Join along the first axis. All parts have one dtype and equal other axes."""
+    first = parts[0]
+    if any(p.dtype != first.dtype or p.shape[1:] != first.shape[1:] for p in parts):
+        raise ValueError(f"cannot join {[(p.dtype, p.shape) for p in parts]}")
+    if len(parts) == 1:
+        return first
+    return Joined(tuple(parts), (sum(p.shape[0] for p in parts), *first.shape[1:]))
+
+
+def stack(parts: list[Expr]) -> Expr:
+    """Join along a new first axis. All parts have one dtype and shape."""
+    first = parts[0]
+    if any(p.dtype != first.dtype or p.shape != first.shape for p in parts):
+        raise ValueError(f"cannot stack {[(p.dtype, p.shape) for p in parts]}")
+    return Joined(tuple(parts), (len(parts), *first.shape))
+
+
+def reshape(of: Expr, shape: tuple[int, ...]) -> Expr:
+    """See the same elements in another shape."""
+    if element_count(shape) != of.numel:
+        raise ValueError(f"cannot see {of.shape} as {shape}")
+    return of if of.shape == shape else Joined((of,), shape)
+
+
+def take(of: Expr, indices: list[int]) -> Expr:
+    """Select entries of the first axis, in the given order; neighbours become one byte range."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([index, index + 1])
+    if runs == [[0, of.shape[0]]]:
+        return of
+    return concat([Rows(of, first, last) for first, last in runs])
+
+
+@dataclass(frozen=True)
+class _Unary(Expr):
+    """An elementwise function of one expression."""
+
+    of: Expr
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.of.shape
+
+    @property
+    def granule(self) -> int:
+        return self.of.granule
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.of,)
+
+
+@dataclass(frozen=True)
+class Scale(_Unary):
+    """`of * factor`, rounded once to the stored dtype. Build with `scale`."""
+
+    factor: float
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        # A Python float multiplies bf16 and f16 in float32 with one rounding; a tensor would round first.
+        return self.of.evaluate(start, stop, reader).mul_(self.factor)
+
+
+def scale(of: Expr, factor: float) -> Expr:
+    """Return `of * factor`; a factor of 1 is `of` itself, since x * 1.0 changes the bits of NaN."""
+    if of.dtype not in PLAIN_FLOATS:
+        raise ValueError(f"cannot multiply {of.dtype}")
+    return of if factor == 1.0 else Scale(of, factor)
+
+
+@dataclass(frozen=True)
+class Exponent(_Unary):
+    """E8M0 exponents (as F8_E8M0 or U8) plus `shift`: an exact factor of 2**shift on what they scale."""
+
+    shift: int
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        from moesurgery.errors import RefusedError
+
+        data = self.of.evaluate(start, stop, reader).view(torch.uint8)
+        wide = data.to(torch.int16)
+        moved = wide + self.shift
+        fixed = (wide == 255) | (wide == 0)  # NaN stays NaN, and 2^-127 is what all-zero blocks carry
+        moved[fixed] = wide[fixed]
+        if bool(((moved < 0) | (moved > 254))[~fixed].any()):
+            raise RefusedError(
+                f"a factor of 2^{self.shift} takes a scale of {next(self.stored()).info.name} out of the E8M0 range",
+                "use a smaller factor",
+            )
+        return moved.to(torch.uint8).view(torch_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class Cast(_Unary):
+    """`of` rounded to another floating dtype."""
+
+    to: str
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.to
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        return self.of.evaluate(start, stop, reader).to(torch_dtype(self.to))
+
+
+def cast(of: Expr, dtype: str) -> Expr:
+    """Return `of` in `dtype`; itself where that is its dtype."""
+    if of.dtype == dtype:
+        return of
+    if not {of.dtype, dtype} <= PLAIN_FLOATS:
+        raise ValueError(f"cannot cast {of.dtype} to {dtype}")
+    return Cast(of, dtype)
+
+
+def window(pieces: Iterator[Piece], start: int, stop: int, bits: int) -> Iterator[Piece]:
+    """Cut elements `start:stop` out of consecutive pieces of elements of `bits` bits."""
+    at = 0
+    for piece in pieces:
+        count = piece.nbytes * 8 // bits
+        first, last = max(start - at, 0), min(stop - at, count)
+        at += count
+        if first >= last:
+            continue
+        if isinstance(piece, Copy):
+            yield piece._replace(start=piece.start + first * bits // 8, nbytes=(last - first) * bits // 8)
+        else:
+            yield piece._replace(start=piece.start + first, stop=piece.start + last)

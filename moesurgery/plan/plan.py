@@ -1,0 +1,106 @@
+"""A plan: the output checkpoint before it exists.
+
+An ordered map from tensor name to expression, the edited config, the files to carry over, and a log of
+what was done. Operations take a plan and return another; nothing is read but headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.errors import CheckpointError
+from moesurgery.families.anatomy import Anatomy, recognise
+from moesurgery.plan.expr import Expr, Stored
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to show a person; the same facts stand in a step's `report`."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation as it was applied. `report` holds what it decided, as data."""
+
+    operation: str
+    parameters: Mapping[str, Any]
+    summary: str
+    details: tuple[str, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written.
+
+    `home` names, for each tensor, the source shard whose place it takes; shard boundaries follow it unless
+    `max_shard_size` (bytes) is set. `sources` are all checkpoints that were opened, the first being the
+    one whose side files are carried over.
+    """
+
+    sources: tuple[Checkpoint, ...]
+    tensors: Mapping[str, Expr]
+    home: Mapping[str, str]
+    config: Mapping[str, Any]
+    steps: tuple[Step, ...] = ()
+    max_shard_size: int | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.sources[0]
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The model as the plan leaves it."""
+        return recognise(self.config, self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(expr.nbytes for expr in self.tensors.values())
+
+    def edited(
+        self,
+        step: Step,
+        *,
+        tensors: Mapping[str, Expr] | None = None,
+        config: Mapping[str, Any] | None = None,
+        home: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """Return the plan after `step`, with what it changed."""
+        return replace(
+            self,
+            tensors=self.tensors if tensors is None else tensors,
+            config=self.config if config is None else config,
+            home=self.home if home is None else home,
+            steps=(*self.steps, step),
+        )
+
+    def with_tensors(self, changed: Mapping[str, Expr]) -> dict[str, Expr]:
+        """Return the tensors with those in `changed` replaced, in the same order."""
+        return {name: changed.get(name, expr) for name, expr in self.tensors.items()}
+
+    def untouched(self) -> Iterable[str]:
+        """Yield the names whose bytes are those of the source tensor of the same name."""
+        for name, expr in self.tensors.items():
+            if isinstance(expr, Stored) and expr.info.name == name:
+                yield name
+
+
+def plan_of(checkpoint: Checkpoint) -> Plan:
+    """Return the plan that copies `checkpoint` as it is. Raises CheckpointError if only headers are there."""
+    if checkpoint.headers_only:
+        raise CheckpointError(
+            f"{checkpoint.source.identity} holds headers only, no weights", "count-params and inspect work on it"
+        )
+    tensors: dict[str, Expr] = {name: Stored(checkpoint.source, info) for name, info in checkpoint.tensors.items()}
+    home = {name: info.file for name, info in checkpoint.tensors.items()}
+    return Plan((checkpoint,), tensors, home, checkpoint.config)

@@ -1,0 +1,201 @@
+"""Recipes: strict YAML into a list of operations, and the JSON schema that editors check them with.
+
+    model: hf://mistralai/Mixtral-8x7B-v0.1      # or a directory, relative to where you are
+    steps:
+      - rescale: {top_k: 3}
+    max_shard_size: 5GB                          # optional; the source's shards otherwise
+
+All mistakes are reported at once, with line numbers, before a model is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moesurgery.errors import RecipeError, SurgeryError
+from moesurgery.plan.plan import Plan, plan_of
+from moesurgery.surgery.operation import did_you_mean, operations, problems
+from moesurgery.surgery.parameters import schema_of
+from moesurgery.yaml_strict import Document, parse
+
+KEYS = ("model", "steps", "max_shard_size")
+_SIZE = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*")
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """One operation with its parameters, and the line it stands on (0 where it came from a command line)."""
+
+    operation: str
+    parameters: Mapping[str, Any]
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and what to do to it. `origin` is the file's name, for messages."""
+
+    model: str | None
+    steps: tuple[RecipeStep, ...]
+    max_shard_size: int | None = None
+    origin: str = "recipe"
+
+    def plan(self) -> Plan:
+        """Open the model and apply all steps. Raises SurgeryError, with the recipe's line where it has one."""
+        from moesurgery.checkpoint.checkpoint import open_checkpoint
+
+        if self.model is None:
+            raise RecipeError(f"{self.origin} names no model", "add `model: PATH`, or give it with --model")
+        return self.apply(plan_of(open_checkpoint(self.model)))
+
+    def apply(self, plan: Plan) -> Plan:
+        """Apply all steps to a plan."""
+        found = operations()
+        for step in self.steps:
+            try:
+                plan = found[step.operation].function(plan, **step.parameters)
+            except SurgeryError as error:
+                if step.line:
+                    error.message = f"{self.origin}:{step.line}: {error.message}"
+                raise
+        return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that `moesurgery run` reads."""
+        import yaml
+
+        data: dict[str, Any] = {"model": self.model} if self.model is not None else {}
+        data["steps"] = [{s.operation: dict(s.parameters)} for s in self.steps]
+        if self.max_shard_size:
+            data["max_shard_size"] = self.max_shard_size
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file. Raises RecipeError with every mistake in it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"{path} cannot be read: {reason}", "`moesurgery recipes ls` lists the recipes that ship") from None
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
+    """Read a recipe from text. Raises RecipeError with every mistake in it."""
+    document = parse(text)
+    wrong = list(document.problems)
+    recipe = _build(document, wrong, origin) if not wrong or isinstance(document.value, dict) else None
+    if wrong:
+        lines = [f"{origin}:{line}: {message}" for line, message in sorted(set(wrong))]
+        raise RecipeError("\n".join(lines), "`moesurgery schema` prints what a recipe may hold")
+    assert recipe is not None
+    return recipe
+
+
+def _build(document: Document, wrong: list[tuple[int, str]], origin: str) -> Recipe | None:
+    value = document.value
+    if not isinstance(value, dict):
+        wrong.append((1, "a recipe is a mapping with `model:` and `steps:`"))
+        return None
+    for key in value:
+        if key not in KEYS:
+            hint = did_you_mean(str(key), KEYS) or f"a recipe has {', '.join(KEYS)}"
+            wrong.append((document.line((key,)), f"unknown key {key!r}: {hint}"))
+    model = value.get("model")
+    if model is not None and not isinstance(model, str):
+        wrong.append((document.line(("model",)), f"model is {model!r}, expected a path or hf://org/name"))
+    size = None
+    if value.get("max_shard_size") is not None:
+        try:
+            size = parse_size(value["max_shard_size"])
+        except ValueError as error:
+            wrong.append((document.line(("max_shard_size",)), f"max_shard_size: {error}"))
+    return Recipe(model if isinstance(model, str) else None, _steps(document, value.get("steps"), wrong), size, origin)
+
+
+def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tuple[RecipeStep, ...]:
+    if not isinstance(value, list):
+        wrong.append((document.line(("steps",)), "steps is missing or not a list: `steps: [rescale: {top_k: 3}]`"))
+        return ()
+    found = []
+    known = operations()
+    for i, entry in enumerate(value):
+        line = document.line(("steps", i))
+        if isinstance(entry, str):
+            entry = {entry: {}}
+        if not isinstance(entry, dict) or len(entry) != 1:
+            wrong.append((line, "a step is one operation with its parameters: `- rescale: {top_k: 3}`"))
+            continue
+        ((name, parameters),) = entry.items()
+        parameters = {} if parameters is None else parameters
+        if name not in known:
+            hint = did_you_mean(str(name), known) or f"known: {', '.join(known)}"
+            wrong.append((line, f"there is no operation {name!r}: {hint}"))
+            continue
+        if not isinstance(parameters, dict):
+            wrong.append((line, f"{name}: its parameters are a mapping: `- {name}: {{…}}`"))
+            continue
+        for problem in problems(known[name], {str(k): v for k, v in parameters.items()}):
+            key = next((k for k in parameters if f"{k!r}" in problem or f": {k} " in problem), None)
+            wrong.append((document.line(("steps", i, name, key)) if key is not None else line, problem))
+        found.append(RecipeStep(name, parameters, line))
+    return tuple(found)
+
+
+def parse_size(value: Any) -> int:
+    """Return the bytes that `5GB`, `500MiB` or a plain number of bytes mean. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+    if size <= 0:
+        raise ValueError(f"{value!r} is not a size: write 5GB, 500MB or a number of bytes")
+    return size
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 7) of recipes, generated from the operations."""
+    steps = []
+    for found in operations().values():
+        properties = {
+            p.name: {"description": p.param.help, **schema_of(p.annotation, p.param)} for p in found.parameters.values()
+        }
+        required = [p.name for p in found.parameters.values() if p.required]
+        body: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": properties}
+        if required:
+            body["required"] = required
+        else:
+            body["type"] = ["object", "null"]
+        steps.append(
+            {
+                "type": "object",
+                "description": found.summary,
+                "additionalProperties": False,
+                "required": [found.name],
+                "properties": {found.name: body},
+            }
+        )
+        if not required:
+            steps.append({"const": found.name})
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "moesurgery recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["steps"],
+        "properties": {
+            "model": {"type": "string", "description": "a directory, hf://org/name[@revision] or a URL"},
+            "steps": {"type": "array", "items": {"anyOf": steps}},
+            "max_shard_size": {"type": ["string", "integer"], "description": "bytes per shard, such as 5GB"},
+        },
+    }
+
+

@@ -1,0 +1,110 @@
+"""Estimate real gates without data: the model's own token embeddings, passed through each layer's router.
+
+The router of a layer reads the hidden state after a norm, `x / rms(x) * w`. The token embeddings stand in
+for x: on the first layer they are part of it, deeper they still point in directions the router was trained
+on. The estimate always lies between no factor and the even-gates rule, since real gates are never flatter
+than even. Reads under a percent of the weights; numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from moesurgery.errors import RefusedError
+from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.components import EMBEDDING
+from moesurgery.families.routing import second_moments
+from moesurgery.plan.expr import Expr
+from moesurgery.plan.plan import Plan
+from moesurgery.plan.values import values_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_ROWS = 8192
+RUNS = 64  # the sample is 64 runs of neighbouring rows: few reads, also over a network
+MAX_WORK = 4e11  # multiply-adds in all routers together
+
+
+def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) -> dict[str, float]:
+    """Return sqrt(A_old / A_new) for each MoE block, by its name.
+
+    Raises RefusedError where the family's router has no estimate or a tensor for it is missing.
+    """
+    blocks = anatomy.blocks
+    if old == new:
+        return {block.where: 1.0 for block in blocks}
+    sample = embedding_sample(plan, anatomy, seed, _rows(anatomy))
+
+    def factor(block: MoeBlock) -> float:
+        moments = second_moments(anatomy.settings, _logits(plan, anatomy, block, sample), _bias(plan, block))
+        return math.sqrt(moments[old - 1] / moments[new - 1])
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip([b.where for b in blocks], pool.map(factor, blocks), strict=True))
+
+
+def _rows(anatomy: Anatomy) -> int:
+    hidden = anatomy.settings.hidden or 1
+    work = hidden * anatomy.experts * len(anatomy.blocks)
+    return max(256, min(MAX_ROWS, int(MAX_WORK / work)))
+
+
+def embedding_sample(plan: Plan, anatomy: Anatomy, seed: int, rows: int) -> np.ndarray:
+    """Return up to `rows` token embeddings [rows, H], zero rows (padding) left out, drawn by `seed`."""
+    import numpy as np
+
+    embedding = _embedding(plan, anatomy)
+    vocabulary = embedding.shape[0]
+    if vocabulary <= rows:
+        sample = values_of(embedding)
+    else:
+        length = rows // RUNS
+        stride = vocabulary / RUNS
+        draws = np.random.default_rng(seed).random(RUNS)
+        starts = [int(i * stride + draws[i] * (stride - length)) for i in range(RUNS)]
+        with ThreadPoolExecutor(8) as pool:
+            sample = np.concatenate(list(pool.map(lambda s: values_of(embedding, (s, s + length)), starts)))
+    return np.asarray(sample[np.any(sample != 0, axis=1)])
+
+
+def _embedding(plan: Plan, anatomy: Anatomy) -> Expr:
+    hidden = anatomy.settings.hidden
+    for name, component in anatomy.component.items():
+        expr = plan.tensors[name]
+        if component == EMBEDDING and len(expr.shape) == 2 and expr.shape[1] == hidden and name.endswith("weight"):
+            return expr
+    raise RefusedError(f"no embedding of width {hidden} was found")
+
+
+def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -> np.ndarray:
+    """Return the router logits [rows, E] of the sample in one block."""
+    import numpy as np
+
+    norm = anatomy.settings.family.norm
+    name = f"{block.where}.{norm.path}"
+    if name not in plan.tensors:
+        raise RefusedError(f"the norm before the router, {name}, is missing")
+    if block.router is None:
+        raise RefusedError(f"{block.where} has no router weight")
+    weight = values_of(plan.tensors[name])
+    centred = sample - sample.mean(axis=1, keepdims=True) if norm.kind == "layer" else sample
+    scale = np.sqrt((centred.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-12)
+    hidden = (centred / scale).astype(np.float32) * (weight + 1 if norm.kind == "rms1" else weight)
+    router = values_of(plan.tensors[block.router.name])
+    if block.router.axis == 1:
+        router = router.T
+    if router.ndim != 2 or router.shape[1] != hidden.shape[1]:
+        raise RefusedError(f"{block.router.name} has shape {list(router.shape)}, not [experts, {hidden.shape[1]}]")
+    logits = hidden @ router.T
+    for member in block.named("router_bias"):
+        logits = logits + values_of(plan.tensors[member.name])
+    return np.asarray(logits[:, : block.experts])
+
+
+def _bias(plan: Plan, block: MoeBlock) -> np.ndarray | None:
+    for member in block.named("correction_bias"):
+        return values_of(plan.tensors[member.name]).reshape(-1)[: block.experts]
+    return None

@@ -1,0 +1,1 @@
+"""Executing a plan: shards streamed to disk, published whole or not at all."""

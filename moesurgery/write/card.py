@@ -1,0 +1,94 @@
+"""The model card and the provenance record: what was done, to what, by which version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import moesurgery
+from moesurgery.plan.plan import Plan, Step
+
+CARD = "README.md"
+SCHEMA_VERSION = 1
+
+
+def recipe_of(plan: Plan) -> dict[str, Any]:
+    """Return the recipe that makes this plan, as data: model, steps and what changes the files."""
+    recipe: dict[str, Any] = {
+        "model": plan.checkpoint.source.identity,
+        "steps": [{step.operation: dict(step.parameters)} for step in plan.steps],
+    }
+    if plan.max_shard_size:
+        recipe["max_shard_size"] = plan.max_shard_size
+    return recipe
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Return what `moesurgery.json` holds. Inputs are named by Hub id or folder name, never by local path."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": "moesurgery",
+        "version": moesurgery.__version__,
+        "recipe": recipe_of(plan),
+        "inputs": [
+            {
+                "identity": checkpoint.source.identity,
+                "shards": [
+                    {"file": h.file, "size": h.file_size, "header_sha256": h.digest} for h in checkpoint.headers
+                ],
+            }
+            for checkpoint in plan.sources
+        ],
+        "steps": [
+            {"operation": s.operation, "summary": s.summary, "notes": list(s.notes), "report": dict(s.report)}
+            for s in plan.steps
+        ],
+        "config_changes": [
+            {"key": key, "old": old, "new": new} for key, old, new in config_changes(plan)
+        ],
+    }
+
+
+def config_changes(plan: Plan) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, old value, new value) for everything the plan changes in config.json."""
+    return list(_differences(plan.checkpoint.config, plan.config, ""))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, old, new
+
+
+def card_text(plan: Plan) -> str:
+    """Return README.md: front matter for the Hub, then the steps in words and the recipe."""
+    import yaml
+
+    parents = [c.source.identity.removeprefix("hf://").split("@")[0] for c in plan.sources]
+    hub = [p for c, p in zip(plan.sources, parents, strict=True) if c.source.identity.startswith("hf://")]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["moe", "moesurgery"]}
+    if hub:
+        front["base_model"] = hub
+    if len(plan.sources) > 1:
+        front["base_model_relation"] = "merge"
+        front["tags"].insert(0, "merge")
+    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {parents[0].rsplit('/', 1)[-1]}, edited", ""]
+    lines.append(f"Made with [moesurgery](https://pypi.org/project/moesurgery/) {moesurgery.__version__} from {', '.join(parents)}.")
+    for step in plan.steps:
+        lines += ["", *_step_lines(step)]
+    changes = config_changes(plan)
+    if changes:
+        lines += ["", "## Changes to config.json", "", "| key | before | after |", "| --- | --- | --- |"]
+        lines += [f"| `{k}` | `{json.dumps(a)}` | `{json.dumps(b)}` |" for k, a, b in changes]
+    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(recipe_of(plan), sort_keys=False).strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _step_lines(step: Step) -> list[str]:
+    lines = [f"## {step.operation}", "", step.summary]
+    for text in (*step.details, *step.notes):
+        lines += ["", text]
+    return lines

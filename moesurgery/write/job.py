@@ -1,0 +1,344 @@
+"""Writing a plan: the output appears whole or not at all.
+
+All work happens in `OUT.partial` beside the output. Each shard is a task with its own manifest, so running
+the same command again after an interruption writes only what is missing. When all shards are there, side
+files, config and the index are written, the directory is renamed, and only then is there an output.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moesurgery
+from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE
+from moesurgery.checkpoint.header import read_header
+from moesurgery.checkpoint.source import LocalSource
+from moesurgery.errors import OutputError
+from moesurgery.plan.expr import Copy
+from moesurgery.plan.plan import Plan
+from moesurgery.write import copying
+from moesurgery.write.card import CARD, card_text, provenance
+from moesurgery.write.layout import shard_tasks
+from moesurgery.write.shard import WORK, Manner, ShardTask, Watch, disk_error, done, write_shard
+
+# What `--force` may replace: the files of which a checkpoint consists.
+_CHECKPOINT_SUFFIXES = frozenset(
+    ".safetensors .json .md .txt .jinja .model .py .bin .pt .pth .gguf .yaml .yml .tiktoken .vocab".split()
+)
+_CHECKPOINT_NAMES = frozenset(".gitattributes LICENSE LICENSE.txt NOTICE USE_POLICY.md merges.txt".split())
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How and where to write. Nothing here changes the bytes of a tensor.
+
+    `jobs`: threads in all. `link`: hard-link unchanged shards where they cannot be cloned. `force`:
+    replace an existing output. `card`: write README.md even where the model has its own.
+    """
+
+    jobs: int | None = None
+    link: bool = False
+    force: bool = False
+    card: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a job did."""
+
+    path: Path
+    shards: int
+    nbytes: int
+    resumed: int
+
+
+def write_plan(
+    plan: Plan,
+    output: str | Path,
+    options: WriteOptions = WriteOptions(),  # noqa: B008 - immutable
+    *,
+    watch: Watch | None = None,
+    make_executor: Callable[[int], AbstractContextManager[Executor]] | None = None,
+) -> Written:
+    """Write `plan` to the directory `output`.
+
+    `make_executor(workers)` gives any `concurrent.futures.Executor` that sees the same directories; threads by
+    default. Raises OutputError where the output exists, equals an input, or does not fit.
+    """
+    output = Path(os.path.abspath(output))
+    check_output(plan, output, force=options.force)
+    tasks = shard_tasks(plan)
+    identity = plan_id(plan, tasks)
+    partial = output.with_name(output.name + ".partial")
+    lock = _claim(partial, identity, force=options.force)
+    try:
+        todo = [task for task in tasks if not done(partial, task.name, identity)]
+        workers, threads = _workers(options, todo)
+        manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, partial))
+        _check_space(todo, partial, manner)
+        watch = watch or Watch()
+        for task in tasks:
+            if task not in todo:
+                watch.progress(task.data_bytes)
+        _run(todo, partial, identity, manner, watch, workers, make_executor)
+        try:
+            nbytes = _finish(plan, tasks, partial, options)
+            _publish(partial, output, force=options.force)
+        except OSError as error:
+            raise disk_error(error, partial) from error
+    finally:
+        os.close(lock)
+    return Written(output, len(tasks), nbytes, len(tasks) - len(todo))
+
+
+def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
+    """Refuse an output that exists, or that is or contains an input."""
+    for checkpoint in plan.sources:
+        if isinstance(checkpoint.source, LocalSource):
+            root = checkpoint.source.root.resolve()
+            if output.resolve() == root or root.is_relative_to(output.resolve()) or output.resolve().is_relative_to(root):
+                raise OutputError(f"the output {output} is (in) the input {root}", "choose another folder with -o")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
+    if not output.exists():
+        if not output.parent.is_dir():
+            raise OutputError(f"{output.parent} does not exist", f"make it first: mkdir -p {output.parent}")
+        return
+    if not any(output.iterdir()):
+        return
+    if not force:
+        raise OutputError(f"{output} exists and is not empty", "choose another folder with -o, or replace it with --force")
+    for path in output.iterdir():
+        known = path.suffix.lower() in _CHECKPOINT_SUFFIXES or path.name in _CHECKPOINT_NAMES
+        if path.is_symlink() or not path.is_file() or not known:
+            raise OutputError(
+                f"--force would delete {path}, which is no part of a checkpoint", "move it away, or choose another folder"
+            )
+
+
+def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
+    """Return a digest of everything that decides the output: inputs, expressions, config, version."""
+    digest = hashlib.sha256(f"moesurgery {moesurgery.__version__}\n".encode())
+    for checkpoint in plan.sources:
+        digest.update(checkpoint.source.identity.encode())
+        for header in checkpoint.headers:
+            path = checkpoint.source.local(header.file)
+            changed = path.stat().st_mtime_ns if path is not None else 0
+            digest.update(f"{header.file} {header.file_size} {header.digest} {changed}\n".encode())
+    digest.update(json.dumps(plan.config, sort_keys=True).encode())
+    for task in tasks:
+        digest.update(f"{task.name} {task.phase} {task.metadata}\n".encode())
+        # The bytes of a whole shard are already named by its header above.
+        digest.update(b"whole\n" if task.whole else repr(task.entries).encode())
+    return digest.hexdigest()
+
+
+def _claim(partial: Path, identity: str, *, force: bool) -> int:
+    """Make or take over the working directory; return a locked descriptor that keeps others out."""
+    record = partial / WORK / "plan"
+    try:
+        (partial / WORK).mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial / WORK / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise disk_error(error, partial) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise OutputError(f"another process is writing {partial}", "wait for it, or choose another folder") from None
+    found = record.read_text() if record.exists() else None
+    if found is not None and found != identity:
+        if not force:
+            os.close(lock)
+            raise OutputError(
+                f"{partial} holds an unfinished job of another recipe or of changed inputs",
+                "finish that job, delete the folder, or start over with --force",
+            )
+        for path in partial.iterdir():
+            if path.name != WORK:
+                path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
+        for path in (partial / WORK).iterdir():
+            if path.name != "lock":
+                path.unlink()
+    for stale in (partial / WORK).glob("*.tmp"):
+        stale.unlink(missing_ok=True)
+    record.write_text(identity)
+    return lock
+
+
+def _workers(options: WriteOptions, tasks: list[ShardTask]) -> tuple[int, int]:
+    """Divide the threads: shards in parallel, and threads in each (writes to one file take turns)."""
+    jobs = options.jobs or min(os.cpu_count() or 1, 8)
+    workers = max(1, min(jobs, len(tasks)))
+    return workers, max(1, jobs // workers)
+
+
+def _can_reflink(plan: Plan, partial: Path) -> bool:
+    """Try whether the output's filesystem shares blocks with the first source file."""
+    source = plan.checkpoint.source
+    if not plan.checkpoint.headers:
+        return False
+    path = source.local(plan.checkpoint.headers[0].file)
+    if path is None:
+        return False
+    with tempfile.TemporaryDirectory(dir=partial / WORK, suffix=".tmp") as folder:
+        try:
+            return copying.clone(path, Path(folder) / "clone")
+        except OSError:
+            return False
+
+
+def _check_space(todo: list[ShardTask], partial: Path, manner: Manner) -> None:
+    """Refuse before the first byte where the output cannot fit."""
+    needed = sum(bytes_needed(task, linked=manner.link or manner.reflink) for task in todo)
+    status = os.statvfs(partial)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        hint = "free some space, choose another disk with -o"
+        if not manner.link and any(task.whole for task in todo):
+            hint += ", or use --link: unchanged shards then take no space"
+        # Nothing was written: leave nothing behind.
+        if not any((partial / task.name).exists() for task in todo):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"the output needs {needed / 1e9:.2f} GB, {partial.parent} has {free / 1e9:.2f} GB free", hint)
+
+
+def bytes_needed(task: ShardTask, *, linked: bool) -> int:
+    """Return the disk space that writing a shard takes: holes of a sparse source stay holes."""
+    if task.whole is None:
+        return task.data_bytes
+    if linked:
+        return 0
+    path = task.whole[0].local(task.whole[1])
+    return min(task.whole[2], path.stat().st_blocks * 512) if path is not None else task.whole[2]
+
+
+def _run(
+    todo: list[ShardTask],
+    partial: Path,
+    identity: str,
+    manner: Manner,
+    watch: Watch,
+    workers: int,
+    make_executor: Callable[[int], AbstractContextManager[Executor]] | None,
+) -> None:
+    if not todo:
+        return
+    local = make_executor is None
+    previous_threads = _limit_torch_threads(todo)
+    executor = ThreadPoolExecutor(workers) if make_executor is None else make_executor(workers)
+    futures: list[Future[int]] = []
+    try:
+        with executor as pool:
+            try:
+                futures = [
+                    pool.submit(write_shard, task, partial, identity, manner, watch if local else None) for task in todo
+                ]
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+            except BaseException:
+                watch.stop.set()
+                for future in futures:
+                    future.cancel()
+                raise
+    except BrokenExecutor as error:
+        raise OutputError(f"a worker died while writing {partial}: {error}", "run the same command again to resume") from None
+    finally:
+        if previous_threads is not None:
+            import torch
+
+            torch.set_num_threads(previous_threads)
+
+
+def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
+    """One torch thread per worker: chunks fit the cache, and the workers are the parallelism."""
+    if all(task.whole for task in todo):
+        return None
+    if all(isinstance(piece, Copy) for task in todo for _, expr in task.entries for piece in expr.pieces()):
+        return None
+    import torch
+
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return previous
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOptions) -> int:
+    """Check every shard, then write side files, config, card, provenance, and last the index."""
+    total = 0
+    for task in tasks:
+        path = partial / task.name
+        source = LocalSource(partial)
+        header = read_header(
+            task.name, path.stat().st_size, lambda start, length, n=task.name: source.read(n, start, length)
+        )
+        if {t.name for t in header.tensors} != {n for n, _ in task.entries}:
+            raise OutputError(f"{path} is not what was planned", "delete the .partial folder and start again")
+        total += task.data_bytes
+    source_files = plan.checkpoint.source
+    for file in plan.checkpoint.side_files:
+        if file == CARD and options.card:
+            continue
+        _carry(source_files, file, plan.checkpoint.file_sizes[file], partial / file)
+    if plan.config == plan.checkpoint.config:
+        _carry(source_files, CONFIG, plan.checkpoint.file_sizes[CONFIG], partial / CONFIG)
+    else:
+        _write_text(partial / CONFIG, json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+    if options.card or CARD not in plan.checkpoint.side_files:
+        _write_text(partial / CARD, card_text(plan))
+    _write_text(partial / PROVENANCE, json.dumps(provenance(plan), indent=2, ensure_ascii=False) + "\n")
+    if tasks[0].name != SINGLE or len(tasks) > 1:
+        _write_text(partial / INDEX, json.dumps(_index(plan, tasks), indent=2, ensure_ascii=False) + "\n")
+    copying.sync_directory(partial)
+    return total
+
+
+def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
+    kept = {k: v for k, v in (plan.checkpoint.index_metadata or {}).items() if k not in ("total_size", "total_parameters")}
+    metadata = {**kept, "total_size": plan.nbytes}
+    weight_map = {name: task.name for task in tasks for name, _ in task.entries}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _carry(source: Any, file: str, size: int, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as out:
+        for start in range(0, size, 8 << 20):
+            out.write(source.read(file, start, min(8 << 20, size - start)))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _publish(partial: Path, output: Path, *, force: bool) -> None:
+    shutil.rmtree(partial / WORK)
+    replaced: Path | None = None
+    if output.exists() and any(output.iterdir()):
+        if not force:
+            raise OutputError(f"{output} appeared while {partial} was written", f"mv {partial} to a place of your choice")
+        replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
+        os.rename(output, replaced)
+    elif output.exists():
+        output.rmdir()
+    os.rename(partial, output)
+    copying.sync_directory(output.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)

@@ -1,0 +1,69 @@
+"""Which tensor goes into which output shard, and what the shards are called."""
+
+from __future__ import annotations
+
+from moesurgery.checkpoint.checkpoint import SINGLE
+from moesurgery.plan.expr import Expr, Stored
+from moesurgery.plan.plan import Plan
+from moesurgery.write.copying import PAGE
+from moesurgery.write.shard import ShardTask
+
+
+def shard_tasks(plan: Plan) -> list[ShardTask]:
+    """Divide a plan into shards.
+
+    Boundaries and order follow the source unless the plan says how large a shard may be. A shard of which
+    every tensor is unchanged becomes a copy of the whole file.
+    """
+    groups = _by_size(plan, plan.max_shard_size) if plan.max_shard_size else _by_home(plan)
+    names = _names(plan, groups)
+    return [_task(plan, name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _by_home(plan: Plan) -> list[list[str]]:
+    order = {file: i for i, file in enumerate(plan.checkpoint.shards)}
+    groups: dict[str, list[str]] = {}
+    for name in plan.tensors:
+        groups.setdefault(plan.home[name], []).append(name)
+    return [groups[file] for file in sorted(groups, key=lambda f: order.get(f, len(order)))]
+
+
+def _by_size(plan: Plan, limit: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for group in _by_home(plan):
+        for name in group:
+            nbytes = plan.tensors[name].nbytes
+            if groups[-1] and size + nbytes > limit:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += nbytes
+    return groups
+
+
+def _names(plan: Plan, groups: list[list[str]]) -> list[str]:
+    """Keep the source's file names where there is a shard for each; else the Hub's usual ones."""
+    shards = plan.checkpoint.shards
+    homes = [{plan.home[name] for name in group} for group in groups]
+    if len(groups) == len(shards) and all(home == {file} for home, file in zip(homes, shards, strict=True)):
+        return shards
+    if len(groups) == 1:
+        return [SINGLE]
+    return [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+
+
+def _task(plan: Plan, name: str, group: list[str]) -> ShardTask:
+    entries = tuple((n, plan.tensors[n]) for n in group)
+    header = next((h for h in plan.checkpoint.headers if h.file == plan.home[group[0]]), None) if group else None
+    if header is None:
+        return ShardTask(name, entries, (), 8 % PAGE)
+    metadata = tuple(sorted(header.metadata.items()))
+    whole = None
+    if len(group) == len(header.tensors) and all(_same(n, e, i) for (n, e), i in zip(entries, header.tensors, strict=True)):
+        whole = (plan.checkpoint.source, header.file, header.file_size)
+    return ShardTask(name, entries, metadata, header.data_start % PAGE, whole)
+
+
+def _same(name: str, expr: Expr, info: object) -> bool:
+    return isinstance(expr, Stored) and expr.info is info and expr.info.name == name

@@ -1,0 +1,299 @@
+"""One output shard: header first, space reserved, body filled by parallel positional writes.
+
+A task is idempotent and picklable: it may run twice, on another thread, in another process or on another
+machine that sees the same directories. It ends with a rename and a small manifest, so that an interrupted
+job continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesurgery.checkpoint.dtypes import BITS
+from moesurgery.checkpoint.source import Source
+from moesurgery.errors import OutputError, SurgeryError
+from moesurgery.plan.expr import Compute, Copy, Expr, Piece
+from moesurgery.plan.reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
+from moesurgery.write import copying
+from moesurgery.write.copying import Progress
+
+WORK = ".moesurgery"  # inside the .partial directory: temporary files and manifests
+UNIT = 16 << 20  # bytes a thread takes from the queue at a time
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Everything needed to write one shard. `whole`: the source shard of which this is an exact copy."""
+
+    name: str
+    entries: tuple[tuple[str, Expr], ...]
+    metadata: tuple[tuple[str, str], ...]
+    phase: int  # where the data starts modulo the page: that of the main source shard
+    whole: tuple[Source, str, int] | None = None  # source, file, size
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(expr.nbytes for _, expr in self.entries)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to write; none of it changes a byte of the result."""
+
+    threads: int = 2
+    link: bool = False
+    reflink: bool = False  # the output's filesystem can share blocks with the sources
+
+
+@dataclass
+class Watch:
+    """How a running task is seen and stopped from outside; not used across processes."""
+
+    progress: Progress = field(default=lambda count: None)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def make_header(entries: tuple[tuple[str, Expr], ...], metadata: tuple[tuple[str, str], ...], phase: int) -> bytes:
+    """Return the bytes before the data: length and JSON, padded so that the data starts at `phase` mod 4096.
+
+    Equal phase in source and target is what lets a filesystem share the blocks of unchanged tensors.
+    """
+    table: dict[str, Any] = {"__metadata__": {**dict(sorted(metadata)), "format": "pt"}} if metadata else {}
+    if not table:
+        table = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, expr in entries:
+        table[name] = {"dtype": expr.dtype, "shape": list(expr.shape), "data_offsets": [at, at + expr.nbytes]}
+        at += expr.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * ((phase - 8 - len(text)) % PAGE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def done(directory: Path, name: str, plan_id: str) -> bool:
+    """Whether shard `name` of this very plan is already complete in `directory`."""
+    try:
+        manifest = json.loads((directory / WORK / f"{name}.json").read_text())
+        return bool(manifest["plan"] == plan_id and (directory / name).stat().st_size == manifest["size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, watch: Watch | None = None) -> int:
+    """Write one shard into `directory` and return its size. Does nothing where it is already complete.
+
+    Raises OutputError (full disk), CheckpointError (a source ends too early) and whatever an expression
+    refuses; the shard is then absent.
+    """
+    watch = watch or Watch()
+    if done(directory, task.name, plan_id):
+        size = (directory / task.name).stat().st_size
+        watch.progress(task.data_bytes)
+        return size
+    unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    temporary = directory / WORK / f"{task.name}.{unique}.tmp"
+    try:
+        if task.whole is not None and (path := task.whole[0].local(task.whole[1])) is not None:
+            _copy_whole(path, temporary, task, manner, watch)
+        else:
+            _write_body(task, temporary, manner, watch)
+        if watch.stop.is_set():
+            raise KeyboardInterrupt
+        size = temporary.stat().st_size
+        os.replace(temporary, directory / task.name)
+        copying.sync_directory(directory)
+        _write_manifest(directory, task.name, plan_id, size)
+        return size
+    except OSError as error:
+        raise disk_error(error, directory) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_error(error: OSError, where: Path) -> SurgeryError:
+    """Say what an OSError during writing means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            f"no space left for {where} ({error.strerror})",
+            "free some space and run the same command again: finished shards are kept",
+        )
+    return OutputError(f"cannot write {error.filename or where}: {error.strerror}")
+
+
+def _write_manifest(directory: Path, name: str, plan_id: str, size: int) -> None:
+    path = directory / WORK / f"{name}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
+    with open(temporary, "w") as file:
+        json.dump({"plan": plan_id, "size": size}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, watch: Watch) -> None:
+    if (manner.link and copying.link(source, target)) or copying.clone(source, target):
+        watch.progress(task.data_bytes)
+        return
+    assert task.whole is not None
+    header = task.whole[2] - task.data_bytes
+
+    def progress(count: int) -> None:
+        nonlocal header
+        skipped = min(header, count)  # the header is not counted
+        header -= skipped
+        watch.progress(count - skipped)
+
+    copying.copy_file(source, target, progress, watch.stop)
+
+
+def _write_body(task: ShardTask, target: Path, manner: Manner, watch: Watch) -> None:
+    header = make_header(task.entries, task.metadata, task.phase)
+    total = len(header) + task.data_bytes
+    units = list(_units(task.entries, len(header)))
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        if manner.reflink:
+            os.ftruncate(descriptor, total)  # blocks to be shared need no space of their own
+        else:
+            copying.allocate(descriptor, total)
+        copying.write_full(descriptor, memoryview(header), 0)
+        _run_units(units, descriptor, max(1, min(manner.threads, len(units))), watch)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _units(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
+    """Yield (piece, offset in the file) in units of work: neighbours joined, large pieces cut."""
+    pending: Copy | None = None
+    pending_at = 0
+    for _, expr in entries:
+        for piece in expr.pieces():
+            if isinstance(piece, Copy):
+                adjacent = (
+                    pending is not None
+                    and pending.source == piece.source
+                    and pending.file == piece.file
+                    and pending.start + pending.nbytes == piece.start
+                )
+                if adjacent and pending is not None:
+                    pending = pending._replace(nbytes=pending.nbytes + piece.nbytes)
+                else:
+                    if pending is not None:
+                        yield from _cut(pending, pending_at)
+                    pending, pending_at = piece, at
+            else:
+                if pending is not None:
+                    yield from _cut(pending, pending_at)
+                    pending = None
+                yield from _cut(piece, at)
+            at += piece.nbytes
+    if pending is not None:
+        yield from _cut(pending, pending_at)
+
+
+def _cut(piece: Piece, at: int) -> Iterator[tuple[Piece, int]]:
+    if isinstance(piece, Copy):
+        for offset in range(0, piece.nbytes, 4 * UNIT):
+            length = min(4 * UNIT, piece.nbytes - offset)
+            yield piece._replace(start=piece.start + offset, nbytes=length), at + offset
+        return
+    bits = BITS[piece.expr.dtype]
+    step = chunk_elements(piece.expr, UNIT)
+    first = piece.start
+    while first < piece.stop:
+        last = min(piece.stop, (first // step + 1) * step)
+        yield piece._replace(start=first, stop=last), at + (first - piece.start) * bits // 8
+        first = last
+
+
+def chunk_elements(expr: Expr, nbytes: int) -> int:
+    """Return how many elements make up about `nbytes`, in whole granules."""
+    wanted = max(1, nbytes * 8 // BITS[expr.dtype])
+    return max(1, wanted // expr.granule) * expr.granule
+
+
+def _run_units(units: list[tuple[Piece, int]], descriptor: int, threads: int, watch: Watch) -> None:
+    waiting: queue.SimpleQueue[tuple[Piece, int]] = queue.SimpleQueue()
+    for unit in units:
+        waiting.put(unit)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        reader = Worker(watch.stop)
+        try:
+            while not failures and not watch.stop.is_set():
+                try:
+                    piece, at = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                reader.perform(piece, descriptor, at)
+                copying.start_writeback(descriptor, at, piece.nbytes)
+                watch.progress(piece.nbytes)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            reader.close()
+
+    if threads == 1:
+        work()
+    else:
+        pool = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+class Worker:
+    """One thread that fills a shard."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+        self.reader = FileReader()
+        self._copy_buffer = Buffer()
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def perform(self, piece: Piece, target: int, at: int) -> None:
+        """Write one unit of work at byte `at` of the open file `target`."""
+        if isinstance(piece, Copy):
+            self._copy(piece, target, at)
+        else:
+            self._compute(piece, target, at)
+
+    def _copy(self, piece: Copy, target: int, at: int) -> None:
+        path = self.reader.path(piece.source, piece.file)
+        if path is not None:
+            copying.copy_range(
+                self.reader.descriptor(path), target, piece.start, at, piece.nbytes, self._copy_buffer, str(path), self.stop
+            )
+            return
+        for offset in range(0, piece.nbytes, 8 << 20):
+            length = min(8 << 20, piece.nbytes - offset)
+            data = read_remote(piece.source, piece.file, piece.start + offset, length)
+            copying.write_full(target, memoryview(data), at + offset)
+
+    def _compute(self, piece: Compute, target: int, at: int) -> None:
+        step = chunk_elements(piece.expr, BUFFER)
+        bits = BITS[piece.expr.dtype]
+        first = piece.start
+        while first < piece.stop and not self.stop.is_set():
+            last = min(piece.stop, (first // step + 1) * step)
+            self.reader.begin_chunk()
+            values = piece.expr.evaluate(first, last, self.reader)
+            copying.write_full(target, as_bytes(values), at + (first - piece.start) * bits // 8)
+            first = last

@@ -1,0 +1,168 @@
+"""YAML for recipes: one document, line numbers for everything, and none of YAML 1.1's surprises.
+
+PyYAML's own loader reads `1e-3` as text, `1:30` as 90, `010` as 8, `no` as false, and lets a repeated key
+win silently. Here scalars follow the YAML 1.2 core schema, the surprises are errors that say what to write
+instead, and anchors have a budget. Only PyYAML's parser is used, never its constructors.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 4_000_000
+MAX_DEPTH = 40
+MAX_NODES = 200_000
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SPECIAL_FLOAT = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_TRAPS = (
+    (re.compile(r"(?i)yes|no|on|off|y|n"), "YAML readers disagree on it: write true or false, or quote it"),
+    (re.compile(r"[-+]?0[0-9_]+"), "a leading zero means octal to some readers: drop it, or quote it"),
+    (re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"), "some readers take it for base 60: quote it"),
+    (re.compile(r"[-+]?0[xob][0-9a-fA-F_]+"), "write the number in decimal, or quote it"),
+    (re.compile(r"[-+]?[0-9]+(_[0-9]+)+(\.[0-9_]*)?"), "write the number without underscores, or quote it"),
+)
+
+
+@dataclass
+class Document:
+    """A parsed document: plain Python data, the line of every value, and what was wrong."""
+
+    value: Any = None
+    lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+    def line(self, path: tuple[Any, ...]) -> int:
+        """Return the line of the value at `path`, or of the nearest thing around it."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+
+def parse(text: str) -> Document:
+    """Parse YAML; never raises for what the text contains, but lists it under `problems` with line numbers."""
+    document = Document()
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        document.problems.append((1, f"is larger than {MAX_BYTES:,} bytes"))
+        return document
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        document.problems.append((mark.line + 1 if mark else 1, f"is not YAML: {what}"))
+        return document
+    except yaml.YAMLError as error:
+        document.problems.append((1, f"is not YAML: {str(error).splitlines()[0]}"))
+        return document
+    except (RecursionError, ValueError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        document.problems.append((1, f"is not YAML: {what}"))
+        return document
+    if node is not None:
+        document.value = _Builder(document).build(node, (), 0)
+    return document
+
+
+class _Builder:
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.nodes = 0
+        self.open: set[int] = set()
+
+    def build(self, node: yaml.Node, path: tuple[Any, ...], depth: int) -> Any:
+        line = node.start_mark.line + 1
+        self.document.lines.setdefault(path, line)
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            if self.nodes == MAX_NODES + 1:
+                self.problem(line, "has too many values (anchors repeated?)")
+            return None
+        if depth > MAX_DEPTH or id(node) in self.open:
+            self.problem(line, "is nested too deeply" if depth > MAX_DEPTH else "an anchor contains itself")
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node, line)
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.SequenceNode):
+                self.plain_tag(node, "tag:yaml.org,2002:seq", line)
+                return [self.build(child, (*path, i), depth + 1) for i, child in enumerate(node.value)]
+            self.plain_tag(node, "tag:yaml.org,2002:map", line)
+            return self.mapping(node, path, depth)
+        finally:
+            self.open.discard(id(node))
+
+    def mapping(self, node: yaml.Node, path: tuple[Any, ...], depth: int) -> dict[Any, Any]:
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problem(line, "a key must be a word or a number")
+                continue
+            key = key_node.value if key_node.value == "<<" else self.scalar(key_node, line)
+            if key == "<<" and not key_node.style:
+                self.problem(line, "merge keys (<<) are not supported: write the values out")
+                continue
+            if key in result:
+                self.problem(line, f"the key {key!r} is given twice (first on line {self.document.lines[(*path, key)]})")
+                continue
+            result[key] = self.build(value_node, (*path, key), depth + 1)
+            self.document.lines[(*path, key)] = line
+        return result
+
+    def scalar(self, node: yaml.ScalarNode, line: int) -> Any:
+        text: str = node.value
+        if node.style in ("'", '"', "|", ">") or node.tag == "tag:yaml.org,2002:str" and node.style:
+            self.plain_tag(node, "tag:yaml.org,2002:str", line)
+            return text
+        if node.tag not in _IMPLICIT_TAGS:
+            self.problem(line, f"the tag {node.tag} is not supported")
+            return None
+        return self.resolve(text, line)
+
+    def resolve(self, text: str, line: int) -> Any:
+        if text in _NULL:
+            return None
+        if text in _BOOL:
+            return _BOOL[text]
+        if len(text) > 400:
+            return text
+        for pattern, advice in _TRAPS:
+            if pattern.fullmatch(text):
+                self.problem(line, f"{text} is ambiguous: {advice}")
+                return None
+        if _INT.fullmatch(text):
+            return int(text)
+        if text.lower() in _SPECIAL_FLOAT:
+            return _SPECIAL_FLOAT[text.lower()]
+        if _FLOAT.fullmatch(text):
+            return float(text)
+        return text
+
+    def plain_tag(self, node: yaml.Node, expected: str, line: int) -> None:
+        if node.tag != expected:
+            self.problem(line, f"the tag {node.tag} is not supported")
+
+    def problem(self, line: int, message: str) -> None:
+        self.document.problems.append((line, message))
+
+
+_IMPLICIT_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+)
+
+
+def parse_text(text: str) -> Any:
+    """Read one value, as on a command line. Raises ValueError."""
+    document = parse(text)
+    if document.problems:
+        raise ValueError(document.problems[0][1])
+    return document.value
