@@ -4,8 +4,8 @@
 
 Makes a synthetic Mixtral-shaped bf16 checkpoint, then alternates the commands, each as a process of its own.
 Reported are the medians of wall time, user+system time and peak resident memory, and the ratio to `cp`.
-The source is in the page cache; `cp` does not wait for the disk, moesurgery does (fsync before rename), so
-`cp` followed by `sync` of the copy is shown as well. With --mergekit, its passthrough+scale recipe runs on the
+The source is in the page cache. `cp` does not wait for the disk, moesurgery does (fsync before rename): compare
+its rows with `cp and sync`, and the `--no-fsync` row with `cp`. With --mergekit, its passthrough+scale recipe runs on the
 same checkpoint. Start-up times of `--help` and `count-params` follow.
 """
 
@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 MERGEKIT_RECIPE = """\
@@ -122,7 +124,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
         model = work / "model"
-        make_checkpoint(model, options.gb, options.shards)
+        # In a process of its own: a child's peak memory starts at its parent's.
+        maker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        maker.submit(make_checkpoint, model, options.gb, options.shards).result()
+        maker.shutdown()
         size = sum(f.stat().st_size for f in model.iterdir())
         layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
         print(f"{size / 1e9:.2f} GB, {layers} layers, {options.shards} shards; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -132,6 +137,7 @@ def main() -> None:
             "cp": ["cp", "-r", str(model), str(out)],
             "cp and sync": ["sh", "-c", f"cp -r {model} {out} && sync {out}/*"],
             "rescale, all down-projections": [*rescale, "--scale", "norm"],
+            "the same, --no-fsync": [*rescale, "--scale", "norm", "--no-fsync"],
             "rescale, router estimate": rescale,
             "rescale, config only": [*rescale, "--scale", "none"],
             "rescale, config only, --link": [*rescale, "--scale", "none", "--link"],

@@ -142,7 +142,7 @@ def _shards(source: Source, sizes: dict[str, int]) -> tuple[list[str], dict[str,
             raise CheckpointError(f"{where}: weight_map is not a non-empty object of file names")
         if repeated := repeated_keys(weight_map):
             raise CheckpointError(f"{where}: {repeated[0]!r} is mapped twice")
-        files = sorted({contained(f) for f in weight_map.values()})
+        files = sorted(contained(f) for f in set(weight_map.values()))
         if SINGLE in sizes and SINGLE not in files:
             raise CheckpointError(
                 f"{source.identity} has both {SINGLE} and {INDEX}, and loaders disagree on which counts",

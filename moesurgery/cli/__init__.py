@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -18,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; never lets a traceback through unless MOESURGERY_DEBUG is set."""
     from moesurgery.cli.console import console
 
+    # Headers of large models make hundreds of thousands of small objects and hardly any cycles.
+    gc.set_threshold(200_000, 20, 20)
     try:
         from moesurgery.cli.app import app
 

@@ -119,7 +119,7 @@ def _show_roofline(cost: Roofline, counts: Counts) -> None:
         return
     console.result(
         f"  KV cache: {cost.kv_bytes_per_token / 1024:.1f} KiB per token;"
-        f" as large as the weights read at batch 1 after {cost.reads_kv_like_weights_at:,} tokens"
+        f" as large as the weights read at batch 1 after {cost.kv_equals_weights_at:,} tokens"
     )
     ridge = f"{cost.accelerator.ridge:.0f} FLOP/byte"
     if cost.compute_bound_batch is None:

@@ -24,6 +24,7 @@ _WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
     "max_shard_size": (writing.MaxShardSize, None),
     "link": (writing.Link, False),
     "card": (writing.Card, False),
+    "no_fsync": (writing.NoFsync, False),
     "jobs": (writing.Jobs, None),
     "as_json": (writing.Json, False),
     "quiet": (writing.Quiet, False),

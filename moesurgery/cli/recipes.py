@@ -29,12 +29,15 @@ def run_command(
     max_shard_size: writing.MaxShardSize = None,
     link: writing.Link = False,
     card: writing.Card = False,
+    no_fsync: writing.NoFsync = False,
     jobs: writing.Jobs = None,
     as_json: writing.Json = False,
     quiet: writing.Quiet = False,
 ) -> None:
     """Carry out a recipe: several operations, one pass, one output."""
-    flags = writing.WriterFlags(output, force, dry_run, print_recipe, max_shard_size, link, card, jobs, as_json, quiet)
+    flags = writing.WriterFlags(
+        output, force, dry_run, print_recipe, max_shard_size, link, card, no_fsync, jobs, as_json, quiet
+    )
     loaded = load_recipe(recipe)
     if model is not None:
         loaded = replace(loaded, model=model)

@@ -29,6 +29,9 @@ PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the equ
 MaxShardSize = Annotated[str | None, typer.Option("--max-shard-size", help="Reshard, as in 5GB; the source's shards otherwise.")]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link unchanged shards instead of copying them.")]
 Card = Annotated[bool, typer.Option("--card", help="Write README.md even where the model has its own.")]
+NoFsync = Annotated[
+    bool, typer.Option("--no-fsync", help="Do not wait for the disk; a power cut may then damage the output.")
+]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
@@ -45,6 +48,7 @@ class WriterFlags:
     max_shard_size: str | None = None
     link: bool = False
     card: bool = False
+    no_fsync: bool = False
     jobs: int | None = None
     as_json: bool = False
     quiet: bool = False
@@ -74,7 +78,7 @@ def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
     report_steps(plan, flags)
     if plan.checkpoint.other_weights:
         console.note("left behind: " + ", ".join(plan.checkpoint.other_weights[:5]) + " (not the safetensors that were edited)")
-    options = WriteOptions(jobs=flags.jobs, link=flags.link, force=flags.force, card=flags.card)
+    options = WriteOptions(jobs=flags.jobs, link=flags.link, force=flags.force, card=flags.card, durable=not flags.no_fsync)
     with console.progress(f"writing {output.name}", plan.nbytes) as watch:
         try:
             written = write_plan(plan, output, options, watch=watch)

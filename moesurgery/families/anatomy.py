@@ -20,7 +20,7 @@ from moesurgery.families.quantised import Stem, packed_bits, take_apart, weights
 from moesurgery.families.settings import Settings
 from moesurgery.families.table import by_model_type
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])|(?<=\bexpert_)\d+")
+_NUMBER = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")
 
 
 class HasShape(Protocol):
@@ -32,12 +32,16 @@ class HasShape(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def nbytes(self) -> int: ...
+
 
 class Member(NamedTuple):
     """One tensor of an MoE block.
 
     `role` is a projection ("down") or a router tensor ("correction_bias"). `stem` tells weight from bias and
-    companion. `expert` is the number in the name (per-expert layouts); `axis` is the expert axis (all others).
+    companion (of the name's template: use `base` for the name itself). `expert` is the number in the name
+    (per-expert layouts); `axis` is the expert axis (all others).
     """
 
     name: str
@@ -47,6 +51,11 @@ class Member(NamedTuple):
     along: Along | None
     expert: int | None
     axis: int | None
+
+    @property
+    def base(self) -> str:
+        """The name without its suffix: what a weight, its bias and its companions have in common."""
+        return self.name[: len(self.name) - len(self.stem.suffix)]
 
 
 @dataclass
@@ -155,21 +164,28 @@ def find_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
 
 def template_of(name: str) -> tuple[str, tuple[int, ...]]:
     """Return `name` with its numbers as `#`, and the numbers."""
-    numbers = _NUMBER.findall(name)
-    return (_NUMBER.sub("#", name), tuple(map(int, numbers))) if numbers else (name, ())
+    pieces = _NUMBER.split(name)
+    return "#".join(pieces[::2]), tuple(map(int, pieces[1::2]))
 
 
-class _Place(NamedTuple):
+@dataclass(slots=True)
+class _Place:
     """What a name template means; the numbers of a name then say which layer and expert."""
 
     component: str
     stem: Stem
     root: str | None  # before `layers.#`; None outside layers
-    layer_at: int  # position of the layer number among the numbers
+    layer_at: int = 0  # position of the layer number among the numbers
     part: Part | None = None
     along: Along | None = None
     expert_at: int | None = None
-    ignored: bool = False  # the family registers it as a buffer
+    mtp: bool = False  # in a module of its own for multi-token prediction
+    buffer: bool = False  # no parameter, though it has values of its own
+    weights: int = 0  # how many weights one element stands for
+
+    @property
+    def role(self) -> str | None:
+        return self.part.role if self.part else self.along.role if self.along else None
 
 
 def recognise(config: Mapping[str, Any], tensors: Mapping[str, HasShape]) -> Anatomy:
@@ -180,79 +196,94 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, HasShape]) -> Ana
     """
     families = find_families(config)
     family = families[0] if families else None
-    templates: dict[str, tuple[str, list[str]]] = {}
-    split: list[tuple[str, str, tuple[int, ...]]] = []
+    names: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name in tensors:
         template, numbers = template_of(name)
-        split.append((name, template, numbers))
-        templates.setdefault(template, (name, []))
-    first_dtype = {t: tensors[first].dtype for t, (first, _) in templates.items()}
-    places = {t: _place(family, t, first_dtype) for t in templates}
-    for template, place in places.items():
-        if place.stem.companion is not None:
-            main = place.stem.base + place.stem.companion.of
-            templates[main][1].append(place.stem.suffix)
-
+        names.setdefault(template, []).append((name, numbers))
+    places = _places(family, config, {t: tensors[found[0][0]].dtype for t, found in names.items()})
     anatomy = Anatomy(
         config=config,
         family=family,
-        is_moe=_looks_moe(config, templates),
+        is_moe=_looks_moe(config, names),
         blocks=[],
-        component={},
+        component=dict.fromkeys(tensors, parts.OTHER),
         layer={},
-        parameters={},
+        parameters=dict.fromkeys(tensors, 0),
         buffers={},
         unrecognised=[],
         notes=[],
     )
-    layers = anatomy.settings.layers
-    bits = packed_bits(config)
     blocks: dict[tuple[str, int], MoeBlock] = {}
-    factor: dict[tuple[str, str], int] = {}
-    for name, template, numbers in split:
+    for template, found in names.items():
         place = places[template]
-        info = tensors[name]
-        component, layer = place.component, None
+        _count(anatomy, place, found, tensors)
+        if family is not None and place.role is not None:
+            _collect(anatomy, family, place, found, blocks)
+    # A dense layer of a family may have a router-like name (`mlp.gate`): only blocks with experts count.
+    anatomy.blocks = sorted(
+        (b for b in blocks.values() if any(m.part for m in b.members)), key=lambda b: (b.mtp, b.root, b.layer)
+    )
+    for block in anatomy.blocks:
+        assert family is not None
+        _settle(block, family, tensors, anatomy)
+    return anatomy
+
+
+_Found = list[tuple[str, tuple[int, ...]]]
+
+
+def _places(family: Family | None, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, _Place]:
+    """Decide what each template means, and how many weights its elements stand for."""
+    places = {template: _place(family, template, dtypes) for template in dtypes}
+    beside: dict[str, list[str]] = {template: [] for template in dtypes}
+    for place in places.values():
+        if place.stem.companion is not None:
+            beside[place.stem.base + place.stem.companion.of].append(place.stem.suffix)
+    bits = packed_bits(config)
+    for template, place in places.items():
+        place.mtp = parts.is_mtp(template)
+        place.buffer = place.buffer or _is_table(dtypes[template], place)
+        if place.stem.companion is None and not place.buffer:
+            place.weights = weights_per_element(dtypes[template], place.stem.suffix, beside[template], bits)
+    return places
+
+
+def _count(anatomy: Anatomy, place: _Place, found: _Found, tensors: Mapping[str, HasShape]) -> None:
+    """Enter the component, the layer and the parameters of all tensors of one template."""
+    layers = anatomy.settings.layers
+    for name, numbers in found:
+        component = parts.MTP if place.mtp else place.component
         if place.root is not None:
-            layer = numbers[place.layer_at]
-            anatomy.layer[name] = layer
-            beyond = layers is not None and layer >= layers and component != parts.VISION
-            if beyond or parts.is_mtp_root(place.root):
+            layer = anatomy.layer[name] = numbers[place.layer_at]
+            if layers is not None and layer >= layers and component != parts.VISION:
                 component = parts.MTP
-        elif parts.is_mtp_root(template):
-            component = parts.MTP
         anatomy.component[name] = component
         if component == parts.OTHER:
             anatomy.unrecognised.append(name)
-        elements = element_count(info.shape)
-        if not place.stem.main and not place.stem.bias:
-            anatomy.parameters[name] = 0
-        elif place.ignored or (place.along and not place.along.parameter) or _is_table(info, place):
-            anatomy.parameters[name] = 0
+        elements = element_count(tensors[name].shape)
+        anatomy.parameters[name] = elements * place.weights
+        if place.buffer:
             anatomy.buffers[name] = elements
-        else:
-            key = (template, info.dtype)
-            if key not in factor:
-                factor[key] = weights_per_element(info.dtype, place.stem.suffix, templates[template][1], bits)
-            anatomy.parameters[name] = elements * factor[key]
-        if layer is None or family is None or (place.part is None and place.along is None):
-            continue
-        assert place.root is not None
-        block = blocks.get((place.root, layer))
+
+
+def _collect(
+    anatomy: Anatomy, family: Family, place: _Place, found: _Found, blocks: dict[tuple[str, int], MoeBlock]
+) -> None:
+    """Add the tensors of one template to the MoE blocks they belong to."""
+    assert place.root is not None
+    assert place.role is not None
+    for name, numbers in found:
+        root = place.root
+        for number in numbers[: place.layer_at]:
+            root = root.replace("#", str(number), 1)
+        layer = numbers[place.layer_at]
+        block = blocks.get((root, layer))
         if block is None:
-            block = blocks[place.root, layer] = MoeBlock(place.root, layer, family.layers)
-            block.mtp = component == parts.MTP
+            block = blocks[root, layer] = MoeBlock(root, layer, family.layers)
+            block.mtp = anatomy.component[name] == parts.MTP
         expert = numbers[place.expert_at] if place.expert_at is not None else None
-        role = place.part.role if place.part else place.along.role  # type: ignore[union-attr]
         axis = place.along.axis if place.along else (0 if expert is None else None)
-        block.members.append(Member(name, role, place.stem, place.part, place.along, expert, axis))
-    # A dense layer of a family may have a router-like name (`mlp.gate`): only blocks with experts count.
-    complete = [b for b in blocks.values() if any(m.part for m in b.members)]
-    for block in complete:
-        assert family is not None
-        _settle(block, family, tensors, anatomy)
-    anatomy.blocks = sorted(complete, key=lambda b: (b.mtp, b.root, b.layer))
-    return anatomy
+        block.members.append(Member(name, place.role, place.stem, place.part, place.along, expert, axis))
 
 
 def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
@@ -263,44 +294,47 @@ def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
     return any(isinstance(c, int) and c > 1 for c in counts)
 
 
-def _is_table(info: HasShape, place: _Place) -> bool:
+def _is_table(dtype: str, place: _Place) -> bool:
     """Integer tensors that hold no packed weights: token-to-expert tables, position ids."""
-    return info.dtype in INTEGERS and place.stem.suffix not in (".qweight", ".weight_packed", "_blocks", ".weight")
+    packed = (".qweight", ".weight_packed", "_blocks", ".weight")
+    return dtype in INTEGERS and place.stem.companion is None and place.stem.suffix not in packed
 
 
 def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> _Place:
     """Decide what a name template means."""
     stem = take_apart(template, dtypes.__contains__, dtypes.__getitem__)
-    container = family.layers if family else "layers"
-    root, rest = _split_layer(template, container)
+    root, rest = _split_layer(template, family.layers if family else "layers")
     if root is None and family is None:
         for other in ("blocks", "h", "block"):
             root, rest = _split_layer(template, other)
             if root is not None:
                 break
     components = template.split(".")
-    layer_at = root.count("#") if root is not None else 0
+    place = _Place(parts.VISION, stem, root, root.count("#") if root is not None else 0)
     if parts.is_vision(components):
-        return _Place(parts.VISION, stem, root, layer_at)
-    relative = rest if root is not None else template
-    ignored = family is not None and any(relative.endswith(b) for b in family.buffers)
-    ignored = ignored or relative.endswith(("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias"))
+        return place
+    place.buffer = rest.endswith(_ALWAYS_BUFFERS) or (family is not None and rest.endswith(family.buffers))
     if family is not None and root is not None:
         base = stem.base[len(template) - len(rest) :]
-        for layout in family.layouts:
-            for part in layout.parts:
-                if part.path == base:
-                    expert_at = template[: len(template) - len(rest) + len(part.path)].count("#") - 1
-                    return _Place(
-                        parts.ROUTED, stem, root, layer_at, part=part, expert_at=expert_at if "#" in part.path else None
-                    )
+        for part in (p for layout in family.layouts for p in layout.parts):
+            if part.path == base:
+                place.component, place.part = parts.ROUTED, part
+                if "#" in part.path:
+                    place.expert_at = template[: len(template) - len(rest) + len(part.path)].count("#") - 1
+                return place
         for along in family.along:
-            if relative == along.path:
-                return _Place(parts.ROUTER, Stem(template, ""), root, layer_at, along=along, ignored=ignored)
-        if any(base == s or relative.startswith(s + ".") for s in family.shared):
-            return _Place(parts.SHARED, stem, root, layer_at, ignored=ignored)
-    component = parts.component_of(relative.split("."), root is not None)
-    return _Place(component, stem, root, layer_at, ignored=ignored)
+            if rest == along.path:
+                place.component, place.along, place.stem = parts.ROUTER, along, Stem(template, "")
+                place.buffer = place.buffer or not along.parameter
+                return place
+        if any(base == s or rest.startswith(s + ".") for s in family.shared):
+            place.component = parts.SHARED
+            return place
+    place.component = parts.component_of(rest.split("."), root is not None)
+    return place
+
+
+_ALWAYS_BUFFERS = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
 
 
 def _split_layer(template: str, container: str) -> tuple[str | None, str]:
@@ -325,9 +359,9 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
         )
     if len(fitting) > 1:
         fitting = _by_orientation(fitting, weights, tensors, anatomy)
+        by_path = {p.path: p for p in fitting[0].parts}
+        block.members = [m._replace(part=by_path[m.part.path]) if m.part else m for m in block.members]
     block.layout = fitting[0]
-    by_path = {p.path: p for p in block.layout.parts}
-    block.members = [m._replace(part=by_path[m.part.path]) if m.part else m for m in block.members]
     if block.layout.kind == "per-expert":
         numbers = {p.path: {m.expert for m in weights if m.part and m.part.path == p.path} for p in block.layout.parts}
         block.experts = max(len(found) for found in numbers.values())

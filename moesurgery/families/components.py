@@ -38,9 +38,9 @@ _ATTENTION = re.compile(r"attn|attention|mamba|mixer|conv|ssm|kda|lightning|recu
 _FFN = re.compile(r"mlp|feed_forward|ffn|moe|residual_mlp|linear_[12]|fc[12]|experts|share")
 
 
-def is_mtp_root(root: str) -> bool:
-    """Whether `root` (the part of a name before `layers.N`) is a multi-token-prediction module."""
-    return "mtp" in root.split(".")
+def is_mtp(name: str) -> bool:
+    """Whether a tensor stands in a multi-token-prediction module of its own (others are extra layers)."""
+    return "mtp" in name.split(".")
 
 
 def is_vision(components: list[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 
@@ -83,8 +83,7 @@ MAIN_SUFFIXES = (".weight_packed", ".qweight", "_blocks", ".weight", "")
 BIAS_SUFFIXES = (".bias", "_bias")
 
 
-@dataclass(frozen=True)
-class Stem:
+class Stem(NamedTuple):
     """A tensor name taken apart: `base + suffix`, and what the suffix makes of it."""
 
     base: str

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moesurgery.checkpoint.dtypes import BITS, INTEGERS, element_count
+from moesurgery.checkpoint.dtypes import INTEGERS, element_count
 from moesurgery.errors import RefusedError
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
@@ -89,7 +89,7 @@ def count_params(anatomy: Anatomy, tensors: Mapping[str, HasShape], top_k: int |
     tied = _tied_head(anatomy, tensors)
     for name, info in tensors.items():
         component, count = anatomy.component[name], anatomy.parameters[name]
-        by_dtype[info.dtype] += element_count(info.shape) * BITS[info.dtype] // 8
+        by_dtype[info.dtype] += info.nbytes
         if component == parts.MTP:
             not_counted["mtp"] += count
         elif name in anatomy.buffers:
@@ -104,7 +104,7 @@ def count_params(anatomy: Anatomy, tensors: Mapping[str, HasShape], top_k: int |
             if name in anatomy.layer and component != parts.VISION:
                 layers[anatomy.layer[name]][component] += count
     stored = sum(by_dtype.values())
-    duplicates = sum(element_count(tensors[n].shape) * BITS[tensors[n].dtype] // 8 for n in tied)
+    duplicates = sum(tensors[n].nbytes for n in tied)
     experts, k, active = _active(anatomy, components, top_k, tied_embeddings=parts.HEAD not in components)
     return Counts(
         family=anatomy.family.name if anatomy.family else None,

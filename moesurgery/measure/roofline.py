@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moesurgery.checkpoint.dtypes import BITS, element_count
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
 from moesurgery.measure.params import Counts
@@ -68,7 +67,7 @@ class Roofline:
     context: int
     accelerator: Accelerator
     compute_bound_batch: int | None
-    reads_kv_like_weights_at: int | None
+    kv_equals_weights_at: int | None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -80,9 +79,9 @@ class Roofline:
             "weight_bytes_by_batch": {str(b): round(v) for b, v in self.weight_bytes.items()},
             "experts_hit_by_batch": {str(b): v for b, v in self.experts_hit.items()},
             "kv_bytes_per_token": self.kv_bytes_per_token,
-            "kv_equals_weights_at_tokens": self.reads_kv_like_weights_at,
+            "kv_equals_weights_at_tokens": self.kv_equals_weights_at,
             "density": self.density,
-            "bound_at_batch_1": "memory",
+            "bound_at_batch_1": None if self.kv_bytes_per_token is None else "compute" if self.compute_bound_batch == 1 else "memory",
             "compute_bound_from_batch": self.compute_bound_batch,
         }
 
@@ -100,13 +99,12 @@ def roofline(
         component = anatomy.component[name]
         if component in (parts.VISION, parts.MTP) or (component == parts.EMBEDDING and not tied):
             continue
-        nbytes = element_count(info.shape) * BITS[info.dtype] // 8
         matrix = anatomy.parameters[name] if len(info.shape) > 1 else 0
         if name in routed:
-            routed_bytes += nbytes
+            routed_bytes += info.nbytes
             routed_weights += matrix
         else:
-            fixed_bytes += nbytes
+            fixed_bytes += info.nbytes
             fixed_weights += matrix
     experts, k = counts.num_experts or 0, counts.top_k or 0
     share = k / experts if experts else 0.0
@@ -139,7 +137,7 @@ def roofline(
         context=context,
         accelerator=accelerator,
         compute_bound_batch=_first_above(intensity, accelerator.ridge) if kv is not None else None,
-        reads_kv_like_weights_at=round(streamed(1) / kv_token) if kv_token else None,
+        kv_equals_weights_at=round(streamed(1) / kv_token) if kv_token else None,
     )
 
 

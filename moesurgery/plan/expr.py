@@ -1,8 +1,8 @@
 """Lazy tensor expressions: dtype and shape now, values later.
 
 An expression that only selects or joins stored tensors compiles to byte ranges of the source files
-(`Copy`), which the kernel copies. Arithmetic compiles to `Compute`: flat element ranges, evaluated chunk by
-chunk. Every node rounds to its own dtype, so a recipe of several steps gives the bytes that the same steps
+(`Copy`), which the kernel copies. A factor on such ranges compiles to `Multiply`, which needs no torch. All
+other arithmetic compiles to `Compute`: flat element ranges, evaluated chunk by chunk. Every node rounds to its own dtype, so a recipe of several steps gives the bytes that the same steps
 give one by one with files between them.
 
 Expressions are immutable and picklable. torch is imported only to evaluate one.
@@ -45,7 +45,18 @@ class Compute(NamedTuple):
         return (self.stop - self.start) * BITS[self.expr.dtype] // 8
 
 
-Piece = Copy | Compute
+class Multiply(NamedTuple):
+    """Bytes of a plain floating type to copy times a factor: see `plan.multiply`."""
+
+    source: Source
+    file: str
+    start: int
+    nbytes: int
+    dtype: str
+    factor: float
+
+
+Piece = Copy | Multiply | Compute
 
 
 class Reader(Protocol):
@@ -291,6 +302,13 @@ class Scale(_Unary):
 
     factor: float
 
+    def pieces(self) -> Iterator[Piece]:
+        inner = list(self.of.pieces())
+        if all(isinstance(piece, Copy) for piece in inner):
+            yield from (Multiply(*piece, self.dtype, self.factor) for piece in inner if isinstance(piece, Copy))
+        else:
+            yield from super().pieces()
+
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         # A Python float multiplies bf16 and f16 in float32 with one rounding; a tensor would round first.
         return self.of.evaluate(start, stop, reader).mul_(self.factor)
@@ -359,7 +377,7 @@ def window(pieces: Iterator[Piece], start: int, stop: int, bits: int) -> Iterato
         at += count
         if first >= last:
             continue
-        if isinstance(piece, Copy):
+        if isinstance(piece, (Copy, Multiply)):
             yield piece._replace(start=piece.start + first * bits // 8, nbytes=(last - first) * bits // 8)
         else:
             yield piece._replace(start=piece.start + first, stop=piece.start + last)

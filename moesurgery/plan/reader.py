@@ -70,19 +70,27 @@ class FileReader:
         """Return bytes of a source as a uint8 tensor, valid until the next `begin_chunk`."""
         import torch
 
-        path = self.path(source, file)
-        if path is None:
-            return torch.frombuffer(bytearray(read_remote(source, file, start, nbytes)), dtype=torch.uint8)
         if nbytes > BUFFER or nbytes == 0:
             tensor = torch.empty(nbytes, dtype=torch.uint8)
-            read_full(self.descriptor(path), memoryview(tensor.numpy()), start, str(path))
+            self._fill(memoryview(tensor.numpy()), source, file, start)
             return tensor
         if self._used == len(self._buffers):
             self._buffers.append(Buffer())
-        view = self._buffers[self._used].at(start, nbytes)
         self._used += 1
-        read_full(self.descriptor(path), view, start, str(path))
-        return torch.frombuffer(view, dtype=torch.uint8)
+        return torch.frombuffer(self.bytes_at(source, file, start, nbytes, self._buffers[self._used - 1]), dtype=torch.uint8)
+
+    def bytes_at(self, source: Source, file: str, start: int, nbytes: int, buffer: Buffer) -> memoryview:
+        """Return bytes of a source in `buffer`, to be changed in place."""
+        view = buffer.at(start, nbytes)
+        self._fill(view, source, file, start)
+        return view
+
+    def _fill(self, view: memoryview, source: Source, file: str, start: int) -> None:
+        path = self.path(source, file)
+        if path is None:
+            view[:] = read_remote(source, file, start, len(view))
+        else:
+            read_full(self.descriptor(path), view, start, str(path))
 
     def path(self, source: Source, file: str) -> Path | None:
         """Return the path of a source file, checked once: it must not lead out of the checkpoint."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.values import decode
 from moesurgery.errors import RefusedError
-from moesurgery.plan.expr import Copy, Expr, Rows
+from moesurgery.plan.expr import Copy, Expr, Multiply, Rows
+from moesurgery.plan.multiply import Multiplier
 from moesurgery.plan.reader import FileReader, as_bytes, read_remote
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def _bytes_of(expr: Expr) -> list[bytes]:
     for piece in expr.pieces():
         if isinstance(piece, Copy):
             found.append(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
+            continue
+        if isinstance(piece, Multiply):
+            data = bytearray(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
+            Multiplier().in_place(memoryview(data), piece.dtype, piece.factor)
+            found.append(bytes(data))
             continue
         reader = FileReader()
         try:

@@ -36,7 +36,7 @@ def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) 
     blocks = anatomy.blocks
     if old == new:
         return {block.where: 1.0 for block in blocks}
-    sample = embedding_sample(plan, anatomy, seed, _rows(anatomy))
+    sample = normalised(embedding_sample(plan, anatomy, seed, _rows(anatomy)), anatomy.settings.family.norm.kind)
 
     def factor(block: MoeBlock) -> float:
         moments = second_moments(anatomy.settings, _logits(plan, anatomy, block, sample), _bias(plan, block))
@@ -79,8 +79,18 @@ def _embedding(plan: Plan, anatomy: Anatomy) -> Expr:
     raise RefusedError(f"no embedding of width {hidden} was found")
 
 
+def normalised(sample: np.ndarray, kind: str) -> np.ndarray:
+    """Return the rows divided by their root mean square (after subtracting the mean, for a LayerNorm)."""
+    import numpy as np
+
+    if kind == "layer":
+        sample = sample - sample.mean(axis=1, keepdims=True)
+    power = np.einsum("th,th->t", sample, sample, dtype=np.float32) / sample.shape[1]
+    return np.asarray(sample / np.sqrt(power + 1e-12)[:, None])
+
+
 def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -> np.ndarray:
-    """Return the router logits [rows, E] of the sample in one block."""
+    """Return the router logits [rows, E] of a normalised sample in one block."""
     import numpy as np
 
     norm = anatomy.settings.family.norm
@@ -90,18 +100,16 @@ def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -
     if block.router is None:
         raise RefusedError(f"{block.where} has no router weight")
     weight = values_of(plan.tensors[name])
-    centred = sample - sample.mean(axis=1, keepdims=True) if norm.kind == "layer" else sample
-    scale = np.sqrt((centred.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-12)
-    hidden = (centred / scale).astype(np.float32) * (weight + 1 if norm.kind == "rms1" else weight)
     router = values_of(plan.tensors[block.router.name])
     if block.router.axis == 1:
         router = router.T
-    if router.ndim != 2 or router.shape[1] != hidden.shape[1]:
-        raise RefusedError(f"{block.router.name} has shape {list(router.shape)}, not [experts, {hidden.shape[1]}]")
-    logits = hidden @ router.T
+    if router.ndim != 2 or router.shape[1] != sample.shape[1]:
+        raise RefusedError(f"{block.router.name} has shape {list(router.shape)}, not [experts, {sample.shape[1]}]")
+    router = router[: block.experts] * (weight + 1 if norm.kind == "rms1" else weight)
+    logits = sample @ router.T
     for member in block.named("router_bias"):
-        logits = logits + values_of(plan.tensors[member.name])
-    return np.asarray(logits[:, : block.experts])
+        logits = logits + values_of(plan.tensors[member.name])[: block.experts]
+    return np.asarray(logits)
 
 
 def _bias(plan: Plan, block: MoeBlock) -> np.ndarray | None:

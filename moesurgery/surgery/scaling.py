@@ -39,9 +39,9 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
     companions: dict[str, list[Member]] = {}
     for member in down:
         if member.stem.companion is not None and member.stem.companion.kind in ("scale", "divisor"):
-            companions.setdefault(member.stem.base, []).append(member)
+            companions.setdefault(member.base, []).append(member)
     for member in quantised:
-        chosen = min(companions.get(member.stem.base, []), key=lambda m: m.stem.companion.rank, default=None)  # type: ignore[union-attr]
+        chosen = min(companions.get(member.base, []), key=lambda m: m.stem.companion.rank, default=None)  # type: ignore[union-attr]
         if chosen is None:
             raise RefusedError(
                 f"{member.name} is {tensors[member.name].dtype} and has no scale tensor that could take a factor",

@@ -97,7 +97,7 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
-def copy_file(source: Path, target: Path, progress: Progress, stop: threading.Event) -> None:
+def copy_file(source: Path, target: Path, progress: Progress, stop: threading.Event, *, durable: bool) -> None:
     """Copy a whole file, leaving its holes holes. The target must not exist."""
     buffer = Buffer()
     read = os.open(source, os.O_RDONLY)
@@ -116,11 +116,13 @@ def copy_file(source: Path, target: Path, progress: Progress, stop: threading.Ev
                 while start < end and not stop.is_set():
                     step = min(32 << 20, end - start)
                     copy_range(read, write, start, start, step, buffer, str(source), stop)
-                    start_writeback(write, start, step)
+                    if durable:
+                        start_writeback(write, start, step)
                     progress(step)
                     start += step
                 at = end
-            os.fsync(write)
+            if durable:
+                os.fsync(write)
         finally:
             os.close(write)
     finally:

@@ -25,7 +25,7 @@ from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import OutputError
-from moesurgery.plan.expr import Copy
+from moesurgery.plan.expr import Compute
 from moesurgery.plan.plan import Plan
 from moesurgery.write import copying
 from moesurgery.write.card import CARD, card_text, provenance
@@ -44,13 +44,15 @@ class WriteOptions:
     """How and where to write. Nothing here changes the bytes of a tensor.
 
     `jobs`: threads in all. `link`: hard-link unchanged shards where they cannot be cloned. `force`:
-    replace an existing output. `card`: write README.md even where the model has its own.
+    replace an existing output. `card`: write README.md even where the model has its own. `durable`: wait for the
+    disk before the output appears; without it a power cut may damage what was just written.
     """
 
     jobs: int | None = None
     link: bool = False
     force: bool = False
     card: bool = False
+    durable: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def write_plan(
     try:
         todo = [task for task in tasks if not done(partial, task.name, identity)]
         workers, threads = _workers(options, todo)
-        manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, partial))
+        manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, partial), durable=options.durable)
         _check_space(todo, partial, manner)
         watch = watch or Watch()
         for task in tasks:
@@ -264,9 +266,8 @@ def _run(
 
 def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
     """One torch thread per worker: chunks fit the cache, and the workers are the parallelism."""
-    if all(task.whole for task in todo):
-        return None
-    if all(isinstance(piece, Copy) for task in todo for _, expr in task.entries for piece in expr.pieces()):
+    entries = (expr for task in todo if not task.whole for _, expr in task.entries)
+    if not any(isinstance(piece, Compute) for expr in entries for piece in expr.pieces()):
         return None
     import torch
 
@@ -286,13 +287,8 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     """Check every shard, then write side files, config, card, provenance, and last the index."""
     total = 0
     for task in tasks:
-        path = partial / task.name
-        source = LocalSource(partial)
-        header = read_header(
-            task.name, path.stat().st_size, lambda start, length, n=task.name: source.read(n, start, length)
-        )
-        if {t.name for t in header.tensors} != {n for n, _ in task.entries}:
-            raise OutputError(f"{path} is not what was planned", "delete the .partial folder and start again")
+        if not task.whole:
+            _check_shard(partial, task)
         total += task.data_bytes
     source_files = plan.checkpoint.source
     for file in plan.checkpoint.side_files:
@@ -310,6 +306,16 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
         _write_text(partial / INDEX, json.dumps(_index(plan, tasks), indent=2, ensure_ascii=False) + "\n")
     copying.sync_directory(partial)
     return total
+
+
+def _check_shard(partial: Path, task: ShardTask) -> None:
+    """Read back the header of a shard that was composed; raise OutputError where it is not what was planned."""
+    source = LocalSource(partial)
+    header = read_header(
+        task.name, (partial / task.name).stat().st_size, lambda start, length: source.read(task.name, start, length)
+    )
+    if {t.name for t in header.tensors} != {n for n, _ in task.entries}:
+        raise OutputError(f"{partial / task.name} is not what was planned", "delete the .partial folder and start again")
 
 
 def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import OutputError, SurgeryError
-from moesurgery.plan.expr import Compute, Copy, Expr, Piece
+from moesurgery.plan.expr import Compute, Copy, Expr, Multiply, Piece
+from moesurgery.plan.multiply import Multiplier
 from moesurgery.plan.reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
 from moesurgery.write import copying
 from moesurgery.write.copying import Progress
@@ -53,6 +54,7 @@ class Manner:
     threads: int = 2
     link: bool = False
     reflink: bool = False  # the output's filesystem can share blocks with the sources
+    durable: bool = True  # wait for the disk, so that not even a power cut leaves half a checkpoint
 
 
 @dataclass
@@ -153,7 +155,7 @@ def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, wat
         header -= skipped
         watch.progress(count - skipped)
 
-    copying.copy_file(source, target, progress, watch.stop)
+    copying.copy_file(source, target, progress, watch.stop, durable=manner.durable)
 
 
 def _write_body(task: ShardTask, target: Path, manner: Manner, watch: Watch) -> None:
@@ -167,45 +169,45 @@ def _write_body(task: ShardTask, target: Path, manner: Manner, watch: Watch) -> 
         else:
             copying.allocate(descriptor, total)
         copying.write_full(descriptor, memoryview(header), 0)
-        _run_units(units, descriptor, max(1, min(manner.threads, len(units))), watch)
-        os.fsync(descriptor)
+        _run_units(units, descriptor, manner, watch)
+        if manner.durable:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _units(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
     """Yield (piece, offset in the file) in units of work: neighbours joined, large pieces cut."""
-    pending: Copy | None = None
+    pending: Copy | Multiply | None = None
     pending_at = 0
     for _, expr in entries:
         for piece in expr.pieces():
-            if isinstance(piece, Copy):
-                adjacent = (
-                    pending is not None
-                    and pending.source == piece.source
-                    and pending.file == piece.file
-                    and pending.start + pending.nbytes == piece.start
-                )
-                if adjacent and pending is not None:
-                    pending = pending._replace(nbytes=pending.nbytes + piece.nbytes)
-                else:
-                    if pending is not None:
-                        yield from _cut(pending, pending_at)
-                    pending, pending_at = piece, at
+            if pending is not None and _follows(piece, pending):
+                pending = pending._replace(nbytes=pending.nbytes + piece.nbytes)
             else:
                 if pending is not None:
                     yield from _cut(pending, pending_at)
                     pending = None
-                yield from _cut(piece, at)
+                if isinstance(piece, Compute):
+                    yield from _cut(piece, at)
+                else:
+                    pending, pending_at = piece, at
             at += piece.nbytes
     if pending is not None:
         yield from _cut(pending, pending_at)
 
 
+def _follows(piece: Piece, before: Copy | Multiply) -> bool:
+    """Whether `piece` continues `before` in the same file, with the same factor."""
+    if isinstance(piece, Compute):
+        return False
+    return piece == before._replace(start=before.start + before.nbytes, nbytes=piece.nbytes)
+
+
 def _cut(piece: Piece, at: int) -> Iterator[tuple[Piece, int]]:
-    if isinstance(piece, Copy):
-        for offset in range(0, piece.nbytes, 4 * UNIT):
-            length = min(4 * UNIT, piece.nbytes - offset)
+    if not isinstance(piece, Compute):
+        for offset in range(0, piece.nbytes, UNIT):
+            length = min(UNIT, piece.nbytes - offset)
             yield piece._replace(start=piece.start + offset, nbytes=length), at + offset
         return
     bits = BITS[piece.expr.dtype]
@@ -223,7 +225,8 @@ def chunk_elements(expr: Expr, nbytes: int) -> int:
     return max(1, wanted // expr.granule) * expr.granule
 
 
-def _run_units(units: list[tuple[Piece, int]], descriptor: int, threads: int, watch: Watch) -> None:
+def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, watch: Watch) -> None:
+    threads = max(1, min(manner.threads, len(units)))
     waiting: queue.SimpleQueue[tuple[Piece, int]] = queue.SimpleQueue()
     for unit in units:
         waiting.put(unit)
@@ -238,7 +241,8 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, threads: int, wa
                 except queue.Empty:
                     return
                 reader.perform(piece, descriptor, at)
-                copying.start_writeback(descriptor, at, piece.nbytes)
+                if manner.durable:
+                    copying.start_writeback(descriptor, at, piece.nbytes)
                 watch.progress(piece.nbytes)
         except BaseException as error:
             failures.append(error)
@@ -264,6 +268,7 @@ class Worker:
         self.stop = stop
         self.reader = FileReader()
         self._copy_buffer = Buffer()
+        self._multiplier: Multiplier | None = None
 
     def close(self) -> None:
         self.reader.close()
@@ -272,6 +277,8 @@ class Worker:
         """Write one unit of work at byte `at` of the open file `target`."""
         if isinstance(piece, Copy):
             self._copy(piece, target, at)
+        elif isinstance(piece, Multiply):
+            self._multiply(piece, target, at)
         else:
             self._compute(piece, target, at)
 
@@ -286,6 +293,17 @@ class Worker:
             length = min(8 << 20, piece.nbytes - offset)
             data = read_remote(piece.source, piece.file, piece.start + offset, length)
             copying.write_full(target, memoryview(data), at + offset)
+
+    def _multiply(self, piece: Multiply, target: int, at: int) -> None:
+        if self._multiplier is None:
+            self._multiplier = Multiplier()
+        for offset in range(0, piece.nbytes, BUFFER):
+            if self.stop.is_set():
+                return
+            start, length = piece.start + offset, min(BUFFER, piece.nbytes - offset)
+            view = self.reader.bytes_at(piece.source, piece.file, start, length, self._copy_buffer)
+            self._multiplier.in_place(view, piece.dtype, piece.factor)
+            copying.write_full(target, view, at + offset)
 
     def _compute(self, piece: Compute, target: int, at: int) -> None:
         step = chunk_elements(piece.expr, BUFFER)

@@ -1,0 +1,83 @@
+"""Shared fixtures: the command line in process, tiny models, header-only checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.update(NO_COLOR="1", COLUMNS="100", TERM="dumb", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.pop("FORCE_COLOR", None)
+
+from moesurgery.cli import main  # noqa: E402 - after the environment
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "examples" / "demo" / "model"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run a command in this process: `cli("rescale", model, "--top-k", 3)`."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def ok(cli: Callable[..., Result]) -> Callable[..., Result]:
+    """Run a command that must succeed."""
+
+    def run(*arguments: object) -> Result:
+        result = cli(*arguments)
+        assert result.code == 0, result.err
+        return result
+
+    return run
+
+
+@pytest.fixture
+def demo() -> Path:
+    """The trained demo model."""
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Tiny random models by family and layout, made once per session: `models("mixtral", fused=True)`."""
+    from tests.tiny import save_tiny
+
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(model_type: str, *, fused: bool = False, dtype: str = "float32", **changes: Any) -> Path:
+        key = (model_type, fused, dtype, repr(sorted(changes.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp(f"{model_type}-{'fused' if fused else 'hub'}") / model_type
+            save_tiny(model_type, path, fused=fused, dtype=dtype, **changes)
+            made[key] = path
+        return made[key]
+
+    return get

@@ -1,0 +1,114 @@
+"""Quantised checkpoints: logical counts, and factors on scales where those are exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesurgery import apply, count_params, open_checkpoint, plan_of, write_plan
+from moesurgery.errors import RefusedError
+from tests.conftest import Result
+from tests.quantise import fp8_value, make_fp8, make_mxfp4, mxfp4_value
+from tests.tiny import read_tensors, same_bits
+
+Cli = Callable[..., Result]
+
+
+def counts(path: Path) -> Any:
+    checkpoint = open_checkpoint(path)
+    return count_params(plan_of(checkpoint).anatomy, checkpoint.tensors)
+
+
+@pytest.fixture
+def fp8(models: Any, tmp_path: Path) -> Path:
+    make_fp8(models("deepseek_v3"), tmp_path / "fp8")
+    return tmp_path / "fp8"
+
+
+@pytest.fixture
+def mxfp4(models: Any, tmp_path: Path) -> Path:
+    make_mxfp4(models("gpt_oss"), tmp_path / "mxfp4")
+    return tmp_path / "mxfp4"
+
+
+@pytest.mark.parametrize(("form", "model_type"), [("fp8", "deepseek_v3"), ("mxfp4", "gpt_oss")])
+def test_logical_counts(request: pytest.FixtureRequest, models: Any, form: str, model_type: str) -> None:
+    plain, quantised = counts(models(model_type)), counts(request.getfixturevalue(form))
+    assert quantised.total == plain.total
+    assert quantised.active == plain.active
+    assert quantised.components == plain.components
+    assert quantised.quantisation == form
+    assert quantised.not_counted["quantisation"] > 0
+    assert quantised.stored_bytes < plain.stored_bytes / 2
+
+
+def test_fp8_takes_the_factor_in_the_config(fp8: Path, tmp_path: Path) -> None:
+    plan = apply(plan_of(open_checkpoint(fp8)), "rescale", top_k=4, scale="norm")
+    assert plan.steps[0].report["where"] == "config"
+    write_plan(plan, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (fp8 / "model.safetensors").read_bytes()
+
+
+def test_fp8_takes_the_factor_in_its_scales(fp8: Path, tmp_path: Path) -> None:
+    write_plan(apply(plan_of(open_checkpoint(fp8)), "rescale", top_k=4, scale="norm", where="scales"), tmp_path / "out")
+    before, after = read_tensors(fp8), read_tensors(tmp_path / "out")
+    factor = math.sqrt(2)
+    changed = 0
+    for name, tensor in before.items():
+        if ".mlp.experts." in name and name.endswith("down_proj.weight_scale_inv"):
+            assert same_bits(after[name], tensor * factor)
+            weight = name.removesuffix("_scale_inv")
+            expected = fp8_value(before[weight], tensor) * factor
+            assert torch.allclose(fp8_value(after[weight], after[name]), expected, rtol=1e-6)
+            changed += 1
+        else:
+            assert same_bits(after[name], tensor), name
+    assert changed == 8
+
+
+def test_fp8_weights_themselves_are_never_multiplied(fp8: Path) -> None:
+    with pytest.raises(RefusedError) as caught:
+        apply(plan_of(open_checkpoint(fp8)), "rescale", top_k=4, scale="norm", where="weights")
+    assert "--where scales" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 2.0, 8.0])
+def test_mxfp4_takes_powers_of_two_exactly(mxfp4: Path, tmp_path: Path, factor: float) -> None:
+    write_plan(apply(plan_of(open_checkpoint(mxfp4)), "rescale", top_k=4, scale=factor), tmp_path / "out")
+    before, after = read_tensors(mxfp4), read_tensors(tmp_path / "out")
+    changed = set()
+    for name, tensor in before.items():
+        if name.endswith("down_proj_scales"):
+            blocks = name.replace("_scales", "_blocks")
+            assert torch.equal(mxfp4_value(after[blocks], after[name]), mxfp4_value(before[blocks], tensor) * factor)
+            changed.add(name)
+        elif name.endswith("down_proj_bias"):
+            assert same_bits(after[name], tensor * factor)
+            changed.add(name)
+        else:
+            assert same_bits(after[name], tensor), name
+    assert len(changed) == 4
+
+
+def test_mxfp4_reference_agrees_with_transformers(mxfp4: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors = read_tensors(mxfp4)
+    name = "model.layers.0.mlp.experts.down_proj"
+    ours = mxfp4_value(tensors[f"{name}_blocks"], tensors[f"{name}_scales"]).flatten(-2)
+    theirs = convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"], dtype=torch.float32)
+    assert torch.equal(ours.transpose(1, 2), theirs) or torch.equal(ours, theirs)
+
+
+def test_mxfp4_refuses_other_factors_and_names_the_way_out(mxfp4: Path, cli: Cli, tmp_path: Path) -> None:
+    result = cli("rescale", mxfp4, "--top-k", 4, "-o", tmp_path / "out")
+    assert result.code == 2
+    assert "powers of two" in result.err
+    assert "--scale none or --scale 1" in result.err
+    assert not (tmp_path / "out").exists()
+    assert cli("rescale", mxfp4, "--top-k", 4, "--scale", "none", "-o", tmp_path / "out").code == 0
