@@ -2,11 +2,11 @@
 
     python benchmarks/rescale.py [--gb 2] [--shards 4] [--rounds 3] [--mergekit PATH/TO/mergekit-yaml]
 
-Makes a synthetic Mixtral-shaped bf16 checkpoint, then alternates the commands, each as a process of its own.
-Reported are the medians of wall time, user+system time and peak resident memory, and the ratio to `cp`.
+Makes a synthetic Mixtral-shaped bf16 checkpoint, then runs the commands in turn, each as a process of its own.
+Reported are the medians of wall time, CPU time and peak resident memory, and the ratio to `cp`.
 The source is in the page cache. `cp` does not wait for the disk, moesurgery does (fsync before rename): compare
-its rows with `cp and sync`, and the `--no-fsync` row with `cp`. With --mergekit, its passthrough+scale recipe runs on the
-same checkpoint. Start-up times of `--help` and `count-params` follow.
+its rows with `cp and sync`, and the `--no-fsync` row with `cp`. With --mergekit, its passthrough+scale recipe
+runs on the same checkpoint. Start-up times of `--help` and `count-params` follow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -130,7 +129,8 @@ def main() -> None:
         maker.shutdown()
         size = sum(f.stat().st_size for f in model.iterdir())
         layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-        print(f"{size / 1e9:.2f} GB, {layers} layers, {options.shards} shards; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+        load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        print(f"{size / 1e9:.2f} GB, {layers} layers, {options.shards} shards; {load}")
         out = work / "out"
         rescale = [*tool, "rescale", str(model), "--top-k", "3", "-q", "-o", str(out)]
         jobs = {
@@ -149,6 +149,7 @@ def main() -> None:
         results: dict[str, list[tuple[float, float, float]]] = {job: [] for job in jobs}
         for _ in range(options.rounds + 1):  # the first round fills the page cache and is not counted
             for job, command in jobs.items():
+                os.sync()  # no job pays for what another left to be written
                 results[job].append(timed(command))
                 shutil.rmtree(out)
         base = statistics.median(r[0] for r in results["cp"][1:])
@@ -159,8 +160,7 @@ def main() -> None:
             print(f"{job:32} {wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f} {memory:8.0f}")
         for job, command in {"--help": [*tool, "--help"], "count-params": [*tool, "count-params", str(model)]}.items():
             runs = [timed(command) for _ in range(5)]
-            print(f"{'start-up: ' + job:32} {statistics.median(r[0] for r in runs):8.2f} {'':6} {'':7} {'':6} {runs[0][2]:8.0f}")
-    print(f"peak of this script itself: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+            print(f"{'start-up: ' + job:32} {statistics.median(r[0] for r in runs):8.2f} {runs[0][2]:31.0f}")
 
 
 if __name__ == "__main__":

@@ -15,23 +15,40 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "Checkpoint": "moesurgery.checkpoint.checkpoint",
-    "open_checkpoint": "moesurgery.checkpoint.checkpoint",
+__all__ = [
+    "Anatomy",
+    "Checkpoint",
+    "Plan",
+    "Recipe",
+    "SurgeryError",
+    "WriteOptions",
+    "__version__",
+    "apply",
+    "count_params",
+    "load_recipe",
+    "open_checkpoint",
+    "operation",
+    "plan_of",
+    "recognise",
+    "write_plan",
+]
+
+_HOME = {
     "Anatomy": "moesurgery.families.anatomy",
-    "recognise": "moesurgery.families.anatomy",
+    "Checkpoint": "moesurgery.checkpoint.checkpoint",
     "Plan": "moesurgery.plan.plan",
-    "plan_of": "moesurgery.plan.plan",
-    "apply": "moesurgery.surgery.operation",
-    "operation": "moesurgery.surgery.operation",
     "Recipe": "moesurgery.recipes",
-    "load_recipe": "moesurgery.recipes",
-    "WriteOptions": "moesurgery.write.job",
-    "write_plan": "moesurgery.write.job",
-    "count_params": "moesurgery.measure.params",
     "SurgeryError": "moesurgery.errors",
+    "WriteOptions": "moesurgery.write.job",
+    "apply": "moesurgery.surgery.operation",
+    "count_params": "moesurgery.measure.params",
+    "load_recipe": "moesurgery.recipes",
+    "open_checkpoint": "moesurgery.checkpoint.checkpoint",
+    "operation": "moesurgery.surgery.operation",
+    "plan_of": "moesurgery.plan.plan",
+    "recognise": "moesurgery.families.anatomy",
+    "write_plan": "moesurgery.write.job",
 }
-__all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -45,6 +62,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moesurgery' has no attribute {name!r}")

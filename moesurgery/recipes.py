@@ -81,7 +81,9 @@ def load_recipe(path: str | Path) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{path} cannot be read: {reason}", "`moesurgery recipes ls` lists the recipes that ship") from None
+        raise RecipeError(
+            f"{path} cannot be read: {reason}", "`moesurgery recipes ls` lists the recipes that ship"
+        ) from None
     return parse_recipe(text, str(path))
 
 
@@ -197,5 +199,3 @@ def recipe_schema() -> dict[str, Any]:
             "max_shard_size": {"type": ["string", "integer"], "description": "bytes per shard, such as 5GB"},
         },
     }
-
-

@@ -112,7 +112,9 @@ class _Builder:
                 self.problem(line, "merge keys (<<) are not supported: write the values out")
                 continue
             if key in result:
-                self.problem(line, f"the key {key!r} is given twice (first on line {self.document.lines[(*path, key)]})")
+                self.problem(
+                    line, f"the key {key!r} is given twice (first on line {self.document.lines[(*path, key)]})"
+                )
                 continue
             result[key] = self.build(value_node, (*path, key), depth + 1)
             self.document.lines[(*path, key)] = line
@@ -120,7 +122,7 @@ class _Builder:
 
     def scalar(self, node: yaml.ScalarNode, line: int) -> Any:
         text: str = node.value
-        if node.style in ("'", '"', "|", ">") or node.tag == "tag:yaml.org,2002:str" and node.style:
+        if node.style in ("'", '"', "|", ">") or (node.tag == "tag:yaml.org,2002:str" and node.style):
             self.plain_tag(node, "tag:yaml.org,2002:str", line)
             return text
         if node.tag not in _IMPLICIT_TAGS:

@@ -14,7 +14,7 @@ import pytest
 os.environ.update(NO_COLOR="1", COLUMNS="100", TERM="dumb", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 os.environ.pop("FORCE_COLOR", None)
 
-from moesurgery.cli import main  # noqa: E402 - after the environment
+from moesurgery.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo" / "model"

@@ -45,7 +45,12 @@ def make_fp8(source: Path, target: Path, block: int = 16) -> None:
             tensors[name], tensors[f"{name}_scale_inv"] = fp8_blocks(tensor, block)
         else:
             tensors[name] = tensor
-    quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block], "activation_scheme": "dynamic"}
+    quantisation = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [block, block],
+        "activation_scheme": "dynamic",
+    }
     rewrite(source, target, tensors, {"quantization_config": quantisation})
 
 

@@ -144,7 +144,9 @@ def test_single_file_and_index_together_are_ambiguous(copy: Path) -> None:
         open_checkpoint(copy)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": []}']
+)
 def test_broken_index(copy: Path, content: str) -> None:
     (copy / INDEX).write_text(content)
     with pytest.raises(CheckpointError):

@@ -116,7 +116,9 @@ def test_compositions(tmp_path: Path) -> None:
     values = torch.randn(6, 5)
     of = stored(tmp_path, a=values)["a"]
     assert torch.equal(value(Rows(scale(of, 2.0), 1, 3), torch.float32), values[1:3] * 2)
-    assert torch.equal(value(scale(concat([Rows(of, 3, 4), of]), 3.0), torch.float32), torch.cat([values[3:4], values]) * 3)
+    assert torch.equal(
+        value(scale(concat([Rows(of, 3, 4), of]), 3.0), torch.float32), torch.cat([values[3:4], values]) * 3
+    )
     mixed = concat([Rows(of, 0, 2), Scale(Rows(of, 2, 6), 0.5)])
     assert torch.equal(value(mixed, torch.float32), torch.cat([values[:2], values[2:] * 0.5]))
     assert torch.equal(value(Rows(cast(of, "BF16"), 2, 4), torch.bfloat16), values[2:4].bfloat16())

@@ -44,10 +44,17 @@ BAD = {
     "nested too deeply": (file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "S02"),
     "huge integer": (file_of(b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}"), "S02"),
     "repeated name": (
-        file_of(b'{"a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}, "a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
+        file_of(
+            b'{"a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+            b'"a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+            b"x",
+        ),
         "S03",
     ),
-    "repeated key in an entry": (file_of(b'{"a": {"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "S03"),
+    "repeated key in an entry": (
+        file_of(b'{"a": {"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
+        "S03",
+    ),
     "unknown dtype": (file_of({"a": entry("F99")}, bytes(8)), "S04"),
     "dtype is a number": (file_of({"a": entry(7)}, bytes(8)), "S04"),  # type: ignore[arg-type]
     "negative shape": (file_of({"a": entry(shape=[-2])}, bytes(8)), "S04"),

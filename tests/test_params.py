@@ -21,7 +21,9 @@ Cli = Callable[..., Result]
 PUBLIC = json.loads((Path(__file__).parent / "data" / "counts_public.json").read_text())["models"]
 
 
-def header_checkpoint(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]], *, sparse: bool, shards: int = 1) -> None:
+def header_checkpoint(
+    folder: Path, config: dict[str, Any], shapes: dict[str, list[int]], *, sparse: bool, shards: int = 1
+) -> None:
     """Write shards that hold headers: `sparse` with holes for data, else nothing after the header."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -279,7 +281,10 @@ def test_a_trillion_parameters_from_headers_without_torch(tmp_path: Path) -> Non
     )
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", program, "count-params", tmp_path / "k2", "--json"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", program, "count-params", tmp_path / "k2", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,9 @@ def factors(report: dict[str, Any]) -> dict[str, float]:
         ("jamba", math.sqrt(2 / 3), math.sqrt(2 / 3)),
     ],
 )
-def test_even_gates_by_routing_class_and_the_published_rule(models: Any, model_type: str, norm: float, published: float) -> None:
+def test_even_gates_by_routing_class_and_the_published_rule(
+    models: Any, model_type: str, norm: float, published: float
+) -> None:
     plan = plan_of(open_checkpoint(models(model_type)))
     for rule, expected in (("norm", norm), ("published", published)):
         report = apply(plan, "rescale", top_k=3, scale=rule).steps[0].report
@@ -73,7 +75,9 @@ def test_the_router_estimate_lies_between_nothing_and_even_gates(models: Any, to
     for model_type in ("mixtral", "olmoe", "deepseek_v3", "gpt_oss", "jamba", "lfm2_moe"):
         if model_type == "deepseek_v3" and top_k == 8:
             continue  # more than its groups can reach
-        report = apply(plan_of(open_checkpoint(models(model_type))), "rescale", top_k=top_k, scale="router").steps[0].report
+        report = (
+            apply(plan_of(open_checkpoint(models(model_type))), "rescale", top_k=top_k, scale="router").steps[0].report
+        )
         low, high = sorted((1.0, report["alternatives"]["norm"]))
         for factor in factors(report).values():
             assert low - 1e-9 <= factor <= high + 1e-9, model_type
@@ -106,7 +110,11 @@ def test_second_moments_are_those_of_the_models_own_router(models: Any, model_ty
     module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(args), with_kwargs=True)
     logits(model)
     hidden, weights = seen[0][0].reshape(-1, 32), seen[0][2]
-    raw = torch.nn.functional.linear(hidden.float(), router.weight.float(), getattr(router, "bias", None)).detach().numpy()
+    raw = (
+        torch.nn.functional.linear(hidden.float(), router.weight.float(), getattr(router, "bias", None))
+        .detach()
+        .numpy()
+    )
     bias = None
     for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
         if name.endswith(("e_score_correction_bias", "expert_bias")):
@@ -153,7 +161,9 @@ def test_dbrx_norm_orders() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("model_type", TOP_K_FAMILIES)
-def test_logits_equal_expert_outputs_times_the_factor(models: Any, tmp_path: Path, model_type: str, fused: bool) -> None:
+def test_logits_equal_expert_outputs_times_the_factor(
+    models: Any, tmp_path: Path, model_type: str, fused: bool
+) -> None:
     path = models(model_type, fused=fused)
     report = rescaled(path, tmp_path / "out", top_k=3)
     by_layer = factors(report)
@@ -292,5 +302,3 @@ def test_held_out_loss_of_the_demo_model(demo: Path, tmp_path: Path, ok: Cli) ->
     base = ok("perplexity", demo, text, "--limit", 8, "--json").json["domains"][0]["nats"]
     assert base < nats["router"] < nats["none"] < nats["published"]
     assert nats["router"] - base < 0.4 * (nats["none"] - base)
-
-

@@ -42,7 +42,9 @@ def plan(demo: Path) -> Plan:
     return apply(plan_of(open_checkpoint(demo)), "rescale", top_k=3, scale=1.5)
 
 
-def test_scaled_tensors_are_rounded_once_and_all_others_are_byte_identical(demo: Path, plan: Plan, tmp_path: Path) -> None:
+def test_scaled_tensors_are_rounded_once_and_all_others_are_byte_identical(
+    demo: Path, plan: Plan, tmp_path: Path
+) -> None:
     write_plan(plan, tmp_path / "out")
     before, after = read_tensors(demo), read_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -199,7 +201,7 @@ def test_a_missing_parent_is_said(plan: Plan, tmp_path: Path) -> None:
 # Interruptions
 
 
-class Interrupt(Exception):
+class StoppedError(Exception):
     """What the watch raises after some bytes."""
 
 
@@ -211,7 +213,7 @@ def stop_after(count: int) -> Watch:
         nonlocal seen
         seen += n
         if seen >= count:
-            raise Interrupt
+            raise StoppedError
 
     watch.progress = progress
     return watch
@@ -220,7 +222,7 @@ def stop_after(count: int) -> Watch:
 def test_an_interrupted_job_resumes_to_the_same_bytes(plan: Plan, tmp_path: Path) -> None:
     write_plan(plan, tmp_path / "whole")
     out = tmp_path / "out"
-    with pytest.raises(Interrupt):
+    with pytest.raises(StoppedError):
         write_plan(plan, out, WriteOptions(jobs=1), watch=stop_after(8_000_000))
     assert not out.exists()
     partial = tmp_path / "out.partial"
@@ -233,7 +235,7 @@ def test_an_interrupted_job_resumes_to_the_same_bytes(plan: Plan, tmp_path: Path
 
 def test_an_unfinished_job_of_another_recipe_is_not_mixed_in(demo: Path, plan: Plan, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(Interrupt):
+    with pytest.raises(StoppedError):
         write_plan(plan, out, WriteOptions(jobs=1), watch=stop_after(8_000_000))
     other = apply(plan_of(open_checkpoint(demo)), "rescale", top_k=4, scale=1.25)
     with pytest.raises(OutputError, match="another recipe"):
@@ -246,7 +248,7 @@ def test_an_unfinished_job_of_another_recipe_is_not_mixed_in(demo: Path, plan: P
 def test_a_changed_input_does_not_resume(demo: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(demo, tmp_path / "model"))
     plan = apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale=1.5)
-    with pytest.raises(Interrupt):
+    with pytest.raises(StoppedError):
         write_plan(plan, tmp_path / "out", WriteOptions(jobs=1), watch=stop_after(8_000_000))
     shard = model / "model-00001-of-00003.safetensors"
     data = bytearray(shard.read_bytes())
@@ -320,7 +322,9 @@ def slow(*a):
 copying.write_full = slow
 sys.exit(main(["rescale", {str(model)!r}, "--top-k", "3", "--scale", "1.5", "-o", {str(out)!r}, "-j", "1"]))
 """
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -338,7 +342,7 @@ def test_killed_in_the_middle(demo: Path, plan: Plan, tmp_path: Path, how: signa
     process = slow_writer(demo, out)
     wait_for(lambda: list((tmp_path / "out.partial").glob("*.safetensors")))
     process.send_signal(how)
-    output, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert not out.exists()
     if how == signal.SIGINT:
         assert process.returncode == 130, errors
@@ -412,9 +416,20 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     for gigabytes in (0.4, 1.6):
         folder = tmp_path / f"m{gigabytes}"
         sparse_checkpoint(folder, shards=2, shard_gb=gigabytes / 2)
+        arguments = [
+            "rescale",
+            str(folder),
+            "--top-k",
+            "3",
+            "--scale",
+            "norm",
+            "-q",
+            "--no-fsync",
+            "-o",
+            f"{folder}-out",
+        ]
         program = (
-            "import sys; from moesurgery.cli import main;"
-            f"code = main(['rescale', {str(folder)!r}, '--top-k', '3', '--scale', 'norm', '-q', '--no-fsync', '-o', {str(folder) + '-out'!r}]);"
+            f"import sys; from moesurgery.cli import main; code = main({arguments!r});"
             # Not ru_maxrss: that starts at the parent's, and pytest has torch in it.
             "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1]); sys.exit(code)"
         )

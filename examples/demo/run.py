@@ -21,7 +21,10 @@ WINDOWS = 24  # of 512 tokens, per text
 
 def moesurgery(*arguments: str | Path, capture: bool = False) -> str:
     """Run one command as a user would."""
-    words = [str(a.relative_to(Path.cwd())) if isinstance(a, Path) and a.is_relative_to(Path.cwd()) else str(a) for a in arguments]
+    words = [
+        str(a.relative_to(Path.cwd())) if isinstance(a, Path) and a.is_relative_to(Path.cwd()) else str(a)
+        for a in arguments
+    ]
     print(f"\n$ moesurgery {' '.join(words)}", flush=True)
     command = [str(Path(sys.executable).parent / "moesurgery"), *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE if capture else None, text=True)

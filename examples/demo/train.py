@@ -166,9 +166,9 @@ def train(corpus: Path, output: Path, steps: int, batch: int) -> None:
             print(f"step {step} loss {loss.item():.4f} held out {held} {time.time() - began:.0f} s", flush=True)
 
     model.to(torch.bfloat16).cpu().save_pretrained(output, max_shard_size="6MB")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=DOCUMENT_START, eos_token="</s>"
-    ).save_pretrained(output)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=DOCUMENT_START, eos_token="</s>").save_pretrained(
+        output
+    )
 
 
 def main() -> None:

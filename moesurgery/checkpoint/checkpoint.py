@@ -138,7 +138,11 @@ def _shards(source: Source, sizes: dict[str, int]) -> tuple[list[str], dict[str,
         index = read_json(source, INDEX, sizes)
         weight_map = index.get("weight_map")
         where = f"{source.identity}/{INDEX}"
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(f, str) for f in weight_map.values())
+        ):
             raise CheckpointError(f"{where}: weight_map is not a non-empty object of file names")
         if repeated := repeated_keys(weight_map):
             raise CheckpointError(f"{where}: {repeated[0]!r} is mapped twice")
@@ -179,7 +183,8 @@ def _check_names(checkpoint: Checkpoint, weight_map: dict[str, str] | None) -> N
             for info in header.tensors:
                 if info.name in seen:
                     raise CheckpointError(
-                        f"{checkpoint.source.identity}: tensor {info.name!r} stands in both {seen[info.name]} and {info.file}"
+                        f"{checkpoint.source.identity}: tensor {info.name!r} stands in both"
+                        f" {seen[info.name]} and {info.file}"
                     )
                 seen[info.name] = info.file
     if weight_map is None:
@@ -201,4 +206,3 @@ def _check_names(checkpoint: Checkpoint, weight_map: dict[str, str] | None) -> N
             f"{checkpoint.source.identity}: {unlisted!r} in {tensors[unlisted].file} is not listed in {INDEX}",
             "loaders would read it all the same; make the index complete or remove the stale shard",
         )
-

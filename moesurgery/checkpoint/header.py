@@ -238,7 +238,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a list of non-negative integers; a boolean or a float is none."""
     if type(value) is not list:
         return False
-    for n in value:  # a loop, not all(): this runs twice for each of 140,000 tensors
+    for n in value:  # noqa: SIM110 - all() takes twice as long, and this runs twice for each of 140,000 tensors
         if type(n) is not int or n < 0:
             return False
     return True

@@ -45,7 +45,9 @@ class Source(Protocol):
 def contained(file: str) -> str:
     """Return `file` if it is a plain relative path inside a checkpoint; raise CheckpointError."""
     path = PurePosixPath(file)
-    unsafe = not file or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or ":" in path.parts[0]
+    unsafe = (
+        not file or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or ":" in path.parts[0]
+    )
     if unsafe:
         raise CheckpointError(
             f"the path {file!r} leaves the checkpoint",
@@ -167,7 +169,9 @@ class RemoteSource:
             try:
                 self._local.opened = fsspec.core.url_to_fs(self.url)
             except (ImportError, ValueError) as error:
-                raise CheckpointError(f"{self.url} cannot be opened: {error}", "see README.md, 'Remote models'") from None
+                raise CheckpointError(
+                    f"{self.url} cannot be opened: {error}", "see README.md, 'Remote models'"
+                ) from None
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:
@@ -210,13 +214,11 @@ class remote_errors:  # noqa: N801 - reads as a statement
 def open_hub(reference: str) -> RemoteSource:
     """Resolve `hf://org/name[@revision]` to a commit and return its source."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
 
     repository, _, revision = reference.removeprefix("hf://").strip("/").partition("@")
     if repository.count("/") != 1:
         raise CheckpointError(f"{reference} does not name a model", "write hf://org/name or hf://org/name@revision")
     with remote_errors(reference):
-        validate_repo_id(repository)
         commit = HfApi().model_info(repository, revision=revision or None).sha
     label = f"hf://{repository}@{commit}"
     return RemoteSource(url=label, label=label)

@@ -12,7 +12,7 @@ from moesurgery.cli.operations import command_for
 from moesurgery.surgery.operation import operations
 
 app = typer.Typer(
-    help="Surgery on Mixture-of-Experts checkpoints: count, rescale, edit, validate. No model is ever loaded to edit it.",
+    help="Surgery on Mixture-of-Experts checkpoints. No model is ever loaded to edit it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich help forces ANSI codes into CI logs
@@ -28,7 +28,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -76,7 +76,14 @@ class Console:
             yield watch
             return
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         lock, moved = threading.Lock(), 0
         bar = Progress(
@@ -113,7 +120,17 @@ def safe(text: str) -> str:
 
 
 def _harmless(c: str) -> bool:
-    return c.isprintable() and unicodedata.bidirectional(c) not in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return c.isprintable() and unicodedata.bidirectional(c) not in (
+        "LRE",
+        "RLE",
+        "LRO",
+        "RLO",
+        "PDF",
+        "LRI",
+        "RLI",
+        "FSI",
+        "PDI",
+    )
 
 
 def width(text: str) -> int:

@@ -25,9 +25,13 @@ CONVENTIONS = {
 
 def count_params_command(
     model: Model = ".",
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Count this many active experts instead of the config's.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Count this many active experts instead of the config's.")
+    ] = None,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Add a line per layer.")] = False,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context for the memory-or-compute section.")] = 4096,
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Tokens of context for the memory-or-compute section.")
+    ] = 4096,
     accelerator: Annotated[str, typer.Option("--accelerator", help="One of " + ", ".join(ACCELERATORS) + ".")] = "h100",
     as_json: Json = False,
 ) -> None:
@@ -108,7 +112,9 @@ def _show_roofline(cost: Roofline, counts: Counts) -> None:
     console.result()
     console.result(f"memory or compute: decoding with {cost.context:,} tokens of context on {cost.accelerator.name}")
     attention = f" + {cost.flops_attention / 1e9:.2f} of attention" if cost.flops_attention else ""
-    console.result(f"  {cost.flops_weights / 1e9:.2f} GFLOP per token{attention}; density {cost.density:.3f} (executed / stored)")
+    console.result(
+        f"  {cost.flops_weights / 1e9:.2f} GFLOP per token{attention}; density {cost.density:.3f} (executed / stored)"
+    )
     rows: list[tuple[Any, ...]] = []
     for batch, nbytes in cost.weight_bytes.items():
         hit = f"{cost.experts_hit[batch]:.1f} of {counts.num_experts}" if counts.num_experts else "-"
@@ -125,4 +131,6 @@ def _show_roofline(cost: Roofline, counts: Counts) -> None:
     if cost.compute_bound_batch is None:
         console.result(f"  memory bound at every batch: KV reads keep it below the ridge of {ridge}")
     else:
-        console.result(f"  memory bound below batch {cost.compute_bound_batch:,}, compute bound from there (ridge {ridge})")
+        console.result(
+            f"  memory bound below batch {cost.compute_bound_batch:,}, compute bound from there (ridge {ridge})"
+        )

@@ -58,12 +58,14 @@ def with_signature(command: Callable[..., None], found: Operation) -> None:
         kind, extra = _option_type(parameter)
         option = typer.Option(parameter.option, help=_help(parameter), metavar=parameter.param.metavar, **extra)
         default = inspect.Parameter.empty if parameter.required else None
-        annotation = Annotated[kind if parameter.required else kind | None, option]
+        declared: Any = Annotated[kind if parameter.required else kind | None, option]
         parameters.append(
-            inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=declared, default=default)
         )
     for name, (annotation, default) in _WRITER_OPTIONS.items():
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = found.documentation

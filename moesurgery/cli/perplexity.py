@@ -36,7 +36,9 @@ def perplexity_command(
 
     longest = context_limit(checkpoint)
     if longest is not None and window > longest:
-        raise RecipeError(f"--window {window} is longer than the model's {longest} positions", f"use --window {longest}")
+        raise RecipeError(
+            f"--window {window} is longer than the model's {longest} positions", f"use --window {longest}"
+        )
     tokenizer = load_tokenizer(checkpoint.source.root)
     domains = [read_domain(path, tokenizer, start_token(checkpoint.config), window, limit) for path in text]
     loaded = load_model(checkpoint.source.root, dtype)
@@ -50,7 +52,8 @@ def perplexity_command(
                 "window": window,
                 "dtype": dtype,
                 "domains": [
-                    {"name": f.domain, "tokens": f.tokens, "nats": f.nats, "perplexity": f.perplexity} for f in (*found, mean(found))
+                    {"name": f.domain, "tokens": f.tokens, "nats": f.nats, "perplexity": f.perplexity}
+                    for f in (*found, mean(found))
                 ],
             }
         )

@@ -16,7 +16,9 @@ from moesurgery.errors import RecipeError
 from moesurgery.recipes import load_recipe, recipe_schema
 from moesurgery.surgery.operation import did_you_mean
 
-recipes_app = typer.Typer(help="List and show the recipes that ship with moesurgery.", no_args_is_help=True, rich_markup_mode=None)
+recipes_app = typer.Typer(
+    help="List and show the recipes that ship with moesurgery.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 def run_command(
@@ -71,7 +73,9 @@ def list_command() -> None:
     """List the recipes with what each does."""
     rows = []
     for name, text in shipped_recipes().items():
-        comments = [line[2:] for line in text.splitlines() if line.startswith("# ") and "yaml-language-server" not in line]
+        comments = [
+            line[2:] for line in text.splitlines() if line.startswith("# ") and "yaml-language-server" not in line
+        ]
         rows.append((name, comments[0] if comments else ""))
     console.table(("recipe", "what it does"), rows)
 

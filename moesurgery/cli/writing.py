@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,13 +26,17 @@ Output = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, from headers alone.")]
 PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the equivalent recipe and stop.")]
-MaxShardSize = Annotated[str | None, typer.Option("--max-shard-size", help="Reshard, as in 5GB; the source's shards otherwise.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option("--max-shard-size", help="Reshard, as in 5GB; the source's shards otherwise.")
+]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link unchanged shards instead of copying them.")]
 Card = Annotated[bool, typer.Option("--card", help="Write README.md even where the model has its own.")]
 NoFsync = Annotated[
     bool, typer.Option("--no-fsync", help="Do not wait for the disk; a power cut may then damage the output.")
 ]
-Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
@@ -77,8 +81,12 @@ def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
         return
     report_steps(plan, flags)
     if plan.checkpoint.other_weights:
-        console.note("left behind: " + ", ".join(plan.checkpoint.other_weights[:5]) + " (not the safetensors that were edited)")
-    options = WriteOptions(jobs=flags.jobs, link=flags.link, force=flags.force, card=flags.card, durable=not flags.no_fsync)
+        console.note(
+            "left behind: " + ", ".join(plan.checkpoint.other_weights[:5]) + " (not the safetensors that were edited)"
+        )
+    options = WriteOptions(
+        jobs=flags.jobs, link=flags.link, force=flags.force, card=flags.card, durable=not flags.no_fsync
+    )
     with console.progress(f"writing {output.name}", plan.nbytes) as watch:
         try:
             written = write_plan(plan, output, options, watch=watch)
@@ -95,7 +103,10 @@ def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
                 "shards": written.shards,
                 "shards_resumed": written.resumed,
                 "bytes": written.nbytes,
-                "steps": [{"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report} for s in plan.steps],
+                "steps": [
+                    {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
+                    for s in plan.steps
+                ],
             }
         )
         return
@@ -163,7 +174,9 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags) -> None:
         "bytes_free": free,
         "peak_memory_per_thread": max(memory, 1 << 21),
         "config_changes": [{"key": k, "old": a, "new": b} for k, a, b in changes],
-        "steps": [{"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report} for s in plan.steps],
+        "steps": [
+            {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report} for s in plan.steps
+        ],
     }
     if flags.as_json:
         console.json(document)
@@ -173,9 +186,14 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags) -> None:
         console.result("tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count))
         for key, old, new in changes:
             console.result(f"config.json: {key}: {json.dumps(old)} -> {json.dumps(new)}")
-        console.result(f"computed: {human_bytes(computed_bytes)}; new disk space: {human_bytes(needed)} of {human_bytes(free)} free")
+        console.result(
+            f"computed: {human_bytes(computed_bytes)};"
+            f" new disk space: {human_bytes(needed)} of {human_bytes(free)} free"
+        )
         if computed_bytes:
-            console.result(f"memory: about {human_bytes(max(memory, 1 << 21))} per thread besides the interpreter and torch")
+            console.result(
+                f"memory: about {human_bytes(max(memory, 1 << 21))} per thread besides the interpreter and torch"
+            )
     if needed > free:
         console.error("it does not fit", "free some space, use --link, or choose another disk with -o")
         raise typer.Exit(2)

@@ -378,9 +378,7 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
                 raise CheckpointError(f"{member.name} has {length} entries for {block.experts} experts")
 
 
-def _fused_experts(
-    block: MoeBlock, weights: list[Member], tensors: Mapping[str, HasShape], anatomy: Anatomy
-) -> int:
+def _fused_experts(block: MoeBlock, weights: list[Member], tensors: Mapping[str, HasShape], anatomy: Anatomy) -> int:
     counts = set()
     for member in weights:
         assert member.part is not None
@@ -392,7 +390,9 @@ def _fused_experts(
         else:
             counts.add(tensors[member.name].shape[0])
     if len(counts) != 1:
-        raise CheckpointError(f"{block.where}: the stacked projections hold different numbers of experts: {sorted(counts)}")
+        raise CheckpointError(
+            f"{block.where}: the stacked projections hold different numbers of experts: {sorted(counts)}"
+        )
     return int(counts.pop())
 
 
@@ -413,6 +413,8 @@ def _by_orientation(
 
     chosen = [layout for layout in layouts if fits(layout)]
     if len(chosen) > 1:
-        anatomy.notes.append("the orientation of the fused experts cannot be told from their shapes; [E, out, in] assumed")
+        anatomy.notes.append(
+            "the orientation of the fused experts cannot be told from their shapes; [E, out, in] assumed"
+        )
         chosen.sort(key=lambda la: la.parts[0].order != "oi")
     return chosen or layouts

@@ -23,16 +23,21 @@ VISION = "vision"
 MTP = "mtp"
 
 _VISION_NAMES = frozenset(
-    "visual vision vision_tower vision_model vision_encoder vision_embedder vision_embedding vision_proj"
-    " vision_projection vision_adapter vision_language_adapter multi_modal_projector multimodal_projector"
-    " mm_projector embed_vision patch_merger image_newline view_seperator aligner sam_model audio audio_tower"
-    " audio_encoder audio_projector embed_audio code2wav code_predictor talker token2wav".split()
+    (
+        *("visual", "vision", "vision_tower", "vision_model", "vision_encoder", "vision_embedder", "vision_embedding"),
+        *("vision_proj", "vision_projection", "vision_adapter", "vision_language_adapter", "multi_modal_projector"),
+        *("multimodal_projector", "mm_projector", "embed_vision", "patch_merger", "image_newline", "view_seperator"),
+        *("aligner", "sam_model", "audio", "audio_tower", "audio_encoder", "audio_projector", "embed_audio"),
+        *("code2wav", "code_predictor", "talker", "token2wav"),
+    )
 )
 _EMBEDDING_NAMES = frozenset(
-    "embed_tokens word_embeddings wte tok_embeddings embeddings embed embed_in token_embedding shared"
-    " ngram_embedding embed_positions wpe".split()
+    (
+        *("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings", "embed", "embed_in"),
+        *("token_embedding", "shared", "ngram_embedding", "embed_positions", "wpe"),
+    )
 )
-_HEAD_NAMES = frozenset("lm_head output embed_out output_layer head".split())
+_HEAD_NAMES = frozenset(("lm_head", "output", "embed_out", "output_layer", "head"))
 _NORM = re.compile(r"(^|_)(norm|layernorm|ln|rmsnorm)(_|\d|$)|norm$|layernorm$")
 _ATTENTION = re.compile(r"attn|attention|mamba|mixer|conv|ssm|kda|lightning|recurrent|indexer|delta|rnn")
 _FFN = re.compile(r"mlp|feed_forward|ffn|moe|residual_mlp|linear_[12]|fc[12]|experts|share")

@@ -143,9 +143,7 @@ FAMILIES: tuple[Family, ...] = (
         ("lfm2_moe",),
         layouts=(per_expert("feed_forward.experts.#", **W123), fused("feed_forward.experts")),
         along=(*routers("feed_forward.gate"), *correction("feed_forward.expert_bias")),
-        routing=Routing(
-            score="sigmoid", renormalised=norm_topk(True), knob="routed_scaling_factor", knob_default=1.0
-        ),
+        routing=Routing(score="sigmoid", renormalised=norm_topk(True), knob="routed_scaling_factor", knob_default=1.0),
         norm=InputNorm("ffn_norm.weight"),
     ),
 )

@@ -37,10 +37,12 @@ def load_model(path: str | Path, dtype: str = "float32") -> Any:
     import torch
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loader: Any = transformers.AutoModelForCausalLM
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             str(path), dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:
@@ -61,7 +63,7 @@ def losses(model: Any, domains: Sequence[Domain], progress: Callable[[int], None
     with torch.inference_mode():
         for domain in domains:
             total = 0.0
-            for windows in domain.windows.split(max(1, BATCH_TOKENS // domain.windows.shape[1])):
+            for windows in torch.split(domain.windows, max(1, BATCH_TOKENS // domain.windows.shape[1])):
                 logits = model(windows).logits[:, :-1].float()
                 total += torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"

@@ -81,7 +81,11 @@ class Roofline:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_equals_weights_at_tokens": self.kv_equals_weights_at,
             "density": self.density,
-            "bound_at_batch_1": None if self.kv_bytes_per_token is None else "compute" if self.compute_bound_batch == 1 else "memory",
+            "bound_at_batch_1": None
+            if self.kv_bytes_per_token is None
+            else "compute"
+            if self.compute_bound_batch == 1
+            else "memory",
             "compute_bound_from_batch": self.compute_bound_batch,
         }
 

@@ -62,7 +62,9 @@ def read_domain(path: str | Path, tokenizer: Any, start_token: int | None, lengt
             break
     count = len(ids) // length
     if count == 0:
-        raise RecipeError(f"{path} has {len(ids)} tokens, less than one window of {length}", "give more text or a smaller --window")
+        raise RecipeError(
+            f"{path} has {len(ids)} tokens, less than one window of {length}", "give more text or a smaller --window"
+        )
     count = min(count, limit) if limit is not None else count
     return Domain(Path(path).stem, torch.tensor(ids[: count * length]).view(count, length))
 

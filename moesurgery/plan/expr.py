@@ -2,8 +2,9 @@
 
 An expression that only selects or joins stored tensors compiles to byte ranges of the source files
 (`Copy`), which the kernel copies. A factor on such ranges compiles to `Multiply`, which needs no torch. All
-other arithmetic compiles to `Compute`: flat element ranges, evaluated chunk by chunk. Every node rounds to its own dtype, so a recipe of several steps gives the bytes that the same steps
-give one by one with files between them.
+other arithmetic compiles to `Compute`: flat element ranges, evaluated chunk by chunk. Every node rounds to
+its own dtype, so a recipe of several steps gives the bytes that the same steps give one by one with files
+between them.
 
 Expressions are immutable and picklable. torch is imported only to evaluate one.
 """
@@ -205,7 +206,7 @@ class Joined(Expr):
     """Expressions one after the other in memory, seen as one tensor of `shape`: see `concat` and `stack`."""
 
     parts: tuple[Expr, ...]
-    shape: tuple[int, ...]  # type: ignore[misc]
+    shape: tuple[int, ...]
 
     @property
     def dtype(self) -> str:  # type: ignore[override]

@@ -72,12 +72,14 @@ class FileReader:
 
         if nbytes > BUFFER or nbytes == 0:
             tensor = torch.empty(nbytes, dtype=torch.uint8)
-            self._fill(memoryview(tensor.numpy()), source, file, start)
+            self._fill(as_bytes(tensor), source, file, start)
             return tensor
         if self._used == len(self._buffers):
             self._buffers.append(Buffer())
         self._used += 1
-        return torch.frombuffer(self.bytes_at(source, file, start, nbytes, self._buffers[self._used - 1]), dtype=torch.uint8)
+        return torch.frombuffer(
+            self.bytes_at(source, file, start, nbytes, self._buffers[self._used - 1]), dtype=torch.uint8
+        )
 
     def bytes_at(self, source: Source, file: str, start: int, nbytes: int, buffer: Buffer) -> memoryview:
         """Return bytes of a source in `buffer`, to be changed in place."""
@@ -116,4 +118,4 @@ def as_bytes(values: torch.Tensor) -> memoryview:
     """Return the memory of a tensor as bytes."""
     import torch
 
-    return memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return values.detach().contiguous().view(-1).view(torch.uint8).numpy().data

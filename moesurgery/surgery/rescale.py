@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from moesurgery.errors import RefusedError
-from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
 from moesurgery.families.routing import even_gates_factor, routing_class
 from moesurgery.families.settings import keys_present, with_value
@@ -36,7 +36,9 @@ def rescale(
         Rule | float,
         Param("how to choose the factor on the routed output: router, norm, published, none, or a number"),
     ] = "router",
-    where: Annotated[Where, Param("what takes the factor: the config's own number, quantisation scales, weights")] = "auto",
+    where: Annotated[
+        Where, Param("what takes the factor: the config's own number, quantisation scales, weights")
+    ] = "auto",
     seed: Annotated[int, Param("seed of the sample of embedding rows that `router` uses", minimum=0)] = 0,
 ) -> Plan:
     """Route each token to another number of experts, and rescale their output.
@@ -59,12 +61,14 @@ def rescale(
             " only the top-k was changed"
         )
         report = {"old_top_k": old, "top_k": top_k, "class": kind, "rule": "none", "where": None, "layers": []}
-        return plan.edited(Step("rescale", parameters, f"top-k {old} -> {top_k}", report=report, notes=(note,)), config=config)
+        return plan.edited(
+            Step("rescale", parameters, f"top-k {old} -> {top_k}", report=report, notes=(note,)), config=config
+        )
 
     table = _factors(plan, anatomy, old, top_k, scale, seed)
     chosen = table.chosen
     notes = list(table.notes)
-    place = _place(anatomy, plan, where)
+    place: Where | None = _place(anatomy, plan, where)
     tensors = plan.tensors
     uniform = len(set(chosen.values())) == 1
     if kind == "D":
@@ -98,9 +102,7 @@ def rescale(
         "alternatives": table.alternatives,
     }
     summary = f"top-k {old} -> {top_k}; routed output x {_span(chosen)} by rule {_rule_name(scale)}"
-    step = Step(
-        "rescale", parameters, summary, (table.reason,), report, tuple(notes), _tables(anatomy, table, scale)
-    )
+    step = Step("rescale", parameters, summary, (table.reason,), report, tuple(notes), _tables(anatomy, table, scale))
     return plan.edited(step, tensors=tensors, config=config)
 
 
@@ -172,7 +174,9 @@ def _place(anatomy: Anatomy, plan: Plan, where: Where) -> Where:
             f"rescale: {name} has no config number that multiplies exactly the routed output", "use --where auto"
         )
     if where == "scales" and not quantised:
-        raise RefusedError("rescale: the down-projections are not quantised: there are no scales", "use --where weights")
+        raise RefusedError(
+            "rescale: the down-projections are not quantised: there are no scales", "use --where weights"
+        )
     if where == "weights" and quantised:
         raise RefusedError(
             "rescale: the down-projections are quantised: their weights cannot be multiplied exactly",
@@ -226,7 +230,7 @@ def _factors(plan: Plan, anatomy: Anatomy, old: int, new: int, scale: Rule | flo
     if scale == "norm":
         if settings.family.routing.special is not None:
             raise RefusedError(
-                f"rescale: {settings.family.name}: the even-gates rule does not apply: {settings.family.routing.special}",
+                f"rescale: {settings.family.name}: even gates mean nothing here: {settings.family.routing.special}",
                 "use --scale none or a number",
             )
         form = "sqrt(m/n)" if settings.renormalised else "sqrt(n/m)"
@@ -251,5 +255,3 @@ def _span(factors: Mapping[str, float]) -> str:
 def _rounding_note(changed: Mapping[str, Any]) -> str:
     dtypes = sorted({expr.dtype for expr in changed.values()})
     return f" ({', '.join(dtypes)}; one rounding each)"
-
-

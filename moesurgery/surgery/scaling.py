@@ -41,7 +41,7 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
         if member.stem.companion is not None and member.stem.companion.kind in ("scale", "divisor"):
             companions.setdefault(member.base, []).append(member)
     for member in quantised:
-        chosen = min(companions.get(member.base, []), key=lambda m: m.stem.companion.rank, default=None)  # type: ignore[union-attr]
+        chosen = min(companions.get(member.base, []), key=_rank, default=None)
         if chosen is None:
             raise RefusedError(
                 f"{member.name} is {tensors[member.name].dtype} and has no scale tensor that could take a factor",
@@ -49,6 +49,10 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
             )
         changed[chosen.name] = _scaled_companion(chosen, tensors[chosen.name], factors)
     return changed
+
+
+def _rank(member: Member) -> int:
+    return member.stem.companion.rank if member.stem.companion else 0
 
 
 def _scaled_companion(member: Member, expr: Expr, factors: list[float]) -> Expr:
@@ -71,7 +75,7 @@ def _power_of_two(factor: float, member: Member) -> int:
     if factor <= 0 or mantissa != 0.5:
         nearest = 2.0 ** round(math.log2(factor)) if factor > 0 else 1.0
         raise RefusedError(
-            f"{member.name} holds exponents: only factors that are powers of two are exact, and this one is {factor:.6g}",
+            f"{member.name} holds exponents: only powers of two are exact factors, and this one is {factor:.6g}",
             f"use --scale none or --scale {nearest:g}, or dequantise first with `moesurgery convert --dequantize`",
         )
     return exponent - 1

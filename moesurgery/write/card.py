@@ -44,9 +44,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
             {"operation": s.operation, "summary": s.summary, "notes": list(s.notes), "report": dict(s.report)}
             for s in plan.steps
         ],
-        "config_changes": [
-            {"key": key, "old": old, "new": new} for key, old, new in config_changes(plan)
-        ],
+        "config_changes": [{"key": key, "old": old, "new": new} for key, old, new in config_changes(plan)],
     }
 
 
@@ -75,8 +73,15 @@ def card_text(plan: Plan) -> str:
     if len(plan.sources) > 1:
         front["base_model_relation"] = "merge"
         front["tags"].insert(0, "merge")
-    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {parents[0].rsplit('/', 1)[-1]}, edited", ""]
-    lines.append(f"Made with [moesurgery](https://pypi.org/project/moesurgery/) {moesurgery.__version__} from {', '.join(parents)}.")
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=True).strip(),
+        "---",
+        "",
+        f"# {parents[0].rsplit('/', 1)[-1]}, edited",
+        "",
+    ]
+    lines.append(f"Made with moesurgery {moesurgery.__version__} from {', '.join(parents)}.")
     for step in plan.steps:
         lines += ["", *_step_lines(step)]
     changes = config_changes(plan)

@@ -152,11 +152,16 @@ def allocate(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-try:
-    _sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
-    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-except (AttributeError, OSError):  # not Linux
-    _sync_file_range = None
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (AttributeError, OSError):  # not Linux
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+_sync_file_range = _find_sync_file_range()
 
 
 def start_writeback(descriptor: int, offset: int, length: int) -> None:

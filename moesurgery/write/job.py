@@ -34,9 +34,12 @@ from moesurgery.write.shard import WORK, Manner, ShardTask, Watch, disk_error, d
 
 # What `--force` may replace: the files of which a checkpoint consists.
 _CHECKPOINT_SUFFIXES = frozenset(
-    ".safetensors .json .md .txt .jinja .model .py .bin .pt .pth .gguf .yaml .yml .tiktoken .vocab".split()
+    (
+        *(".safetensors", ".json", ".md", ".txt", ".jinja", ".model", ".py", ".bin", ".pt", ".pth", ".gguf"),
+        *(".yaml", ".yml", ".tiktoken", ".vocab"),
+    )
 )
-_CHECKPOINT_NAMES = frozenset(".gitattributes LICENSE LICENSE.txt NOTICE USE_POLICY.md merges.txt".split())
+_CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Written:
 def write_plan(
     plan: Plan,
     output: str | Path,
-    options: WriteOptions = WriteOptions(),  # noqa: B008 - immutable
+    options: WriteOptions = WriteOptions(),
     *,
     watch: Watch | None = None,
     make_executor: Callable[[int], AbstractContextManager[Executor]] | None = None,
@@ -109,7 +112,11 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
     for checkpoint in plan.sources:
         if isinstance(checkpoint.source, LocalSource):
             root = checkpoint.source.root.resolve()
-            if output.resolve() == root or root.is_relative_to(output.resolve()) or output.resolve().is_relative_to(root):
+            if (
+                output.resolve() == root
+                or root.is_relative_to(output.resolve())
+                or output.resolve().is_relative_to(root)
+            ):
                 raise OutputError(f"the output {output} is (in) the input {root}", "choose another folder with -o")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
@@ -120,12 +127,15 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
     if not any(output.iterdir()):
         return
     if not force:
-        raise OutputError(f"{output} exists and is not empty", "choose another folder with -o, or replace it with --force")
+        raise OutputError(
+            f"{output} exists and is not empty", "choose another folder with -o, or replace it with --force"
+        )
     for path in output.iterdir():
         known = path.suffix.lower() in _CHECKPOINT_SUFFIXES or path.name in _CHECKPOINT_NAMES
         if path.is_symlink() or not path.is_file() or not known:
             raise OutputError(
-                f"--force would delete {path}, which is no part of a checkpoint", "move it away, or choose another folder"
+                f"--force would delete {path}, which is no part of a checkpoint",
+                "move it away, or choose another folder",
             )
 
 
@@ -213,7 +223,9 @@ def _check_space(todo: list[ShardTask], partial: Path, manner: Manner) -> None:
         # Nothing was written: leave nothing behind.
         if not any((partial / task.name).exists() for task in todo):
             shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"the output needs {needed / 1e9:.2f} GB, {partial.parent} has {free / 1e9:.2f} GB free", hint)
+        raise OutputError(
+            f"the output needs {needed / 1e9:.2f} GB, {partial.parent} has {free / 1e9:.2f} GB free", hint
+        )
 
 
 def bytes_needed(task: ShardTask, *, linked: bool) -> int:
@@ -256,7 +268,9 @@ def _run(
                     future.cancel()
                 raise
     except BrokenExecutor as error:
-        raise OutputError(f"a worker died while writing {partial}: {error}", "run the same command again to resume") from None
+        raise OutputError(
+            f"a worker died while writing {partial}: {error}", "run the same command again to resume"
+        ) from None
     finally:
         if previous_threads is not None:
             import torch
@@ -315,11 +329,15 @@ def _check_shard(partial: Path, task: ShardTask) -> None:
         task.name, (partial / task.name).stat().st_size, lambda start, length: source.read(task.name, start, length)
     )
     if {t.name for t in header.tensors} != {n for n, _ in task.entries}:
-        raise OutputError(f"{partial / task.name} is not what was planned", "delete the .partial folder and start again")
+        raise OutputError(
+            f"{partial / task.name} is not what was planned", "delete the .partial folder and start again"
+        )
 
 
 def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
-    kept = {k: v for k, v in (plan.checkpoint.index_metadata or {}).items() if k not in ("total_size", "total_parameters")}
+    kept = {
+        k: v for k, v in (plan.checkpoint.index_metadata or {}).items() if k not in ("total_size", "total_parameters")
+    }
     metadata = {**kept, "total_size": plan.nbytes}
     weight_map = {name: task.name for task in tasks for name, _ in task.entries}
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
@@ -339,7 +357,9 @@ def _publish(partial: Path, output: Path, *, force: bool) -> None:
     replaced: Path | None = None
     if output.exists() and any(output.iterdir()):
         if not force:
-            raise OutputError(f"{output} appeared while {partial} was written", f"mv {partial} to a place of your choice")
+            raise OutputError(
+                f"{output} appeared while {partial} was written", f"mv {partial} to a place of your choice"
+            )
         replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
         os.rename(output, replaced)
     elif output.exists():

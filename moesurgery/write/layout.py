@@ -5,7 +5,7 @@ from __future__ import annotations
 from moesurgery.checkpoint.checkpoint import SINGLE
 from moesurgery.plan.expr import Expr, Stored
 from moesurgery.plan.plan import Plan
-from moesurgery.write.copying import PAGE
+from moesurgery.plan.reader import PAGE
 from moesurgery.write.shard import ShardTask
 
 
@@ -60,7 +60,9 @@ def _task(plan: Plan, name: str, group: list[str]) -> ShardTask:
         return ShardTask(name, entries, (), 8 % PAGE)
     metadata = tuple(sorted(header.metadata.items()))
     whole = None
-    if len(group) == len(header.tensors) and all(_same(n, e, i) for (n, e), i in zip(entries, header.tensors, strict=True)):
+    if len(group) == len(header.tensors) and all(
+        _same(n, e, i) for (n, e), i in zip(entries, header.tensors, strict=True)
+    ):
         whole = (plan.checkpoint.source, header.file, header.file_size)
     return ShardTask(name, entries, metadata, header.data_start % PAGE, whole)
 

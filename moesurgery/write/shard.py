@@ -286,7 +286,14 @@ class Worker:
         path = self.reader.path(piece.source, piece.file)
         if path is not None:
             copying.copy_range(
-                self.reader.descriptor(path), target, piece.start, at, piece.nbytes, self._copy_buffer, str(path), self.stop
+                self.reader.descriptor(path),
+                target,
+                piece.start,
+                at,
+                piece.nbytes,
+                self._copy_buffer,
+                str(path),
+                self.stop,
             )
             return
         for offset in range(0, piece.nbytes, 8 << 20):
