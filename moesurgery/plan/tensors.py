@@ -1,0 +1,316 @@
+"""Expressions that need values in memory: weighted sums, columns, transposes, random numbers, functions.
+
+Every node is evaluated in parts of whole granules, so only `Applied` ever holds a whole tensor. Interleaved
+rows or columns need no node of their own: [2I, H] with gate and up alternating, seen as [I, 2H], has gate in
+its first H columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
+from moesurgery.plan.expr import Expr, Reader, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+NORMAL_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Linear(Expr):
+    """The weighted sum of expressions of one shape, accumulated in float32 and rounded once to `dtype`."""
+
+    terms: tuple[tuple[Expr, float], ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        shapes = {expr.shape for expr, _ in self.terms}
+        if len(shapes) != 1 or not {expr.dtype for expr, _ in self.terms} <= PLAIN_FLOATS:
+            raise ValueError(f"cannot add {[(e.dtype, e.shape) for e, _ in self.terms]}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.terms[0][0].shape
+
+    @property
+    def granule(self) -> int:
+        return math.lcm(*(expr.granule for expr, _ in self.terms))
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return tuple(expr for expr, _ in self.terms)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        total: torch.Tensor | None = None
+        for expr, weight in self.terms:
+            value = expr.evaluate(start, stop, reader)
+            if total is None:
+                total = value.to(torch.float32).mul_(weight) if value.dtype != torch.float32 else value.mul_(weight)
+            else:
+                total.add_(value.to(torch.float32), alpha=weight)
+        assert total is not None
+        return total.to(torch_dtype(self.dtype))
+
+
+def mean(parts: list[Expr]) -> Expr:
+    """Return the mean of expressions of one dtype and shape, in that dtype."""
+    if len(parts) == 1:
+        return parts[0]
+    return Linear(tuple((part, 1 / len(parts)) for part in parts), parts[0].dtype)
+
+
+def _rows_granule(of: Expr) -> int:
+    """Return the least number of rows (of the last axis) that `of` can give apart."""
+    width = of.shape[-1]
+    return of.granule // math.gcd(of.granule, width) if width else 1
+
+
+@dataclass(frozen=True)
+class Columns(Expr):
+    """Entries `start:stop` of the last axis of `of`."""
+
+    of: Expr
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.of.shape[-1]:
+            raise ValueError(f"columns {self.start}:{self.stop} of {self.of.shape}")
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.of.dtype
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.of.shape[:-1], self.stop - self.start)
+
+    @property
+    def granule(self) -> int:
+        return (self.stop - self.start) * _rows_granule(self.of)
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.of,)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        width, whole = self.stop - self.start, self.of.shape[-1]
+        rows = self.of.evaluate(start // width * whole, stop // width * whole, reader)
+        return rows.view(-1, whole)[:, self.start : self.stop].reshape(-1)
+
+
+def columns(of: Expr, start: int, stop: int) -> Expr:
+    """Select entries of the last axis; all of them is `of` itself."""
+    return of if (start, stop) == (0, of.shape[-1]) else Columns(of, start, stop)
+
+
+@dataclass(frozen=True)
+class ColumnsJoined(Expr):
+    """Expressions joined along the last axis. Build with `join_columns`."""
+
+    parts: tuple[Expr, ...]
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.parts[0].dtype
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.parts[0].shape[:-1], sum(part.shape[-1] for part in self.parts))
+
+    @property
+    def granule(self) -> int:
+        return self.shape[-1] * math.lcm(*(_rows_granule(part) for part in self.parts))
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.parts
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        width = self.shape[-1]
+        first, last = start // width, stop // width
+        found = []
+        for part in self.parts:
+            w = part.shape[-1]
+            found.append(part.evaluate(first * w, last * w, reader).view(last - first, w))
+        return torch.cat(found, dim=1).view(-1)
+
+
+def join_columns(parts: list[Expr]) -> Expr:
+    """Join along the last axis. All parts have one dtype and equal other axes."""
+    first = parts[0]
+    if any(p.dtype != first.dtype or p.shape[:-1] != first.shape[:-1] for p in parts):
+        raise ValueError(f"cannot join columns of {[(p.dtype, p.shape) for p in parts]}")
+    return first if len(parts) == 1 else ColumnsJoined(tuple(parts))
+
+
+@dataclass(frozen=True)
+class Transposed(Expr):
+    """The last two axes of `of` exchanged, one matrix at a time."""
+
+    of: Expr
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.of.dtype
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.of.shape[:-2], self.of.shape[-1], self.of.shape[-2])
+
+    @property
+    def granule(self) -> int:
+        return math.lcm(self.of.granule, self.shape[-1] * self.shape[-2])
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.of,)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        matrices = self.of.evaluate(start, stop, reader).view(-1, *self.of.shape[-2:])
+        return matrices.transpose(1, 2).reshape(-1)
+
+
+def transpose(of: Expr) -> Expr:
+    """Exchange the last two axes; twice is `of` itself."""
+    return of.of if isinstance(of, Transposed) else Transposed(of)
+
+
+@dataclass(frozen=True)
+class Picked(Expr):
+    """Rows of the first axis in any order, as for a permutation of neurons. For few, long runs use `expr.take`."""
+
+    of: Expr
+    indices: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.of.dtype
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (len(self.indices), *self.of.shape[1:])
+
+    @property
+    def row(self) -> int:
+        return element_count(self.of.shape[1:])
+
+    @property
+    def granule(self) -> int:
+        # A row of `of` that cannot be evaluated apart means evaluating all of it.
+        return self.row if self.row % self.of.granule == 0 else self.numel
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.of,)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        row = self.row
+        chosen = self.indices[start // row : stop // row]
+        if self.granule != row:
+            whole = self.of.evaluate(0, self.of.numel, reader).view(-1, row)
+            return whole[list(chosen)].reshape(-1)
+        kind = torch_dtype(self.dtype)
+        out = torch.empty(len(chosen), row, dtype=kind)
+        at = 0
+        while at < len(chosen):
+            run = 1
+            while at + run < len(chosen) and chosen[at + run] == chosen[at] + run:
+                run += 1
+            first = chosen[at]
+            out[at : at + run] = self.of.evaluate(first * row, (first + run) * row, reader).view(run, row)
+            at += run
+        return out.view(-1)
+
+
+@dataclass(frozen=True)
+class Filled(Expr):
+    """One number everywhere."""
+
+    value: float
+    dtype: str
+    shape: tuple[int, ...]
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.full((stop - start,), self.value, dtype=torch_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class Normal(Expr):
+    """N(0, std^2) numbers that depend on `key` and the position alone, not on order, threads or chunks.
+
+    Make the key from the recipe's seed and the tensor's name: `random_key(seed, name)`.
+    """
+
+    std: float
+    key: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def granule(self) -> int:
+        return NORMAL_BLOCK
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        found = []
+        for block in range(start // NORMAL_BLOCK, -(-stop // NORMAL_BLOCK)):
+            first, last = block * NORMAL_BLOCK, min((block + 1) * NORMAL_BLOCK, stop)
+            generator = np.random.Generator(np.random.Philox(key=(self.key, block)))
+            drawn = generator.standard_normal(last - first, dtype=np.float32)
+            found.append(drawn[max(start - first, 0) :])
+        values = torch.from_numpy(np.concatenate(found) * np.float32(self.std))
+        return values.to(torch_dtype(self.dtype))
+
+
+def random_key(seed: int, name: str) -> int:
+    """Return a 64-bit key for the random numbers of one tensor."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True)
+class Applied(Expr):
+    """`function(*values, **parameters)` on whole tensors: for what cannot be done in parts.
+
+    `function` is a module-level function of torch tensors in the shapes and dtypes of `of`, returning one
+    tensor; it is rounded to `dtype`. Memory: all inputs and the result at once, in every thread.
+    """
+
+    function: Callable[..., Any]
+    of: tuple[Expr, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    parameters: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def granule(self) -> int:
+        return max(self.numel, 1)
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.of
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        values = [expr.evaluate(0, expr.numel, reader).view(expr.shape) for expr in self.of]
+        result: torch.Tensor = self.function(*values, **dict(self.parameters))
+        if tuple(result.shape) != self.shape:
+            raise AssertionError(f"{self.function.__name__} returned {tuple(result.shape)}, planned {self.shape}")
+        return result.to(torch_dtype(self.dtype)).reshape(-1)
