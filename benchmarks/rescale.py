@@ -3,7 +3,8 @@
     python benchmarks/rescale.py [--gb 2] [--shards 4] [--rounds 3] [--mergekit PATH/TO/mergekit-yaml]
 
 Makes a synthetic Mixtral-shaped bf16 checkpoint, then runs the commands in turn, each as a process of its own.
-Reported are the medians of wall time, CPU time and peak resident memory, and the ratio to `cp`.
+Reported are the medians of wall time, CPU time and peak resident memory, the ratio to `cp`, and the disk space that
+the output takes (on XFS and btrfs, unchanged tensors share blocks with the source).
 The source is in the page cache. `cp` does not wait for the disk, moesurgery does (fsync before rename): compare
 its rows with `cp and sync`, and the `--no-fsync` row with `cp`. With --mergekit, its passthrough+scale recipe
 runs on the same checkpoint. Start-up times of `--help` and `count-params` follow.
@@ -147,17 +148,24 @@ def main() -> None:
             recipe.write_text(MERGEKIT_RECIPE.format(model=model, layers=layers))
             jobs["mergekit passthrough+scale"] = [options.mergekit, str(recipe), str(out), "--quiet"]
         results: dict[str, list[tuple[float, float, float]]] = {job: [] for job in jobs}
+        new_space: dict[str, float] = {}
         for _ in range(options.rounds + 1):  # the first round fills the page cache and is not counted
             for job, command in jobs.items():
                 os.sync()  # no job pays for what another left to be written
+                before = os.statvfs(work)
                 results[job].append(timed(command))
+                os.sync()
+                after = os.statvfs(work)
+                new_space[job] = (before.f_bfree - after.f_bfree) * after.f_frsize / 1e6
                 shutil.rmtree(out)
         base = statistics.median(r[0] for r in results["cp"][1:])
         base_cpu = statistics.median(r[1] for r in results["cp"][1:])
-        print(f"{'':32} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'x cp':>6} {'peak MB':>8}")
+        print(f"{'':32} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'x cp':>6} {'peak MB':>8} {'new disk MB':>12}")
         for job, runs in results.items():
             wall, cpu, memory = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
-            print(f"{job:32} {wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f} {memory:8.0f}")
+            print(
+                f"{job:32} {wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f} {memory:8.0f} {new_space[job]:12.0f}"
+            )
         for job, command in {"--help": [*tool, "--help"], "count-params": [*tool, "count-params", str(model)]}.items():
             runs = [timed(command) for _ in range(5)]
             print(f"{'start-up: ' + job:32} {statistics.median(r[0] for r in runs):8.2f} {runs[0][2]:31.0f}")
