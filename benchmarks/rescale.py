@@ -163,9 +163,8 @@ def main() -> None:
         print(f"{'':32} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'x cp':>6} {'peak MB':>8} {'new disk MB':>12}")
         for job, runs in results.items():
             wall, cpu, memory = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
-            print(
-                f"{job:32} {wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f} {memory:8.0f} {new_space[job]:12.0f}"
-            )
+            ratios = f"{wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f}"
+            print(f"{job:32} {ratios} {memory:8.0f} {new_space[job]:12.0f}")
         for job, command in {"--help": [*tool, "--help"], "count-params": [*tool, "count-params", str(model)]}.items():
             runs = [timed(command) for _ in range(5)]
             print(f"{'start-up: ' + job:32} {statistics.median(r[0] for r in runs):8.2f} {runs[0][2]:31.0f}")

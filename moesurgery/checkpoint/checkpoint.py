@@ -88,7 +88,8 @@ def read_json(source: Source, file: str, sizes: dict[str, int]) -> dict[str, Any
     if sizes[file] > MAX_JSON_BYTES:
         raise CheckpointError(f"{source.identity}/{file} is {sizes[file]:,} bytes, too large for its kind")
     try:
-        value = parse_json(source.read(file, 0, sizes[file]))
+        # Real configs hold Infinity (Mamba's time_step_limit): Python writes it, so it is read and kept.
+        value = parse_json(source.read(file, 0, sizes[file]), constants=True)
     except ValueError as error:
         raise CheckpointError(f"{source.identity}/{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -82,14 +82,16 @@ def repeated_keys(value: object) -> tuple[str, ...]:
     return value.repeated if isinstance(value, _Duplicates) else ()
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN or Infinity, bounded depth. Raises ValueError."""
+def parse_json(data: bytes, *, constants: bool = False) -> Any:
+    """Parse JSON strictly: UTF-8, bounded depth, and NaN or Infinity only with `constants`. Raises ValueError."""
 
-    def no_constants(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    def constant(name: str) -> float:
+        if not constants:
+            raise ValueError(f"{name} is not JSON")
+        return float(name)
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique_object, parse_constant=no_constants)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique_object, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
     except RecursionError:
