@@ -175,7 +175,22 @@ def test_an_empty_folder_may_be_filled(plan: Plan, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("where", ["model", "model/inside", "."])
+def test_an_edit_may_lie_inside_its_model_and_is_no_part_of_it(
+    demo: Path, tmp_path: Path, ok: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`moesurgery rescale --top-k 3` in a model's own folder, twice."""
+    model = Path(shutil.copytree(demo, tmp_path / "model"))
+    monkeypatch.chdir(model)
+    before = digest(model)
+    ok("rescale", "--top-k", 3)
+    ok("rescale", "--top-k", 4)
+    three, four = model / "model-rescale-k3", model / "model-rescale-k4"
+    assert {p.name for p in three.iterdir()} == {p.name for p in four.iterdir()}
+    assert not any(p.is_dir() for p in four.iterdir())
+    assert {k: v for k, v in digest(model).items() if "/" not in k} == before
+
+
+@pytest.mark.parametrize("where", ["model", "."])
 def test_the_output_is_never_an_input(demo: Path, tmp_path: Path, where: str) -> None:
     model = Path(shutil.copytree(demo, tmp_path / "model"))
     before = digest(model)

@@ -93,7 +93,7 @@ class LocalSource:
         for entry in ordered:
             if not entry.is_dir(follow_symlinks=False):
                 yield Path(entry.path)
-            elif entry.name not in (".git", ".cache", ".moesurgery") and not entry.name.endswith(".partial"):
+            elif entry.name not in (".git", ".cache", ".moesurgery") and not _other_model(Path(entry.path)):
                 yield from self._walk(Path(entry.path))
 
     def local(self, file: str) -> Path:
@@ -137,6 +137,13 @@ class LocalSource:
             raise CheckpointError(f"{path}, byte {start:,}: {error.strerror}") from None
         finally:
             os.close(descriptor)
+
+
+def _other_model(folder: Path) -> bool:
+    """Whether a folder inside a checkpoint is a model of its own: an edit that was written there, mostly."""
+    if folder.name.endswith(".partial") or (folder / "moesurgery.json").exists():
+        return True
+    return (folder / "config.json").exists() and next(folder.glob("*.safetensors"), None) is not None
 
 
 @dataclass(frozen=True)

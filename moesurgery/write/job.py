@@ -108,16 +108,14 @@ def write_plan(
 
 
 def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
-    """Refuse an output that exists, or that is or contains an input."""
+    """Refuse an output that exists, or that is or contains an input. It may lie inside one: `cd model; rescale`."""
     for checkpoint in plan.sources:
         if isinstance(checkpoint.source, LocalSource):
             root = checkpoint.source.root.resolve()
-            if (
-                output.resolve() == root
-                or root.is_relative_to(output.resolve())
-                or output.resolve().is_relative_to(root)
-            ):
-                raise OutputError(f"the output {output} is (in) the input {root}", "choose another folder with -o")
+            if root.is_relative_to(output.resolve()):
+                raise OutputError(
+                    f"the output {output} is or contains the input {root}", "choose another folder with -o"
+                )
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
     if not output.exists():
