@@ -42,13 +42,17 @@ class Source(Protocol):
         """Return a path that the kernel can copy from, or None where there is none."""
 
 
+def is_contained(file: str) -> bool:
+    """Whether `file` is a plain relative path inside a checkpoint."""
+    path = PurePosixPath(file)
+    if not file or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
+        return False
+    return bool(path.parts) and ":" not in path.parts[0]
+
+
 def contained(file: str) -> str:
     """Return `file` if it is a plain relative path inside a checkpoint; raise CheckpointError."""
-    path = PurePosixPath(file)
-    unsafe = (
-        not file or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or ":" in path.parts[0]
-    )
-    if unsafe:
+    if not is_contained(file):
         raise CheckpointError(
             f"the path {file!r} leaves the checkpoint",
             "a checkpoint may only name files beside its config.json; do not use this one",
