@@ -240,8 +240,11 @@ def _find_shards(scan: Scan) -> list[str]:
         return []
     expected = [f"model-{i:05d}-of-{counts[0]:05d}.safetensors" for i in range(1, min(counts[0], 99_999) + 1)]
     missing = [file for file in expected if file not in scan.sizes]
-    if missing:
-        scan.add("I02", f"{missing[0]} and {len(missing) - 1} more of {counts[0]} shards do not exist")
+    if missing or len(numbered) > len(expected):
+        what = (
+            f"of {counts[0]} shards, {', '.join(missing[:3])} do not exist" if missing else "the shards are misnumbered"
+        )
+        scan.add("I02", f"{scan.source.identity}: {what}", hint="download the missing shards")
     elif counts[0] > 1:
         scan.add("I06", f"{counts[0]} shards but no {INDEX}: transformers cannot load them", fatal=False)
     return [file for file in numbered if _may_be_read(scan, file)]

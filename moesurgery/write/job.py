@@ -24,6 +24,7 @@ import moesurgery
 from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import OutputError
 from moesurgery.plan.expr import Compute
 from moesurgery.plan.plan import Plan
@@ -312,12 +313,12 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     if plan.config == plan.checkpoint.config:
         _carry(source_files, CONFIG, plan.checkpoint.file_sizes[CONFIG], partial / CONFIG)
     else:
-        _write_text(partial / CONFIG, json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+        _write_text(partial / CONFIG, write_json(plan.config))
     if options.card or CARD not in plan.checkpoint.side_files:
         _write_text(partial / CARD, card_text(plan))
-    _write_text(partial / PROVENANCE, json.dumps(provenance(plan), indent=2, ensure_ascii=False) + "\n")
+    _write_text(partial / PROVENANCE, write_json(provenance(plan)))
     if tasks[0].name != SINGLE or len(tasks) > 1:
-        _write_text(partial / INDEX, json.dumps(_index(plan, tasks), indent=2, ensure_ascii=False) + "\n")
+        _write_text(partial / INDEX, write_json(_index(plan, tasks)))
     copying.sync_directory(partial)
     return total
 
