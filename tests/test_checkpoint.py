@@ -204,3 +204,67 @@ def test_shards_without_an_index(copy: Path) -> None:
 def test_reads_are_confined(demo: Path) -> None:
     with pytest.raises(CheckpointError, match="leaves"):
         LocalSource(demo).read("../../../pyproject.toml", 0, 10)
+
+
+def test_folders_deeper_than_the_stack_are_listed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
+    for _ in range(1100):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("x.json").write_text("{}")
+    assert "/".join(["d"] * 1100) + "/x.json" in open_checkpoint(copy).side_files
+    os.unlink("x.json")  # by hand: pytest's own clean-up is recursive
+    for _ in range(1100):
+        os.chdir("..")
+        os.rmdir("d")
+
+
+def test_what_is_no_regular_file_is_named_and_never_listed(copy: Path, tmp_path: Path) -> None:
+    os.mkfifo(copy / "pipe")
+    (copy / "nothing").symlink_to("missing")
+    (copy / "folder").symlink_to(tmp_path)
+    source = LocalSource(copy)
+    assert source.irregular() == {"pipe": "a pipe", "nothing": "a link to nothing", "folder": "a link to a folder"}
+    assert not set(source.irregular()) & set(source.files())
+
+
+def test_a_remote_listing_cannot_name_a_file_outside(demo: Path, tmp_path: Path) -> None:
+    """An object store's keys may hold `..`: they are left out, so that no output is written by such a name."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for file in demo.iterdir():
+        store.pipe(f"/bucket/model/{file.name}", file.read_bytes())
+    store.store["/bucket/model/../../evil.json"] = store.store["/bucket/model/config.json"]
+    try:
+        checkpoint = open_checkpoint("memory://bucket/model")
+        assert not [file for file in checkpoint.file_sizes if ".." in file]
+        assert checkpoint.source.irregular() == {"../../evil.json": "a path out of the checkpoint"}
+    finally:
+        store.rm("/bucket", recursive=True)
+
+
+def test_incomplete_shards_without_an_index_are_refused(copy: Path) -> None:
+    (copy / INDEX).unlink()
+    (copy / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        open_checkpoint(copy)
+
+
+def test_an_index_names_safetensors_only(copy: Path) -> None:
+    """Else a shard could be called README.md, and the card would be written over its copy."""
+    (copy / "model-00001-of-00003.safetensors").rename(copy / "README.md")
+
+    def change(index: dict) -> None:
+        for name, file in index["weight_map"].items():
+            index["weight_map"][name] = "README.md" if "00001-of" in file else file
+
+    edit_index(copy, change)
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+        open_checkpoint(copy)
+
+
+def test_a_config_nested_too_deeply(copy: Path) -> None:
+    (copy / "config.json").write_text('{"a":' + "[" * 500 + "]" * 500 + "}")
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        open_checkpoint(copy)

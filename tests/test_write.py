@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -355,7 +356,7 @@ def test_killed_in_the_middle(demo: Path, plan: Plan, tmp_path: Path, how: signa
     before = digest(demo)
     out = tmp_path / "out"
     process = slow_writer(demo, out)
-    wait_for(lambda: list((tmp_path / "out.partial").glob("*.safetensors")))
+    wait_for(lambda: list((tmp_path / "out.partial" / ".moesurgery").glob("*.safetensors.json")))
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert not out.exists()
@@ -376,6 +377,122 @@ def test_a_source_that_shrinks_while_it_is_read(demo: Path, tmp_path: Path, cli:
     with pytest.raises(moesurgery.SurgeryError, match="before its header says"):
         write_plan(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_kill_left_in_the_working_folder_does_not_block_resuming(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        write_plan(plan, out, WriteOptions(jobs=1), watch=stop_after(8_000_000))
+    left = tmp_path / "out.partial" / ".moesurgery" / "tmpabc.tmp"  # as a killed trial of reflinks leaves it
+    left.mkdir()
+    (left / "clone").write_bytes(b"x")
+    (tmp_path / "out.partial" / "old.json").write_text("{}")  # and a side file that the input has lost since
+    assert write_plan(plan, out).resumed
+    write_plan(plan, tmp_path / "whole")
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(plan: Plan, tmp_path: Path, link: bool) -> None:
+    mine = tmp_path / ("elsewhere" if link else "out.partial")
+    mine.mkdir()
+    (mine / "model-00009-of-00009.safetensors").write_bytes(b"mine")
+    if link:
+        (tmp_path / "out.partial").symlink_to(mine)
+    with pytest.raises(OutputError, match="no unfinished job of ours"):
+        write_plan(plan, tmp_path / "out", WriteOptions(force=True))
+    assert digest(mine) == {"model-00009-of-00009.safetensors": b"mine"}
+
+
+def test_force_looks_again_before_it_replaces(plan: Plan, tmp_path: Path) -> None:
+    """What came into the old output while the new one was written is not deleted with it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.safetensors").write_bytes(b"stale")
+    watch = Watch(progress=lambda count: (out / "thesis.docx").write_text("mine") and None)
+    with pytest.raises(OutputError, match=r"thesis\.docx"):
+        write_plan(plan, out, WriteOptions(force=True), watch=watch)
+    assert set(digest(out)) == {"old.safetensors", "thesis.docx"}
+    (out / "thesis.docx").unlink()
+    assert write_plan(plan, out, WriteOptions(force=True)).resumed == 3
+
+
+def test_what_was_not_synced_is_not_trusted_after_a_restart(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        write_plan(plan, out, WriteOptions(jobs=1, durable=False), watch=stop_after(8_000_000))
+    with monkeypatch.context() as patch:
+        patch.setattr("moesurgery.write.shard.boot_id", lambda: "another run of the machine")
+        with pytest.raises(StoppedError):
+            write_plan(plan, out, WriteOptions(jobs=1, durable=False), watch=stop_after(1))
+    assert write_plan(plan, out).resumed  # but within one run of the machine it is kept
+
+
+def test_a_link_out_of_the_checkpoint_is_refused_before_any_work(demo: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(demo, tmp_path / "model"))
+    (model / "notes.txt").symlink_to("/etc/hostname")
+    with pytest.raises(moesurgery.SurgeryError, match="outside the checkpoint"):
+        write_plan(plan_of(open_checkpoint(model)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_shards_in_a_folder_stay_there(demo: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(demo, tmp_path / "model"))
+    (model / "weights").mkdir()
+    for shard in model.glob("*.safetensors"):
+        shard.rename(model / "weights" / shard.name)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_plan(apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale=1.5), tmp_path / "out")
+    found = open_checkpoint(tmp_path / "out")
+    assert found.shards == [f"weights/model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def test_half_a_surrogate_pair_in_the_config(demo: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(demo, tmp_path / "model"))
+    config = {**json.loads((model / "config.json").read_text()), "zebra": "a\ud800b"}
+    (model / "config.json").write_text(json.dumps(config))
+    write_plan(apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale="none"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["zebra"] == "a\ud800b"
+
+
+@pytest.mark.parametrize("operation", ["rescale", None])
+def test_a_read_error_in_the_middle_names_the_source(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str | None
+) -> None:
+    """A bad sector: every read of the second shard's second megabyte fails with EIO."""
+    plan = plan_of(open_checkpoint(demo))
+    if operation:
+        plan = apply(plan, operation, top_k=3, scale=1.5)
+    bad = (demo / "model-00002-of-00003.safetensors").stat().st_ino
+    copy, read = os.copy_file_range, os.preadv
+
+    def touches(descriptor: int, start: int, length: int) -> bool:
+        return os.fstat(descriptor).st_ino == bad and start < 2_000_000 < start + length
+
+    def failing_copy(source: int, target: int, count: int, start: int, to: int) -> int:
+        if touches(source, start, count):
+            raise OSError(errno.EIO, "Input/output error")
+        return copy(source, target, count, start, to)
+
+    def failing_read(descriptor: int, buffers: list[Any], offset: int) -> int:
+        if touches(descriptor, offset, len(buffers[0])):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "copy_file_range", failing_copy)
+        patch.setattr(os, "preadv", failing_read)
+        with pytest.raises(moesurgery.SurgeryError, match=r"model-00002-of-00003.*Input/output error"):
+            write_plan(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").rglob("*.tmp"))
+    write_plan(plan, tmp_path / "out")  # the disk has recovered
+    write_plan(plan, tmp_path / "whole")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 # Sizes

@@ -35,6 +35,9 @@ class Source(Protocol):
     def files(self) -> dict[str, int]:
         """Return every regular file below the root with its size in bytes."""
 
+    def irregular(self) -> dict[str, str]:
+        """Return what is neither a regular file nor a folder, with what it is: never opened."""
+
     def read(self, file: str, start: int, length: int) -> bytes:
         """Return `length` bytes of `file` from `start`; fewer only at its end."""
 
@@ -42,13 +45,17 @@ class Source(Protocol):
         """Return a path that the kernel can copy from, or None where there is none."""
 
 
+def is_contained(file: str) -> bool:
+    """Whether `file` is a plain relative path inside a checkpoint."""
+    path = PurePosixPath(file)
+    if not file or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
+        return False
+    return bool(path.parts) and ":" not in path.parts[0]
+
+
 def contained(file: str) -> str:
     """Return `file` if it is a plain relative path inside a checkpoint; raise CheckpointError."""
-    path = PurePosixPath(file)
-    unsafe = (
-        not file or path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or ":" in path.parts[0]
-    )
-    if unsafe:
+    if not is_contained(file):
         raise CheckpointError(
             f"the path {file!r} leaves the checkpoint",
             "a checkpoint may only name files beside its config.json; do not use this one",
@@ -78,23 +85,34 @@ class LocalSource:
         return self.name
 
     def files(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for path in self._walk(self.root):
-            if len(found) == MAX_FILES:
-                raise CheckpointError(f"{self.root} holds more than {MAX_FILES:,} files", "name the model's own folder")
-            status = path.stat() if path.is_symlink() and path.exists() else path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                found[path.relative_to(self.root).as_posix()] = status.st_size
-        return found
+        return {name: entry for name, entry in self._entries() if isinstance(entry, int)}
 
-    def _walk(self, folder: Path) -> Iterator[Path]:
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda e: e.name)
-        for entry in ordered:
-            if not entry.is_dir(follow_symlinks=False):
-                yield Path(entry.path)
-            elif entry.name not in (".git", ".cache", ".moesurgery") and not _other_model(Path(entry.path)):
-                yield from self._walk(Path(entry.path))
+    def irregular(self) -> dict[str, str]:
+        return {name: entry for name, entry in self._entries() if isinstance(entry, str)}
+
+    def _entries(self) -> Iterator[tuple[str, int | str]]:
+        """Yield (name, size) of regular files and (name, kind) of everything else, in order of names."""
+        waiting = [self.root]
+        count = 0
+        while waiting:
+            folder = waiting.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    ordered = sorted(entries, key=lambda e: e.name)
+            except OSError as error:
+                raise CheckpointError(f"{folder} cannot be listed: {error.strerror}") from None
+            inside = [e for e in ordered if e.is_dir(follow_symlinks=False)]
+            waiting += [Path(e.path) for e in reversed(inside) if not _skipped(Path(e.path))]
+            for entry in ordered:
+                if entry.is_dir(follow_symlinks=False):
+                    continue
+                count += 1
+                if count > MAX_FILES:
+                    raise CheckpointError(
+                        f"{self.root} holds more than {MAX_FILES:,} files", "name the model's own folder"
+                    )
+                path = Path(entry.path)
+                yield path.relative_to(self.root).as_posix(), _size_or_kind(path)
 
     def local(self, file: str) -> Path:
         """Return the real path of `file`; raise CheckpointError where it leads out of the checkpoint."""
@@ -139,11 +157,36 @@ class LocalSource:
             os.close(descriptor)
 
 
-def _other_model(folder: Path) -> bool:
-    """Whether a folder inside a checkpoint is a model of its own: an edit that was written there, mostly."""
-    if folder.name.endswith(".partial") or (folder / "moesurgery.json").exists():
+def _skipped(folder: Path) -> bool:
+    """Whether a folder is no part of a model: version control, download caches, another model.
+
+    A model inside a model is an edit that was written there, mostly.
+    """
+    if folder.name in (".git", ".cache", ".moesurgery") or folder.name.endswith(".partial"):
+        return True
+    if (folder / "moesurgery.json").exists():
         return True
     return (folder / "config.json").exists() and next(folder.glob("*.safetensors"), None) is not None
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFDIR: "a link to a folder",
+    stat.S_IFLNK: "a link to nothing",
+}
+
+
+def _size_or_kind(path: Path) -> int | str:
+    """Return the size of a regular file (links followed), or what else it is."""
+    try:
+        status = path.stat()
+    except OSError:
+        status = path.lstat()
+    kind = stat.S_IFMT(status.st_mode)
+    return status.st_size if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
 
 @dataclass(frozen=True)
@@ -182,11 +225,19 @@ class RemoteSource:
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:
+        return {name: size for name, size in self._listed() if is_contained(name)}
+
+    def irregular(self) -> dict[str, str]:
+        return {name: "a path out of the checkpoint" for name, _ in self._listed() if not is_contained(name)}
+
+    def _listed(self) -> list[tuple[str, int]]:
         system, root = self._open()
         with remote_errors(self.label):
             found = system.find(root, detail=True)
+        if len(found) > MAX_FILES:
+            raise CheckpointError(f"{self.label} holds more than {MAX_FILES:,} files", "name the model's own folder")
         prefix = root.rstrip("/") + "/"
-        return {p.removeprefix(prefix): int(d["size"]) for p, d in sorted(found.items()) if d.get("type") == "file"}
+        return [(p.removeprefix(prefix), int(d["size"])) for p, d in sorted(found.items()) if d.get("type") == "file"]
 
     def local(self, file: str) -> None:
         contained(file)

@@ -35,6 +35,14 @@ class Buffer:
         return self.view[phase : phase + length]
 
 
+def open_to_read(path: Path) -> int:
+    """Open a source file; raise CheckpointError where it cannot be (an OSError would be taken for the output's)."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def read_full(descriptor: int, view: memoryview, offset: int, where: str) -> None:
     """Fill `view` from `offset`; raise CheckpointError where the file ends or the disk fails."""
     done = 0
@@ -102,7 +110,7 @@ class FileReader:
 
     def descriptor(self, path: Path) -> int:
         if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
+            self._open[path] = open_to_read(path)
         return self._open[path]
 
 

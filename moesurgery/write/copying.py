@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moesurgery.errors import CheckpointError
-from moesurgery.plan.reader import PAGE, Buffer, read_full
+from moesurgery.plan.reader import PAGE, Buffer, open_to_read, read_full
 
 FICLONE = 0x40049409
-# What says "not between these two files": fall back to reading and writing.
-_FALLBACK = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY})
+# What says "not between these two files": fall back to reading and writing. After EIO that tells which side failed.
+_FALLBACK = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EIO}
+)
 _SYNC_FILE_RANGE_WRITE = 2
 
 Progress = Callable[[int], None]
@@ -69,13 +71,15 @@ def _copy_by_buffer(
         done += len(view)
 
 
-def clone(source: Path, target: Path) -> bool:
+def clone(source: Path, target: Path, *, durable: bool = False) -> bool:
     """Make `target` share all blocks with `source`; return False where the filesystem cannot."""
-    read = os.open(source, os.O_RDONLY)
+    read = open_to_read(source)
     try:
         write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             fcntl.ioctl(write, FICLONE, read)
+            if durable:
+                os.fsync(write)
         except OSError:
             os.unlink(target)
             return False
@@ -100,7 +104,7 @@ def link(source: Path, target: Path) -> bool:
 def copy_file(source: Path, target: Path, progress: Progress, stop: threading.Event, *, durable: bool) -> None:
     """Copy a whole file, leaving its holes holes. The target must not exist."""
     buffer = Buffer()
-    read = os.open(source, os.O_RDONLY)
+    read = open_to_read(source)
     try:
         status = os.fstat(read)
         write = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)

@@ -24,6 +24,7 @@ import moesurgery
 from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import OutputError
 from moesurgery.plan.expr import Compute
 from moesurgery.plan.plan import Plan
@@ -83,6 +84,8 @@ def write_plan(
     """
     output = Path(os.path.abspath(output))
     check_output(plan, output, force=options.force)
+    for file in plan.checkpoint.side_files:
+        plan.checkpoint.source.local(file)  # a link out of the checkpoint is an error now, not after hours
     tasks = shard_tasks(plan)
     identity = plan_id(plan, tasks)
     partial = output.with_name(output.name + ".partial")
@@ -128,9 +131,15 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
         raise OutputError(
             f"{output} exists and is not empty", "choose another folder with -o, or replace it with --force"
         )
+    _check_replaceable(output)
+
+
+def _check_replaceable(output: Path) -> None:
+    """Refuse to delete what is no part of a checkpoint."""
     for path in output.iterdir():
         known = path.suffix.lower() in _CHECKPOINT_SUFFIXES or path.name in _CHECKPOINT_NAMES
-        if path.is_symlink() or not path.is_file() or not known:
+        ours = path.name == WORK and not path.is_symlink()
+        if not ours and (path.is_symlink() or not path.is_file() or not known):
             raise OutputError(
                 f"--force would delete {path}, which is no part of a checkpoint",
                 "move it away, or choose another folder",
@@ -156,6 +165,10 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
 
 def _claim(partial: Path, identity: str, *, force: bool) -> int:
     """Make or take over the working directory; return a locked descriptor that keeps others out."""
+    if partial.is_symlink() or (partial.exists() and not (partial / WORK).is_dir() and any(partial.iterdir())):
+        raise OutputError(
+            f"{partial} exists and is no unfinished job of ours", "move it away, or choose another folder"
+        )
     record = partial / WORK / "plan"
     try:
         (partial / WORK).mkdir(parents=True, exist_ok=True)
@@ -167,24 +180,41 @@ def _claim(partial: Path, identity: str, *, force: bool) -> int:
     except OSError:
         os.close(lock)
         raise OutputError(f"another process is writing {partial}", "wait for it, or choose another folder") from None
-    found = record.read_text() if record.exists() else None
-    if found is not None and found != identity:
-        if not force:
-            os.close(lock)
-            raise OutputError(
-                f"{partial} holds an unfinished job of another recipe or of changed inputs",
-                "finish that job, delete the folder, or start over with --force",
-            )
-        for path in partial.iterdir():
-            if path.name != WORK:
-                path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
-        for path in (partial / WORK).iterdir():
-            if path.name != "lock":
-                path.unlink()
-    for stale in (partial / WORK).glob("*.tmp"):
-        stale.unlink(missing_ok=True)
-    record.write_text(identity)
+    try:
+        found = record.read_text() if record.exists() else None
+        if found is not None and found != identity:
+            if not force:
+                raise OutputError(
+                    f"{partial} holds an unfinished job of another recipe or of changed inputs",
+                    "finish that job, delete the folder, or start over with --force",
+                )
+            _empty(partial, keep=WORK)
+            _empty(partial / WORK, keep="lock")
+        for stale in (partial / WORK).rglob("*.tmp"):
+            _remove(stale)
+        _write_text(record.with_suffix(".new"), identity)
+        os.replace(record.with_suffix(".new"), record)
+    except OSError as error:
+        os.close(lock)
+        raise disk_error(error, partial) from error
+    except OutputError:
+        os.close(lock)
+        raise
     return lock
+
+
+def _empty(folder: Path, *, keep: str) -> None:
+    for path in folder.iterdir():
+        if path.name != keep:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder; what a killed process left may be any of them."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _workers(options: WriteOptions, tasks: list[ShardTask]) -> tuple[int, int]:
@@ -299,9 +329,9 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     """Check every shard, then write side files, config, card, provenance, and last the index."""
     total = 0
     for task in tasks:
-        if not task.whole:
-            _check_shard(partial, task)
+        _check_shard(partial, task)
         total += task.data_bytes
+    _remove_leftovers(partial, {task.name for task in tasks})
     source_files = plan.checkpoint.source
     for file in plan.checkpoint.side_files:
         if file == CARD and options.card:
@@ -310,23 +340,31 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     if plan.config == plan.checkpoint.config:
         _carry(source_files, CONFIG, plan.checkpoint.file_sizes[CONFIG], partial / CONFIG)
     else:
-        _write_text(partial / CONFIG, json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+        _write_text(partial / CONFIG, write_json(plan.config))
     if options.card or CARD not in plan.checkpoint.side_files:
         _write_text(partial / CARD, card_text(plan))
-    _write_text(partial / PROVENANCE, json.dumps(provenance(plan), indent=2, ensure_ascii=False) + "\n")
+    _write_text(partial / PROVENANCE, write_json(provenance(plan)))
     if tasks[0].name != SINGLE or len(tasks) > 1:
-        _write_text(partial / INDEX, json.dumps(_index(plan, tasks), indent=2, ensure_ascii=False) + "\n")
+        _write_text(partial / INDEX, write_json(_index(plan, tasks)))
     copying.sync_directory(partial)
     return total
 
 
+def _remove_leftovers(partial: Path, shards: set[str]) -> None:
+    """Delete side files of an earlier, interrupted attempt: the input may have lost them since."""
+    for file in LocalSource(partial).files():
+        if file not in shards:
+            (partial / file).unlink()
+
+
 def _check_shard(partial: Path, task: ShardTask) -> None:
-    """Read back the header of a shard that was composed; raise OutputError where it is not what was planned."""
+    """Read back the header of a shard; raise OutputError where it is not what was planned."""
     source = LocalSource(partial)
     header = read_header(
         task.name, (partial / task.name).stat().st_size, lambda start, length: source.read(task.name, start, length)
     )
-    if {t.name for t in header.tensors} != {n for n, _ in task.entries}:
+    found = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
+    if found != [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]:
         raise OutputError(
             f"{partial / task.name} is not what was planned", "delete the .partial folder and start again"
         )
@@ -351,18 +389,20 @@ def _carry(source: Any, file: str, size: int, target: Path) -> None:
 
 
 def _publish(partial: Path, output: Path, *, force: bool) -> None:
-    shutil.rmtree(partial / WORK)
+    """Give the finished directory its name. Killed at any point, it is whole under one name or the other."""
     replaced: Path | None = None
     if output.exists() and any(output.iterdir()):
         if not force:
             raise OutputError(
                 f"{output} appeared while {partial} was written", f"mv {partial} to a place of your choice"
             )
+        _check_replaceable(output)  # again: hours may have passed
         replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
         os.rename(output, replaced)
     elif output.exists():
         output.rmdir()
     os.rename(partial, output)
     copying.sync_directory(output.parent)
+    shutil.rmtree(output / WORK)
     if replaced is not None:
         shutil.rmtree(replaced)

@@ -83,12 +83,21 @@ def make_header(entries: tuple[tuple[str, Expr], ...], metadata: tuple[tuple[str
 
 
 def done(directory: Path, name: str, plan_id: str) -> bool:
-    """Whether shard `name` of this very plan is already complete in `directory`."""
+    """Whether shard `name` of this very plan is already complete in `directory`.
+
+    What was written without waiting for the disk counts only until the machine restarts.
+    """
     try:
         manifest = json.loads((directory / WORK / f"{name}.json").read_text())
-        return bool(manifest["plan"] == plan_id and (directory / name).stat().st_size == manifest["size"])
+        safe = manifest["boot"] is None or manifest["boot"] == boot_id()
+        return bool(safe and manifest["plan"] == plan_id and (directory / name).stat().st_size == manifest["size"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def boot_id() -> str:
+    """Name this run of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, watch: Watch | None = None) -> int:
@@ -105,6 +114,8 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
     unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     temporary = directory / WORK / f"{task.name}.{unique}.tmp"
     try:
+        for folder in (temporary.parent, (directory / task.name).parent):
+            folder.mkdir(parents=True, exist_ok=True)  # an index may name shards in a folder
         if task.whole is not None and (path := task.whole[0].local(task.whole[1])) is not None:
             _copy_whole(path, temporary, task, manner, watch)
         else:
@@ -114,7 +125,7 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
         size = temporary.stat().st_size
         os.replace(temporary, directory / task.name)
         copying.sync_directory(directory)
-        _write_manifest(directory, task.name, plan_id, size)
+        _write_manifest(directory, task.name, plan_id, size, durable=manner.durable)
         return size
     except OSError as error:
         raise disk_error(error, directory) from error
@@ -132,18 +143,18 @@ def disk_error(error: OSError, where: Path) -> SurgeryError:
     return OutputError(f"cannot write {error.filename or where}: {error.strerror}")
 
 
-def _write_manifest(directory: Path, name: str, plan_id: str, size: int) -> None:
+def _write_manifest(directory: Path, name: str, plan_id: str, size: int, *, durable: bool) -> None:
     path = directory / WORK / f"{name}.json"
     temporary = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
     with open(temporary, "w") as file:
-        json.dump({"plan": plan_id, "size": size}, file)
+        json.dump({"plan": plan_id, "size": size, "boot": None if durable else boot_id()}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, watch: Watch) -> None:
-    if (manner.link and copying.link(source, target)) or copying.clone(source, target):
+    if (manner.link and copying.link(source, target)) or copying.clone(source, target, durable=manner.durable):
         watch.progress(task.data_bytes)
         return
     assert task.whole is not None

@@ -1,0 +1,83 @@
+"""JSON read strictly and written so that it can always be read again.
+
+Python's own reader lets a repeated key win silently and follows any depth until the stack ends; its writer
+fails on half of a surrogate pair, which a config may hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+MAX_DEPTH = 100
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class _Duplicates(dict[str, Any]):
+    """A JSON object that remembers which of its keys were given twice."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for json: keeps the last value and remembers repeated keys."""
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    marked = _Duplicates(pairs)
+    seen: set[str] = set()
+    marked.repeated = tuple(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+    return marked
+
+
+def repeated_keys(value: object) -> tuple[str, ...]:
+    """Return the keys that stood twice in the JSON object `value` came from."""
+    return value.repeated if isinstance(value, _Duplicates) else ()
+
+
+def parse_json(data: bytes, *, config: bool = False) -> Any:
+    """Parse JSON strictly. Raises ValueError.
+
+    `config`: what Python writes and copies: NaN and Infinity are allowed, the depth is bounded.
+    """
+
+    def constant(name: str) -> float:
+        if not config:
+            raise ValueError(f"{name} is not JSON")
+        return float(name)
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_object, parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if config and _deeper_than(value, MAX_DEPTH):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    """Whether `value` nests more than `limit` objects and lists: what copies or prints it would overflow the stack."""
+    level = [value]
+    for _ in range(limit):
+        inner: list[Any] = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += [v for v in part.values() if type(v) in _NESTING]
+            elif isinstance(part, list):
+                inner += [v for v in part if type(v) in _NESTING]
+        if not inner:
+            return False
+        level = inner
+    return True
+
+
+_NESTING = frozenset({dict, list, _Duplicates})
+
+
+def write_json(value: Any) -> str:
+    """Return `value` as readable JSON text with a final newline; non-ASCII characters stay as they are."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
