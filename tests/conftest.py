@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 os.environ.update(NO_COLOR="1", COLUMNS="100", TERM="dumb", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
 os.environ.pop("FORCE_COLOR", None)
 
 from moesurgery.cli import main

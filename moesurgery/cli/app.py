@@ -40,5 +40,6 @@ for _found in operations().values():
     app.command(_found.name)(command_for(_found))
 app.command("run")(recipes.run_command)
 app.command("perplexity")(perplexity.perplexity_command)
+app.command("compare")(perplexity.compare_command)
 app.command("schema")(recipes.schema_command)
 app.add_typer(recipes.recipes_app, name="recipes")

@@ -69,8 +69,8 @@ class Console:
         return f"\033[{code}m{text}\033[0m" if wanted else text
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Watch]:
-        """Show bytes, rate and time left on stderr while a job runs, when that is a terminal."""
+    def progress(self, what: str, total: int, *, of_bytes: bool = True) -> Iterator[Watch]:
+        """Show bytes and rate (or the share done) and time left on stderr while a job runs, on a terminal."""
         watch = Watch()
         if self.quiet or total == 0 or not sys.stderr.isatty():
             yield watch
@@ -80,17 +80,19 @@ class Console:
             BarColumn,
             DownloadColumn,
             Progress,
+            ProgressColumn,
+            TaskProgressColumn,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
         lock, moved = threading.Lock(), 0
+        amount: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if of_bytes else [TaskProgressColumn()]
         bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *amount,
             TimeRemainingColumn(),
             console=RichConsole(stderr=True, markup=False),
             transient=True,

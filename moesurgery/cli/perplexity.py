@@ -1,63 +1,136 @@
-"""`moesurgery perplexity`: held-out loss of a checkpoint on text files."""
+"""`moesurgery perplexity` and `compare`: held-out loss of checkpoints and of recipes never written."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesurgery.checkpoint.checkpoint import open_checkpoint
-from moesurgery.checkpoint.source import LocalSource
+from moesurgery.cli import measuring
 from moesurgery.cli.console import console
 from moesurgery.cli.writing import Json, Quiet
-from moesurgery.errors import CheckpointError, RecipeError
+from moesurgery.errors import RecipeError
+
+if TYPE_CHECKING:
+    from moesurgery.measure.perplexity import Loss
 
 
 def perplexity_command(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder.")],
-    text: Annotated[list[Path], typer.Argument(help="Text files, one domain each; form feeds separate documents.")],
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 512,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows per file at most.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    model: measuring.Subject,
+    text: Annotated[list[Path], typer.Argument(help="Text or JSONL files, one domain each.")],
+    window: measuring.Window = 512,
+    limit: measuring.Limit = None,
+    seed: measuring.Seed = None,
+    dtype: measuring.Dtype = "float32",
+    device: measuring.Device = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model's loss and perplexity on text it was not trained on."""
+    """Measure a model's loss and perplexity on text it was not trained on.
+
+    The model is run layer by layer, so it may be larger than memory, and a recipe is measured without being
+    written. In a text file, form feeds separate documents.
+    """
     console.quiet = quiet
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise RecipeError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
-    checkpoint = open_checkpoint(model)
-    if not isinstance(checkpoint.source, LocalSource):
-        raise CheckpointError(f"{model} is remote", "download it first: hf download org/name --local-dir DIR")
+    run = measuring.Run(window, limit, seed, device, dtype)
+    run.check()
+    plan = measuring.subject(model)
+    domains = run.domains(plan.checkpoint, text)
 
-    from moesurgery.measure.perplexity import context_limit, load_model, losses, mean
-    from moesurgery.measure.text import load_tokenizer, read_domain, start_token
+    from moesurgery.measure.perplexity import losses, mean
 
-    longest = context_limit(checkpoint)
-    if longest is not None and window > longest:
-        raise RecipeError(
-            f"--window {window} is longer than the model's {longest} positions", f"use --window {longest}"
-        )
-    tokenizer = load_tokenizer(checkpoint.source.root)
-    domains = [read_domain(path, tokenizer, start_token(checkpoint.config), window, limit) for path in text]
-    loaded = load_model(checkpoint.source.root, dtype)
-    with console.progress("evaluating", sum(d.windows.numel() for d in domains)) as watch:
-        found = losses(loaded, domains, watch.progress)
+    engine = run.engine(plan)
+    work = sum(d.windows.numel() for d in domains) * len(engine.layers)
+    with console.progress("evaluating", work, of_bytes=False) as watch:
+        found = losses(engine, domains, watch.progress)
     if as_json:
         console.json(
             {
                 "schema_version": 1,
-                "model": checkpoint.source.identity,
+                "model": plan.checkpoint.source.identity,
                 "window": window,
                 "dtype": dtype,
-                "domains": [
-                    {"name": f.domain, "tokens": f.tokens, "nats": f.nats, "perplexity": f.perplexity}
-                    for f in (*found, mean(found))
-                ],
+                "domains": [_entry(f) for f in (*found, mean(found))],
             }
         )
         return
     shown = found if len(found) == 1 else [*found, mean(found)]
     rows = [(f.domain, f"{f.tokens:,}", f"{f.nats:.4f}", f"{f.perplexity:.3f}") for f in shown]
     console.table(("text", "tokens", "nats/token", "perplexity"), rows, right=(1, 2, 3))
+
+
+def compare_command(
+    models: Annotated[
+        list[str], typer.Argument(help="Checkpoints, and recipes of some never written; the first is the reference.")
+    ],
+    text: measuring.Texts,
+    window: measuring.Window = 512,
+    limit: measuring.Limit = None,
+    seed: measuring.Seed = None,
+    dtype: measuring.Dtype = "float32",
+    device: measuring.Device = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure models side by side: loss on each text, and KL divergence from the first model.
+
+    All run layer by layer. A recipe gives the figures that its written checkpoint would give.
+    """
+    console.quiet = quiet
+    run = measuring.Run(window, limit, seed, device, dtype)
+    run.check()
+    if len(models) < 2:
+        raise RecipeError("compare needs two models or more", "`moesurgery perplexity` measures one")
+    plans = [measuring.subject(model) for model in models]
+    domains = run.domains(plans[0].checkpoint, text)
+
+    from moesurgery.measure.perplexity import compared, mean
+
+    engines = [run.engine(plan) for plan in plans]
+    work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in engines)
+    with console.progress("evaluating", work, of_bytes=False) as watch:
+        found = [[*losses, mean(losses)] for losses in compared(engines, domains, watch.progress)]
+    names = _names(models)
+    if as_json:
+        console.json(
+            {
+                "schema_version": 1,
+                "window": window,
+                "dtype": dtype,
+                "reference": names[0],
+                "models": [
+                    {"name": name, "reference": model, "domains": [_entry(loss) for loss in losses]}
+                    for name, model, losses in zip(names, models, found, strict=True)
+                ],
+            }
+        )
+        return
+    header = ["model", *(d.name for d in domains)] + (["all"] if len(domains) > 1 else []) + ["over the first", "KL"]
+    rows = []
+    for name, losses in zip(names, found, strict=True):
+        total = losses[-1]
+        shown = losses if len(domains) > 1 else losses[:1]
+        apart = "" if total.divergence is None else f"{total.divergence:.5f}"
+        over = "" if total.divergence is None else f"{total.nats - found[0][-1].nats:+.4f}"
+        rows.append((name, *(f"{loss.nats:.4f}" for loss in shown), over, apart))
+    console.table(header, rows, right=range(1, len(header)))
+    console.note(f"nats per token over {found[0][-1].tokens:,} predicted tokens; KL from {names[0]}")
+
+
+def _entry(loss: Loss) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": loss.domain,
+        "tokens": loss.tokens,
+        "nats": loss.nats,
+        "perplexity": loss.perplexity,
+    }
+    if loss.divergence is not None:
+        entry["kl"] = loss.divergence
+    return entry
+
+
+def _names(models: list[str]) -> list[str]:
+    """Return the last part of each path; the whole where two are alike."""
+    short = [Path(model).name or model for model in models]
+    return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]

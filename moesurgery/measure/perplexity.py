@@ -1,82 +1,125 @@
-"""Held-out loss of a checkpoint, by transformers' own forward pass."""
+"""Held-out loss of plans, written or not: one alone, or several side by side with their distance to the first."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.errors import CheckpointError
+from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.measure.engine import Engine, Progress, Streams
 from moesurgery.measure.text import Domain
+from moesurgery.measure.tokens import Tokens
 
-BATCH_TOKENS = 8192
+if TYPE_CHECKING:
+    import torch
+
+ROWS = 512  # of logits, whose softmax is computed together
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean negative log likelihood in nats per predicted token."""
+    """Mean negative log likelihood in nats per predicted token; `divergence` is the mean KL to a reference."""
 
     domain: str
     tokens: int
     nats: float
+    divergence: float | None = None
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.nats)
 
 
-def load_model(path: str | Path, dtype: str = "float32") -> Any:
-    """Load a checkpoint with transformers, never with its own code.
+def losses(engine: Engine, domains: Sequence[Domain], progress: Progress = lambda count: None) -> list[Loss]:
+    """Return the loss on each domain, with log-probabilities in float32."""
+    return compared([engine], domains, progress)[0]
 
-    Raises CheckpointError where transformers cannot load it, or where tensors were missing, unexpected or of
-    the wrong shape: a model that is partly random has no perplexity worth printing.
+
+def compared(
+    engines: Sequence[Engine], domains: Sequence[Domain], progress: Progress = lambda count: None
+) -> list[list[Loss]]:
+    """Return for each engine the loss on each domain; for all but the first, with KL(first || it).
+
+    All models go through their layers one after the other, then through their heads together, batch by batch, so
+    that logits are never kept. Memory: the hidden states of the windows once per model.
     """
-    import torch
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    loader: Any = transformers.AutoModelForCausalLM
-    try:
-        model, info = loader.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
+    if len({engine.vocabulary for engine in engines}) > 1:
+        raise RefusedError(
+            "the models have different vocabularies: " + ", ".join(str(engine.vocabulary) for engine in engines),
+            "compare models with one tokenizer",
         )
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"transformers cannot load {path}: {reason[0] if reason else error!r}") from None
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = sorted(map(str, info[kind]))
-            raise CheckpointError(f"{path}: {len(names)} tensors are {kind.removesuffix('_keys')}, such as {names[0]}")
-    return model.eval()
+    windows = _together(domains)
+    sums = [[[0.0, 0.0] for _ in domains] for _ in engines]
+    size = min(engine.windows_per_batch(windows, True) for engine in engines)
+    runs: list[Streams] = []
+    try:
+        for engine in engines:
+            runs.append(engine.start(windows, batch=size))
+            runs[-1].to_layer(len(engine.layers), progress)
+        for number, stream in enumerate(runs[0].streams):
+            reference = runs[0].finish(number)
+            for found, run in zip(sums, runs, strict=True):
+                logits = reference if run is runs[0] else run.finish(number)
+                for row, ids in enumerate(stream.tokens.ids):
+                    nats, divergence = _window(logits[row], reference[row] if run is not runs[0] else None, ids)
+                    entry = found[_domain_of(domains, stream.first + row)]
+                    entry[0] += nats
+                    entry[1] += divergence
+    finally:
+        for run in runs:
+            run.close()
+    return [
+        [
+            Loss(d.name, d.tokens, nats / d.tokens, None if i == 0 else divergence / d.tokens)
+            for d, (nats, divergence) in zip(domains, found, strict=True)
+        ]
+        for i, found in enumerate(sums)
+    ]
 
 
-def losses(model: Any, domains: Sequence[Domain], progress: Callable[[int], None] = lambda count: None) -> list[Loss]:
-    """Return the loss of `model` on each domain, in float32 log-probabilities."""
+def _window(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> tuple[float, float]:
+    """Return the summed loss of one window's predictions, and the summed KL(reference || logits)."""
     import torch
 
-    found = []
-    with torch.inference_mode():
-        for domain in domains:
-            total = 0.0
-            for windows in torch.split(domain.windows, max(1, BATCH_TOKENS // domain.windows.shape[1])):
-                logits = model(windows).logits[:, :-1].float()
-                total += torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"
-                ).item()
-                progress(windows.numel())
-            found.append(Loss(domain.name, domain.tokens, total / domain.tokens))
-    return found
+    nats = divergence = 0.0
+    targets = ids[1:].to(logits.device)
+    for start in range(0, len(targets), ROWS):
+        log = torch.log_softmax(logits[:-1][start : start + ROWS].float(), dim=-1)
+        nats -= log.gather(1, targets[start : start + ROWS, None]).double().sum().item()
+        if reference is not None:
+            base = torch.log_softmax(reference[:-1][start : start + ROWS].float(), dim=-1)
+            divergence += (base.exp() * (base - log)).sum(-1).double().sum().item()
+    if not math.isfinite(nats):
+        raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
+    return nats, divergence
+
+
+def _together(domains: Sequence[Domain]) -> Tokens:
+    import torch
+
+    return Tokens(torch.cat([domain.windows for domain in domains]))
+
+
+def _domain_of(domains: Sequence[Domain], window: int) -> int:
+    for number, domain in enumerate(domains):
+        if window < len(domain.windows):
+            return number
+        window -= len(domain.windows)
+    raise AssertionError("a window of no domain")
 
 
 def mean(found: Sequence[Loss]) -> Loss:
     """Return the mean over domains, weighted by tokens."""
     tokens = sum(loss.tokens for loss in found)
-    return Loss("all", tokens, sum(loss.nats * loss.tokens for loss in found) / tokens)
+
+    def weighted(values: list[float]) -> float:
+        return sum(v * loss.tokens for v, loss in zip(values, found, strict=True)) / tokens
+
+    divergences = [loss.divergence for loss in found if loss.divergence is not None]
+    return Loss("all", tokens, weighted([loss.nats for loss in found]), weighted(divergences) if divergences else None)
 
 
 def context_limit(checkpoint: Checkpoint) -> int | None:

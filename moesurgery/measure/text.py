@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     import torch
 
+TOKENIZER = "tokenizer.json"
 DOCUMENT_BREAK = "\f"  # a form feed on a line of its own separates documents in a text file
 
 
@@ -28,45 +31,91 @@ class Domain:
         return int(self.windows.shape[0] * (self.windows.shape[1] - 1))
 
 
-def load_tokenizer(model: str | Path) -> Any:
-    """Return the fast tokenizer in `tokenizer.json`. Raises CheckpointError where there is none."""
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the fast tokenizer in a checkpoint's `tokenizer.json`. Raises CheckpointError where there is none."""
     from tokenizers import Tokenizer
 
-    path = Path(model) / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", "copy the tokenizer beside the model")
+    where = f"{checkpoint.source.identity}/{TOKENIZER}"
+    if TOKENIZER not in checkpoint.file_sizes:
+        raise CheckpointError(f"{where} is missing", "copy the tokenizer beside the model, or give token ids as JSONL")
+    data = checkpoint.source.read(TOKENIZER, 0, checkpoint.file_sizes[TOKENIZER])
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{where} cannot be read: {error}") from None
 
 
-def read_domain(path: str | Path, tokenizer: Any, start_token: int | None, length: int, limit: int | None) -> Domain:
-    """Cut a text file into windows of `length` tokens, each document after `start_token`; the rest is dropped.
+def read_domain(
+    path: str | Path,
+    tokenizer: Callable[[], Any],
+    start_token: int | None,
+    length: int,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> Domain:
+    """Cut a file into windows of `length` tokens, each text after `start_token`; the rest is dropped.
 
-    `limit` bounds the number of windows. Raises RecipeError for an unreadable or too short file.
+    A `.jsonl` file has a document per line, as text or as token ids (`input_ids`, padding marked by
+    `attention_mask` left out); any other file is text, for which `tokenizer()` is asked. `limit` bounds the number
+    of windows: the first ones, or with `seed` a sample. Raises RecipeError for an unreadable or too short file.
     """
+    import numpy as np
     import torch
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{path} cannot be read: {reason}") from None
+    enough = limit * length if limit is not None and seed is None else None
     ids: list[int] = []
-    for document in documents(text):
-        if start_token is not None:
-            ids.append(start_token)
-        ids += tokenizer.encode(document, add_special_tokens=False).ids
-        if limit is not None and len(ids) >= limit * length:
+    for document in _documents(path):
+        if isinstance(document, str):
+            if start_token is not None:
+                ids.append(start_token)
+            ids += tokenizer().encode(document, add_special_tokens=False).ids
+        else:
+            ids += document
+        if enough is not None and len(ids) >= enough:
             break
     count = len(ids) // length
     if count == 0:
         raise RecipeError(
             f"{path} has {len(ids)} tokens, less than one window of {length}", "give more text or a smaller --window"
         )
-    count = min(count, limit) if limit is not None else count
-    return Domain(Path(path).stem, torch.tensor(ids[: count * length]).view(count, length))
+    windows = torch.tensor(ids[: count * length]).view(count, length)
+    if limit is not None and limit < count:
+        chosen = range(limit) if seed is None else sorted(np.random.default_rng(seed).permutation(count)[:limit])
+        windows = windows[list(map(int, chosen))]
+    return Domain(Path(path).stem, windows)
+
+
+def _documents(path: str | Path) -> Iterator[str | list[int]]:
+    """Yield the documents of a file: texts, or lists of token ids."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"{path} cannot be read: {reason}") from None
+    if not str(path).endswith(".jsonl"):
+        yield from documents(text)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield _record(line, f"{path}:{number}")
+
+
+def _record(line: str, where: str) -> str | list[int]:
+    """Read one line of JSON: {"text": …}, {"input_ids": […]}, or a bare list of ids."""
+    hint = 'a line is {"text": "…"}, {"input_ids": [1, 2, …]} or [1, 2, …]'
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise RecipeError(f"{where}: not JSON: {error}", hint) from None
+    mask = None
+    if isinstance(value, dict):
+        mask = value.get("attention_mask")
+        value = value.get("text", value.get("input_ids"))
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(type(v) is int and v >= 0 for v in value):
+        return [v for v, real in zip(value, mask, strict=True) if real] if mask else value
+    raise RecipeError(f"{where}: neither text nor token ids", hint)
 
 
 def documents(text: str) -> Sequence[str]:

@@ -1,0 +1,91 @@
+"""What the commands that run models share: options, the model or recipe to run, and the text to run it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moesurgery.cli.console import console
+from moesurgery.errors import RecipeError
+from moesurgery.plan.plan import Plan, plan_of
+from moesurgery.recipes import load_recipe
+
+if TYPE_CHECKING:
+    from moesurgery.measure.engine import Engine
+    from moesurgery.measure.text import Domain
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Subject = Annotated[str, typer.Argument(help="A checkpoint (folder, hf://, URL), or a recipe of one never written.")]
+Texts = Annotated[
+    list[Path], typer.Option("--text", help="Text or JSONL (text, or input_ids) to measure on; repeat for more.")
+]
+Window = Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Windows per file at most.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Draw the windows at random by this seed instead of the first ones.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where there is a GPU.")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command is to run models."""
+
+    window: int = 512
+    limit: int | None = None
+    seed: int | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def check(self) -> None:
+        """Raise RecipeError for a dtype or device that is not there."""
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
+        import torch
+
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise RecipeError(f"--device {self.device}: {error}".splitlines()[0], "use cpu or cuda") from None
+        if device.type != "cpu" and (device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count()):
+            raise RecipeError(f"--device {self.device}: torch sees no such device here", "use --device cpu")
+
+    def engine(self, plan: Plan) -> Engine:
+        from moesurgery.measure.engine import Engine
+
+        return Engine(plan, device=self.device, dtype=self.dtype)
+
+    def domains(self, checkpoint: Checkpoint, texts: list[Path]) -> list[Domain]:
+        """Read the text files as windows of the model's tokens."""
+        from moesurgery.measure.perplexity import context_limit
+        from moesurgery.measure.text import load_tokenizer, read_domain, start_token
+
+        longest = context_limit(checkpoint)
+        if longest is not None and self.window > longest:
+            raise RecipeError(
+                f"--window {self.window} is longer than the model's {longest} positions", f"use --window {longest}"
+            )
+
+        @cache
+        def tokenizer() -> Any:
+            return load_tokenizer(checkpoint)
+
+        start = start_token(checkpoint.config)
+        return [read_domain(path, tokenizer, start, self.window, self.limit, self.seed) for path in texts]
+
+
+def subject(reference: str) -> Plan:
+    """Return the plan of a checkpoint, or of a recipe file, which is not written."""
+    if reference.endswith((".yaml", ".yml")) and Path(reference).is_file():
+        plan = load_recipe(reference).plan()
+        for step in plan.steps:
+            console.note(f"{reference}: {step.operation}: {step.summary}")
+        return plan
+    return plan_of(open_checkpoint(reference))

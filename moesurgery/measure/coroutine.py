@@ -1,0 +1,81 @@
+"""A function that can stop in the middle and wait, however deep in other code it is.
+
+It runs in a thread of its own, but only while its owner waits for it: there is never more than one of them, or
+its owner, at work. (A generator cannot do this: it would have to be written into transformers' code.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_here = threading.local()
+
+
+class _Abandoned(BaseException):
+    """Unwinds a coroutine that nobody will resume."""
+
+
+class Coroutine:
+    """`function()`, run up to each `ask`. `request` is what it asked for; `done` and `result` are set at the end."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.request: Any = None
+        self.result: Any = None
+        self.done = False
+        self._function = function
+        self._answer: Any = None
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._turn = threading.Semaphore(0)
+        self._back = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def advance(self, answer: Any = None) -> None:
+        """Run until the next `ask` or the end, giving `answer` to the last `ask`. Raises what the function raises."""
+        self.request, self._answer = None, answer
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._turn.release()
+        answer = None  # a large tensor is not to be kept alive from here
+        self._back.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Unwind the function where it waits. Harmless when it has ended or has not begun."""
+        if self._thread.ident is not None and not self.done:
+            self._abandoned = True
+            self._turn.release()
+            self._thread.join()
+
+    def ask(self, request: Any) -> Any:
+        """Called by the function: hand over a request, wait, and return the answer."""
+        self.request = request
+        del request
+        self._back.release()
+        self._turn.acquire()
+        if self._abandoned:
+            raise _Abandoned
+        answer, self._answer = self._answer, None
+        return answer
+
+    def _run(self) -> None:
+        _here.coroutine = self
+        try:
+            self.result = self._function()
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.request, self.done = None, True
+            self._back.release()
+
+
+def current() -> Coroutine | None:
+    """Return the coroutine that runs in this thread, if any."""
+    return getattr(_here, "coroutine", None)
