@@ -155,7 +155,8 @@ def find_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
         if not isinstance(place, Mapping):
             continue
         found = by_model_type(str(place.get("model_type", "")))
-        architectures = set(config.get("architectures") or ())
+        stated = config.get("architectures")
+        architectures = {a for a in stated if isinstance(a, str)} if isinstance(stated, list) else set()
         exact = tuple(f for f in found if architectures.intersection(f.architectures))
         if found:
             return exact or tuple(f for f in found if not f.architectures) or found
@@ -188,11 +189,16 @@ class _Place:
         return self.part.role if self.part else self.along.role if self.along else None
 
 
-def recognise(config: Mapping[str, Any], tensors: Mapping[str, HasShape]) -> Anatomy:
+def recognise(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, HasShape],
+    broken: list[tuple[MoeBlock, CheckpointError]] | None = None,
+) -> Anatomy:
     """Take a model apart by its config, tensor names, dtypes and shapes.
 
     Never refuses: what the table does not know is counted and listed under `unrecognised`.
-    Raises CheckpointError where an MoE block is incomplete (an expert or its router is missing).
+    Raises CheckpointError where an MoE block is incomplete (an expert or its router is missing); with a list
+    `broken`, such blocks are added to it instead.
     """
     families = find_families(config)
     family = families[0] if families else None
@@ -225,7 +231,12 @@ def recognise(config: Mapping[str, Any], tensors: Mapping[str, HasShape]) -> Ana
     )
     for block in anatomy.blocks:
         assert family is not None
-        _settle(block, family, tensors, anatomy)
+        try:
+            _settle(block, family, tensors, anatomy)
+        except CheckpointError as error:
+            if broken is None:
+                raise
+            broken.append((block, error))
     return anatomy
 
 

@@ -131,17 +131,20 @@ def method(config: Mapping[str, Any]) -> str | None:
     return str(name) if name else None
 
 
+_PACKED_BITS = (2, 3, 4, 8)
+
+
 def packed_bits(config: Mapping[str, Any]) -> int:
     """Return the bits per weight of packed 32-bit integers: from the config, 4 where it does not say."""
     found = quantisation_config(config)
     for key in ("bits", "w_bit"):
-        if isinstance(found.get(key), int):
+        if found.get(key) in _PACKED_BITS:
             return int(found[key])
     groups = found.get("config_groups")
     if isinstance(groups, Mapping):
         for group in groups.values():
             weights = group.get("weights") if isinstance(group, Mapping) else None
-            if isinstance(weights, Mapping) and isinstance(weights.get("num_bits"), int):
+            if isinstance(weights, Mapping) and weights.get("num_bits") in _PACKED_BITS:
                 return int(weights["num_bits"])
     return 4
 

@@ -1,0 +1,1 @@
+"""Is a checkpoint right, and not merely loadable? Checks as small functions that yield findings, and report formats."""

@@ -1,0 +1,78 @@
+"""What a check is: a small function that yields findings, and says what it could not look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moesurgery.checkpoint.finding import Finding, Severity
+from moesurgery.validate.codes import CODES, Level
+
+if TYPE_CHECKING:
+    from moesurgery.validate.subject import Subject
+
+
+@dataclass(frozen=True)
+class NotChecked:
+    """Something that was asked for and could not be looked at: never passed over in silence."""
+
+    codes: tuple[str, ...]
+    reason: str
+
+
+Outcome = Iterator[Finding | NotChecked]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check with the codes that it may yield."""
+
+    codes: tuple[str, ...]
+    function: Callable[[Subject], Outcome]
+
+    @property
+    def level(self) -> Level:
+        return CODES[self.codes[0]].level
+
+
+CHECKS: list[Check] = []
+
+
+def check(*codes: str) -> Callable[[Callable[[Subject], Outcome]], Callable[[Subject], Outcome]]:
+    """Register a function as the check for `codes`, all of one level."""
+
+    def register(function: Callable[[Subject], Outcome]) -> Callable[[Subject], Outcome]:
+        CHECKS.append(Check(codes, function))
+        return function
+
+    return register
+
+
+def finding(
+    code: str,
+    message: str,
+    file: str | None = None,
+    tensor: str | None = None,
+    *,
+    hint: str | None = None,
+    severity: Severity | None = None,
+) -> Finding:
+    """Return a finding, of the code's usual severity unless another is given."""
+    return Finding(code, message, file, tensor, hint, severity or CODES[code].severity)
+
+
+def and_more(names: list[str]) -> str:
+    """Say how many others a finding about the first of `names` stands for."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def ranges(numbers: list[int]) -> str:
+    """Show sorted numbers as `0, 3-5`."""
+    found: list[list[int]] = []
+    for n in numbers:
+        if found and found[-1][1] == n - 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

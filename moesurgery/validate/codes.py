@@ -1,0 +1,103 @@
+"""Every code that `validate` can report. Append only: CI jobs ignore and count by code.
+
+docs/validation.md shows this table; a test keeps it true, and another that every code has a broken checkpoint
+in tests/ that shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moesurgery.checkpoint.finding import Severity
+
+Level = Literal["container", "config", "values", "forward", "against"]
+
+LEVELS: tuple[Level, ...] = ("container", "config", "values", "forward")
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kind of finding. `severity` is the usual one; a finding may be milder or graver where `title` says so."""
+
+    code: str
+    level: Level
+    severity: Severity
+    title: str
+
+
+_TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
+    ("P01", "container", "warning", "a pickle, by content, whatever its name; an error where it calls more than torch"),
+    ("P02", "container", "error", "no safetensors weights, or none at all"),
+    ("P03", "container", "error", "a path or a link leads out of the checkpoint"),
+    ("P04", "container", "error", "not a regular file: a pipe, a socket, a device"),
+    ("P05", "container", "warning", "code beside the weights: `auto_map`, `.py` files, `trust_remote_code`"),
+    ("P06", "container", "error", "a config key that makes a loader fetch or run code"),
+    ("P07", "container", "error", "a name with control characters or path parts, or an empty one"),
+    ("P08", "container", "error", "a chat template that reaches for Python's internals"),
+    ("P09", "container", "warning", "names that differ only in case or in Unicode form"),
+    ("S01", "container", "error", "the header's length: missing, over 100 MB, or beyond the file"),
+    ("S02", "container", "error", "the header is no UTF-8 JSON object; a warning where only space stands before it"),
+    ("S03", "container", "error", "a key twice in a header"),
+    ("S04", "container", "error", "an unknown dtype, or a shape that is none"),
+    ("S05", "container", "error", "a tensor's byte range does not fit its dtype and shape"),
+    ("S06", "container", "error", "tensors overlap, leave holes, or do not end with the file (a truncated copy)"),
+    ("S07", "container", "warning", "`__metadata__` is missing; an error where it is not an object of strings"),
+    ("S08", "container", "error", "another kind of file in place of weights: LFS pointer, HTML, zip, pickle, GGUF"),
+    ("S09", "container", "error", "files differ from what `moesurgery.json` says was written"),
+    ("S10", "container", "warning", "a hole in the file that was never written and reads as zeros"),
+    ("S11", "container", "error", "a file cannot be read: the disk or the network fails"),
+    ("I01", "container", "error", "the index is not what an index is, or maps a name twice"),
+    (
+        "I02",
+        "container",
+        "error",
+        "the index names a shard that is not there, or a tensor that its shard does not hold",
+    ),
+    ("I03", "container", "error", "a tensor stands in two shards, or is not in the index"),
+    ("I04", "container", "warning", "`total_size` or the numbers in the shards' names are wrong"),
+    ("I05", "container", "error", "two checkpoints in one folder; a warning for a stale shard"),
+    ("I06", "container", "error", "several shards and no index"),
+    ("C01", "container", "error", "config.json is missing or cannot be parsed; a warning for a key given twice"),
+    ("C02", "config", "error", "names and shapes are not what the family table makes of the config"),
+    ("C03", "config", "error", "names and shapes are not what transformers' own model class makes of the config"),
+    (
+        "C04",
+        "config",
+        "error",
+        "experts are missing, not numbered 0 to n-1, of unequal shape, or not as many as stated",
+    ),
+    ("C05", "config", "error", "a router, its bias or its groups do not fit the number of experts"),
+    ("C06", "config", "error", "top-k is not a whole number from 1 to the experts that can be reached"),
+    (
+        "C07",
+        "config",
+        "error",
+        "the layers of the tensors are not the layers of the config, or MoE where it says dense",
+    ),
+    ("C08", "config", "error", "the head is missing though untied, or there though tied and of another shape"),
+    ("C09", "config", "error", "vocabulary, embedding and special tokens disagree; generation_config.json: a warning"),
+    ("C10", "config", "error", "element types mixed within one role, or integers without quantization_config"),
+    ("C11", "config", "warning", "a tensor outside the architecture: left over from something else"),
+    ("C12", "config", "error", "`layer_tie_map` does not fit the layers"),
+    ("C13", "config", "error", "quantised weights without scales, scales without weights, or of the wrong shape"),
+    ("C14", "config", "warning", "`architectures` and `model_type` name different models"),
+    ("T01", "config", "error", "the tokenizer cannot be parsed, or gives ids beyond the embedding"),
+    ("T02", "config", "error", "special tokens that the tokenizer does not have, or a chat template that is none"),
+    ("V01", "values", "error", "NaN or infinity in a weight"),
+    ("V02", "values", "error", "a norm, embedding or head that is all zero; other weights: a warning"),
+    ("V03", "values", "warning", "experts of one layer that are identical, byte for byte"),
+    ("V04", "values", "warning", "values out of line with their siblings by orders of magnitude, or close to overflow"),
+    ("V05", "values", "error", "a stretch of zeros inside a weight: the mark of an interrupted copy"),
+    ("V06", "values", "error", "tied embeddings, and a head that differs from the embedding"),
+    ("F01", "forward", "error", "logits that are not finite, or the same for every token"),
+    ("F02", "forward", "error", "with --against: logits that differ from the reference beyond the tolerance"),
+    ("F03", "forward", "warning", "experts that no token of the prompts reached, though many should have"),
+    ("R01", "against", "error", "the provenance cannot be replayed on this reference"),
+    ("R02", "against", "error", "a tensor that should be untouched differs from the reference"),
+    ("R03", "against", "error", "an edited tensor is not what its recipe computes from the reference"),
+    ("R04", "against", "error", "a tensor that the recipe does not leave, or one that it leaves and is missing"),
+    ("R05", "against", "error", "config.json is not what the recipe makes of the reference's"),
+)
+
+CODES: dict[str, Code] = {row[0]: Code(*row) for row in _TABLE}
