@@ -14,7 +14,7 @@ import pytest
 
 import moesurgery
 from moesurgery.cli.app import app
-from moesurgery.cli.console import safe
+from moesurgery.text import safe
 from tests.conftest import ROOT, Result
 
 Cli = Callable[..., Result]

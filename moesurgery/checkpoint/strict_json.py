@@ -79,5 +79,14 @@ _NESTING = frozenset({dict, list, _Duplicates})
 
 def write_json(value: Any) -> str:
     """Return `value` as readable JSON text with a final newline; non-ASCII characters stay as they are."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    return _encodable(json.dumps(value, indent=2, ensure_ascii=False)) + "\n"
+
+
+def compact_json(value: Any) -> str:
+    """Return `value` as JSON text without spaces."""
+    return _encodable(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def _encodable(text: str) -> str:
+    """Escape halves of surrogate pairs, which UTF-8 cannot hold."""
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

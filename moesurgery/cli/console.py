@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
+from moesurgery.text import safe
 from moesurgery.write.shard import Watch
 
 
@@ -112,27 +113,6 @@ class Console:
         with bar:
             yield watch
             bar.update(task, completed=moved)
-
-
-def safe(text: str) -> str:
-    """Return `text` with everything that could move the cursor or reorder a line shown escaped."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in "\n\t" or _harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def _harmless(c: str) -> bool:
-    return c.isprintable() and unicodedata.bidirectional(c) not in (
-        "LRE",
-        "RLE",
-        "LRO",
-        "RLO",
-        "PDF",
-        "LRI",
-        "RLI",
-        "FSI",
-        "PDI",
-    )
 
 
 def width(text: str) -> int:

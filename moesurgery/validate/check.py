@@ -29,21 +29,20 @@ class Check:
     """A check with the codes that it may yield."""
 
     codes: tuple[str, ...]
+    level: Level
     function: Callable[[Subject], Outcome]
-
-    @property
-    def level(self) -> Level:
-        return CODES[self.codes[0]].level
 
 
 CHECKS: list[Check] = []
 
 
-def check(*codes: str) -> Callable[[Callable[[Subject], Outcome]], Callable[[Subject], Outcome]]:
-    """Register a function as the check for `codes`, all of one level."""
+def check(
+    *codes: str, level: Level | None = None
+) -> Callable[[Callable[[Subject], Outcome]], Callable[[Subject], Outcome]]:
+    """Register a function as the check for `codes`; it runs at `level`, or at the level of the first."""
 
     def register(function: Callable[[Subject], Outcome]) -> Callable[[Subject], Outcome]:
-        CHECKS.append(Check(codes, function))
+        CHECKS.append(Check(codes, level or CODES[codes[0]].level, function))
         return function
 
     return register

@@ -25,7 +25,7 @@ class Subject:
 
     scan: Scan
     against: str | None = None
-    tolerance: float = 1e-3
+    tolerance: float | None = None
     progress: Callable[[int], None] = field(default=lambda count: None)
     # Facts that are no findings, such as the distance to the reference's logits: they go into the report.
     measured: dict[str, Any] = field(default_factory=dict)

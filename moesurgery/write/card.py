@@ -24,8 +24,11 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     return recipe
 
 
-def provenance(plan: Plan) -> dict[str, Any]:
-    """Return what `moesurgery.json` holds. Inputs are named by Hub id or folder name, never by local path."""
+def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `moesurgery.json` holds. Inputs are named by Hub id or folder name, never by local path.
+
+    `outputs` are the files that were written, with their digests, so that `validate` can tell them from others.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": "moesurgery",
@@ -44,20 +47,22 @@ def provenance(plan: Plan) -> dict[str, Any]:
             {"operation": s.operation, "summary": s.summary, "notes": list(s.notes), "report": dict(s.report)}
             for s in plan.steps
         ],
+        "outputs": outputs,
         "config_changes": [{"key": key, "old": old, "new": new} for key, old, new in config_changes(plan)],
     }
 
 
 def config_changes(plan: Plan) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, old value, new value) for everything the plan changes in config.json."""
-    return list(_differences(plan.checkpoint.config, plan.config, ""))
+    return list(differences(plan.checkpoint.config, plan.config, ""))
 
 
-def _differences(old: Any, new: Any, path: str) -> Iterable[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """Yield (dotted key, old value, new value) wherever two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):  # 1 is not true, NaN is itself
         yield path, old, new
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import moesurgery
 from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE
+from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import write_json
@@ -49,7 +50,8 @@ class WriteOptions:
 
     `jobs`: threads in all. `link`: hard-link unchanged shards where they cannot be cloned. `force`:
     replace an existing output. `card`: write README.md even where the model has its own. `durable`: wait for the
-    disk before the output appears; without it a power cut may damage what was just written.
+    disk before the output appears; without it a power cut may damage what was just written. `checksums`: read every
+    shard again for its SHA-256 and record it in the provenance.
     """
 
     jobs: int | None = None
@@ -57,6 +59,7 @@ class WriteOptions:
     force: bool = False
     card: bool = False
     durable: bool = True
+    checksums: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,10 +330,9 @@ def _write_text(path: Path, text: str) -> None:
 
 def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOptions) -> int:
     """Check every shard, then write side files, config, card, provenance, and last the index."""
-    total = 0
-    for task in tasks:
-        _check_shard(partial, task)
-        total += task.data_bytes
+    total = sum(task.data_bytes for task in tasks)
+    with ThreadPoolExecutor(options.jobs or min(os.cpu_count() or 1, 8)) as pool:
+        outputs = list(pool.map(lambda task: _check_shard(partial, task, checksum=options.checksums), tasks))
     _remove_leftovers(partial, {task.name for task in tasks})
     source_files = plan.checkpoint.source
     for file in plan.checkpoint.side_files:
@@ -343,7 +345,8 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
         _write_text(partial / CONFIG, write_json(plan.config))
     if options.card or CARD not in plan.checkpoint.side_files:
         _write_text(partial / CARD, card_text(plan))
-    _write_text(partial / PROVENANCE, write_json(provenance(plan)))
+    outputs.append({"file": CONFIG, "sha256": hashlib.sha256((partial / CONFIG).read_bytes()).hexdigest()})
+    _write_text(partial / PROVENANCE, write_json(provenance(plan, outputs)))
     if tasks[0].name != SINGLE or len(tasks) > 1:
         _write_text(partial / INDEX, write_json(_index(plan, tasks)))
     copying.sync_directory(partial)
@@ -357,17 +360,20 @@ def _remove_leftovers(partial: Path, shards: set[str]) -> None:
             (partial / file).unlink()
 
 
-def _check_shard(partial: Path, task: ShardTask) -> None:
-    """Read back the header of a shard; raise OutputError where it is not what was planned."""
+def _check_shard(partial: Path, task: ShardTask, *, checksum: bool) -> dict[str, Any]:
+    """Read back the header of a shard and return its digests; raise OutputError where it is not what was planned."""
     source = LocalSource(partial)
-    header = read_header(
-        task.name, (partial / task.name).stat().st_size, lambda start, length: source.read(task.name, start, length)
-    )
+    size = (partial / task.name).stat().st_size
+    header = read_header(task.name, size, lambda start, length: source.read(task.name, start, length))
     found = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
     if found != [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]:
         raise OutputError(
             f"{partial / task.name} is not what was planned", "delete the .partial folder and start again"
         )
+    digests = {"header_sha256": header.digest, "sampled_sha256": sampled_digest(source, task.name, size)}
+    if checksum:
+        digests["sha256"] = whole_digest(source, task.name, size)
+    return {"file": task.name, "size": size, **digests}
 
 
 def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.source import Source
+from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.plan.expr import Compute, Copy, Expr, Multiply, Piece
 from moesurgery.plan.multiply import Multiplier
@@ -77,7 +78,7 @@ def make_header(entries: tuple[tuple[str, Expr], ...], metadata: tuple[tuple[str
     for name, expr in entries:
         table[name] = {"dtype": expr.dtype, "shape": list(expr.shape), "data_offsets": [at, at + expr.nbytes]}
         at += expr.nbytes
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text = compact_json(table).encode()
     text += b" " * ((phase - 8 - len(text)) % PAGE)
     return len(text).to_bytes(8, "little") + text
 
@@ -172,7 +173,7 @@ def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, wat
 def _write_body(task: ShardTask, target: Path, manner: Manner, watch: Watch) -> None:
     header = make_header(task.entries, task.metadata, task.phase)
     total = len(header) + task.data_bytes
-    units = list(_units(task.entries, len(header)))
+    units = list(units_of(task.entries, len(header)))
     descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         if manner.reflink:
@@ -187,7 +188,7 @@ def _write_body(task: ShardTask, target: Path, manner: Manner, watch: Watch) -> 
         os.close(descriptor)
 
 
-def _units(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
+def units_of(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
     """Yield (piece, offset in the file) in units of work: neighbours joined, large pieces cut."""
     pending: Copy | Multiply | None = None
     pending_at = 0
