@@ -25,6 +25,8 @@ _WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
     "link": (writing.Link, False),
     "card": (writing.Card, False),
     "no_fsync": (writing.NoFsync, False),
+    "checksums": (writing.Checksums, False),
+    "validate": (writing.Validate, False),
     "jobs": (writing.Jobs, None),
     "as_json": (writing.Json, False),
     "quiet": (writing.Quiet, False),

@@ -32,13 +32,27 @@ def run_command(
     link: writing.Link = False,
     card: writing.Card = False,
     no_fsync: writing.NoFsync = False,
+    checksums: writing.Checksums = False,
+    validate: writing.Validate = False,
     jobs: writing.Jobs = None,
     as_json: writing.Json = False,
     quiet: writing.Quiet = False,
 ) -> None:
     """Carry out a recipe: several operations, one pass, one output."""
     flags = writing.WriterFlags(
-        output, force, dry_run, print_recipe, max_shard_size, link, card, no_fsync, jobs, as_json, quiet
+        output=output,
+        force=force,
+        dry_run=dry_run,
+        print_recipe=print_recipe,
+        max_shard_size=max_shard_size,
+        link=link,
+        card=card,
+        no_fsync=no_fsync,
+        checksums=checksums,
+        validate=validate,
+        jobs=jobs,
+        as_json=as_json,
+        quiet=quiet,
     )
     loaded = load_recipe(recipe)
     if model is not None:

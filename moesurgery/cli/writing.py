@@ -16,8 +16,11 @@ from moesurgery.errors import RecipeError
 from moesurgery.plan.expr import Copy
 from moesurgery.plan.plan import Plan
 from moesurgery.recipes import Recipe, parse_size
+from moesurgery.validate.formats import text
+from moesurgery.validate.report import Report, as_json
+from moesurgery.validate.validate import validate_checkpoint
 from moesurgery.write.card import config_changes
-from moesurgery.write.job import WriteOptions, bytes_needed, check_output, write_plan
+from moesurgery.write.job import WriteOptions, Written, bytes_needed, check_output, write_plan
 from moesurgery.write.layout import shard_tasks
 
 Output = Annotated[
@@ -34,6 +37,10 @@ Card = Annotated[bool, typer.Option("--card", help="Write README.md even where t
 NoFsync = Annotated[
     bool, typer.Option("--no-fsync", help="Do not wait for the disk; a power cut may then damage the output.")
 ]
+Checksums = Annotated[
+    bool, typer.Option("--checksums", help="Record the SHA-256 of every shard; reads what was written once more.")
+]
+Validate = Annotated[bool, typer.Option("--validate", help="Validate the output; exit 1 where it is wrong.")]
 Jobs = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
 ]
@@ -53,6 +60,8 @@ class WriterFlags:
     link: bool = False
     card: bool = False
     no_fsync: bool = False
+    checksums: bool = False
+    validate: bool = False
     jobs: int | None = None
     as_json: bool = False
     quiet: bool = False
@@ -85,7 +94,12 @@ def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
             "left behind: " + ", ".join(plan.checkpoint.other_weights[:5]) + " (not the safetensors that were edited)"
         )
     options = WriteOptions(
-        jobs=flags.jobs, link=flags.link, force=flags.force, card=flags.card, durable=not flags.no_fsync
+        jobs=flags.jobs,
+        link=flags.link,
+        force=flags.force,
+        card=flags.card,
+        durable=not flags.no_fsync,
+        checksums=flags.checksums,
     )
     with console.progress(f"writing {output.name}", plan.nbytes) as watch:
         try:
@@ -95,21 +109,36 @@ def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
             if partial.exists():
                 console.note(f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up")
             raise
+    report = _validated(written.path, plan.nbytes) if flags.validate else None
     if flags.as_json:
-        console.json(
-            {
-                "schema_version": 1,
-                "output": str(written.path),
-                "shards": written.shards,
-                "shards_resumed": written.resumed,
-                "bytes": written.nbytes,
-                "steps": [
-                    {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
-                    for s in plan.steps
-                ],
-            }
-        )
-        return
+        document = {
+            "schema_version": 1,
+            "output": str(written.path),
+            "shards": written.shards,
+            "shards_resumed": written.resumed,
+            "bytes": written.nbytes,
+            "steps": [
+                {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
+                for s in plan.steps
+            ],
+        }
+        if report is not None:
+            document["validation"] = as_json(report)
+        console.json(document)
+    else:
+        _say_written(output, written)
+        if report is not None:
+            console.result(text(report))
+    if report is not None and report.failed():
+        raise typer.Exit(1)
+
+
+def _validated(output: Path, nbytes: int) -> Report:
+    with console.progress("validating", nbytes) as watch:
+        return validate_checkpoint(output, progress=watch.progress)
+
+
+def _say_written(output: Path, written: Written) -> None:
     resumed = f", {written.resumed} of them from the interrupted job" if written.resumed else ""
     console.result(f"wrote {output} ({human_bytes(written.nbytes)} in {written.shards} shards{resumed})")
 

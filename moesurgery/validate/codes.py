@@ -92,7 +92,7 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
     ("V06", "values", "error", "tied embeddings, and a head that differs from the embedding"),
     ("F01", "forward", "error", "logits that are not finite, or the same for every token"),
     ("F02", "forward", "error", "with --against: logits that differ from the reference beyond the tolerance"),
-    ("F03", "forward", "warning", "experts that no token of the prompts reached, though many should have"),
+    ("F03", "forward", "warning", "most experts of a layer were chosen by no token: a router that has collapsed"),
     ("R01", "against", "error", "the provenance cannot be replayed on this reference"),
     ("R02", "against", "error", "a tensor that should be untouched differs from the reference"),
     ("R03", "against", "error", "an edited tensor is not what its recipe computes from the reference"),

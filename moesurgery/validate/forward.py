@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 PROMPTS, LENGTH, SEED = 8, 64, 0
-ENOUGH = 20  # choices per expert before one that was never chosen is worth a word
+ENOUGH = 20  # choices per expert before one that was never chosen counts: trained experts may wait for other words
 SAME = 1e-3  # nats: what rounding may do to the logits of two forms of one model
 
 
@@ -132,14 +132,19 @@ def _reached(subject: Subject, trace: Trace) -> Outcome:
         if subject.anatomy.blocks:
             yield NotChecked(("F03",), "the routing of this model class cannot be observed")
         return
+    unreached = 0
     for name, counts in trace.chosen.items():
-        never = [expert for expert, count in enumerate(counts) if count == 0]
         if sum(counts) < ENOUGH * len(counts):
             yield NotChecked(("F03",), f"{sum(counts)} choices are too few for {len(counts)} experts")
             return
-        if never:
-            shown = ", ".join(map(str, never[:12])) + (", …" if len(never) > 12 else "")
-            yield finding("F03", f"{name}: no token of {PROMPTS * LENGTH} chose {shown} (of {len(counts)} experts)")
+        never = [expert for expert, count in enumerate(counts) if count == 0]
+        unreached += len(never)
+        if len(never) > len(counts) / 2:
+            tokens = PROMPTS * LENGTH
+            yield finding(
+                "F03", f"{name}: {len(never)} of {len(counts)} experts were chosen by none of {tokens} tokens"
+            )
+    subject.measured["experts that random tokens did not reach"] = unreached
 
 
 def _distance(subject: Subject, trace: Trace, reference: Trace) -> Outcome:

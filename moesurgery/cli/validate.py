@@ -1,0 +1,111 @@
+"""`moesurgery validate`: is a checkpoint right, and not merely loadable?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesurgery.checkpoint.finding import Severity
+from moesurgery.checkpoint.source import open_source
+from moesurgery.cli.console import console
+from moesurgery.cli.operations import Model
+from moesurgery.cli.writing import Json, Quiet
+from moesurgery.errors import OutputError, RecipeError
+from moesurgery.surgery.operation import did_you_mean
+from moesurgery.validate.codes import LEVELS, Level
+from moesurgery.validate.formats import BY_SUFFIX, FORMATS, markdown
+from moesurgery.validate.report import Report
+from moesurgery.validate.validate import validate_checkpoint
+
+SUMMARY = "GITHUB_STEP_SUMMARY"
+_MOST_SUMMARY = 1 << 20
+_FAIL_ON: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+def validate_command(
+    model: Model = ".",
+    level: Annotated[
+        str | None,
+        typer.Option("--level", help=f"How far to look: {', '.join(LEVELS)}; each includes those before. [values]"),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The model this was made from: replay moesurgery.json on it.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", min=0.0, help="With --against: the KL in nats that forward allows.")
+    ] = None,
+    report_format: Annotated[
+        str, typer.Option("--format", help="What to print: text, json, junit, sarif or github.")
+    ] = "text",
+    reports: Annotated[
+        list[Path] | None,
+        typer.Option("--report", help="Write a report too: .txt, .json, .xml (JUnit), .sarif or .md. May be repeated."),
+    ] = None,
+    fail_on: Annotated[str, typer.Option("--fail-on", help="Exit 1 from this on: error, warning or note.")] = "error",
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", metavar="CODE", help="Leave out a code. May be repeated.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether a checkpoint is right, and not merely loadable.
+
+    Every finding has a stable code: docs/validation.md lists them. What could not be checked is listed too. Nothing
+    is unpickled, no code that comes with a model is imported, no path out of it is followed.
+    """
+    console.quiet = quiet
+    report_format = "json" if as_json else _one_of("--format", report_format, FORMATS)
+    severity: Severity = _one_of("--fail-on", fail_on, _FAIL_ON)  # type: ignore[assignment]
+    chosen: Level | None = _one_of("--level", level, LEVELS) if level is not None else None  # type: ignore[assignment]
+    for path in reports or ():
+        if path.suffix not in BY_SUFFIX:
+            raise RecipeError(f"--report {path}: no format is known by that suffix", f"known: {', '.join(BY_SUFFIX)}")
+    with console.progress("reading weights", _bytes_to_read(model, chosen, against)) as watch:
+        report = validate_checkpoint(
+            model,
+            level=chosen,
+            against=against,
+            tolerance=tolerance,
+            ignore=tuple(ignore or ()),
+            progress=watch.progress,
+        )
+    publish(report, report_format, reports or ())
+    if report.failed(severity):
+        raise typer.Exit(1)
+
+
+def _bytes_to_read(model: str, level: Level | None, against: str | None) -> int:
+    """Return how many bytes of weights will be read, for the progress bar; 0 for levels that read headers alone."""
+    if level in ("container", "config") or "://" in model:
+        return 0
+    sizes = open_source(model).files()
+    weights = sum(size for file, size in sizes.items() if file.endswith(".safetensors"))
+    return weights * (2 if against is not None else 1)
+
+
+def publish(report: Report, report_format: str = "text", files: list[Path] | tuple[Path, ...] = ()) -> None:
+    """Print a report in one format, and write it in others."""
+    console.result(FORMATS[report_format](report))
+    for path in files:
+        _write(path, BY_SUFFIX[path.suffix](report), "w")
+    summary = os.environ.get(SUMMARY)
+    if report_format == "github" and summary:
+        _write(Path(summary), markdown(report)[:_MOST_SUMMARY], "a")
+
+
+def _write(path: Path, text: str, mode: str) -> None:
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text if text.endswith("\n") else text + "\n")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _one_of(option: str, value: str, known: object) -> str:
+    names = list(known)  # type: ignore[call-overload]
+    if value not in names:
+        raise RecipeError(f"{option} {value}: unknown", did_you_mean(value, names) or f"known: {', '.join(names)}")
+    return value
