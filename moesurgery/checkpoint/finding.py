@@ -14,7 +14,7 @@ DAMAGED = "download or copy the file again; `moesurgery validate` lists everythi
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One finding. `code` is stable: docs/validation.md lists them all.
+    """One finding. `code` is stable: docs/codes.md lists them all.
 
     `file` is relative to the checkpoint. `fatal`: no command may use a checkpoint of which this is true.
     """

@@ -53,7 +53,7 @@ def validate_command(
 ) -> None:
     """Say whether a checkpoint is right, and not merely loadable.
 
-    Every finding has a stable code: docs/validation.md lists them. What could not be checked is listed too. Nothing
+    Every finding has a stable code: docs/codes.md lists them. What could not be checked is listed too. Nothing
     is unpickled, no code that comes with a model is imported, no path out of it is followed.
     """
     console.quiet = quiet

@@ -1,7 +1,6 @@
 """Every code that `validate` can report. Append only: CI jobs ignore and count by code.
 
-docs/validation.md shows this table; a test keeps it true, and another that every code has a broken checkpoint
-in tests/ that shows it.
+docs/codes.md is generated from this table. A test demands a broken checkpoint in tests/ for every code.
 """
 
 from __future__ import annotations

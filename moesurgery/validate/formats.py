@@ -20,7 +20,7 @@ from moesurgery.validate.codes import CODES
 from moesurgery.validate.report import Report, as_json
 
 SHOWN = 12  # findings of one code in what people read
-_DOCS = "https://github.com/moesurgery/moesurgery/blob/main/docs/validation.md"
+_DOCS = "https://github.com/moesurgery/moesurgery/blob/main/docs/codes.md"
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 

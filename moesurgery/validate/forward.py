@@ -1,16 +1,15 @@
-"""F: a few seeded prompts through the model. What it takes of a model is the small interface `Engine`."""
+"""F: a few seeded prompts through the model, streamed layer by layer by `measure.engine`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.source import LocalSource
-from moesurgery.errors import RefusedError, SurgeryError
+from moesurgery.errors import SurgeryError
+from moesurgery.plan.plan import plan_of
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.provenance import recorded_steps
 from moesurgery.validate.subject import Subject
@@ -19,69 +18,49 @@ from moesurgery.validate.vocabulary import embedding_of
 if TYPE_CHECKING:
     import torch
 
+    from moesurgery.measure.engine import ExpertsCall
+
 PROMPTS, LENGTH, SEED = 8, 64, 0
 ENOUGH = 20  # choices per expert before one that was never chosen counts: trained experts may wait for other words
 SAME = 1e-3  # nats: what rounding may do to the logits of two forms of one model
+ALIKE = 1e-6  # of logits that are the same
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trace:
-    """What a forward pass showed: logits [prompts, tokens, vocabulary], and how often each expert was chosen.
+    """What a forward pass showed. `chosen` has, for each MoE layer, how often each expert was chosen.
 
-    `chosen` has, for each MoE layer in order, its name and a count per expert.
+    `spread` is the largest standard deviation of logits over the vocabulary, `movement` their largest change from
+    one position to another; `divergence` the mean KL (nats) of the reference to it, `largest` the largest
+    difference of logits.
     """
 
-    logits: torch.Tensor
-    chosen: dict[str, list[int]]
+    chosen: dict[str, list[int]] = field(default_factory=dict)
+    not_finite: int = 0
+    spread: float = 0.0
+    movement: float = 0.0
+    divergence: float = 0.0
+    largest: float = 0.0
 
-
-Engine = Callable[[Checkpoint, "torch.Tensor"], Trace]
-
-
-def whole_model(checkpoint: Checkpoint, prompts: torch.Tensor) -> Trace:
-    """Run a model that fits into memory, with transformers' own code. Raises SurgeryError where it does not."""
-    import torch
-
-    from moesurgery.measure.perplexity import load_model
-
-    if not isinstance(checkpoint.source, LocalSource):
-        raise RefusedError("the model is remote")
-    needed = 2 * checkpoint.stored_bytes if checkpoint.stored_bytes else 0
-    if (free := _free_memory()) is not None and needed > 0.8 * free:
-        raise RefusedError(f"the model needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-    model = load_model(checkpoint.source.root)
-    chosen: dict[str, list[int]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name.endswith(".experts") and isinstance(getattr(module, "num_experts", None), int):
-            handles.append(module.register_forward_pre_hook(_counter(name, module.num_experts, chosen)))
-    try:
-        with torch.inference_mode():
-            return Trace(model(prompts).logits.float(), chosen)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _counter(name: str, experts: int, chosen: dict[str, list[int]]) -> Callable[..., None]:
-    """Return a hook that counts the experts which a layer's router hands to its `experts` module."""
-
-    def count(module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+    def count(self, call: ExpertsCall) -> None:
+        """Count the experts that a router has chosen, as a watch of the engine."""
         import torch
 
-        if len(inputs) > 1 and not inputs[1].is_floating_point():
-            found = torch.bincount(inputs[1].flatten(), minlength=experts)[:experts]
-            chosen[name] = [a + b for a, b in zip(chosen.get(name, [0] * experts), found.tolist(), strict=True)]
+        before = self.chosen.setdefault(call.block.where, [0] * call.block.block.experts)
+        found = torch.bincount(call.index.flatten(), minlength=len(before)).tolist()
+        self.chosen[call.block.where] = [a + b for a, b in zip(before, found, strict=False)]
 
-    return count
+    def see(self, logits: torch.Tensor) -> None:
+        """Take in the logits [S, V] of one prompt."""
+        self.not_finite += int((~logits.isfinite()).any(dim=-1).sum())
+        self.spread = max(self.spread, float(logits.std(dim=-1).max()))
+        self.movement = max(self.movement, float((logits - logits[:1]).abs().max()))
 
-
-def _free_memory() -> int | None:
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+    def compare(self, logits: torch.Tensor, reference: torch.Tensor) -> None:
+        """Take in the logits [S, V] of one prompt, and the reference's."""
+        self.largest = max(self.largest, float((logits - reference).abs().max()))
+        log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+        self.divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) / PROMPTS
 
 
 def seeded_prompts(rows: int) -> torch.Tensor:
@@ -91,39 +70,67 @@ def seeded_prompts(rows: int) -> torch.Tensor:
     return torch.randint(0, rows, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(SEED))
 
 
+def run(checkpoint: Checkpoint, prompts: torch.Tensor, reference: Checkpoint | None = None) -> Trace:
+    """Send prompts [N, S] through a model, and through a reference beside it, layer by layer.
+
+    Memory: one layer of each, and the logits of one prompt. Raises RefusedError where a model cannot be run,
+    CheckpointError where it does not hold what its code expects.
+    """
+    from moesurgery.measure.engine import Engine, Streams, Watch
+    from moesurgery.measure.tokens import Tokens
+
+    trace = Trace()
+    runs: list[Streams] = []
+    try:
+        for each in (checkpoint, reference):
+            if each is not None:
+                engine = Engine(plan_of(each))
+                watch = Watch(experts=trace.count) if each is checkpoint else Watch()
+                runs.append(engine.start(Tokens(prompts), watch, batch=1))
+                runs[-1].to_layer(len(engine.layers))
+        for number in range(len(prompts)):
+            logits = [run.finish(number)[0].float() for run in runs]
+            trace.see(logits[0])
+            if reference is not None:
+                trace.compare(*logits)
+    finally:
+        for each_run in runs:
+            each_run.close()
+    return trace
+
+
 @check("F01", "F02", "F03")
-def forward(subject: Subject, engine: Engine = whole_model) -> Outcome:
+def forward(subject: Subject) -> Outcome:
     """Run the prompts; judge the logits, the routing, and the distance to the reference."""
     embedding = embedding_of(subject)
     if embedding is None:
         yield NotChecked(("F01", "F02", "F03"), "no embedding was recognised, so there are no prompts")
         return
-    prompts = seeded_prompts(subject.tensors[embedding].shape[0])
+    rows = subject.tensors[embedding].shape[0]
+    reference: Checkpoint | None = None
+    if subject.against is not None:
+        reference = open_checkpoint(subject.against)
+        theirs = plan_of(reference).anatomy.settings.first(("vocab_size",))
+        if theirs != rows:
+            yield NotChecked(("F02",), f"the reference has {theirs} words, this model {rows}")
+            reference = None
     try:
-        trace = engine(subject.checkpoint, prompts)
+        trace = run(subject.checkpoint, seeded_prompts(rows), reference)
     except SurgeryError as error:
         yield NotChecked(("F01", "F02", "F03"), error.message)
         return
     yield from _logits(trace)
     yield from _reached(subject, trace)
-    if subject.against is None:
-        return
-    try:
-        reference = engine(open_checkpoint(subject.against), prompts)
-    except (SurgeryError, IndexError) as error:
-        yield NotChecked(("F02",), f"the reference: {error}")
-        return
-    yield from _distance(subject, trace, reference)
+    if reference is not None:
+        yield from _distance(subject, trace)
 
 
 def _logits(trace: Trace) -> Iterator[Finding]:
-    logits = trace.logits
-    if not bool(logits.isfinite().all()):
-        count = int((~logits.isfinite()).any(dim=-1).sum())
-        yield finding("F01", f"the logits of {count} of {logits.shape[0] * logits.shape[1]} tokens are not finite")
-    elif float(logits.std(dim=-1).max()) < 1e-6:
+    if trace.not_finite:
+        yield finding("F01", f"the logits of {trace.not_finite} of {PROMPTS * LENGTH} tokens are not finite")
+    elif trace.spread < ALIKE:
         yield finding("F01", "the logits are the same for every word")
-    elif float((logits - logits[:, :1]).abs().max()) < 1e-6 and logits.shape[1] > 1:
+    elif trace.movement < ALIKE:
         yield finding("F01", "the logits are the same at every position, whatever was said before")
 
 
@@ -147,21 +154,15 @@ def _reached(subject: Subject, trace: Trace) -> Outcome:
     subject.measured["experts that random tokens did not reach"] = unreached
 
 
-def _distance(subject: Subject, trace: Trace, reference: Trace) -> Outcome:
+def _distance(subject: Subject, trace: Trace) -> Outcome:
     """Compare with the reference. Without --tolerance it must be the same function, unless a recipe changed it."""
-    if trace.logits.shape != reference.logits.shape:
-        mine, theirs = list(trace.logits.shape), list(reference.logits.shape)
-        yield finding("F02", f"the logits have shape {mine}, the reference's {theirs}")
-        return
-    largest = float((trace.logits - reference.logits).abs().max())
-    log_p, log_q = reference.logits.log_softmax(-1), trace.logits.log_softmax(-1)
-    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    subject.measured["largest difference of logits"] = largest
-    subject.measured["KL to the reference, nats per token"] = divergence
+    subject.measured["largest difference of logits"] = trace.largest
+    subject.measured["KL to the reference, nats per token"] = trace.divergence
     steps = recorded_steps(subject)
     if subject.tolerance is None and steps:
         yield NotChecked(("F02",), f"{', '.join(steps)} may change the logits: bound the KL with --tolerance")
         return
     allowed = SAME if subject.tolerance is None else subject.tolerance
-    if not divergence <= allowed or math.isnan(largest):
-        yield finding("F02", f"the KL to the reference is {divergence:.4g} nats per token; {allowed:g} are allowed")
+    if not trace.divergence <= allowed:  # NaN too
+        message = f"the KL to the reference is {trace.divergence:.4g} nats per token; {allowed:g} are allowed"
+        yield finding("F02", message)

@@ -47,7 +47,7 @@ def validate_checkpoint(
     """
     for code in ignore:
         if code not in CODES:
-            raise RecipeError(f"there is no code {code!r}", "docs/validation.md lists them all")
+            raise RecipeError(f"there is no code {code!r}", "docs/codes.md lists them all")
     start = time.monotonic()
     source = open_source(reference)
     chosen = level or ("values" if isinstance(source, LocalSource) else "config")

@@ -104,7 +104,7 @@ def _zero(subject: Subject, one: Judged) -> Iterator[Finding]:
         # Gemma's norms multiply by 1 + w: zero is where they start.
         from_one = subject.anatomy.settings.family.norm.kind == "rms1" or "gemma" in model_type_of(subject.config)
         yield finding("V02", "is all zero", tensor=info.name, severity="warning" if from_one else None)
-    elif len(info.shape) > 1:
+    elif len(info.shape) > 1 and not (one.member is not None and one.member.stem.bias):
         yield finding("V02", f"{one.where}it is all zero", tensor=info.name, severity="warning")
 
 

@@ -1,0 +1,102 @@
+"""`moesurgery validate` on checkpoints that are right, its options, and its reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from moesurgery.validate.codes import CODES
+from moesurgery.validate.validate import validate_checkpoint
+from tests.conftest import Result
+from tests.quantise import make_fp8, make_mxfp4
+from tests.tiny import TINY
+
+Cli = Callable[..., Result]
+Models = Callable[..., Path]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_layout_passes_with_no_finding(models: Models, model_type: str, fused: bool) -> None:
+    report = validate_checkpoint(models(model_type, fused=fused), level="values")
+    assert report.findings == ()
+    # What was not looked at is said, and it is only what is not there.
+    assert {code for skipped in report.not_checked for code in skipped.codes} <= {"S09", "T01", "T02"}
+
+
+@pytest.mark.parametrize(("form", "source"), [(make_fp8, "deepseek_v3"), (make_mxfp4, "gpt_oss")])
+def test_every_quantised_form_passes(models: Models, tmp_path: Path, form: Any, source: str) -> None:
+    form(models(source, dtype="bfloat16"), tmp_path / "model")
+    assert validate_checkpoint(tmp_path / "model", level="values").findings == ()
+
+
+def test_the_demo_passes_at_every_level(demo: Path) -> None:
+    report = validate_checkpoint(demo, level="forward")
+    assert report.findings == ()
+    assert {code for skipped in report.not_checked for code in skipped.codes} == {"S09"}
+
+
+def test_an_edit_validates_against_its_model(demo: Path, tmp_path: Path, ok: Cli) -> None:
+    out = tmp_path / "out"
+    result = ok("rescale", demo, "--top-k", 3, "-o", out, "--validate", "--checksums", "--json")
+    assert result.json["validation"]["errors"] == 0
+    report = ok("validate", out, "--against", demo, "--json").json
+    assert report["findings"] == []
+    assert report["not_checked"] == []
+
+
+def broken(demo: Path, folder: Path) -> Path:
+    """A copy with one error and one warning."""
+    shutil.copytree(demo, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 9}))
+    (folder / "modeling_evil.py").write_text("")
+    return folder
+
+
+def test_exit_codes(demo: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = broken(demo, tmp_path / "model")
+    assert cli("validate", demo, "--level", "config").code == 0
+    assert cli("validate", folder, "--level", "config").code == 1
+    assert cli("validate", folder, "--level", "config", "--ignore", "C06").code == 0
+    result = cli("validate", folder, "--level", "config", "--ignore", "C06", "--fail-on", "warning")
+    assert result.code == 1
+    assert "ignored: 1 C06" in result.out
+    for wrong in (["--ignore", "X99"], ["--level", "deep"], ["--format", "xml"], ["--report", "a.doc"]):
+        assert cli("validate", demo, *wrong).code == 2, wrong
+    assert cli("validate", tmp_path / "nowhere").code == 2
+    assert cli("validate", demo, "--level", "container", "--report", tmp_path / "no" / "a.json").code == 2
+
+
+def test_every_format_says_the_same(demo: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = broken(demo, tmp_path / "model")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
+    files = {suffix: tmp_path / f"report{suffix}" for suffix in (".txt", ".json", ".xml", ".sarif", ".md")}
+    options = [word for file in files.values() for word in ("--report", file)]
+    printed = cli("validate", folder, "--level", "config", "--format", "github", *options)
+    assert printed.code == 1
+    text = {suffix: file.read_text() for suffix, file in files.items()}
+    assert "1 error, 1 warning" in text[".txt"]
+    assert [f["code"] for f in json.loads(text[".json"])["findings"]] == ["C06", "P05"]
+    suite = ElementTree.fromstring(text[".xml"])
+    failures = [case.get("name", "")[:3] for case in suite.iter("testcase") if case.find("failure") is not None]
+    assert (failures, suite.get("failures")) == (["C06"], "1")
+    results = json.loads(text[".sarif"])["runs"][0]["results"]
+    assert [(r["ruleId"], r["level"]) for r in results] == [("C06", "error"), ("P05", "warning")]
+    assert "| error | C06 |" in text[".md"]
+    assert (tmp_path / "summary").read_text() == text[".md"]
+    lines = printed.out.splitlines()
+    assert lines[0].startswith("::error file=config.json,title=C06")
+    assert lines[1].startswith("::warning file=modeling_evil.py,title=P05")
+
+
+def test_what_is_remote_or_too_deep_is_listed(demo: Path) -> None:
+    report = validate_checkpoint(demo, level="container")
+    assert report.levels == ("container",)
+    assert set(report.checked) <= {code for code, row in CODES.items() if row.level == "container"}
