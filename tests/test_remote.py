@@ -1,4 +1,4 @@
-"""`hf://` and `https://` checkpoints against a real HTTP server with ranges on loopback."""
+"""`hf://` checkpoints against a real HTTP server with ranges on loopback, and other fsspec URLs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Result
 from tests.tiny import read_tensors, same_bits
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -146,6 +146,18 @@ def test_rescale_of_a_remote_model_equals_that_of_a_local_copy(hub: dict[str, st
     record = json.loads((remote / "moesurgery.json").read_text())
     assert record["inputs"][0]["identity"] == f"hf://acme/tiny@{COMMIT}"
     assert "base_model:\n- acme/tiny" in (remote / "README.md").read_text()
+
+
+def test_any_url_that_fsspec_opens(demo: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    for source, output in ((demo.resolve().as_uri(), tmp_path / "url"), (str(demo), tmp_path / "local")):
+        done = cli("rescale", source, "--top-k", "3", "-o", output, "-q")
+        assert done.code == 0, done.err
+    expected, found = read_tensors(tmp_path / "local"), read_tensors(tmp_path / "url")
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[n], expected[n]) for n in expected)
+    done = cli("count-params", "nosuch://bucket/model")
+    assert done.code == 2
+    assert "nosuch://bucket/model" in done.err
 
 
 def test_a_repository_that_does_not_exist(hub: dict[str, str]) -> None:
