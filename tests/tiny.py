@@ -11,105 +11,29 @@ from typing import Any
 import torch
 import transformers
 
+from tests.families import BASE, CLASSES, ROWS, TINY
+
+__all__ = ["BASE", "TINY"]
+
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-BASE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-MLA = {
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-    "intermediate_size": 40,
-    "moe_intermediate_size": 24,
-}
-TINY: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "phimoe": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "intermediate_size": 40,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 56,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "qwen3_moe": {
-        "intermediate_size": 40,
-        "moe_intermediate_size": 24,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "head_dim": 8,
-        "norm_topk_prob": True,
-        "mlp_only_layers": [0],
-        "num_hidden_layers": 3,
-    },
-    "olmoe": {"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
-    "deepseek_v2": {
-        **MLA,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "q_lora_rank": None,
-        "topk_method": "group_limited_greedy",
-        "n_group": 2,
-        "topk_group": 1,
-    },
-    "deepseek_v3": {
-        **MLA,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "q_lora_rank": 16,
-        "n_group": 2,
-        "topk_group": 1,
-    },
-    "gpt_oss": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8},
-    "granitemoe": {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "jamba": {
-        "intermediate_size": 48,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 4,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "mamba_d_state": 4,
-        "mamba_dt_rank": 4,
-        "use_mamba_kernels": False,
-    },
-    "lfm2_moe": {
-        "intermediate_size": 40,
-        "moe_intermediate_size": 24,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "num_dense_layers": 1,
-        "layer_types": ["conv", "full_attention"],
-        "use_expert_bias": True,
-    },
-}
 
 
 def build(model_type: str, **changes: Any) -> torch.nn.Module:
     """Return a tiny model with random weights everywhere: biases, norms and selection biases too."""
-    config = transformers.AutoConfig.for_model(model_type, **{**BASE, **TINY.get(model_type, {}), **changes})
+    row = {**ROWS.get(model_type, {}), **changes}
+    whole = any(key in row for key in ("text_config", "thinker_config", "vocab_size", "d_model"))
+    config = transformers.AutoConfig.for_model(model_type, **(row if whole else {**BASE, **row}))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    if model_type in CLASSES:
+        model = getattr(transformers, CLASSES[model_type])(config)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    stored = model.state_dict().keys()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in name or not tensor.is_floating_point():
+            if name not in stored or not tensor.is_floating_point():
                 continue
             if tensor.dim() < 2:
                 around = 0.0 if "bias" in name else 1.0
@@ -121,7 +45,9 @@ def build(model_type: str, **changes: Any) -> torch.nn.Module:
 
 def save_tiny(model_type: str, path: Path, *, fused: bool = False, dtype: str = "float32", **changes: Any) -> None:
     """Save a tiny model in the hub's layout or in transformers' fused one, in two shards or more."""
-    model = build(model_type, **changes).to(getattr(torch, dtype))
+    model = build(model_type, **changes)
+    if dtype != "float32":
+        model = model.to(getattr(torch, dtype))
     model.save_pretrained(path, save_original_format=not fused, max_shard_size="60KB")
 
 
@@ -129,9 +55,9 @@ def load(path: Path, **changes: Any) -> torch.nn.Module:
     """Load a checkpoint with transformers; every tensor must be used and none may be missing."""
     config = transformers.AutoConfig.from_pretrained(path)
     for key, value in changes.items():
-        setattr(config, key, value)
+        setattr(config.get_text_config(), key, value)
     config._attn_implementation = "eager"
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, config.architectures[0]).from_pretrained(
         path, config=config, dtype=torch.float32, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -143,8 +69,11 @@ PROMPT = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(7
 
 
 def logits(model: torch.nn.Module, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
+    """Return the logits of the language model; an encoder-decoder reads the prompt on both sides."""
+    torch.manual_seed(0)  # a diffusion model starts from noise
+    both = {"decoder_input_ids": prompt} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(prompt).logits.float()
+        return getattr(model, "thinker", model)(input_ids=prompt, **both).logits.float()
 
 
 @contextmanager

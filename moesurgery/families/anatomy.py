@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 from moesurgery.checkpoint.dtypes import INTEGERS, element_count
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families import components as parts
-from moesurgery.families.family import EXPERTS_KEYS, Along, Family, Layout, Part
+from moesurgery.families.family import EXPERTS_KEYS, Along, ExpertSet, Family, Layout, Part
+from moesurgery.families.layers import layers_note
 from moesurgery.families.quantised import Stem, packed_bits, take_apart, weights_per_element
 from moesurgery.families.settings import Settings
 from moesurgery.families.table import by_model_type
@@ -60,7 +61,10 @@ class Member(NamedTuple):
 
 @dataclass
 class MoeBlock:
-    """The routed experts of one layer and everything that follows them."""
+    """The routed experts of one layer and everything that follows them.
+
+    `of` is the further set of experts that the block is (image experts, attention experts); None for the main one.
+    """
 
     root: str
     layer: int
@@ -69,10 +73,15 @@ class MoeBlock:
     layout: Layout | None = None
     experts: int = 0
     mtp: bool = False
+    of: ExpertSet | None = None
+
+    @property
+    def layer_path(self) -> str:
+        return f"{self.root}{self.container}.{self.layer}"
 
     @property
     def where(self) -> str:
-        return f"{self.root}{self.container}.{self.layer}"
+        return f"{self.layer_path}.{self.of.name}" if self.of else self.layer_path
 
     def named(self, role: str) -> list[Member]:
         return [m for m in self.members if m.role == role]
@@ -179,6 +188,8 @@ class _Place:
     layer_at: int = 0  # position of the layer number among the numbers
     part: Part | None = None
     along: Along | None = None
+    of: ExpertSet | None = None
+    container: str = "layers"
     expert_at: int | None = None
     mtp: bool = False  # in a module of its own for multi-token prediction
     buffer: bool = False  # no parameter, though it has values of its own
@@ -219,28 +230,31 @@ def recognise(
         unrecognised=[],
         notes=[],
     )
-    blocks: dict[tuple[str, int], MoeBlock] = {}
+    blocks: _Blocks = {}
     for template, found in names.items():
         place = places[template]
         _count(anatomy, place, found, tensors)
         if family is not None and place.role is not None:
-            _collect(anatomy, family, place, found, blocks)
-    # A dense layer of a family may have a router-like name (`mlp.gate`): only blocks with experts count.
-    anatomy.blocks = sorted(
-        (b for b in blocks.values() if any(m.part for m in b.members)), key=lambda b: (b.mtp, b.root, b.layer)
-    )
-    for block in anatomy.blocks:
-        assert family is not None
-        try:
-            _settle(block, family, tensors, anatomy)
-        except CheckpointError as error:
-            if broken is None:
-                raise
-            broken.append((block, error))
+            _collect(anatomy, place, found, blocks)
+    if family is not None:
+        _divide(anatomy, family, blocks)
+        # A dense layer of a family may have a router-like name (`mlp.gate`): only blocks with experts count.
+        with_experts = (block for block in blocks.values() if any(m.part for m in block.members))
+        anatomy.blocks = sorted(with_experts, key=lambda b: (b.mtp, b.root, b.layer, b.where))
+        for block in anatomy.blocks:
+            try:
+                _settle(block, family, tensors, anatomy)
+            except CheckpointError as error:
+                if broken is None:
+                    raise
+                broken.append((block, error))
+        if (note := layers_note(anatomy.settings, {b.layer for b in anatomy.main_blocks})) is not None:
+            anatomy.notes.append(note)
     return anatomy
 
 
 _Found = list[tuple[str, tuple[int, ...]]]
+_Blocks = dict[tuple[str, int, str | None], MoeBlock]
 
 
 def _places(family: Family | None, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, _Place]:
@@ -277,9 +291,7 @@ def _count(anatomy: Anatomy, place: _Place, found: _Found, tensors: Mapping[str,
             anatomy.buffers[name] = elements
 
 
-def _collect(
-    anatomy: Anatomy, family: Family, place: _Place, found: _Found, blocks: dict[tuple[str, int], MoeBlock]
-) -> None:
+def _collect(anatomy: Anatomy, place: _Place, found: _Found, blocks: _Blocks) -> None:
     """Add the tensors of one template to the MoE blocks they belong to."""
     assert place.root is not None
     assert place.role is not None
@@ -288,13 +300,29 @@ def _collect(
         for number in numbers[: place.layer_at]:
             root = root.replace("#", str(number), 1)
         layer = numbers[place.layer_at]
-        block = blocks.get((root, layer))
+        key = (root, layer, place.of.name if place.of else None)
+        block = blocks.get(key)
         if block is None:
-            block = blocks[root, layer] = MoeBlock(root, layer, family.layers)
+            block = blocks[key] = MoeBlock(root, layer, place.container, of=place.of)
             block.mtp = anatomy.component[name] == parts.MTP
         expert = numbers[place.expert_at] if place.expert_at is not None else None
         axis = place.along.axis if place.along else (0 if expert is None else None)
         block.members.append(Member(name, place.role, place.stem, place.part, place.along, expert, axis))
+
+
+def _divide(anatomy: Anatomy, family: Family, blocks: _Blocks) -> None:
+    """Hand the experts of a set that continues the numbers of the main one over to the block of that set."""
+    following = next((s for s in family.sets if s.follows), None)
+    stated = anatomy.settings.experts
+    if following is None or not stated:
+        return
+    for (root, layer, name), block in list(blocks.items()):
+        over = [m for m in block.members if m.expert is not None and m.expert >= stated]
+        if name is None and over:
+            key = (root, layer, following.name)
+            other = blocks.setdefault(key, MoeBlock(root, layer, block.container, mtp=block.mtp, of=following))
+            other.members.extend(m._replace(expert=m.expert - stated) for m in over if m.expert is not None)
+            block.members = [m for m in block.members if m.expert is None or m.expert < stated]
 
 
 def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
@@ -314,35 +342,51 @@ def _is_table(dtype: str, place: _Place) -> bool:
 def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> _Place:
     """Decide what a name template means."""
     stem = take_apart(template, dtypes.__contains__, dtypes.__getitem__)
-    root, rest = _split_layer(template, family.layers if family else "layers")
-    if root is None and family is None:
-        for other in ("blocks", "h", "block"):
-            root, rest = _split_layer(template, other)
-            if root is not None:
-                break
+    lists = (family.layers, *family.also_layers) if family else ("layers", "blocks", "h", "block")
+    for container in lists:
+        root, rest = _split_layer(template, container)
+        if root is not None:
+            break
     components = template.split(".")
-    place = _Place(parts.VISION, stem, root, root.count("#") if root is not None else 0)
+    place = _Place(parts.VISION, stem, root, root.count("#") if root is not None else 0, container=container)
+    place.buffer = rest.endswith(_ALWAYS_BUFFERS) or (family is not None and rest.endswith(family.buffers))
     if parts.is_vision(components):
         return place
-    place.buffer = rest.endswith(_ALWAYS_BUFFERS) or (family is not None and rest.endswith(family.buffers))
     if family is not None and root is not None:
         base = stem.base[len(template) - len(rest) :]
-        for part in (p for layout in family.layouts for p in layout.parts):
-            if part.path == base:
-                place.component, place.part = parts.ROUTED, part
-                if "#" in part.path:
-                    place.expert_at = template[: len(template) - len(rest) + len(part.path)].count("#") - 1
+        for of in (None, *family.sets):
+            if _in_set(place, of or family, base, rest):
+                place.of = of
+                if place.part is not None and "#" in place.part.path:
+                    place.expert_at = template[: len(template) - len(rest) + len(place.part.path)].count("#") - 1
                 return place
-        for along in family.along:
-            if rest == along.path:
-                place.component, place.along, place.stem = parts.ROUTER, along, Stem(template, "")
-                place.buffer = place.buffer or not along.parameter
-                return place
-        if any(base == s or rest.startswith(s + ".") for s in family.shared):
+        if _begins(rest, base, family.router_parts):
+            place.component = parts.ROUTER
+            return place
+        if _begins(rest, base, family.shared):
             place.component = parts.SHARED
             return place
     place.component = parts.component_of(rest.split("."), root is not None)
     return place
+
+
+def _in_set(place: _Place, of: ExpertSet | Family, base: str, rest: str) -> bool:
+    """Whether the tensor `rest` of a layer belongs to a set of experts; then enter its part there."""
+    for part in (p for layout in of.layouts for p in layout.parts):
+        if part.path == base:
+            place.component, place.part = parts.ROUTED, part
+            return True
+    for along in of.along:
+        if rest == along.path:
+            place.component, place.along = parts.ROUTER, along
+            place.stem = Stem(place.stem.base + place.stem.suffix, "")
+            place.buffer = place.buffer or not along.parameter
+            return True
+    return False
+
+
+def _begins(rest: str, base: str, paths: tuple[str, ...]) -> bool:
+    return any(base == path or rest == path or rest.startswith(path + ".") for path in paths)
 
 
 _ALWAYS_BUFFERS = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
@@ -361,9 +405,10 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
     """Choose the block's layout, count its experts and check that none is missing."""
     weights = [m for m in block.members if m.part and m.stem.main]
     present = {m.part.path for m in weights if m.part}
-    fitting = [la for la in family.layouts if present == {p.path for p in la.parts}]
+    layouts = (block.of or family).layouts
+    fitting = [la for la in layouts if present == {p.path for p in la.parts}]
     if not fitting:
-        wanted = " or ".join("+".join(p.path for p in la.parts) for la in family.layouts)
+        wanted = " or ".join("+".join(p.path for p in la.parts) for la in layouts)
         raise CheckpointError(
             f"{block.where}: its experts have {', '.join(sorted(present))}; a {family.name} layer has {wanted}",
             "tensors are missing or belong to another model",
@@ -375,7 +420,7 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
     block.layout = fitting[0]
     if block.layout.kind == "per-expert":
         numbers = {p.path: {m.expert for m in weights if m.part and m.part.path == p.path} for p in block.layout.parts}
-        block.experts = max(len(found) for found in numbers.values())
+        block.experts = _agreed({len(found) for found in numbers.values()}, anatomy)
         for path, found in numbers.items():
             missing = set(range(block.experts)) - found
             if missing:
@@ -400,11 +445,19 @@ def _fused_experts(block: MoeBlock, weights: list[Member], tensors: Mapping[str,
             counts.add(stated)
         else:
             counts.add(tensors[member.name].shape[0])
-    if len(counts) != 1:
+    count = _agreed(counts, anatomy)
+    if min(counts) != count:
         raise CheckpointError(
             f"{block.where}: the stacked projections hold different numbers of experts: {sorted(counts)}"
         )
-    return int(counts.pop())
+    return count
+
+
+def _agreed(counts: set[int], anatomy: Anatomy) -> int:
+    """Return the number of experts: the largest count, unless it only adds empty tensors for identity experts."""
+    key = anatomy.settings.family.zero_experts
+    zero = anatomy.settings.integer((key,)) if key else None
+    return min(counts) if zero and max(counts) - min(counts) == zero else max(counts)
 
 
 def _by_orientation(

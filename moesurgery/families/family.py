@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Where a model that wraps a language model keeps the settings of the latter.
+TEXT: tuple[tuple[str, ...], ...] = (("text_config",), ("llm_config",), ("language_config",), ())
+
 ExpertRole = Literal["gate", "up", "down", "gate_up"]
 RouterRole = Literal["router", "router_bias", "correction_bias", "expert_scale", "expert_table"]
 
@@ -33,10 +36,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a family's experts are stored: `per-expert` (a number in the name) or `fused`."""
+    """One way in which a family's experts are stored: `per-expert` (a number in the name) or `fused`.
+
+    `moved` says how the other tensors of the MoE module are called beside this layout: pairs of beginnings of
+    paths, as the family's first layout has them and as this one does. The first that fits counts.
+    """
 
     kind: Literal["per-expert", "fused"]
     parts: tuple[Part, ...]
+    moved: tuple[tuple[str, str], ...] = ()
 
     @property
     def gated(self) -> bool:
@@ -60,10 +68,14 @@ class Along:
 
 @dataclass(frozen=True)
 class Flag:
-    """A boolean (or number) that config.json holds under one of `keys`; `default` where it is absent."""
+    """A boolean (or number) that config.json holds under one of `keys`; `default` where it is absent.
+
+    null counts as absent, unless `null_means_off`: then it is False.
+    """
 
     keys: tuple[str, ...]
     default: Any
+    null_means_off: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,10 +86,14 @@ class Routing:
     renormalised softmax); "sigmoid"; "sqrt-softplus"; "other" where no estimate is offered.
     `renormalised`: the chosen weights are divided by their sum.
     `groups`: how a group of experts is scored before the top groups are kept ("max" or "top2" sum).
+    `score_names`: what the values of `score_flag` mean, where they are not the names above.
+    `softcap`: the config number c of logits c * tanh(logits / c); 0 or absent for none.
     `knob`: the config number that multiplies exactly the routed sum, with its default.
     `after`: what normalises the result: "routed" (a factor has no effect), "joint" (routed and shared
     together: a factor only moves their ratio).
     `fixed_top_k`: the model code ignores the config's top-k and uses this one.
+    `special`: class E, and why the even-gates rule does not apply.
+    `no_estimate`: why the gates cannot be estimated from embeddings and routers, where the rule does apply.
     """
 
     score: Literal["softmax", "top-softmax", "sigmoid", "sqrt-softplus", "other"] = "softmax"
@@ -86,19 +102,42 @@ class Routing:
     groups_if: tuple[str, str] | None = None  # groups apply only where config[key] == value
     bias_on: Literal["score", "logit"] = "score"
     score_flag: Flag | None = None  # config key that names the scoring function
+    score_names: Mapping[str, str] = field(default_factory=dict)
+    softcap: str | None = None
     knob: str | None = None
     knob_default: float | None = None
     after: Literal["routed", "joint"] | None = None
     fixed_top_k: int | None = None
-    special: str | None = None  # class E: why the even-gates rule does not apply
+    special: str | None = None
+    no_estimate: str | None = None
 
 
 @dataclass(frozen=True)
 class InputNorm:
-    """The norm whose output the router reads: `x / rms(x) * w` ("rms"), `* (1 + w)` ("rms1"), or LayerNorm."""
+    """The norm whose output the router reads: `x / rms(x) * w` ("rms"), `* (1 + w)` ("rms1"), or LayerNorm.
+
+    `path` names its weight; `others` are the names that it has beside other layouts.
+    """
 
     path: str = "post_attention_layernorm.weight"
     kind: Literal["rms", "rms1", "layer"] = "rms"
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """A further set of experts in the same layers, with a router of its own and the same config numbers.
+
+    `text`: text tokens go through it too (attention experts); else it is for other tokens (images).
+    `follows`: in per-expert layouts it continues the numbers of the main set, under the same names.
+    """
+
+    name: str
+    layouts: tuple[Layout, ...]
+    along: tuple[Along, ...]
+    norm: InputNorm
+    text: bool
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +147,12 @@ class Family:
     `nested` lists the places in config.json where the language model's settings may stand, most specific
     first. `refuses` maps an operation to the reason why it has no meaning here. `architectures` is
     needed only where one `model_type` names two layouts.
+
+    The first of `layouts` is the published one. `along` and `shared` list the names beside all layouts.
+    `router_parts`: what belongs to the router but has no expert axis (beginnings of paths).
+    `zero_experts`: the config key that counts identity experts, which have router rows and no weights.
+    `also_layers`: other names of the list of layers. `sparse`: which config keys may say what layers are MoE
+    (`families.layers` knows them), in order of precedence; none means all layers.
     """
 
     name: str
@@ -116,8 +161,13 @@ class Family:
     along: tuple[Along, ...]
     routing: Routing = Routing()
     shared: tuple[str, ...] = ()
-    nested: tuple[tuple[str, ...], ...] = ((),)
+    sets: tuple[ExpertSet, ...] = ()
+    router_parts: tuple[str, ...] = ()
+    zero_experts: str | None = None
+    nested: tuple[tuple[str, ...], ...] = TEXT
     layers: str = "layers"
+    also_layers: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
     top_k_key: str = "num_experts_per_tok"
     experts_key: str = "num_experts"
     norm: InputNorm = InputNorm()
@@ -139,7 +189,8 @@ TOP_K_KEYS = (
     "top_k_experts",
     "num_selects",
 )
-LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "encoder_layers")
+DECODER_LAYERS_KEYS = ("num_decoder_layers", "decoder_layers")
 HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "dim")
 GROUPS_KEYS = ("n_group", "num_expert_group", "n_groups")
 TOP_GROUPS_KEYS = ("topk_group", "topk_groups")
@@ -164,22 +215,29 @@ def fused(
     down: str = "down_proj",
     order: Literal["oi", "io"] = "oi",
     interleaved: bool = False,
+    moved: tuple[tuple[str, str], ...] = (),
 ) -> Layout:
     """Return the layout with all experts of a layer stacked: gate_up [E, 2I, H] and down [E, H, I]."""
+    parts = (Part(f"{module}.{gate_up}", "gate_up", order, interleaved), Part(f"{module}.{down}", "down", order))
+    return Layout("fused", parts, moved)
+
+
+def stacked(gate: str | None, up: str, down: str, *, rows: bool = False) -> Layout:
+    """Return the layout with one tensor per projection: gate and up [E, I, H], down [E, H, I].
+
+    With `rows` they are E blocks of rows of [E*I, H] matrices, and down is [E*I, H] too, in-major.
+    """
+    names: list[tuple[str | None, ExpertRole]] = [(gate, "gate"), (up, "up"), (down, "down")]
     return Layout(
         "fused",
-        (
-            Part(f"{module}.{gate_up}", "gate_up", order, interleaved),
-            Part(f"{module}.{down}", "down", order),
-        ),
+        tuple(Part(name, role, "io" if rows and role == "down" else "oi", rows=rows) for name, role in names if name),
     )
 
 
-def routers(*modules: str) -> tuple[Along, ...]:
-    """Return the router weight [E, H] and bias [E] under each of `modules`."""
-    return tuple(
-        along for m in modules for along in (Along(f"{m}.weight", "router"), Along(f"{m}.bias", "router_bias"))
-    )
+def routers(*modules: str, bias: bool = True) -> tuple[Along, ...]:
+    """Return the router weight [E, H] under each of `modules`, and its bias [E]."""
+    found = tuple(Along(f"{module}.weight", "router") for module in modules)
+    return found + tuple(Along(f"{module}.bias", "router_bias") for module in modules) if bias else found
 
 
 def correction(*paths: str, parameter: bool = False) -> tuple[Along, ...]:

@@ -82,11 +82,14 @@ def second_moments(settings: Settings, logits: np.ndarray, bias: np.ndarray | No
     """
     import numpy as np
 
-    scores = scores_of(logits.astype(np.float64), settings.score)
+    logits = logits.astype(np.float64)
+    if settings.softcap:
+        logits = settings.softcap * np.tanh(logits / settings.softcap)
+    scores = scores_of(logits, settings.score)
     order = selection_order(settings, logits, scores, bias)
     chosen = np.take_along_axis(scores, order, axis=-1)
     squares = np.cumsum(chosen**2, axis=-1)
-    norm = True if settings.score == "top-softmax" else settings.renormalised
+    norm = settings.renormalised
     if norm:
         power = 1.0 if norm is True else float(norm)
         squares = squares / np.maximum(np.cumsum(chosen**power, axis=-1), 1e-20) ** (2 / power)

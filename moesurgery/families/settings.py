@@ -13,6 +13,7 @@ from typing import Any
 
 from moesurgery.errors import CheckpointError
 from moesurgery.families.family import (
+    DECODER_LAYERS_KEYS,
     EXPERTS_KEYS,
     GROUPS_KEYS,
     HIDDEN_KEYS,
@@ -44,7 +45,14 @@ class Settings:
         return default
 
     def flag(self, flag: Flag | bool) -> Any:
-        return self.first(flag.keys, flag.default) if isinstance(flag, Flag) else flag
+        """Return what the config says of `flag`, or its default."""
+        if not isinstance(flag, Flag):
+            return flag
+        if flag.null_means_off and any(
+            key in part and part[key] is None for part in self.sections() for key in flag.keys
+        ):
+            return False
+        return self.first(flag.keys, flag.default)
 
     def integer(self, keys: tuple[str, ...]) -> int | None:
         """Return a count: an integer, or the one value of a per-layer list. None where absent.
@@ -70,7 +78,9 @@ class Settings:
 
     @property
     def layers(self) -> int | None:
-        return self.integer(LAYERS_KEYS)
+        """The number of layers of the language model; of its deeper stack where it has two."""
+        counts = (self.integer(keys) for keys in (LAYERS_KEYS, DECODER_LAYERS_KEYS))
+        return max((count for count in counts if count is not None), default=None)
 
     @property
     def hidden(self) -> int | None:
@@ -79,14 +89,21 @@ class Settings:
     @property
     def renormalised(self) -> Any:
         """Whether the chosen weights are divided by their sum (for DBRX: the order of the norm)."""
-        return self.flag(self.family.routing.renormalised)
+        return self.score == "top-softmax" or self.flag(self.family.routing.renormalised)
 
     @property
     def score(self) -> str:
         """The scoring function, from the config where the family lets it choose."""
         routing = self.family.routing
         named = self.flag(routing.score_flag) if routing.score_flag else None
+        named = routing.score_names.get(str(named), named)
         return str(named) if named in ("softmax", "sigmoid", "top-softmax", "sqrt-softplus") else routing.score
+
+    @property
+    def softcap(self) -> float:
+        """The bound c of router logits c * tanh(logits / c); 0 for none."""
+        key = self.family.routing.softcap
+        return float(self.first((key,), 0.0)) if key else 0.0
 
     @property
     def groups(self) -> tuple[int, int] | None:

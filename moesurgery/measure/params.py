@@ -129,7 +129,9 @@ def count_params(anatomy: Anatomy, tensors: Mapping[str, HasShape], top_k: int |
 
 def _tied_head(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> set[str]:
     """Return stored output matrices that the config ties to the embedding: they are the same parameters."""
-    flags = [part.get("tie_word_embeddings", part.get("tie_embedding")) for part in anatomy.settings.sections()]
+    # A model that wraps a language model says it for both: what its text settings say is a default.
+    places = (anatomy.config, *anatomy.settings.sections())
+    flags = [part.get("tie_word_embeddings", part.get("tie_embedding")) for part in places]
     if next((f for f in flags if f is not None), False) is not True:
         return set()
     shapes = {tensors[n].shape for n, c in anatomy.component.items() if c == parts.EMBEDDING}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.components import EMBEDDING
+from moesurgery.families.family import InputNorm
 from moesurgery.families.routing import second_moments
 from moesurgery.plan.expr import Expr
 from moesurgery.plan.plan import Plan
@@ -36,10 +37,15 @@ def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) 
     blocks = anatomy.blocks
     if old == new:
         return {block.where: 1.0 for block in blocks}
-    sample = normalised(embedding_sample(plan, anatomy, seed, _rows(anatomy)), anatomy.settings.family.norm.kind)
+    if (why_not := anatomy.settings.family.routing.no_estimate) is not None:
+        raise RefusedError(why_not)
+    sample = embedding_sample(plan, anatomy, seed, _rows(anatomy))
+    kinds = {_norm(anatomy, block).kind for block in blocks}
+    samples = {kind: normalised(sample, kind) for kind in kinds}
 
     def factor(block: MoeBlock) -> float:
-        moments = second_moments(anatomy.settings, _logits(plan, anatomy, block, sample), _bias(plan, block))
+        logits = _logits(plan, anatomy, block, samples[_norm(anatomy, block).kind])
+        moments = second_moments(anatomy.settings, logits, _bias(plan, block))
         return math.sqrt(moments[old - 1] / moments[new - 1])
 
     with ThreadPoolExecutor(4) as pool:
@@ -89,14 +95,19 @@ def normalised(sample: np.ndarray, kind: str) -> np.ndarray:
     return np.asarray(sample / np.sqrt(power + 1e-12)[:, None])
 
 
+def _norm(anatomy: Anatomy, block: MoeBlock) -> InputNorm:
+    return block.of.norm if block.of else anatomy.settings.family.norm
+
+
 def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -> np.ndarray:
     """Return the router logits [rows, E] of a normalised sample in one block."""
     import numpy as np
 
-    norm = anatomy.settings.family.norm
-    name = f"{block.where}.{norm.path}"
-    if name not in plan.tensors:
-        raise RefusedError(f"the norm before the router, {name}, is missing")
+    norm = _norm(anatomy, block)
+    names = [f"{block.layer_path}.{path}" for path in (norm.path, *norm.others)]
+    name = next((n for n in names if n in plan.tensors), None)
+    if name is None:
+        raise RefusedError(f"the norm before the router, {names[0]}, is missing")
     if block.router is None:
         raise RefusedError(f"{block.where} has no router weight")
     weight = values_of(plan.tensors[name])

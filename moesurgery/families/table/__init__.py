@@ -1,0 +1,25 @@
+"""The family table. A new family is an entry here and a row in tests/families.py: docs/families.md.
+
+Sources: transformers 5.23 modeling files and published checkpoints; `tests/test_families.py` checks every
+entry against a model that transformers builds, in every layout.
+"""
+
+from __future__ import annotations
+
+from moesurgery.families.family import Family
+from moesurgery.families.table.deepseek import DEEPSEEK
+from moesurgery.families.table.mixtral import MIXTRAL
+from moesurgery.families.table.own import OWN
+from moesurgery.families.table.qwen import QWEN
+from moesurgery.families.table.remote import REMOTE
+from moesurgery.families.table.sigmoid import SIGMOID
+
+FAMILIES: tuple[Family, ...] = (*MIXTRAL, *QWEN, *DEEPSEEK, *SIGMOID, *OWN, *REMOTE)
+
+
+def by_model_type(model_type: str) -> tuple[Family, ...]:
+    """Return the entries for one `model_type` (two where architectures must decide)."""
+    return tuple(family for family in FAMILIES if model_type in family.model_types)
+
+
+__all__ = ["FAMILIES", "by_model_type"]

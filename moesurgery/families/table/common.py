@@ -1,0 +1,36 @@
+"""What many entries of the table share."""
+
+from __future__ import annotations
+
+from moesurgery.families.family import Along, Flag, Routing, correction, routers
+
+W123 = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def norm_topk(default: bool) -> Flag:
+    """Return the flag that says whether the chosen weights are divided by their sum."""
+    return Flag(("norm_topk_prob", "moe_renormalize", "route_norm"), default)
+
+
+def sigmoid(knob_default: float, *, knob: str = "routed_scaling_factor", groups: bool = True) -> Routing:
+    """Return DeepSeek-V3's routing: sigmoid scores, a selection bias, groups scored by their best two."""
+    return Routing(
+        score="sigmoid",
+        renormalised=norm_topk(True),
+        groups="top2" if groups else None,
+        knob=knob,
+        knob_default=knob_default,
+    )
+
+
+GATE = routers("mlp.gate")
+GATE_AND_BIAS: tuple[Along, ...] = (*GATE, *correction("mlp.gate.e_score_correction_bias"))
+SHARED_EXPERT = ("mlp.shared_expert", "mlp.shared_expert_gate")
+SHARED_EXPERTS = ("mlp.shared_experts",)
+
+# Which config keys may say what layers are MoE.
+QWEN_LAYERS = ("mlp_layer_types", "mlp_only_layers", "decoder_sparse_step")
+DEEPSEEK_LAYERS = ("mlp_layer_types", "moe_layer_freq", "first_k_dense_replace")
+
+PRODUCT_KEYS = "its router scores pairs of keys, so single experts cannot be taken out or put in"
+TWO_STACKS = "it is an encoder and a decoder, each with layers of its own"

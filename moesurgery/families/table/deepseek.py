@@ -1,0 +1,219 @@
+"""DeepSeek, and the families that follow its names: Kimi, GLM, dots, MiMo, Mistral 4 and others."""
+
+from __future__ import annotations
+
+from moesurgery.families.family import Along, Family, InputNorm, Routing, correction, fused, per_expert, routers
+from moesurgery.families.table.common import (
+    DEEPSEEK_LAYERS,
+    GATE,
+    GATE_AND_BIAS,
+    SHARED_EXPERTS,
+    W123,
+    norm_topk,
+    sigmoid,
+)
+
+HASH_LAYERS = "its first layers route by a table (tid2eid) of expert numbers per token"
+
+
+def _like_v3(
+    name: str,
+    *more: str,
+    knob: float,
+    sparse: tuple[str, ...] = DEEPSEEK_LAYERS,
+    buffers: tuple[str, ...] = (),
+    note: str = "",
+) -> Family:
+    """Return the entry of a family whose experts and router are DeepSeek-V3's."""
+    return Family(
+        name,
+        (name, *more),
+        layouts=(per_expert(), fused()),
+        along=GATE_AND_BIAS,
+        shared=SHARED_EXPERTS,
+        routing=sigmoid(knob),
+        experts_key="n_routed_experts",
+        sparse=sparse,
+        buffers=buffers,
+        note=note,
+    )
+
+
+_V2_ROUTING = Routing(
+    renormalised=False,
+    groups="max",
+    groups_if=("topk_method", "group_limited_greedy"),
+    knob="routed_scaling_factor",
+    knob_default=1.0,
+)
+
+DEEPSEEK: tuple[Family, ...] = (
+    Family(
+        "deepseek",
+        ("deepseek",),
+        layouts=(per_expert(),),
+        along=GATE,
+        shared=SHARED_EXPERTS,
+        routing=Routing(renormalised=norm_topk(False)),
+        experts_key="n_routed_experts",
+        sparse=DEEPSEEK_LAYERS,
+        note="DeepSeekMoE 16B, remote code",
+    ),
+    Family(
+        "deepseek_v2",
+        ("deepseek_v2",),
+        layouts=(per_expert(), fused()),
+        along=GATE_AND_BIAS,
+        shared=SHARED_EXPERTS,
+        routing=_V2_ROUTING,
+        experts_key="n_routed_experts",
+        sparse=DEEPSEEK_LAYERS,
+        note="transformers ignores norm_topk_prob here; the original code drops routed_scaling_factor when it is true",
+    ),
+    Family(
+        "deepseek_ocr2",
+        ("deepseek_ocr2", "deepseek_ocr2_text", "unlimited_ocr", "unlimited_ocr_text"),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        shared=SHARED_EXPERTS,
+        routing=_V2_ROUTING,
+        experts_key="n_routed_experts",
+        sparse=DEEPSEEK_LAYERS,
+    ),
+    _like_v3("deepseek_v3", "kimi_k2", knob=2.5),
+    Family(
+        "kimi_k25",
+        ("kimi_k25",),
+        layouts=(per_expert(), fused()),
+        along=GATE_AND_BIAS,
+        shared=SHARED_EXPERTS,
+        routing=sigmoid(2.5),
+        experts_key="n_routed_experts",
+        also_layers=("blocks",),
+        sparse=DEEPSEEK_LAYERS,
+        note="transformers 5 writes the text layers as `blocks`",
+    ),
+    _like_v3("deepseek_v32", knob=2.5),
+    Family(
+        "deepseek_v4",
+        ("deepseek_v4",),
+        layouts=(
+            per_expert("ffn.experts.#", **W123),
+            fused(
+                moved=(
+                    ("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+                    ("ffn.shared_experts.w1.", "mlp.shared_experts.gate_proj."),
+                    ("ffn.shared_experts.w2.", "mlp.shared_experts.down_proj."),
+                    ("ffn.shared_experts.w3.", "mlp.shared_experts.up_proj."),
+                    ("ffn.", "mlp."),
+                )
+            ),
+        ),
+        along=(
+            *routers("ffn.gate", "mlp.gate", bias=False),
+            *correction("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+            Along("ffn.gate.tid2eid", "expert_table", parameter=False),
+            Along("mlp.gate.tid2eid", "expert_table", parameter=False),
+        ),
+        shared=("ffn.shared_experts", "mlp.shared_experts"),
+        routing=Routing(score="sqrt-softplus", knob="routed_scaling_factor", knob_default=1.5),
+        experts_key="n_routed_experts",
+        norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
+        refuses={
+            "rescale": HASH_LAYERS + ", and the table's width is the top-k",
+            "drop-experts": HASH_LAYERS + ", which names experts that would be gone",
+            "merge-experts": HASH_LAYERS + ", which names experts that would be gone",
+            "to-dense": HASH_LAYERS,
+        },
+    ),
+    _like_v3("glm4_moe", "glm4_moe_text", knob=1.0),
+    _like_v3("glm4_moe_lite", knob=1.8),
+    _like_v3("glm_moe_dsa", knob=2.5),
+    _like_v3("glm4v_moe", "glm4v_moe_text", knob=1.0),
+    _like_v3("glm5_next", "glm5_next_text", knob=2.5),
+    _like_v3("dots1", knob=1.0),
+    _like_v3(
+        "dots3_note",
+        "dots3_note_text",
+        knob=1.0,
+        buffers=("mlp.router_bias", "mlp.e_score_correction_bias"),
+        note="the vision tower is a mixture too: it is counted apart and stays as it is",
+    ),
+    _like_v3("solar_open", knob=1.0, sparse=()),
+    Family(
+        "mimo_v2_flash",
+        ("mimo_v2_flash",),
+        layouts=(per_expert(), fused()),
+        along=GATE_AND_BIAS,
+        routing=sigmoid(1.0),
+        experts_key="n_routed_experts",
+        sparse=DEEPSEEK_LAYERS,
+        note="routed_scaling_factor may be null, which is 1",
+    ),
+    Family(
+        "axk1",
+        ("axk1", "AXK1"),
+        layouts=(per_expert(), fused(moved=(("post_mlp_layernorm.", "mlp.post_mlp_layernorm."),))),
+        along=GATE_AND_BIAS,
+        shared=SHARED_EXPERTS,
+        routing=Routing(
+            score="sigmoid",
+            renormalised=norm_topk(True),
+            groups="top2",
+            knob="routed_scaling_factor",
+            knob_default=2.5,
+            after="joint",
+        ),
+        experts_key="n_routed_experts",
+        sparse=DEEPSEEK_LAYERS,
+    ),
+    Family(
+        "axk2",
+        ("axk2",),
+        layouts=(per_expert(), fused()),
+        along=GATE_AND_BIAS,
+        shared=SHARED_EXPERTS,
+        routing=Routing(
+            score="sigmoid",
+            renormalised=norm_topk(True),
+            groups="top2",
+            knob="routed_scaling_factor",
+            knob_default=2.5,
+            no_estimate="the norm before the router is gated by a small network",
+        ),
+        experts_key="n_routed_experts",
+        sparse=DEEPSEEK_LAYERS,
+    ),
+    Family(
+        "mistral4",
+        ("mistral4",),
+        layouts=(fused(),),
+        along=GATE,
+        shared=SHARED_EXPERTS,
+        routing=Routing(renormalised=norm_topk(True), groups="top2", knob="routed_scaling_factor", knob_default=1.0),
+        experts_key="n_routed_experts",
+        sparse=DEEPSEEK_LAYERS,
+    ),
+    Family(
+        "mistral_large4",
+        ("mistral_large4", "mistral_large4_text"),
+        layouts=(
+            per_expert("experts.#", **W123),
+            fused(
+                moved=(
+                    ("shared_experts.w1.", "mlp.shared_experts.gate_proj."),
+                    ("shared_experts.w2.", "mlp.shared_experts.down_proj."),
+                    ("shared_experts.w3.", "mlp.shared_experts.up_proj."),
+                    ("gate.", "mlp.gate."),
+                )
+            ),
+        ),
+        along=routers("gate", "mlp.gate"),
+        shared=("shared_experts", "mlp.shared_experts"),
+        routing=Routing(groups="top2", knob="routed_scaling_factor", knob_default=1.0),
+        experts_key="n_routed_experts",
+        norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
+        buffers=("lerope.alpha", "rotary_emb.alpha"),
+        sparse=DEEPSEEK_LAYERS,
+    ),
+)

@@ -1,0 +1,188 @@
+"""Mixtral and the families built like it: softmax routers, experts as wide as a dense FFN."""
+
+from __future__ import annotations
+
+from moesurgery.families.family import (
+    ExpertSet,
+    Family,
+    Flag,
+    InputNorm,
+    Routing,
+    correction,
+    fused,
+    per_expert,
+    routers,
+    stacked,
+)
+from moesurgery.families.table.common import GATE, W123, norm_topk
+
+MIXTRAL_LAYOUTS = (
+    per_expert("block_sparse_moe.experts.#", **W123),
+    fused(moved=(("block_sparse_moe.", "mlp."),)),
+)
+MIXTRAL_ROUTER = routers("block_sparse_moe.gate", "mlp.gate")
+
+MIXTRAL: tuple[Family, ...] = (
+    Family(
+        "mixtral",
+        ("mixtral",),
+        layouts=MIXTRAL_LAYOUTS,
+        along=MIXTRAL_ROUTER,
+        experts_key="num_local_experts",
+    ),
+    Family(
+        "minimax",
+        ("minimax", "minimax_text_01", "MiniMaxText01"),
+        layouts=MIXTRAL_LAYOUTS,
+        along=MIXTRAL_ROUTER,
+        shared=("shared_mlp", "coefficient"),
+        experts_key="num_local_experts",
+        buffers=("slope_rate", "diagonal_decay", "key_decay", "query_decay"),
+        note="mlp_beta_factor is no place for a factor: the residual is the normed input",
+    ),
+    Family(
+        "minimax_m2",
+        ("minimax_m2",),
+        layouts=MIXTRAL_LAYOUTS,
+        along=(
+            *MIXTRAL_ROUTER,
+            *correction("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),
+        ),
+        routing=Routing(score="sigmoid"),
+        experts_key="num_local_experts",
+    ),
+    Family(
+        "minimax_m3_vl",
+        ("minimax_m3_vl", "minimax_m3_vl_text"),
+        layouts=(
+            per_expert("block_sparse_moe.experts.#", **W123),
+            fused(
+                moved=(
+                    ("block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+                    ("block_sparse_moe.", "mlp."),
+                )
+            ),
+        ),
+        along=(
+            *MIXTRAL_ROUTER,
+            *correction("block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+        ),
+        routing=Routing(score="sigmoid", knob="routed_scaling_factor", knob_default=2.0),
+        shared=("block_sparse_moe.shared_experts", "mlp.shared_experts"),
+        experts_key="num_local_experts",
+        norm=InputNorm(kind="rms1"),
+        sparse=("mlp_layer_types", "moe_layer_freq"),
+    ),
+    Family(
+        "phimoe",
+        ("phimoe",),
+        layouts=(
+            per_expert("block_sparse_moe.experts.#", **W123),
+            fused(moved=(("block_sparse_moe.gate.", "mlp.router."), ("block_sparse_moe.", "mlp."))),
+        ),
+        along=routers("block_sparse_moe.gate", "mlp.gate", "mlp.router"),
+        routing=Routing(score="other", fixed_top_k=2, special="sparsemixer routing: two masked softmaxes"),
+        experts_key="num_local_experts",
+        norm=InputNorm(kind="layer"),
+    ),
+    Family(
+        "olmoe",
+        ("olmoe",),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(renormalised=norm_topk(False)),
+    ),
+    Family(
+        "flex_olmo",
+        ("flex_olmo",),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(renormalised=norm_topk(False), after="routed"),
+    ),
+    Family(
+        "jamba",
+        ("jamba",),
+        layouts=(per_expert("feed_forward.experts.#"), fused("feed_forward.experts")),
+        along=routers("feed_forward.router"),
+        routing=Routing(renormalised=False),
+        norm=InputNorm("pre_ff_layernorm.weight"),
+        sparse=("expert_layer_period",),
+    ),
+    Family(
+        "granitemoe",
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        layouts=(
+            fused("block_sparse_moe", gate_up="input_linear", down="output_linear"),
+            fused("block_sparse_moe.experts", moved=(("block_sparse_moe.router.layer.", "block_sparse_moe.router."),)),
+        ),
+        along=routers("block_sparse_moe.router.layer", "block_sparse_moe.router"),
+        shared=("shared_mlp",),
+        routing=Routing(score="top-softmax"),
+        experts_key="num_local_experts",
+        note="residual_multiplier is no place for a factor: it scales the attention too",
+    ),
+    Family(
+        "granitemoe_swa",
+        ("granitemoe_swa",),
+        layouts=(fused("block_sparse_moe.experts"),),
+        along=routers("block_sparse_moe.router"),
+        shared=("shared_mlp",),
+        routing=Routing(score="top-softmax"),
+        experts_key="num_local_experts",
+    ),
+    Family(
+        "jetmoe",
+        ("jetmoe",),
+        layouts=(fused("mlp", gate_up="input_linear", down="output_linear"),),
+        along=routers("mlp.router.layer"),
+        sets=(
+            ExpertSet(
+                "self_attention",
+                (stacked(None, "self_attention.experts.input_linear", "self_attention.experts.output_linear"),),
+                routers("self_attention.experts.router.layer"),
+                norm=InputNorm("input_layernorm.weight"),
+                text=True,
+            ),
+        ),
+        routing=Routing(score="top-softmax"),
+        experts_key="num_local_experts",
+        refuses={
+            "drop-experts": "attention and FFN have experts of their own and one config number for both",
+            "merge-experts": "attention and FFN have experts of their own and one config number for both",
+            "to-dense": "its attention is a mixture of experts too",
+        },
+        note="two mixtures per layer: the attention heads are experts too, and one top-k drives both",
+    ),
+    Family(
+        "dbrx",
+        ("dbrx",),
+        layouts=(stacked("ffn.experts.mlp.w1", "ffn.experts.mlp.v1", "ffn.experts.mlp.w2", rows=True),),
+        along=routers("ffn.router.layer"),
+        routing=Routing(renormalised=Flag(("moe_normalize_expert_weights",), 1.0, null_means_off=True)),
+        nested=(("ffn_config",), ()),
+        layers="blocks",
+        top_k_key="moe_top_k",
+        experts_key="moe_num_experts",
+        norm=InputNorm("norm_attn_norm.norm_2.weight", "layer"),
+        note="weights are divided by their L_p norm, p = moe_normalize_expert_weights (null: raw)",
+    ),
+    Family(
+        "arctic",
+        ("arctic",),
+        layouts=(per_expert("block_sparse_moe.experts.#", **W123),),
+        along=routers("block_sparse_moe.gate"),
+        shared=("residual_mlp", "residual_layernorm"),
+        experts_key="num_local_experts",
+        sparse=("moe_layer_frequency",),
+        note="remote code; a dense residual MLP runs beside the experts",
+    ),
+    Family(
+        "grok1",
+        ("grok-1", "grok1"),
+        layouts=(per_expert("moe_block.experts.#", gate="linear", up="linear_v", down="linear_1"),),
+        along=routers("moe_block.gate"),
+        routing=Routing(renormalised=False, after="routed"),
+        norm=InputNorm("pre_moe_norm.scale"),
+        note="remote code of the torch ports of the JAX release",
+    ),
+)

@@ -1,0 +1,129 @@
+"""The Qwen families and those that transformers derives from them."""
+
+from __future__ import annotations
+
+from moesurgery.families.family import Family, InputNorm, Routing, correction, fused, per_expert
+from moesurgery.families.table.common import GATE, QWEN_LAYERS, SHARED_EXPERT, norm_topk
+
+OMNI_STACKS = "thinker and talker are two stacks of layers with configs of their own"
+
+QWEN: tuple[Family, ...] = (
+    Family(
+        "qwen2_moe",
+        ("qwen2_moe",),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(renormalised=norm_topk(False)),
+        shared=SHARED_EXPERT,
+        sparse=QWEN_LAYERS,
+    ),
+    Family(
+        "qwen3_moe",
+        ("qwen3_moe",),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(renormalised=norm_topk(False)),
+        sparse=QWEN_LAYERS,
+    ),
+    Family(
+        "qwen3_next",
+        ("qwen3_next",),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(renormalised=norm_topk(True)),
+        shared=SHARED_EXPERT,
+        norm=InputNorm(kind="rms1"),
+        sparse=QWEN_LAYERS,
+    ),
+    Family(
+        "qwen3_5_moe",
+        ("qwen3_5_moe", "qwen3_5_moe_text"),
+        layouts=(fused(), per_expert()),
+        along=GATE,
+        shared=SHARED_EXPERT,
+        norm=InputNorm(kind="rms1"),
+    ),
+    Family(
+        "qwen3_vl_moe",
+        ("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        layouts=(fused(order="io"), fused()),
+        along=GATE,
+        sparse=QWEN_LAYERS,
+        note="one name, two orientations: [E, in, out] as published, [E, out, in] as transformers 5 saves it",
+    ),
+    Family(
+        "qwen3_omni_moe",
+        ("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text"),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(renormalised=norm_topk(True)),
+        nested=(("thinker_config", "text_config"), ("text_config",), ()),
+        sparse=QWEN_LAYERS,
+        refuses={"tie-blocks": OMNI_STACKS},
+        note="the thinker is the language model; the talker, a second mixture, stays as it is",
+    ),
+    Family(
+        "qwen4_exp",
+        ("qwen4_exp", "qwen4_exp_text"),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(
+            renormalised=norm_topk(True),
+            no_estimate="the router reads a learned mix of residual streams, not a norm of the hidden state",
+        ),
+        shared=SHARED_EXPERT,
+    ),
+    Family(
+        "flint",
+        ("flint",),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(score="sigmoid", renormalised=norm_topk(True)),
+        shared=SHARED_EXPERT,
+        sparse=QWEN_LAYERS,
+    ),
+    Family(
+        "mellum",
+        ("mellum",),
+        layouts=(per_expert(), fused()),
+        along=GATE,
+        routing=Routing(renormalised=norm_topk(True)),
+        sparse=("mlp_layer_types",),
+    ),
+    Family(
+        "kolibri1",
+        ("kolibri1",),
+        layouts=(
+            per_expert(),
+            fused(moved=(("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),)),
+        ),
+        along=(*GATE, *correction("moe.router.expert_bias", "mlp.gate.e_score_correction_bias")),
+        routing=Routing(score="sigmoid", renormalised=norm_topk(False), bias_on="logit", after="joint"),
+        shared=("mlp.shared_experts",),
+    ),
+    Family(
+        "laguna",
+        ("laguna",),
+        layouts=(
+            per_expert(),
+            fused(
+                moved=(
+                    ("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+                    ("mlp.shared_expert.", "mlp.shared_experts."),
+                )
+            ),
+        ),
+        along=(
+            *GATE,
+            *correction("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias", parameter=True),
+        ),
+        routing=Routing(
+            score="sigmoid",
+            softcap="moe_router_logit_softcapping",
+            knob="moe_routed_scaling_factor",
+            knob_default=1.0,
+        ),
+        shared=("mlp.shared_expert", "mlp.shared_experts"),
+        sparse=("mlp_layer_types",),
+    ),
+)
