@@ -15,37 +15,11 @@ import pytest
 from moesurgery import count_params, open_checkpoint, recognise
 from moesurgery.measure.roofline import ACCELERATORS, roofline
 from tests.conftest import ROOT, Result
+from tests.headers import header_checkpoint
 from tests.tiny import TINY, load
 
 Cli = Callable[..., Result]
 PUBLIC = json.loads((Path(__file__).parent / "data" / "counts_public.json").read_text())["models"]
-
-
-def header_checkpoint(
-    folder: Path, config: dict[str, Any], shapes: dict[str, list[int]], *, sparse: bool, shards: int = 1
-) -> None:
-    """Write shards that hold headers: `sparse` with holes for data, else nothing after the header."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    names = list(shapes)
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in names[i::shards]:
-            size = 2
-            for n in shapes[name]:
-                size *= n
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [at, at + size]}
-            weight_map[name] = file
-            at += size
-        text = json.dumps(header).encode()
-        with open(folder / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            if sparse:
-                out.truncate(8 + len(text) + at)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def names_of(template: str, count: int, layers: int, experts: int) -> list[str]:

@@ -150,6 +150,7 @@ class Family:
 
     The first of `layouts` is the published one. `along` and `shared` list the names beside all layouts.
     `router_parts`: what belongs to the router but has no expert axis (beginnings of paths).
+    `times_top_k`: config numbers that are the top-k times another (JetMoE's attention heads).
     `zero_experts`: the config key that counts identity experts, which have router rows and no weights.
     `also_layers`: other names of the list of layers. `sparse`: which config keys may say what layers are MoE
     (`families.layers` knows them), in order of precedence; none means all layers.
@@ -170,6 +171,7 @@ class Family:
     sparse: tuple[str, ...] = ()
     top_k_key: str = "num_experts_per_tok"
     experts_key: str = "num_experts"
+    times_top_k: Mapping[str, str] = field(default_factory=dict)
     norm: InputNorm = InputNorm()
     architectures: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
@@ -222,16 +224,10 @@ def fused(
     return Layout("fused", parts, moved)
 
 
-def stacked(gate: str | None, up: str, down: str, *, rows: bool = False) -> Layout:
-    """Return the layout with one tensor per projection: gate and up [E, I, H], down [E, H, I].
-
-    With `rows` they are E blocks of rows of [E*I, H] matrices, and down is [E*I, H] too, in-major.
-    """
+def stacked(gate: str | None, up: str, down: str, *, order: Literal["oi", "io"] = "oi") -> Layout:
+    """Return the layout with one tensor per projection: gate and up [E, I, H], down [E, H, I]."""
     names: list[tuple[str | None, ExpertRole]] = [(gate, "gate"), (up, "up"), (down, "down")]
-    return Layout(
-        "fused",
-        tuple(Part(name, role, "io" if rows and role == "down" else "oi", rows=rows) for name, role in names if name),
-    )
+    return Layout("fused", tuple(Part(name, role, order) for name, role in names if name))
 
 
 def routers(*modules: str, bias: bool = True) -> tuple[Along, ...]:

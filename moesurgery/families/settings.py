@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moesurgery.errors import CheckpointError
@@ -160,4 +160,13 @@ def with_value(settings: Settings, keys: tuple[str, ...], value: Any, canonical:
         places = (section(config, path) for path in settings.family.nested)
         target = next((p for p in places if p is not None), config)
         target[canonical] = value  # type: ignore[index]
+    return config
+
+
+def with_top_k(settings: Settings, top_k: int) -> dict[str, Any]:
+    """Return a copy of the config with another number of experts per token, and what depends on it."""
+    config = with_value(settings, TOP_K_KEYS, top_k, settings.family.top_k_key)
+    for key, other in settings.family.times_top_k.items():
+        if settings.first((key,)) is not None and (unit := settings.integer((other,))) is not None:
+            config = with_value(replace(settings, config=config), (key,), top_k * unit, key)
     return config

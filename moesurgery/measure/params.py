@@ -148,8 +148,10 @@ def _active(
             raise RefusedError(f"top-k {top_k} is impossible: each layer has {experts} experts")
         if k is None:
             return experts, None, None
-        routed = sum(anatomy.parameters[m.name] for b in anatomy.main_blocks for m in b.members if m.part)
-        text -= routed - routed * k // experts
+        for block in anatomy.main_blocks:
+            routed = sum(anatomy.parameters[m.name] for m in block.members if m.part)
+            chosen = routed * k // block.experts if block.of is None or block.of.text else 0
+            text -= routed - chosen
     elif anatomy.is_moe:
         return None, None, None
     elif top_k is not None:

@@ -16,7 +16,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
 from moesurgery.families.routing import even_gates_factor, routing_class
-from moesurgery.families.settings import keys_present, with_value
+from moesurgery.families.settings import keys_present, with_top_k, with_value
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.surgery.operation import operation
 from moesurgery.surgery.parameters import Param
@@ -52,7 +52,7 @@ def rescale(
     family = anatomy.require_family("rescale")
     old = _trained_top_k(anatomy)
     _check_top_k(anatomy, top_k)
-    config = with_value(anatomy.settings, TOP_K_KEYS, top_k, family.top_k_key)
+    config = with_top_k(anatomy.settings, top_k)
     parameters: dict[str, Any] = {"top_k": top_k, "scale": scale, "where": where, "seed": seed}
     kind = routing_class(anatomy.settings)
     if kind == "C":

@@ -7,6 +7,8 @@ from moesurgery.families.family import (
     Family,
     Flag,
     InputNorm,
+    Layout,
+    Part,
     Routing,
     correction,
     fused,
@@ -146,6 +148,7 @@ MIXTRAL: tuple[Family, ...] = (
         ),
         routing=Routing(score="top-softmax"),
         experts_key="num_local_experts",
+        times_top_k={"num_attention_heads": "num_key_value_heads"},
         refuses={
             "drop-experts": "attention and FFN have experts of their own and one config number for both",
             "merge-experts": "attention and FFN have experts of their own and one config number for both",
@@ -156,7 +159,16 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "dbrx",
         ("dbrx",),
-        layouts=(stacked("ffn.experts.mlp.w1", "ffn.experts.mlp.v1", "ffn.experts.mlp.w2", rows=True),),
+        layouts=(
+            Layout(
+                "fused",
+                (
+                    Part("ffn.experts.mlp.w1", "gate", rows=True),
+                    Part("ffn.experts.mlp.v1", "up", rows=True),
+                    Part("ffn.experts.mlp.w2", "down", "io", rows=True),
+                ),
+            ),
+        ),
         along=routers("ffn.router.layer"),
         routing=Routing(renormalised=Flag(("moe_normalize_expert_weights",), 1.0, null_means_off=True)),
         nested=(("ffn_config",), ()),

@@ -116,9 +116,10 @@ SIGMOID: tuple[Family, ...] = (
     ),
     Family(
         "nemotron_h",
-        ("nemotron_h",),
+        ("nemotron_h", "nemo_speechlm"),
         layouts=(
             per_expert("mixer.experts.#", gate=None),
+            stacked(None, "mixer.experts.gate_and_up_projs", "mixer.experts.down_projs", order="io"),
             stacked(None, "mixer.experts.up_proj", "mixer.experts.down_proj"),
         ),
         along=(*routers("mixer.gate"), *correction("mixer.gate.e_score_correction_bias")),
