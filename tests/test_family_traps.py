@@ -290,6 +290,15 @@ def test_layers_by_the_config_are_a_check_on_the_tensors(models: Any) -> None:
     assert {b.layer for b in anatomy.blocks} == {1, 2}
 
 
+@pytest.mark.parametrize(
+    "settings", [{"num_hidden_layers": 10**15}, {"mlp_only_layers": 3}, {"decoder_sparse_step": "two"}]
+)
+def test_a_config_that_makes_no_sense_gives_no_note(models: Any, settings: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(models("qwen3_moe"))
+    anatomy = recognise({**checkpoint.config, **settings}, checkpoint.tensors)
+    assert anatomy.notes == []
+
+
 # Families whose code is not in transformers: published names, small shapes
 
 

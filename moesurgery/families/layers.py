@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from moesurgery.families.settings import Settings
 
 _SPARSE_KINDS = ("sparse", "moe", "hash_moe")
+_MOST_LAYERS = 100_000  # a config may say anything: no set of more than this is made
 
 
 def _by_kind(settings: Settings, key: str, layers: int) -> set[int]:
@@ -91,11 +92,13 @@ _RULES: Mapping[str, Callable[[Settings, str, int], set[int]]] = {
 def moe_layers(settings: Settings) -> set[int] | None:
     """Return the layers that the config calls MoE. None where it does not say, or says it in a strange way."""
     layers = settings.layers
+    if layers is not None and layers > _MOST_LAYERS:
+        return None
     for key in settings.family.sparse:
         if settings.first((key,)) is not None:
             try:
                 return _RULES[key](settings, key, layers or 0)
-            except (TypeError, ValueError, ZeroDivisionError):
+            except (TypeError, ValueError, ArithmeticError, MemoryError):
                 return None
     return None if layers is None or settings.family.sparse else set(range(layers))
 
