@@ -58,6 +58,13 @@ class Member(NamedTuple):
         """The name without its suffix: what a weight, its bias and its companions have in common."""
         return self.name[: len(self.name) - len(self.stem.suffix)]
 
+    def renumbered(self, expert: int) -> str:
+        """The name that the tensor would have as part of another expert (per-expert layouts)."""
+        assert self.part is not None
+        mine = self.part.path.replace("#", str(self.expert))
+        head = self.base[: len(self.base) - len(mine)]
+        return head + self.part.path.replace("#", str(expert)) + self.stem.suffix
+
 
 @dataclass
 class MoeBlock:

@@ -6,7 +6,7 @@ what was done. Operations take a plan and return another; nothing is read but he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -87,6 +87,20 @@ class Plan:
     def with_tensors(self, changed: Mapping[str, Expr]) -> dict[str, Expr]:
         """Return the tensors with those in `changed` replaced, in the same order."""
         return {name: changed.get(name, expr) for name, expr in self.tensors.items()}
+
+    def substituted(self, changes: Mapping[str, Sequence[tuple[str, Expr]]]) -> tuple[dict[str, Expr], dict[str, str]]:
+        """Return tensors and homes with each name in `changes` replaced, in its place, by the entries given for it.
+
+        No entries means that the tensor goes. Names may be exchanged freely; two tensors of one name are a bug.
+        """
+        tensors: dict[str, Expr] = {}
+        home: dict[str, str] = {}
+        for old, expr in self.tensors.items():
+            for name, value in changes.get(old, ((old, expr),)):
+                if name in tensors:
+                    raise AssertionError(f"{name} would be written twice")
+                tensors[name], home[name] = value, self.home[old]
+        return tensors, home
 
     def untouched(self) -> Iterable[str]:
         """Yield the names whose bytes are those of the source tensor of the same name."""

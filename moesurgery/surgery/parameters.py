@@ -154,7 +154,7 @@ def from_text(parameter: Parameter, text: str) -> Any:
 
     kinds = [get_origin(c) or c for c in _choices(parameter.annotation)]
     candidates: list[Any] = []
-    if list in kinds and not text.lstrip().startswith("["):
+    if list in kinds and not text.lstrip().startswith(("[", "{")):
         candidates.append([parse_text(part) for part in text.split(",") if part.strip()])
     candidates.append(parse_text(text))
     candidates.append(text)
