@@ -48,7 +48,8 @@ def test_weighted_sums_accumulate_in_float32_and_round_once(tmp_path: Path) -> N
     exact = a.double() * 0.3 + b.double() * 0.7 + c.double() * -1.1
     found = in_chunks(expr, 64).double()
     ulp = torch.exp2(exact.abs().log2().floor() - 7)
-    assert bool(((found - exact).abs() <= 0.501 * ulp).all())  # rounding at each addition would err by more
+    # Rounding at each addition would err by more; float32 itself errs by up to 1e-6 where the terms cancel.
+    assert bool(((found - exact).abs() <= 0.501 * ulp + 1e-6).all())
     assert torch.equal(in_chunks(mean([t["a"], t["a"]]), 7), a)
     with pytest.raises(ValueError, match="cannot add"):
         Linear(((t["a"], 1.0), (reshape(t["b"], (50, 10)), 1.0)), "F32")
@@ -115,3 +116,4 @@ def test_applied_functions_see_whole_tensors(tmp_path: Path) -> None:
     expr = Applied(torch.kron, (t["a"], t["a"]), "BF16", (36, 16))
     assert torch.equal(in_chunks(expr, 3), torch.kron(a, a).bfloat16())
     assert expr.granule == 36 * 16
+    assert " at 0x" not in repr(expr)  # the digest of a plan is made of it

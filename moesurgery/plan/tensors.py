@@ -300,6 +300,11 @@ class Applied(Expr):
     shape: tuple[int, ...]
     parameters: tuple[tuple[str, Any], ...] = field(default=())
 
+    def __repr__(self) -> str:
+        # The digest of a plan is made of this; a function's own text has its address in it.
+        name = f"{self.function.__module__}.{self.function.__qualname__}"
+        return f"Applied({name}, {self.of!r}, {self.dtype!r}, {self.shape!r}, {self.parameters!r})"
+
     @property
     def granule(self) -> int:
         return max(self.numel, 1)
