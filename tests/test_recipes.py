@@ -239,7 +239,14 @@ def test_shipped_recipes_are_listed_and_shown(ok: Cli, cli: Cli) -> None:
     assert "rescale-top3" in result.err
 
 
-RUNS: dict[str, str] = {"rescale-top3": "mixtral", "rescale-published": "mixtral", "rescale-faster": "qwen3_moe"}
+RUNS: dict[str, str] = {
+    "rescale-top3": "mixtral",
+    "rescale-published": "mixtral",
+    "rescale-faster": "qwen3_moe",
+    "drop-expert": "mixtral",
+    "drop-quarter": "mixtral",
+    "merge-experts": "mixtral",
+}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

@@ -1,0 +1,125 @@
+"""Leave experts out: their weights, their router rows, and everything else that follows them.
+
+Removing router rows is the same as masking those logits with minus infinity before scoring, exactly: the next
+best expert is promoted. What that costs, and which choices the literature has found to matter, is in
+docs/surgery.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from moesurgery.errors import RecipeError
+from moesurgery.families.anatomy import Anatomy
+from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.surgery.choosing import Criterion, LayerKey, check_indices, lowest, per_block, scores_of
+from moesurgery.surgery.expert_axis import renamed_modules, selected
+from moesurgery.surgery.expert_counts import (
+    check_blocks,
+    check_groups,
+    check_remaining,
+    equal_count,
+    with_expert_count,
+)
+from moesurgery.surgery.operation import operation
+from moesurgery.surgery.parameters import Param
+
+Choice = list[int] | dict[LayerKey, list[int]] | None
+_NAME = "drop-experts"
+
+
+@operation(_NAME)
+def drop_experts(
+    plan: Plan,
+    *,
+    experts: Annotated[
+        Choice, Param("experts to drop in every MoE layer, as 3,5; or per layer, as '{0: [3], 1: [6]}'")
+    ] = None,
+    keep: Annotated[Choice, Param("experts to keep, in every layer or per layer; the others are dropped")] = None,
+    count: Annotated[int | None, Param("drop this many experts per layer, chosen by --by", minimum=0)] = None,
+    by: Annotated[Criterion, Param("how --count chooses: shortest router rows, or by lot")] = "router-norm",
+    seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
+) -> Plan:
+    """Leave experts out of every MoE layer, with their router rows.
+
+    Give one of `experts`, `keep` and `count`. Every layer loses the same number, since config.json has one
+    number for all, and group-limited routers lose as many in each group. Only byte ranges are copied.
+    """
+    anatomy = plan.anatomy
+    family = anatomy.require_family(_NAME)
+    total = check_blocks(anatomy, _NAME)
+    if sum(choice is not None for choice in (experts, keep, count)) != 1:
+        raise RecipeError(
+            f"{_NAME} needs one of experts, keep and count", f"as in `moesurgery {_NAME} MODEL --experts 3`"
+        )
+    scores: dict[str, list[float]] = {}
+    if count is not None:
+        check_remaining(anatomy, _NAME, total - count)
+        scores = {block.where: scores_of(plan, block, by, seed) for block in anatomy.blocks}
+        dropped = {where: lowest(anatomy, found, count) for where, found in scores.items()}
+    else:
+        dropped = _named(anatomy, experts, keep)
+    kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
+    remaining = equal_count(_NAME, kept)
+    check_remaining(anatomy, _NAME, remaining)
+    check_groups(anatomy, _NAME, kept)
+
+    entries = {}
+    modules: dict[str, str | None] = {}
+    for block in anatomy.blocks:
+        entries.update(selected(block, plan.tensors, kept[block.where]))
+        modules.update(renamed_modules(block, kept[block.where]))
+    tensors, home = plan.substituted(entries)
+    config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
+
+    given = {"experts": experts, "keep": keep, "count": count}
+    parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if count is not None:
+        parameters["by"] = by
+        if by == "random":
+            parameters["seed"] = seed
+    layers = []
+    for block in anatomy.blocks:
+        entry: dict[str, Any] = {"layer": block.where, "dropped": dropped[block.where], "kept": kept[block.where]}
+        if scores:
+            entry["scores"] = scores[block.where]
+        layers.append(entry)
+    notes = []
+    if total != remaining and not anatomy.settings.renormalised and anatomy.settings.score == "softmax":
+        notes.append(
+            f"{family.name} uses raw softmax weights: without the dropped experts those of the others grow, by"
+            " 1/(1 - what the dropped ones had), and so does the routed output"
+        )
+    same = len({tuple(gone) for gone in dropped.values()}) == 1
+    which = f": {_listed(next(iter(dropped.values())))}" if same else ""
+    step = Step(
+        _NAME,
+        parameters,
+        f"{total - remaining} of {total} experts dropped in each of {len(anatomy.blocks)} layers{which}",
+        report={"experts": remaining, "old_experts": total, "layers": layers},
+        notes=tuple(notes),
+        tables=() if same else (_table(dropped),),
+    )
+    return plan.edited(step, tensors=tensors, home=home, config=config)
+
+
+def _named(anatomy: Anatomy, experts: Choice, keep: Choice) -> dict[str, list[int]]:
+    """Return the experts to drop in each block, from a choice by number."""
+    chosen = per_block(anatomy, _NAME, experts if experts is not None else keep)
+    dropped = {}
+    for block in anatomy.blocks:
+        # A layer that a map leaves out loses nothing; `equal_count` then says which.
+        indices = chosen.get(block.where, [] if experts is not None else list(range(block.experts)))
+        check_indices(_NAME, block, indices)
+        dropped[block.where] = [e for e in range(block.experts) if (e in indices) == (experts is not None)]
+    return dropped
+
+
+def _listed(experts: Sequence[int]) -> str:
+    return ", ".join(map(str, experts)) or "none"
+
+
+def _table(dropped: Mapping[str, Sequence[int]]) -> Table:
+    rows = [(where, _listed(gone)) for where, gone in dropped.items()]
+    return Table(("layer", "dropped"), tuple(rows))

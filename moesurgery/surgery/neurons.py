@@ -1,0 +1,75 @@
+"""One expert out of its block, and its neurons one by one, in every layout.
+
+A neuron is a row of gate and up and a column of down. `neuron_rows` sees any projection as a matrix [I, F] with
+one row per neuron, `from_neuron_rows` puts it back as it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moesurgery.families.anatomy import Member, MoeBlock
+from moesurgery.plan.expr import Expr, Rows, concat, reshape
+from moesurgery.plan.tensors import columns, join_columns, transpose
+
+
+def expert_tensors(block: MoeBlock, tensors: Mapping[str, Expr], expert: int) -> list[tuple[Member, Expr]]:
+    """Return the tensors of one expert, without the expert axis where there is one."""
+    found = []
+    for member in block.members:
+        if member.part is None or member.expert not in (None, expert):
+            continue
+        expr = tensors[member.name]
+        if member.part.rows:
+            rows = expr.shape[0] // block.experts
+            expr = Rows(expr, expert * rows, (expert + 1) * rows)
+        elif member.expert is None:
+            expr = reshape(Rows(expr, expert, expert + 1), expr.shape[1:])
+        found.append((member, expr))
+    return found
+
+
+def _neurons_last(member: Member) -> bool:
+    """Whether the neurons are the last axis of a stored projection: the input of down, or [in, out] of the others."""
+    assert member.part is not None
+    return (member.part.order == "oi") == (member.role == "down")
+
+
+def has_neurons(member: Member) -> bool:
+    """Whether a tensor has entries per neuron: all do but the bias of the down-projection."""
+    return not (member.stem.bias and member.role == "down")
+
+
+def neuron_rows(member: Member, expr: Expr) -> Expr:
+    """Return one expert's projection or bias as [I, F], gate and up of a neuron side by side."""
+    assert member.part is not None
+    double = member.role == "gate_up"
+    if member.stem.bias:
+        if not double:
+            return reshape(expr, (expr.numel, 1))
+        if member.part.interleaved:
+            return reshape(expr, (expr.numel // 2, 2))
+        return transpose(reshape(expr, (2, expr.numel // 2)))
+    wide = transpose(expr) if _neurons_last(member) else expr
+    if not double:
+        return wide
+    rows, width = wide.shape[0] // 2, wide.shape[1]
+    if member.part.interleaved:
+        return reshape(wide, (rows, 2 * width))
+    return join_columns([Rows(wide, 0, rows), Rows(wide, rows, 2 * rows)])
+
+
+def from_neuron_rows(member: Member, rows: Expr) -> Expr:
+    """Return what `neuron_rows` was made from."""
+    assert member.part is not None
+    double = member.role == "gate_up"
+    if member.stem.bias:
+        return reshape(rows if not double or member.part.interleaved else transpose(rows), (rows.numel,))
+    wide = rows
+    if double:
+        count, width = rows.shape[0], rows.shape[1] // 2
+        if member.part.interleaved:
+            wide = reshape(rows, (2 * count, width))
+        else:
+            wide = concat([columns(rows, 0, width), columns(rows, width, 2 * width)])
+    return transpose(wide) if _neurons_last(member) else wide
