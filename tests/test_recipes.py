@@ -246,6 +246,7 @@ RUNS: dict[str, str] = {
     "drop-expert": "mixtral",
     "drop-quarter": "mixtral",
     "merge-experts": "mixtral",
+    "to-dense": "mixtral",
 }
 
 

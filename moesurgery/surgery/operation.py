@@ -25,7 +25,7 @@ from moesurgery.plan.plan import Plan
 from moesurgery.surgery.parameters import Parameter, check, parameters_of
 
 # The modules of this package that define operations, in the order in which `--help` shows them.
-_BUILT_IN = ("rescale", "drop_experts", "merge_experts")
+_BUILT_IN = ("rescale", "drop_experts", "merge_experts", "to_dense")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,329 @@
+"""A mixture of experts back to a dense model: one expert, the mean of all, or several side by side.
+
+The reverse of upcycling. It undoes an upcycle exactly, and is a start for training otherwise: a trained router
+sends each token to other experts, and no single one, nor their mean, can stand in for all (docs/surgery.md).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
+from moesurgery.families.components import MTP
+from moesurgery.families.dense import MOE_KEYS, PAIRS, DensePair, pairs_of
+from moesurgery.plan.expr import Expr, Rows, concat, scale
+from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.tensors import join_columns, mean
+from moesurgery.plan.values import values_of
+from moesurgery.surgery.choosing import Criterion, LayerKey, check_indices, per_block, scores_of
+from moesurgery.surgery.expert_axis import Entries, refuse_strays
+from moesurgery.surgery.neurons import expert_tensors
+from moesurgery.surgery.operation import operation
+from moesurgery.surgery.parameters import Param
+
+Shared = Literal["auto", "join", "drop"]
+_NAME = "to-dense"
+_ROLES = ("gate", "up", "down")
+
+
+@operation(_NAME)
+def to_dense(
+    plan: Plan,
+    *,
+    expert: Annotated[
+        int | dict[LayerKey, int] | None, Param("the expert that becomes the FFN, the same in all layers or per layer")
+    ] = None,
+    average: Annotated[bool, Param("use the mean of all experts' weights")] = False,
+    concat_top: Annotated[
+        int | None,
+        Param("put this many experts side by side, chosen by --by, each at its share", minimum=1, metavar="N"),
+    ] = None,
+    by: Annotated[Criterion, Param("how --concat-top chooses: longest router rows, or by lot")] = "router-norm",
+    seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
+    shared: Annotated[
+        Shared, Param("shared experts: join them to the FFN, drop them, or auto: join unless they add nothing")
+    ] = "auto",
+    to: Annotated[str | None, Param("dense model_type, where several fit")] = None,
+) -> Plan:
+    """Turn a mixture of experts into a dense model of its sister family.
+
+    Give one of `expert`, `average` and `concat_top`. Undoes an upcycle exactly with `expert: 0`; a model trained as a
+    mixture needs training afterwards. Routers and prediction layers go.
+    """
+    anatomy = plan.anatomy
+    anatomy.require_family(_NAME)
+    if (expert is not None) + average + (concat_top is not None) != 1:
+        raise RecipeError(
+            f"{_NAME} needs one of expert, average and concat_top", f"as in `moesurgery {_NAME} --expert 0`"
+        )
+    pair = _pair(anatomy, to)
+    chosen = _chosen(plan, anatomy, expert, average, concat_top, by, seed)
+    joins = bool(pair.shared) and _has_shared(plan, anatomy, pair) and _joins(plan, anatomy, pair, shared)
+    routed = anatomy.settings.knob or 1.0
+
+    entries: Entries = {name: [] for name, part in anatomy.component.items() if part == MTP}
+    widths: dict[str, int] = {}
+    for block in anatomy.main_blocks:
+        ffn = _Ffn(plan, block, pair, chosen[block.where], average, routed, joins)
+        entries.update(ffn.entries())
+        widths[block.where] = ffn.width
+    tensors, home = plan.substituted(entries)
+    width = _one_width(anatomy, tensors, pair, widths)
+    config = _dense_config(anatomy, pair, width)
+
+    parameters: dict[str, Any] = {"expert": expert} if expert is not None else {"average": True} if average else {}
+    if concat_top is not None:
+        parameters |= {"concat_top": concat_top, "by": by} | ({"seed": seed} if by == "random" else {})
+    parameters["shared"] = shared
+    if to is not None:
+        parameters["to"] = to
+    what = (
+        "the mean of all experts" if average else f"{concat_top} experts side by side" if concat_top else "one expert"
+    )
+    step = Step(
+        _NAME,
+        parameters,
+        f"{pair.source} -> {pair.target}, FFN of width {width} from {what}"
+        + (" and the shared expert" if joins else ""),
+        report={
+            "source": pair.source,
+            "target": pair.target,
+            "width": width,
+            "shared_joined": joins,
+            "layers": [{"layer": where, "experts": experts} for where, experts in chosen.items()],
+        },
+        notes=tuple(_notes(plan, anatomy, pair, joins)),
+        tables=_tables(chosen, average),
+    )
+    return plan.edited(step, tensors=tensors, home=home, config=config)
+
+
+def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
+    """Return the first pair whose conditions the config meets, or the one that was asked for."""
+    found = pairs_of(anatomy.model_type)
+    if not found:
+        known = ", ".join(dict.fromkeys(pair.source for pair in PAIRS))
+        raise RefusedError(
+            f"{_NAME}: no dense family of transformers has the attention, norms and biases of {anatomy.model_type}",
+            f"it works for {known}",
+        )
+    if to is not None:
+        found = tuple(pair for pair in found if pair.target == to)
+        if not found:
+            targets = ", ".join(pair.target for pair in pairs_of(anatomy.model_type))
+            raise RefusedError(f"{_NAME}: {anatomy.model_type} does not become {to}", f"it becomes {targets}")
+    if anatomy.config.get("layer_tie_map") is not None:
+        raise RefusedError(f"{_NAME}: the blocks are tied", "write them out first: `- tie-blocks: {materialize: true}`")
+    unmet = {}
+    for pair in found:
+        wrong = [key for key, allowed in pair.needs.items() if anatomy.settings.first((key,)) not in allowed]
+        if not wrong:
+            return pair
+        unmet[pair.target] = ", ".join(f"{key} is {anatomy.settings.first((key,))!r}" for key in wrong)
+    reasons = "; ".join(f"{target}: {why}" for target, why in unmet.items())
+    raise RefusedError(f"{_NAME}: the dense family would compute something else ({reasons})")
+
+
+def _chosen(
+    plan: Plan,
+    anatomy: Anatomy,
+    expert: int | dict[LayerKey, int] | None,
+    average: bool,
+    concat_top: int | None,
+    by: Criterion,
+    seed: int,
+) -> dict[str, list[int]]:
+    """Return the experts that make up the FFN of each layer."""
+    blocks = anatomy.main_blocks
+    if average:
+        return {block.where: list(range(block.experts)) for block in blocks}
+    if concat_top is not None:
+        found = {}
+        for block in blocks:
+            if concat_top > block.experts:
+                raise RefusedError(f"{_NAME}: {block.where} has {block.experts} experts, fewer than {concat_top}")
+            scores = scores_of(plan, block, by, seed)
+            order = sorted(range(block.experts), key=lambda e: (-scores[e], e))
+            found[block.where] = sorted(order[:concat_top])
+        return found
+    given = per_block(anatomy, _NAME, expert)
+    for block in blocks:
+        if block.where not in given:
+            raise RefusedError(f"{_NAME}: no expert is named for {block.where}", "name one for each MoE layer")
+        check_indices(_NAME, block, [given[block.where]])
+    return {block.where: [given[block.where]] for block in blocks}
+
+
+def _shared_names(plan: Plan, block: MoeBlock, pair: DensePair) -> dict[str, str]:
+    """Return the shared expert's tensors of a block by role; empty where it has none."""
+    names = {role: f"{block.where}.{path}.weight" for role, path in pair.shared.items()}
+    return names if all(name in plan.tensors for name in names.values()) else {}
+
+
+def _has_shared(plan: Plan, anatomy: Anatomy, pair: DensePair) -> bool:
+    return any(_shared_names(plan, block, pair) for block in anatomy.main_blocks)
+
+
+def _joins(plan: Plan, anatomy: Anatomy, pair: DensePair, shared: Shared) -> bool:
+    """Whether the shared experts become part of the FFN; `auto` leaves out those whose down-projections are zero."""
+    if shared != "auto":
+        return shared == "join"
+    names = (_shared_names(plan, block, pair) for block in anatomy.main_blocks)
+    return not all(_is_zero(plan.tensors[found["down"]]) for found in names if found)
+
+
+def _is_zero(expr: Expr) -> bool:
+    """Whether all values are zero; reads no further than the first that is not."""
+    step = max(1, (1 << 20) // max(1, expr.nbytes // expr.shape[0]))
+    starts = range(0, expr.shape[0], step)
+    return all(not values_of(expr, (start, min(start + step, expr.shape[0]))).any() for start in starts)
+
+
+@dataclass
+class _Ffn:
+    """The dense FFN that one block becomes. `routed` is the config's factor on the routed sum."""
+
+    plan: Plan
+    block: MoeBlock
+    pair: DensePair
+    experts: Sequence[int]
+    average: bool
+    routed: float
+    joins: bool
+    width: int = 0
+
+    def entries(self) -> Entries:
+        """Return what takes the place of the block's tensors; all but the chosen experts' go."""
+        tensors = self.plan.tensors
+        refuse_strays(self.block, tensors)
+        if any(member.along and member.along.extra for member in self.block.members):
+            raise RefusedError(f"{_NAME}: {self.block.where} has experts of more than one kind")
+        entries: Entries = {member.name: [] for member in self.block.members}
+        family = self.plan.anatomy.settings.family
+        for path in family.shared:
+            entries |= {name: [] for name in tensors if name.startswith(f"{self.block.where}.{path}.")}
+        parts = [self._projections(expert) for expert in self.experts]
+        shared = self._shared_projections() if self.joins else None
+        for role in _ROLES:
+            old, suffixes = parts[0][role]
+            for suffix, first in suffixes.items():
+                exprs = [first, *(part[role][1][suffix] for part in parts[1:])]
+                extra = shared[role] if shared else None
+                unchanged = len(exprs) == 1 and extra is None and self._share == 1.0
+                expr = first if unchanged else self._joined(role, suffix, exprs, extra)
+                name = f"{self.block.where}.{self.pair.ffn[role]}{suffix}"
+                entries[old[suffix]].append((name, expr))
+                if suffix == ".weight":
+                    self.width = expr.shape[1] if role == "down" else expr.shape[0]
+        return entries
+
+    @property
+    def _share(self) -> float:
+        """The weight of each expert: all of the routed sum for one or for the mean, an equal part side by side."""
+        return self.routed / (1 if self.average else len(self.experts))
+
+    def _joined(self, role: str, suffix: str, exprs: list[Expr], extra: Expr | None) -> Expr:
+        if suffix != ".weight" or exprs[0].dtype not in PLAIN_FLOATS:
+            raise RefusedError(
+                f"{_NAME}: the experts of {self.block.where} are quantised or have biases, so they cannot be joined",
+                "dequantise first with `moesurgery convert --dequantize`",
+            )
+        if self.average:
+            exprs = [mean(exprs)]
+        if role != "down":
+            return concat([*exprs, *([extra] if extra else [])])
+        exprs = [scale(expr, self._share) for expr in exprs]
+        return join_columns([*exprs, *([extra] if extra else [])])
+
+    def _projections(self, expert: int) -> dict[str, tuple[dict[str, str], dict[str, Expr]]]:
+        """Return, for each role, the names whose place it takes and its tensors, by suffix."""
+        found: dict[str, tuple[dict[str, str], dict[str, Expr]]] = {role: ({}, {}) for role in _ROLES}
+        for member, expr in expert_tensors(self.block, self.plan.tensors, expert):
+            assert member.part is not None
+            if member.expert is None and (member.stem.suffix not in ("", ".weight") or member.part.order != "oi"):
+                raise RefusedError(f"{_NAME}: {member.name} cannot be taken apart as it is stored")
+            suffix = member.stem.suffix or ".weight"
+            halves = _halves(member, expr) if member.role == "gate_up" else {member.role: expr}
+            for role, half in halves.items():
+                found[role][0][suffix], found[role][1][suffix] = member.name, half
+        return found
+
+    def _shared_projections(self) -> dict[str, Expr]:
+        names = _shared_names(self.plan, self.block, self.pair)
+        if not names:
+            raise RefusedError(f"{_NAME}: {self.block.where} has no shared expert, other layers have one")
+        found = {role: self.plan.tensors[name] for role, name in names.items()}
+        if both := found.pop("gate_up", None):
+            half = both.shape[0] // 2
+            found |= {"gate": Rows(both, 0, half), "up": Rows(both, half, 2 * half)}
+        if any("shared_expert_gate" in path for path in self.plan.anatomy.settings.family.shared):
+            found["down"] = scale(found["down"], 0.5)  # sigmoid of an untold gate
+        return found
+
+
+def _halves(member: Member, expr: Expr) -> Mapping[str, Expr]:
+    assert member.part is not None
+    if member.part.interleaved:
+        raise RefusedError(f"{_NAME}: {member.name}: gate and up alternate")
+    half = expr.shape[0] // 2
+    return {"gate": Rows(expr, 0, half), "up": Rows(expr, half, 2 * half)}
+
+
+def _one_width(anatomy: Anatomy, tensors: Mapping[str, Expr], pair: DensePair, widths: Mapping[str, int]) -> int:
+    """Return the width of all FFNs; refuse where layers that were dense before are of another width."""
+    width = next(iter(widths.values()))
+    ending = "." + pair.ffn["down"] + ".weight"
+    for name, expr in tensors.items():
+        if name.endswith(ending) and expr.shape[1] != width and name in anatomy.layer:
+            count = (expr.shape[1] - width) % width == 0
+            times = expr.shape[1] // width
+            raise RefusedError(
+                f"{_NAME}: {name} of a dense layer has width {expr.shape[1]}, the new FFNs {width};"
+                f" a {pair.target} model has one width",
+                f"use --concat-top {times}, which makes them as wide" if count and times > 1 else None,
+            )
+    return width
+
+
+def _dense_config(anatomy: Anatomy, pair: DensePair, width: int) -> dict[str, Any]:
+    config: dict[str, Any] = copy.deepcopy(dict(anatomy.config))
+    rope = {"rope_theta"} if "rope_parameters" in config else set()
+    for key, value in pair.defaults.items():
+        if key not in rope:
+            config.setdefault(key, value)
+    for key in (*MOE_KEYS, *pair.drops, "auto_map"):
+        config.pop(key, None)
+    config.update(pair.writes)
+    config["intermediate_size"] = width
+    config["model_type"] = pair.target
+    config["architectures"] = [pair.architecture]
+    return config
+
+
+def _notes(plan: Plan, anatomy: Anatomy, pair: DensePair, joins: bool) -> list[str]:
+    notes = [
+        "this needs training: one expert, or the mean of experts, does not do the work of a trained mixture; only"
+        " copies of one FFN, as a fresh upcycle has them, come back unchanged"
+    ]
+    if not anatomy.settings.renormalised and anatomy.settings.score != "top-softmax":
+        notes.append(
+            "this router uses raw weights, which add up to less than one: the FFN is larger than what the experts added"
+        )
+    if _has_shared(plan, anatomy, pair):
+        gated = any("shared_expert_gate" in path for path in anatomy.settings.family.shared)
+        at = ", at half its size in place of its gate" if gated else ""
+        notes.append(f"the shared expert was joined to the FFN{at}" if joins else "the shared expert was left out")
+    if any(part == MTP for part in anatomy.component.values()):
+        notes.append(f"the prediction (MTP) layers were left out: {pair.target} has none")
+    return notes
+
+
+def _tables(chosen: Mapping[str, Sequence[int]], average: bool) -> tuple[Table, ...]:
+    if average or len({tuple(experts) for experts in chosen.values()}) == 1:
+        return ()
+    return (Table(("layer", "experts"), tuple((w, ", ".join(map(str, e))) for w, e in chosen.items())),)
