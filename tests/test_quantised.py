@@ -13,7 +13,7 @@ import torch
 from moesurgery import apply, count_params, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from tests.conftest import Result
-from tests.quantise import fp8_value, make_fp8, make_mxfp4, mxfp4_value
+from tests.quantise import FORMS, fp8_value, make_form, make_fp8, make_mxfp4, mxfp4_value, values_of
 from tests.tiny import read_tensors, same_bits
 
 Cli = Callable[..., Result]
@@ -112,3 +112,59 @@ def test_mxfp4_refuses_other_factors_and_names_the_way_out(mxfp4: Path, cli: Cli
     assert "--scale none or --scale 1" in result.err
     assert not (tmp_path / "out").exists()
     assert cli("rescale", mxfp4, "--top-k", 4, "--scale", "none", "-o", tmp_path / "out").code == 0
+
+
+# Every form
+
+
+@pytest.fixture(scope="session")
+def forms(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a tiny model whose experts are in one quantised form."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "model"
+            make_form(plain_model(models), made[name], name)
+        return made[name]
+
+    return get
+
+
+def plain_model(models: Any) -> Path:
+    path: Path = models("qwen3_moe", moe_intermediate_size=32, num_hidden_layers=2, num_experts=4)
+    return path
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_counts_its_weights(models: Any, forms: Any, name: str) -> None:
+    plain, quantised = counts(plain_model(models)), counts(forms(name))
+    assert (quantised.total, quantised.active) == (plain.total, plain.active)
+    assert quantised.components == plain.components
+    assert quantised.unrecognised == []
+    assert quantised.quantisation == FORMS[name].method
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_takes_a_factor_or_says_why_not(forms: Any, tmp_path: Path, name: str, factor: float) -> None:
+    form, path = FORMS[name], forms(name)
+    if form.takes == "none" or (form.takes == "two" and factor == 0.7):
+        with pytest.raises(RefusedError) as caught:
+            apply(plan_of(open_checkpoint(path)), "rescale", top_k=3, scale=factor)
+        assert "--scale none" in (caught.value.hint or "")
+        return
+    plan = apply(plan_of(open_checkpoint(path)), "rescale", top_k=3, scale=factor)
+    assert plan.steps[0].report["where"] == "scales"
+    write_plan(plan, tmp_path / "out")
+    before, after = read_tensors(path), read_tensors(tmp_path / "out")
+    changed = {n for n in before if not same_bits(before[n], after[n])}
+    assert changed == {f"model.layers.1.mlp.experts.{e}.down_proj{form.scale}" for e in range(4)}
+    rounding = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}.get(before[min(changed)].dtype, 0.0)
+    old, new = values_of(path, name), values_of(tmp_path / "out", name)
+    for weight, value in old.items():
+        if weight.endswith("down_proj.weight"):
+            tolerance = 0.0 if factor == 0.5 else 1.01 * rounding + 1e-6
+            assert torch.allclose(new[weight], value * factor, rtol=tolerance, atol=0), weight
+        else:
+            assert torch.equal(new[weight], value)

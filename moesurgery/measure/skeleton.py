@@ -20,8 +20,8 @@ from moesurgery.checkpoint.checkpoint import CONFIG
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import MoeBlock, model_type_of
 from moesurgery.families.components import is_vision
-from moesurgery.measure.dequantise import dequantised
 from moesurgery.measure.lazy import LazyTensor, evaluate_into
+from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.reader import FileReader
 

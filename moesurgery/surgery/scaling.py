@@ -42,10 +42,13 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
             companions.setdefault(member.base, []).append(member)
     for member in quantised:
         chosen = min(companions.get(member.base, []), key=_rank, default=None)
-        if chosen is None:
+        if chosen is None or chosen.stem.suffix == ".weight.nested_absmax":
+            why = "and has no scale tensor that could take a factor"
+            if chosen is not None:
+                why = "with doubly quantised scales, whose common offset no tensor holds"
             raise RefusedError(
-                f"{member.name} is {tensors[member.name].dtype} and has no scale tensor that could take a factor",
-                "use --scale none, or dequantise first with `moesurgery convert --dequantize`",
+                f"{member.name} is {tensors[member.name].dtype} {why}",
+                "use --scale none, or dequantise first with the tool that made it",
             )
         changed[chosen.name] = _scaled_companion(chosen, tensors[chosen.name], factors)
     return changed

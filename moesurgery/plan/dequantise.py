@@ -1,0 +1,272 @@
+"""Quantised weights as the numbers they stand for, a few rows at a time.
+
+FP8 with one scale per tensor, channel or block (floats, or powers of two as E8M0); MXFP4 and FP4 (OCP
+Microscaling Formats 1.0: two 4-bit floats per byte, low nibble first, one exponent per 32 values); NVFP4 (the
+same with FP8 scales per 16 values and a scale of these, by which ModelOpt multiplies and compressed-tensors
+divides); integers of compressed-tensors, packed or plain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.errors import RefusedError
+from moesurgery.families.quantised import Companion, method, packed_bits, quantisation_config, take_apart
+from moesurgery.plan.expr import Expr, Reader, torch_dtype
+from moesurgery.plan.plan import Plan
+from moesurgery.plan.tensors import transpose
+
+if TYPE_CHECKING:
+    import torch
+
+_FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Dequantised(Expr):
+    """The values of quantised matrices [..., out, in]: float32 arithmetic, rounded once to `dtype`.
+
+    Each of `parts` is an expression and the number of output rows that share a row of it: 1 for the stored
+    weights, the height of a block for block scales, `out` for one row per matrix, 0 for one for all matrices.
+    `function(width, *rows, **parameters)` takes those rows as matrices, one row per output row, and returns [rows, in].
+    """
+
+    function: Callable[..., Any]
+    parts: tuple[tuple[Expr, int], ...]
+    dtype: str
+    shape: tuple[int, ...]
+    parameters: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def granule(self) -> int:
+        if any(expr.granule != 1 for expr, _ in self.parts):
+            return max(self.numel, 1)
+        out, width = self.shape[-2:]
+        return (
+            math.lcm(*(share for _, share in self.parts if 1 <= share < out), 1) * width if self._even else out * width
+        )
+
+    @property
+    def _even(self) -> bool:
+        """Whether blocks end where matrices end."""
+        out = self.shape[-2]
+        return math.prod(self.shape[:-2]) == 1 or all(out % share == 0 for _, share in self.parts if share)
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return tuple(expr for expr, _ in self.parts)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        out, width = self.shape[-2:]
+        kind = torch_dtype(self.dtype)
+        first, last = start // width, stop // width
+        found = []
+        while first < last:
+            matrix, row = divmod(first, out)
+            until = min(out, row + last - first)
+            rows = [self._rows(expr, share, matrix, row, until, reader) for expr, share in self.parts]
+            found.append(self.function(width, *rows, **dict(self.parameters)).to(kind).reshape(-1))
+            first += until - row
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _rows(self, expr: Expr, share: int, matrix: int, row: int, until: int, reader: Reader) -> torch.Tensor:
+        """Return the rows of a part that stand beside output rows `row:until` of one matrix."""
+        import torch
+
+        out = self.shape[-2]
+        per_matrix = -(-out // share) if share else 0
+        width = expr.numel // (math.prod(self.shape[:-2]) * per_matrix) if share else expr.numel
+        first, last = (row // share, -(-until // share)) if share else (0, 1)
+        at = matrix * per_matrix
+        values = expr.evaluate((at + first) * width, (at + last) * width, reader).view(last - first, width)
+        if share == 1:
+            return values
+        return values[torch.arange(row, until) // share - first] if last - first > 1 else values
+
+
+def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[str, str]]:
+    """Return the plan's tensors with all quantised weights as plain floats of `dtype`, without their companions.
+
+    Tensors that are plain floats stay as they are. Second, the new name of each main tensor whose name changed.
+    Raises RefusedError for a form that is not known here.
+    """
+    names = plan.tensors
+    stems = {name: take_apart(name, names.__contains__, lambda n: names[n].dtype) for name in names}
+    companions: dict[str, list[tuple[Companion, Expr]]] = {}  # by the name without suffix
+    for name, stem in stems.items():
+        if stem.companion is not None:
+            companions.setdefault(stem.base, []).append((stem.companion, names[name]))
+    if not companions:
+        return dict(names), {}
+    found: dict[str, Expr] = {}
+    renamed: dict[str, str] = {}
+    for name, expr in names.items():
+        stem = stems[name]
+        if stem.companion is not None:
+            continue
+        beside = companions.get(stem.base, [])
+        if not beside or stem.bias or expr.dtype in PLAIN_FLOATS:
+            found[name] = expr
+            continue
+        plain = stem.base + {".weight_packed": ".weight", "_blocks": ""}.get(stem.suffix, stem.suffix)
+        found[plain] = _values(_Weight(name, expr, stem.suffix, beside, plan.config, dtype))
+        if plain != name:
+            renamed[name] = plain
+    return found, renamed
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A quantised tensor and what stands beside it."""
+
+    name: str
+    expr: Expr
+    suffix: str
+    beside: list[tuple[Companion, Expr]]
+    config: Mapping[str, Any]
+    dtype: str
+
+    def of_kind(self, kind: str, rank: int) -> Expr | None:
+        return next((e for c, e in self.beside if c.kind == kind and c.rank == rank), None)
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether there are zero points or an order of columns."""
+        return any(c.suffix.endswith(("zero_point", "qzeros", "g_idx")) for c, _ in self.beside)
+
+    def refused(self, why: str = "") -> RefusedError:
+        form = method(self.config) or self.expr.dtype
+        return RefusedError(
+            f"{self.name} is stored as {form}{why}, which is not dequantised here",
+            "dequantise it first with the tool that made it; FP8, MXFP4, NVFP4 and symmetric integers of"
+            " compressed-tensors are read as they are",
+        )
+
+
+def _values(weight: _Weight) -> Expr:
+    """Return the expression of the values of one quantised tensor."""
+    expr = weight.expr
+    scale, over, under = weight.of_kind("scale", 1), weight.of_kind("scale", 0), weight.of_kind("divisor", 0)
+    if scale is None or weight.has_offsets or any(c.suffix.startswith((".SCB", ".weight.")) for c, _ in weight.beside):
+        raise weight.refused()
+    if expr.dtype in _FP8 and over is None and under is None:
+        return _scaled(weight, float_values, expr.shape, scale)
+    if expr.dtype == "I8" and not _is_exponent(scale):
+        return _scaled(weight, float_values, expr.shape, scale)
+    if expr.dtype == "I32" and weight.suffix == ".weight_packed":
+        bits = packed_bits(weight.config)
+        return _scaled(weight, packed_values, _wider(expr, 32 // bits), scale, parameters=(("bits", bits),))
+    if expr.dtype not in ("U8", "I8") or (weight.suffix == "" and over is not None):
+        raise weight.refused()
+    if weight.suffix == "_blocks":
+        shape = (*expr.shape[:-2], expr.shape[-2] * expr.shape[-1] * 2)
+        return transpose(_scaled(weight, fp4_values, shape, scale))  # gpt-oss: plain weights are [E, in, out]
+    return _scaled(weight, fp4_values, _wider(expr, 2), scale, over=over, under=under)
+
+
+def _wider(expr: Expr, times: int) -> tuple[int, ...]:
+    return (*expr.shape[:-1], expr.shape[-1] * times)
+
+
+def _is_exponent(scale: Expr) -> bool:
+    return scale.dtype in ("F8_E8M0", "U8")
+
+
+def _scaled(
+    weight: _Weight,
+    function: Callable[..., Any],
+    shape: tuple[int, ...],
+    scale: Expr,
+    *,
+    over: Expr | None = None,
+    under: Expr | None = None,
+    parameters: tuple[tuple[str, Any], ...] = (),
+) -> Expr:
+    """Return `function` of the weights and the scales that stand beside each row of them."""
+    if len(shape) < 2:
+        raise weight.refused(f" with shape {list(weight.expr.shape)}")
+    tall, wide = _block(weight, shape, scale)
+    parts = [(weight.expr, 1), (scale, tall)]
+    overall = over if over is not None else under
+    if overall is not None:
+        if overall.numel not in (1, math.prod(shape[:-2])):
+            raise weight.refused(f" with scales of scales {list(overall.shape)}")
+        parts.append((overall, 0 if overall.numel == 1 else shape[-2]))
+    if under is not None:
+        parameters = (*parameters, ("divide", True))
+    return Dequantised(function, tuple(parts), weight.dtype, shape, (*parameters, ("wide", wide)))
+
+
+def _block(weight: _Weight, shape: tuple[int, ...], scale: Expr) -> tuple[int, int]:
+    """Return how many rows and columns of a matrix share one scale; 0 rows where all matrices share it."""
+    lead, (out, width) = shape[:-2], shape[-2:]
+    if scale.numel == 1:
+        return 0, width
+    rest = scale.shape[len(lead) :]
+    if scale.shape[: len(lead)] != lead or len(rest) > 2:
+        raise weight.refused(f" with scales {list(scale.shape)} for {list(shape)}")
+    rows, columns = (*rest, 1, 1)[:2] if rest else (1, 1)
+    stated = quantisation_config(weight.config).get("weight_block_size")
+    pair = stated if isinstance(stated, (list, tuple)) and len(stated) == 2 else (None, None)
+    found = []
+    for size, count, given in ((out, rows, pair[0]), (width, columns, pair[1])):
+        if type(given) is int and given > 0 and -(-size // given) == count:
+            found.append(min(given, size))
+        elif count and size % count == 0:
+            found.append(size // count)
+        else:
+            raise weight.refused(f" with scales {list(scale.shape)} for {list(shape)}")
+    return found[0], found[1]
+
+
+def _spread(scale: torch.Tensor, width: int, wide: int) -> torch.Tensor:
+    """Return scales [rows, columns/wide] as float32 [rows, columns], or [rows, 1] where one holds for a row."""
+    import torch
+
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        exponents = scale.view(torch.uint8)
+        factor = torch.exp2(exponents.float() - 127).masked_fill_(exponents == 255, math.nan)
+    else:
+        factor = scale.float()
+    return factor if factor.shape[1] == 1 else factor.repeat_interleave(wide, 1)[:, :width]
+
+
+def float_values(width: int, weight: torch.Tensor, scale: torch.Tensor, wide: int) -> torch.Tensor:
+    """Return FP8 or int8 weights [rows, width] times their scales."""
+    return weight.float().mul_(_spread(scale, width, wide))
+
+
+def fp4_values(
+    width: int,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    overall: torch.Tensor | None = None,
+    wide: int = 32,
+    divide: bool = False,
+) -> torch.Tensor:
+    """Return 4-bit floats [rows, width / 2] bytes times their scales, times or divided by the overall one."""
+    import torch
+
+    table = torch.tensor([*_FP4, *(-v for v in _FP4)])
+    nibbles = packed.view(torch.uint8)
+    values = torch.stack([table[(nibbles & 15).long()], table[(nibbles >> 4).long()]], dim=-1).flatten(1)
+    factor = _spread(scale, width, wide)
+    if overall is not None:
+        factor = factor / overall.float() if divide else factor * overall.float()
+    return values.mul_(factor)
+
+
+def packed_values(width: int, packed: torch.Tensor, scale: torch.Tensor, bits: int, wide: int) -> torch.Tensor:
+    """Return integers packed into 32-bit words, the first in the lowest bits, offset by half their range."""
+    import torch
+
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    values = (packed.view(torch.int32)[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return (values.flatten(1) - (1 << (bits - 1))).float().mul_(_spread(scale, width, wide))
