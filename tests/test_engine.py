@@ -17,6 +17,7 @@ from moesurgery.measure import engine as engine_module
 from moesurgery.measure.coroutine import Coroutine
 from moesurgery.measure.engine import Engine, ExpertsCall, Resume, Watch
 from moesurgery.measure.tokens import Tokens, padded
+from tests.families import ROWS
 from tests.quantise import fp8_value, make_fp8, make_mxfp4, mxfp4_value, rewrite
 from tests.tiny import PROMPT, TINY, build, load, logits, read_tensors, save_tiny
 
@@ -44,30 +45,46 @@ def calls_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
     return found
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("model_type", list(TINY))
+# Families whose code hands no chosen experts to a module: they can be run, but their routing is not seen.
+UNSEEN = {"jetmoe", "llama4", "llama4_text", "doge"}
+ENCODER_DECODERS = {"switch_transformers", "nllb-moe"}
+CASES = [(t, False) for t in ROWS if t not in ENCODER_DECODERS] + [(t, True) for t in TINY]
+
+
+@pytest.mark.parametrize(("model_type", "fused"), CASES)
 def test_logits_and_routing_are_those_of_transformers(models: Any, model_type: str, fused: bool) -> None:
     path = models(model_type, fused=fused)
     engine = engine_of(path)
     seen: dict[str, list[ExpertsCall]] = {}
     found: list[torch.Tensor] = []
+    torch.manual_seed(0)  # a diffusion model starts from noise
     engine.run(
         WINDOWS,
         Watch(experts=lambda call: seen.setdefault(call.block.experts, []).append(call), router_logits=True),
-        logits=lambda first, part, values: found.append(values),
+        logits=lambda first, part, values: found.append(values.float()),
     )
-    assert len(found) == 2
     reference = load(path)
-    assert (torch.cat(found) - logits(reference)).abs().max() < 1e-5
+    # Doge's own code gives other logits for windows side by side than one by one.
+    alone = [logits(reference, window) for window in PROMPT.split(1)] if model_type == "doge" else [logits(reference)]
+    assert (torch.cat(found) - torch.cat(alone)).abs().max() < 1e-5
     assert engine.skeleton.unused == []
+    assert len(seen) == (0 if model_type in UNSEEN else len(engine.blocks))
     expected = calls_of(reference)
-    assert seen.keys() == expected.keys()
     for name, calls in seen.items():
         hidden, index, weights = expected[name]
-        assert (torch.cat([c.hidden for c in calls]) - hidden.reshape(-1, hidden.shape[-1])).abs().max() < 1e-5
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        found_hidden = torch.cat([c.hidden.reshape(-1, hidden.shape[-1]) for c in calls])
+        assert (found_hidden - hidden).abs().max() < 1e-5 * max(1, float(hidden.abs().max()))
         assert torch.equal(torch.cat([c.index for c in calls]), index)
         assert (torch.cat([c.weights for c in calls]) - weights).abs().max() < 1e-5
-        assert all(c.logits is not None and c.logits.shape == (24, 8) for c in calls)
+        if model_type in TINY:
+            assert all(c.logits is not None and c.logits.shape == (24, 8) for c in calls)
+
+
+@pytest.mark.parametrize("model_type", sorted(ENCODER_DECODERS))
+def test_encoder_decoders_are_not_run(models: Any, model_type: str) -> None:
+    with pytest.raises(RefusedError, match="encoder-decoder"):
+        engine_of(models(model_type))
 
 
 @pytest.mark.parametrize(

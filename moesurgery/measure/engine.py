@@ -65,8 +65,25 @@ class ExpertsCall:
     def real(self) -> torch.Tensor | None:
         return self.tokens.mask.reshape(-1).to(self.hidden.device) if self.tokens.mask is not None else None
 
+    @property
+    def window(self) -> torch.Tensor:
+        """The number of the window of each token [T]."""
+        import torch
 
-ExpertsWatch = Callable[[ExpertsCall], Any]
+        numbers = torch.arange(self.first, self.first + len(self.tokens), device=self.hidden.device)
+        return numbers.repeat_interleave(self.tokens.length)
+
+
+@dataclass
+class BlockCall:
+    """One call of the smallest module that holds a block's router and experts; `run()` is what it does."""
+
+    block: Experts
+    tokens: Tokens
+    first: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    run: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -74,12 +91,12 @@ class Watch:
     """What is seen, and may be changed, on the way.
 
     `experts` is called in place of every `experts` module and returns its output, or None for the usual one.
-    `block` is called around the module that holds router and experts, with (block, module, forward, args,
-    kwargs), and returns its output. `ban` returns the experts that a block's router may not choose.
+    `block` is called in place of the module around router and experts, and returns its output. `ban` returns the
+    experts that a block's router may not choose. `router_logits` has `ExpertsCall.logits` filled in.
     """
 
-    experts: ExpertsWatch | None = None
-    block: Callable[..., Any] | None = None
+    experts: Callable[[ExpertsCall], Any] | None = None
+    block: Callable[[BlockCall], Any] | None = None
     ban: Callable[[Experts], Sequence[int]] | None = None
     router_logits: bool = False
 
@@ -143,13 +160,13 @@ class Streams:
             raise RefusedError(f"batches take different ways through the model: {', '.join(waiting)}")
         return next(iter(waiting.values()), None)
 
-    def rehearse(self, watch: Watch) -> None:
-        """Send all streams through the unit they wait at under another watch, and leave them at its door."""
+    def rehearse(self, watch: Watch) -> list[Any]:
+        """Send all streams through the unit they wait at under another watch, leave them at its door, and return
+        what the unit returns for each."""
         unit = self.unit
         assert unit is not None
         with self.engine.loaded(unit):
-            for stream in self.streams:
-                self.engine._go(stream, watch)
+            return [self.engine._go(stream, watch) for stream in self.streams]
 
     def step(self, progress: Progress = lambda count: None) -> None:
         """Take all streams through the unit they wait at, to the next door."""
@@ -327,7 +344,7 @@ class Engine:
         tokens = stream.tokens
         with torch.no_grad():
             mask = None if tokens.mask is None else tokens.mask.to(self.device, torch.long)
-            output = self.skeleton.model(tokens.ids.to(self.device), attention_mask=mask, use_cache=False)
+            output = self.skeleton.text_model(tokens.ids.to(self.device), attention_mask=mask, use_cache=False)
         return output.logits
 
     def _go(self, stream: Stream, watch: Watch) -> Any:
@@ -356,8 +373,11 @@ class Engine:
         return coroutine.ask(_Door(unit, partial(forward, *args, **kwargs)))
 
     def _at_block(self, block: Experts, module: Any, forward: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
-        watch = self._active.watch.block if self._active else None
-        return watch(block, module, forward, args, kwargs) if watch else forward(*args, **kwargs)
+        active = self._active
+        if active is None or active.watch.block is None:
+            return forward(*args, **kwargs)
+        run = partial(forward, *args, **kwargs)
+        return active.watch.block(BlockCall(block, active.tokens, active.first, args, kwargs, run))
 
     def _at_experts(
         self, block: Experts, module: Any, forward: Callable[..., Any], args: _Args, kwargs: _Kwargs

@@ -81,10 +81,12 @@ class Skeleton:
         import torch
 
         self.plan = plan
+        self.donor: Skeleton | None = None  # a model that shares its weights where they are the same
         self.tensors, renamed = dequantised(plan)
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self.model = build(plan, self.dtype)
+        self.text_model = getattr(self.model, "thinker", self.model)  # of a model that also speaks
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
@@ -108,8 +110,17 @@ class Skeleton:
         self.load(self._loose)
 
     def blocks(self) -> list[Experts]:
-        """Return where the MoE blocks of the plan are, in order of layers."""
-        return [found for block in self.plan.anatomy.main_blocks if (found := self._experts(block)) is not None]
+        """Return where the MoE blocks of the plan are, in order of layers.
+
+        A block that transformers splits off another's tensors has no module that could be told from it (the
+        vision experts of ERNIE-VL, to which no text goes), and is left out.
+        """
+        found: dict[str, Experts] = {}
+        for block in self.plan.anatomy.main_blocks:
+            experts = self._experts(block)
+            if experts is not None:
+                found.setdefault(experts.experts or experts.where, experts)
+        return list(found.values())
 
     def unit_of(self, path: str) -> Unit:
         """Return the unit that holds a module or parameter; the loose one if none does."""
@@ -126,6 +137,9 @@ class Skeleton:
         done: set[str] = set()
         with torch.no_grad():
             for group in unit.groups:
+                if self.donor is not None and self._shared(group, self.donor):
+                    done.add(group.target)
+                    continue
                 for target, value in self._converted(group).items():
                     if target in self._empty or self._is_buffer(target):
                         self._set(target, value)
@@ -190,6 +204,18 @@ class Skeleton:
                     if self.unit_of(missing) is not self.unit_of(stored):
                         again = _Group(missing, tied.converter, tied.names)
                         self.unit_of(missing).groups.append(again)
+
+    def _shared(self, group: _Group, donor: Skeleton) -> bool:
+        """Take a parameter from the donor if it has it in memory and it comes of the same tensors."""
+        if len(getattr(group.converter, "target_patterns", ())) > 1 or donor.target.get(group.names[0][1]) is None:
+            return False
+        empty = donor._empty.get(group.target)
+        if empty is None or donor.tensor(group.target) is empty or empty.shape != self._empty[group.target].shape:
+            return False
+        if any(self.tensors[name] != donor.tensors.get(name) for _, name in group.names):
+            return False
+        self._place(group.target, donor.tensor(group.target))
+        return True
 
     def _converted(self, group: _Group) -> dict[str, Any]:
         lazy = [(pattern, name, LazyTensor(self.tensors[name], self._reader)) for pattern, name in group.names]
@@ -312,6 +338,11 @@ def build(plan: Plan, dtype: torch.dtype) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, CONFIG).write_text(json.dumps(settings))
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.is_encoder_decoder:
+            raise RefusedError(
+                f"{kind} is an encoder-decoder: it has no loss on running text, and is not run",
+                "counting and editing work without it",
+            )
         config._experts_implementation = "eager"
         with torch.no_grad(), parameters_on_meta():
             return _class_of(plan, config)._from_config(config, dtype=dtype).eval()

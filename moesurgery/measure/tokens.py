@@ -41,6 +41,14 @@ class Tokens:
             yield start, self.rows(start, start + windows)
 
 
+def mixed(parts: list[torch.Tensor]) -> Tokens:
+    """Return windows of several sources in turn, two of each: so even and odd windows hold the same mixture."""
+    import torch
+
+    longest = max(map(len, parts))
+    return Tokens(torch.cat([part[i : i + 2] for i in range(0, longest, 2) for part in parts]))
+
+
 def padded(sequences: list[list[int]]) -> Tokens:
     """Return sequences of any length as windows padded on the right."""
     import torch
