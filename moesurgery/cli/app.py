@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import moesurgery
-from moesurgery.cli import count_params, diff, perplexity, recipes, validate
+from moesurgery.cli import collect, count_params, diff, perplexity, recipes, validate
 from moesurgery.cli.operations import command_for
 from moesurgery.surgery.operation import operations
 
@@ -43,5 +43,6 @@ app.command("perplexity")(perplexity.perplexity_command)
 app.command("compare")(perplexity.compare_command)
 app.command("validate")(validate.validate_command)
 app.command("diff")(diff.diff_command)
+app.command("collect")(collect.collect_command)
 app.command("schema")(recipes.schema_command)
 app.add_typer(recipes.recipes_app, name="recipes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from moesurgery.recipes import load_recipe
 if TYPE_CHECKING:
     from moesurgery.measure.engine import Engine
     from moesurgery.measure.text import Domain
+    from moesurgery.measure.tokens import Tokens
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +31,11 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Windows per f
 Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="Draw the windows at random by this seed instead of the first ones.")
 ]
+TOKENS = 49_152
+CalibrationTokens = Annotated[
+    int, typer.Option("--tokens", min=1, help="Tokens to run over, in equal parts from each file.")
+]
+CalibrationSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sample of windows.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where there is a GPU.")]
 
@@ -62,6 +68,24 @@ class Run:
 
         return Engine(plan, device=self.device, dtype=self.dtype)
 
+    def calibration(
+        self, checkpoint: Checkpoint, texts: list[Path], tokens: int, hold_out: int = 0
+    ) -> tuple[Tokens, list[Domain]]:
+        """Read windows of all files, drawn by the seed and mixed, so that every part of them is balanced.
+
+        With `hold_out`, one window in so many of each file is kept out and returned by itself.
+        """
+        from moesurgery.measure.text import Domain
+        from moesurgery.measure.tokens import mixed
+
+        limit = max(2 if hold_out else 1, tokens // self.window // len(texts))
+        found = replace(self, limit=limit).domains(checkpoint, texts)
+        if not hold_out:
+            return mixed([d.windows for d in found]), []
+        cuts = [len(d.windows) - max(1, len(d.windows) // hold_out) for d in found]
+        kept = [Domain(d.name, d.windows[cut:]) for d, cut in zip(found, cuts, strict=True)]
+        return mixed([d.windows[:cut] for d, cut in zip(found, cuts, strict=True) if cut]), kept
+
     def domains(self, checkpoint: Checkpoint, texts: list[Path]) -> list[Domain]:
         """Read the text files as windows of the model's tokens."""
         from moesurgery.measure.perplexity import context_limit
@@ -79,6 +103,13 @@ class Run:
 
         start = start_token(checkpoint.config)
         return [read_domain(path, tokenizer, start, self.window, self.limit, self.seed) for path in texts]
+
+
+def described(texts: list[Path]) -> list[dict[str, str]]:
+    """Return name and SHA-256 of text files, for provenance."""
+    from moesurgery.measure.stats import digest
+
+    return [{"file": path.name, "sha256": digest(path)} for path in texts]
 
 
 def subject(reference: str) -> Plan:

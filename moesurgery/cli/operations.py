@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from moesurgery.cli import writing
+from moesurgery.cli.calibrated import OPTIONS, Calibration, prepare, takes_statistics
+from moesurgery.cli.console import console
 from moesurgery.errors import RecipeError
 from moesurgery.recipes import Recipe, RecipeStep
 from moesurgery.surgery.operation import Operation, problems
@@ -36,8 +38,11 @@ _WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
 def command_for(found: Operation) -> Callable[..., None]:
     """Return a Typer command that runs one operation."""
 
+    calibrated = takes_statistics(found)
+
     def command(**given: Any) -> None:
         flags = writing.WriterFlags(**{key: given.pop(key) for key in _WRITER_OPTIONS})
+        calibration = Calibration(**{key: given.pop(key) for key in OPTIONS}) if calibrated else Calibration()
         model = given.pop("model")
         values = {}
         for name, text in given.items():
@@ -46,15 +51,18 @@ def command_for(found: Operation) -> Callable[..., None]:
         wrong = problems(found, values)
         if wrong:
             raise RecipeError("\n".join(wrong), f"see `moesurgery {found.name} --help`")
+        console.quiet = flags.quiet
+        values, measured = prepare(found, model, values, calibration, flags)
         step = RecipeStep(found.name, values)
-        writing.carry_out(Recipe(model, (step,), flags.shard_bytes, origin="command line"), flags)
+        recipe = Recipe(model, (step,), flags.shard_bytes, origin="command line")
+        writing.carry_out(recipe, flags, measured)
 
-    with_signature(command, found)
+    with_signature(command, found, OPTIONS if calibrated else {})
     return command
 
 
-def with_signature(command: Callable[..., None], found: Operation) -> None:
-    """Give `command` the signature that Typer reads: model, the operation's parameters, the writers' options."""
+def with_signature(command: Callable[..., None], found: Operation, more: Mapping[str, tuple[Any, Any]]) -> None:
+    """Give `command` the signature that Typer reads: model, the operation's parameters, `more`, writers' options."""
     parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=Model, default=".")]
     for parameter in found.parameters.values():
         kind, extra = _option_type(parameter)
@@ -64,7 +72,7 @@ def with_signature(command: Callable[..., None], found: Operation) -> None:
         parameters.append(
             inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=declared, default=default)
         )
-    for name, (annotation, default) in _WRITER_OPTIONS.items():
+    for name, (annotation, default) in (*more.items(), *_WRITER_OPTIONS.items()):
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )

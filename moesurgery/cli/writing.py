@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,8 +77,8 @@ class WriterFlags:
             raise RecipeError(f"--max-shard-size: {error}") from None
 
 
-def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
-    """Plan a recipe, then print, weigh or write it, as the flags say."""
+def carry_out(recipe: Recipe, flags: WriterFlags, more: Mapping[str, Any] | None = None) -> None:
+    """Plan a recipe, then print, weigh or write it, as the flags say. `more` joins the JSON answer."""
     console.quiet = flags.quiet
     if flags.print_recipe:
         console.result(recipe.to_yaml().rstrip())
@@ -86,7 +87,7 @@ def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
     output = flags.output or Path(default_name(plan))
     check_output(plan, Path(os.path.abspath(output)), force=flags.force)
     if flags.dry_run:
-        dry_run(plan, output, flags)
+        dry_run(plan, output, flags, more or {})
         return
     report_steps(plan, flags)
     if plan.checkpoint.other_weights:
@@ -121,6 +122,7 @@ def carry_out(recipe: Recipe, flags: WriterFlags) -> None:
                 {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
                 for s in plan.steps
             ],
+            **(more or {}),
         }
         if report is not None:
             document["validation"] = as_json(report)
@@ -168,7 +170,7 @@ def default_name(plan: Plan) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
 
 
-def dry_run(plan: Plan, output: Path, flags: WriterFlags) -> None:
+def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:
     """Print what writing would do: tensors by kind, config changes, bytes, memory, free space."""
     tasks = shard_tasks(plan)
     unchanged = set(plan.untouched())
@@ -206,6 +208,7 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags) -> None:
         "steps": [
             {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report} for s in plan.steps
         ],
+        **more,
     }
     if flags.as_json:
         console.json(document)

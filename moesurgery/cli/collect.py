@@ -1,0 +1,120 @@
+"""`moesurgery collect`: the statistics of experts that data-driven edits take as a parameter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesurgery.cli import measuring
+from moesurgery.cli.console import console
+from moesurgery.cli.writing import Force, Json, Quiet
+from moesurgery.errors import OutputError
+
+if TYPE_CHECKING:
+    from moesurgery.measure.stats import Stats
+    from moesurgery.measure.text import Domain
+    from moesurgery.plan.plan import Plan
+
+SUFFIX = ".safetensors"
+
+
+def collect_command(
+    model: measuring.Subject,
+    text: measuring.Texts,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: NAME.safetensors and NAME.json.")],
+    top_k: Annotated[
+        list[int] | None,
+        typer.Option("--top-k", min=1, help="Also collect what `rescale` to this top-k needs; repeat for more."),
+    ] = None,
+    window: measuring.Window = 512,
+    tokens: measuring.CalibrationTokens = measuring.TOKENS,
+    seed: measuring.CalibrationSeed = 0,
+    dtype: measuring.Dtype = "float32",
+    device: measuring.Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a model over calibration text once, and keep what says which expert does what.
+
+    The file is small, and everything that chooses or scales experts by data takes it as a parameter: `rescale`,
+    `drop-experts`, `merge-experts`. The table says how far two halves of the text agree on who matters.
+    """
+    console.quiet = quiet
+    target = stats_path(output, force=force)
+    plan = measuring.subject(model)
+    run = measuring.Run(window, None, seed, device, dtype)
+    stats, _ = collect_stats(plan, text, run, tokens, top_k or [])
+    stats.save(target)
+    document = _document(stats, target)
+    target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+    if as_json:
+        console.json(document)
+        return
+    console.result(f"{len(stats.blocks)} MoE layers, {stats.about['tokens']:,} tokens; wrote {target}")
+    console.result()
+    rows = [
+        (by, f"{found['spearman']:.3f}", f"{found['spearman_worst']:.3f}", f"{100 * found['overlap']:.0f} %")
+        for by, found in document["agreement"].items()
+    ]
+    console.table(
+        ("criterion", "rank correlation of halves", "worst layer", "same lowest quarter"), rows, right=(1, 2, 3)
+    )
+    if document["super_experts"]:
+        named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in document["super_experts"].items())
+        console.result(f"experts with outputs far above all others: {named}")
+
+
+def stats_path(output: Path, *, force: bool) -> Path:
+    """Return the file that `-o` names; raise OutputError where it is there already."""
+    target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
+    return target
+
+
+def collect_stats(
+    plan: Plan, text: list[Path], run: measuring.Run, tokens: int, top_k: list[int], hold_out: int = 0
+) -> tuple[Stats, list[Domain]]:
+    """Collect statistics with a progress bar, and note what they were collected on.
+
+    With `hold_out`, one window in so many is kept out of them and returned for measuring.
+    """
+    run.check()
+    from moesurgery.measure.collect import collect
+
+    windows, kept = run.calibration(plan.checkpoint, text, tokens, hold_out)
+    engine = run.engine(plan)
+    with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
+        stats = collect(engine, windows, top_k, watch.progress)
+    stats.about["text"] = measuring.described(text)
+    stats.about |= {"window": run.window, "seed": run.seed, "dtype": run.dtype}
+    return stats, kept
+
+
+def _document(stats: Stats, target: Path) -> dict[str, Any]:
+    from moesurgery.measure.criteria import CRITERIA, agreement, scores, super_experts
+
+    return {
+        "schema_version": 1,
+        "statistics": target.name,
+        **stats.about,
+        "agreement": {by: agreement(stats, by) for by in CRITERIA},
+        "super_experts": super_experts(stats),
+        "layers": [
+            {
+                "layer": where,
+                "tokens": float(block.total("tokens")),
+                "entropy": float(block.total("entropy") / block.total("tokens")),
+                "experts": {
+                    "tokens": block.total("count").tolist(),
+                    "largest_output": block.total("peak").tolist(),
+                    **{by: scores(block, by).tolist() for by in CRITERIA},
+                },
+            }
+            for where, block in stats.blocks.items()
+        ],
+    }

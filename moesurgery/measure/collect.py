@@ -1,0 +1,167 @@
+"""Fill the statistics of `stats.py`: one streamed pass over the calibration tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.errors import RefusedError
+from moesurgery.families.settings import Settings
+from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Progress, Watch
+from moesurgery.measure.outputs import Routing, Spoken, spoken
+from moesurgery.measure.stats import BlockStats, Stats, as_numpy, empty_sums
+from moesurgery.measure.tokens import Tokens
+from moesurgery.measure.twin import Twin
+from moesurgery.plan.plan import Plan
+from moesurgery.surgery.operation import apply
+
+if TYPE_CHECKING:
+    import torch
+
+
+def collect(
+    engine: Engine, tokens: Tokens, other_top_k: Sequence[int] = (), progress: Progress = lambda count: None
+) -> Stats:
+    """Return the statistics of every MoE block, also for routing to other numbers of experts.
+
+    Raises RefusedError for a family whose code shows no routing.
+    """
+    blocks = check_routing(engine, "collect")
+    top_k = engine.plan.anatomy.settings.top_k
+    others = [k for k in dict.fromkeys(other_top_k) if k != top_k]
+    twins = {k: Twin(engine, with_top_k(engine, k)) for k in others}
+    sums: dict[str, dict[str, Any]] = {}
+
+    def sums_of(call: ExpertsCall) -> dict[str, Any]:
+        where = call.block.where
+        if where not in sums:
+            sums[where] = empty_sums(call.block.block.experts, call.hidden.shape[-1], others)
+        return sums[where]
+
+    calls: dict[str, ExpertsCall] = {}
+
+    def experts(call: ExpertsCall) -> None:
+        calls[call.block.where] = call
+
+    def block(around: BlockCall) -> Any:
+        result = around.run()
+        call = calls.pop(around.block.where)
+        routings = {"": (call.index, call.weights)}
+        for k, twin in twins.items():
+            routings[f"@{k}"] = twin.routing(around)
+        add(sums_of(call), call, routings, engine.plan.anatomy.settings)
+        return result
+
+    try:
+        engine.run(tokens, Watch(experts=experts, block=block, router_logits=True), progress=progress)
+    finally:
+        for twin in twins.values():
+            twin.close()
+    about = {
+        "model": engine.plan.checkpoint.source.identity,
+        "blocks": [block.where for block in blocks],
+        "top_k": top_k,
+        "other_top_k": others,
+        "tokens": tokens.count,
+        "windows": len(tokens),
+    }
+    return Stats({b.where: BlockStats(b.where, as_numpy(sums[b.where])) for b in blocks}, about)
+
+
+def check_routing(engine: Engine, operation: str) -> list[Any]:
+    """Return the MoE blocks; raise RefusedError where there are none or their routing cannot be seen."""
+    engine.plan.anatomy.require_family(operation)
+    for block in engine.blocks:
+        if block.experts is None:
+            raise RefusedError(
+                f"{operation}: {block.where}: the code of {engine.plan.anatomy.model_type} has no module that is"
+                " called with chosen experts and their weights, so its routing cannot be seen",
+                "perplexity and compare work",
+            )
+    return engine.blocks
+
+
+def with_top_k(engine: Engine, top_k: int) -> Plan:
+    return apply(engine.plan, "rescale", top_k=top_k, scale="none")
+
+
+def add(sums: dict[str, Any], call: ExpertsCall, routings: Mapping[str, Routing], settings: Settings) -> None:
+    """Add one call's tokens to the sums of its block. `routings` has the block's own under the name ""."""
+    import torch
+
+    experts = call.block.block.experts
+    window = call.window % 2
+    real = torch.ones_like(window, dtype=torch.bool) if call.real is None else call.real
+    sums["tokens"] += torch.bincount(window[real], minlength=2).cpu()
+    if call.logits is not None:
+        _add_logits(sums, call.logits[:, :experts].float(), window, real, settings.score)
+    for part in spoken(call, experts, routings):
+        half = window[part.rows]
+        chosen = part.chosen[""]
+        key = _keys(part, half, chosen, experts)
+        outputs, weights = part.outputs[chosen], part.weights[""][chosen]
+        norm = outputs.norm(dim=-1)
+        sums["count"] += _binned(key, torch.ones_like(weights), experts)
+        sums["gate"] += _binned(key, weights, experts)
+        sums["norm"] += _binned(key, norm, experts)
+        sums["gate_norm"] += _binned(key, weights * norm, experts)
+        peak = outputs.abs().amax(dim=-1).double().cpu()
+        sums["peak"].view(-1).scatter_reduce_(0, key.cpu(), peak, "amax")
+        said = outputs.new_zeros(experts, outputs.shape[-1])
+        sums["output"] += said.index_add_(0, part.index[chosen], outputs).double().cpu()
+        target = part.routed("")
+        for name in routings:
+            _add_routing(sums, part, half, name)
+            if name:
+                key = _keys(part, half, part.chosen[name], experts)
+                along = (part.outputs @ target[..., None])[..., 0] * part.weights[name]
+                sums["cross" + name] += _binned(key, along[part.chosen[name]], experts)
+
+
+def _add_routing(sums: dict[str, Any], part: Spoken, half: torch.Tensor, name: str) -> None:
+    """Add what depends on a routing alone: second moments of weights and of contributions."""
+    import torch
+
+    experts = sums["gram" + name].shape[-1]
+    weights, chosen = part.weights[name], part.chosen[name]
+    sums["gate2" + name] += _binned(_keys(part, half, chosen, experts), weights[chosen] ** 2, experts)
+    sums["mass" + name] += torch.bincount(half, weights=weights.double().sum(-1) ** 2, minlength=2).cpu()
+    both = chosen[:, :, None] & chosen[:, None, :]
+    key = (half[:, None, None] * experts + part.index[:, :, None]) * experts + part.index[:, None, :]
+    products = (part.products * weights[:, :, None] * weights[:, None, :])[both].double()
+    found = torch.bincount(key[both], weights=products, minlength=2 * experts**2)
+    sums["gram" + name] += found.view(2, experts, experts).cpu()
+
+
+def _add_logits(sums: dict[str, Any], logits: torch.Tensor, half: torch.Tensor, real: torch.Tensor, score: str) -> None:
+    scores = shares(logits, score)
+    entropy = -(scores * scores.clamp(min=1e-30).log()).sum(-1)
+    for h in (0, 1):
+        rows = real & (half == h)
+        sums["probability"][h] += scores[rows].double().sum(0).cpu()
+        sums["entropy"][h] += entropy[rows].double().sum().cpu()
+        sums["logits"][h] += (logits[rows].T @ logits[rows]).double().cpu()
+
+
+def shares(logits: torch.Tensor, score: str) -> torch.Tensor:
+    """Return each expert's share [T, E] of the scores that a router gives, summing to 1."""
+    import torch
+
+    if score == "sigmoid":
+        scores = logits.sigmoid()
+    elif score == "sqrt-softplus":
+        scores = torch.nn.functional.softplus(logits).sqrt()
+    else:
+        return logits.softmax(dim=-1)
+    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def _keys(part: Spoken, half: torch.Tensor, chosen: torch.Tensor, experts: int) -> torch.Tensor:
+    """Return half * E + expert for every slot that is chosen."""
+    return (half[:, None] * experts + part.index)[chosen]
+
+
+def _binned(key: torch.Tensor, values: torch.Tensor, experts: int) -> torch.Tensor:
+    import torch
+
+    return torch.bincount(key, weights=values.double(), minlength=2 * experts).view(2, experts).cpu()

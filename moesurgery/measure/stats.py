@@ -1,0 +1,173 @@
+"""Statistics of experts: one small file, from which every criterion and factor is computed without running again.
+
+Sums over the calibration tokens, for each MoE block with E experts and hidden size H. g is the weight that
+multiplies an expert's output f, after all that the router does; y is the routed output, the sum of g f over the
+chosen experts. All but `output` come twice, for even and odd windows ([2, ...]): what differs between the halves
+is noise. Names and shapes:
+
+    tokens [2]              tokens seen
+    count, gate, gate2      [2, E]: tokens routed to the expert, sum of g, of g^2
+    probability             [2, E]: sum over all tokens of its share of the router's scores
+    norm, gate_norm         [2, E]: sum of |f|, of g |f|
+    peak                    [2, E]: largest absolute value in f
+    gram                    [2, E, E]: sum of g_i g_j <f_i, f_j>; its diagonal is the sum of g^2 |f|^2
+    mass                    [2]: sum of (sum of g)^2
+    entropy                 [2]: sum of the entropy of the router's scores, in nats
+    logits                  [2, E, E]: sum of z_i z_j over router logits z
+    output                  [E, H]: sum of f over the tokens routed to it
+
+and for each other top-k m that was asked for, with the routing at top-k m and y still at the trained one:
+
+    gram@m, gate2@m, mass@m as above, cross@m [2, E]: sum of g_i <f_i, y>
+
+docs/measure.md has the formulas that use them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.families.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = "moesurgery statistics 1"
+
+
+@dataclass
+class BlockStats:
+    """The sums of one MoE block; `sums` maps the names above to float64 arrays."""
+
+    where: str
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def total(self, name: str) -> np.ndarray:
+        """Return a sum over both halves (the maximum for `peak`)."""
+        values = self.sums[name]
+        if name == "output":
+            return values
+        both: np.ndarray = values.max(axis=0) if name == "peak" else values.sum(axis=0)
+        return both
+
+    def half(self, half: int) -> BlockStats:
+        """Return the block as one half of the tokens shows it."""
+        import numpy as np
+
+        zero = np.zeros_like
+        return BlockStats(
+            self.where,
+            {n: v if n == "output" else np.stack([v[half], zero(v[half])]) for n, v in self.sums.items()},
+        )
+
+    @property
+    def experts(self) -> int:
+        return int(self.sums["count"].shape[-1])
+
+
+@dataclass
+class Stats:
+    """Statistics of all MoE blocks of a model, and what they were collected on."""
+
+    blocks: dict[str, BlockStats]
+    about: dict[str, Any]
+
+    @property
+    def top_k(self) -> int:
+        return int(self.about["top_k"])
+
+    @property
+    def top_ks(self) -> list[int]:
+        """The other numbers of active experts for which there are sums."""
+        return [int(k) for k in self.about["other_top_k"]]
+
+    def check(self, anatomy: Anatomy, operation: str) -> None:
+        """Raise RefusedError where the statistics are those of another model."""
+        blocks = {block.where: block.experts for block in anatomy.main_blocks}
+        found = {where: block.experts for where, block in self.blocks.items()}
+        problem = None
+        if blocks.keys() != found.keys():
+            where = next(iter(blocks.keys() ^ found.keys()))
+            problem = f"{where} is in {'the model' if where in blocks else 'the statistics'} only"
+        elif blocks != found:
+            where = next(w for w in blocks if blocks[w] != found[w])
+            problem = f"{where} has {blocks[where]} experts, the statistics have {found[where]}"
+        elif anatomy.settings.top_k != self.top_k:
+            problem = f"the model routes to {anatomy.settings.top_k} experts, the statistics saw {self.top_k}"
+        if problem:
+            raise RefusedError(
+                f"{operation}: the statistics belong to another model: {problem}",
+                "collect them again with `moesurgery collect`",
+            )
+
+    def save(self, path: Path) -> Path:
+        """Write `path.safetensors` and, for people, `path.json`; return the former."""
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        target = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+        arrays = {
+            f"{where}/{name}": np.ascontiguousarray(values, np.float32 if name == "output" else np.float64)
+            for where, block in self.blocks.items()
+            for name, values in block.sums.items()
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, target, metadata={"format": FORMAT, "about": json.dumps(self.about)})
+        return target
+
+
+def load_stats(path: str | Path) -> Stats:
+    """Read a statistics file. Raises CheckpointError where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    blocks: dict[str, BlockStats] = {}
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} holds no statistics", "make them with `moesurgery collect`")
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                where, _, name = key.rpartition("/")
+                blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
+            about = json.loads(metadata["about"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as statistics: {error}") from None
+    order = {where: i for i, where in enumerate(about["blocks"])}
+    return Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about)
+
+
+def digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file, as provenance records it."""
+    value = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value.update(block)
+    return value.hexdigest()
+
+
+def empty_sums(experts: int, hidden: int, others: list[int]) -> dict[str, Any]:
+    """Return zeros of all names, as torch tensors in float64."""
+    import torch
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(2, *shape, dtype=torch.float64)
+
+    per_expert = ("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak")
+    sums: dict[str, Any] = {name: zeros(experts) for name in per_expert}
+    sums |= {"tokens": zeros(), "mass": zeros(), "entropy": zeros()}
+    sums |= {"gram": zeros(experts, experts), "logits": zeros(experts, experts)}
+    sums["output"] = torch.zeros(experts, hidden, dtype=torch.float64)
+    for k in others:
+        sums |= {f"gram@{k}": zeros(experts, experts), f"gate2@{k}": zeros(experts)}
+        sums |= {f"mass@{k}": zeros(), f"cross@{k}": zeros(experts)}
+    return sums
+
+
+def as_numpy(sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: values.cpu().numpy() for name, values in sums.items()}

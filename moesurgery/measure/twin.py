@@ -1,0 +1,56 @@
+"""An edited model beside the original, block by block on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Watch
+from moesurgery.measure.outputs import Routing
+from moesurgery.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Twin:
+    """Runs single MoE blocks of `plan`. Weights that it has in common with `original` are in memory once."""
+
+    def __init__(self, original: Engine, plan: Plan) -> None:
+        skeleton = original.skeleton
+        self.engine = Engine(
+            plan, device=str(skeleton.device), dtype=str(skeleton.dtype).removeprefix("torch."), keep=0
+        )
+        self.engine.skeleton.donor = skeleton
+        self._unit: str | None = None
+
+    def run(self, call: BlockCall, experts: Callable[[ExpertsCall], Any]) -> None:
+        """Run the block of `call` on the call's inputs, with `experts` in place of its experts module."""
+        import torch
+
+        unit = self.engine.skeleton.units[call.block.unit]
+        if self._unit != unit.path:
+            self.engine.unpin()
+            with self.engine.loaded(unit, pin=True):
+                self._unit = unit.path
+        module = self.engine.skeleton.model.get_submodule(call.block.path)
+        watch = Watch(experts=experts, router_logits=True)
+        with torch.no_grad(), self.engine.watching(watch, call.tokens, call.first, unit):
+            module(*call.args, **call.kwargs)
+
+    def routing(self, call: BlockCall) -> Routing:
+        """Return the experts [T, k] and weights [T, k] that the edited block's router chooses."""
+        import torch
+
+        found: list[Routing] = []
+
+        def experts(seen: ExpertsCall) -> torch.Tensor:
+            found.append((seen.index, seen.weights))
+            return torch.zeros_like(seen.hidden)
+
+        self.run(call, experts)
+        return found[0]
+
+    def close(self) -> None:
+        self._unit = None
+        self.engine.unpin()
