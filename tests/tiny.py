@@ -21,9 +21,9 @@ transformers.utils.logging.disable_progress_bar()
 
 def build(model_type: str, **changes: Any) -> torch.nn.Module:
     """Return a tiny model with random weights everywhere: biases, norms and selection biases too."""
-    row = {**ROWS.get(model_type, {}), **changes}
+    row = ROWS.get(model_type, {})
     whole = any(key in row for key in ("text_config", "thinker_config", "vocab_size", "d_model"))
-    config = transformers.AutoConfig.for_model(model_type, **(row if whole else {**BASE, **row}))
+    config = transformers.AutoConfig.for_model(model_type, **({} if whole else BASE) | row | changes)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     if model_type in CLASSES:
