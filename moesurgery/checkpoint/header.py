@@ -107,7 +107,8 @@ def scan_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: boo
         if info is not None:
             header.tensors.append(info)
     header.tensors.sort(key=lambda t: (t.start, t.nbytes))
-    _check_extent(header, bad, headers_only)
+    if len(header.tensors) == len(table):  # else there are holes where the entries that were refused would be
+        _check_extent(header, bad, headers_only)
     return header
 
 
@@ -162,7 +163,6 @@ def _read_entry(header: Header, name: str, entry: object, bad: Bad) -> TensorInf
         bad("S03", f"the entry has the key {key!r} twice", name)
     if wrong := _wrong_name(name):
         bad("P07", f"the name {wrong}", name)
-        return None
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if len(entry) > 3 or not entry.keys() <= _ENTRY_KEYS:
         bad("S02", f"the entry has unknown keys {reprlib.repr(sorted(entry.keys() - _ENTRY_KEYS))}", name)

@@ -195,10 +195,11 @@ def _may_be_read(scan: Scan, file: str) -> bool:
 
 def _check_numbering(scan: Scan, files: list[str]) -> None:
     """`-of-N` in the shards' names is the number of shards."""
-    stated = {int(match[1]) for file in files if (match := _NUMBERED.search(file))}
-    if stated and stated != {len(files)}:
-        said = " and ".join(f"-of-{n:05d}" for n in sorted(stated))
-        scan.add("I04", f"names {len(files)} shards, their names say {said}", INDEX, fatal=False, severity="warning")
+    numbered = [int(match[1]) for file in files if (match := _NUMBERED.search(file))]
+    if set(numbered) - {len(numbered)}:
+        said = " and ".join(f"-of-{n:05d}" for n in sorted(set(numbered)))
+        message = f"names {len(numbered)} numbered shards, their names say {said}"
+        scan.add("I04", message, INDEX, fatal=False, severity="warning")
 
 
 def _top_level_shards(scan: Scan) -> list[str]:
@@ -308,14 +309,14 @@ def _check_names(scan: Scan) -> None:
                 name,
                 hint="loaders would read it all the same; make the index complete or remove the stale shard",
             )
-    _check_total(scan, tensors)
+    if readable.issuperset(scan.weight_map.values()):
+        _check_total(scan, tensors)
 
 
 def _check_total(scan: Scan, tensors: dict[str, TensorInfo]) -> None:
     total = (scan.index_metadata or {}).get("total_size")
     stored = sum(info.nbytes for info in tensors.values())
-    complete = not scan.broken and all(file in scan.sizes for file in set((scan.weight_map or {}).values()))
-    if total is not None and total != stored and complete:
+    if total is not None and total != stored:
         scan.add(
             "I04", f"total_size is {total!r}, the tensors take {stored:,} bytes", INDEX, fatal=False, severity="warning"
         )

@@ -215,8 +215,8 @@ def recognise(
     """Take a model apart by its config, tensor names, dtypes and shapes.
 
     Never refuses: what the table does not know is counted and listed under `unrecognised`.
-    Raises CheckpointError where an MoE block is incomplete (an expert or its router is missing); with a list
-    `broken`, such blocks are added to it instead.
+    Raises CheckpointError where an MoE block is incomplete (an expert or its router is missing), or the config's
+    number of layers is none; with a list `broken`, such blocks are added to it instead, and the number is not used.
     """
     families = find_families(config)
     family = families[0] if families else None
@@ -238,9 +238,15 @@ def recognise(
         notes=[],
     )
     blocks: _Blocks = {}
+    try:
+        layers = anatomy.settings.layers
+    except CheckpointError:
+        if broken is None:
+            raise
+        layers = None
     for template, found in names.items():
         place = places[template]
-        _count(anatomy, place, found, tensors)
+        _count(anatomy, place, found, tensors, layers)
         if family is not None and place.role is not None:
             _collect(anatomy, place, found, blocks)
     if family is not None:
@@ -280,9 +286,8 @@ def _places(family: Family | None, config: Mapping[str, Any], dtypes: Mapping[st
     return places
 
 
-def _count(anatomy: Anatomy, place: _Place, found: _Found, tensors: Mapping[str, HasShape]) -> None:
+def _count(anatomy: Anatomy, place: _Place, found: _Found, tensors: Mapping[str, HasShape], layers: int | None) -> None:
     """Enter the component, the layer and the parameters of all tensors of one template."""
-    layers = anatomy.settings.layers
     for name, numbers in found:
         component = parts.MTP if place.mtp else place.component
         if place.root is not None:

@@ -89,6 +89,7 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
     ("V04", "values", "warning", "values out of line with their siblings by orders of magnitude, or close to overflow"),
     ("V05", "values", "error", "a stretch of zeros inside a weight: the mark of an interrupted copy"),
     ("V06", "values", "error", "tied embeddings, and a head that differs from the embedding"),
+    ("V07", "values", "warning", "layers that are identical, byte for byte, and not tied: one written twice"),
     ("F01", "forward", "error", "logits that are not finite, or the same for every token"),
     ("F02", "forward", "error", "with --against: logits that differ from the reference beyond the tolerance"),
     ("F03", "forward", "warning", "most experts of a layer were chosen by no token: a router that has collapsed"),

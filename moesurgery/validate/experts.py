@@ -13,6 +13,8 @@ from moesurgery.families.settings import keys_present
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.subject import Subject
 
+_ONE_LAYOUT = "transformers reads both, most other engines one: write all layers in one of them"
+
 
 @check("C04")
 def experts(subject: Subject) -> Outcome:
@@ -32,6 +34,10 @@ def experts(subject: Subject) -> Outcome:
     counts = {block.experts for block in subject.whole_blocks if block in anatomy.main_blocks}
     if stated is None and len(counts) > 1:
         yield finding("C04", f"the layers have different numbers of experts: {sorted(counts)}")
+    layouts = {block.layout.kind: block.where for block in anatomy.main_blocks if block.layout is not None}
+    if len(layouts) > 1:
+        shown = " and ".join(f"{kind} in {where}" for kind, where in sorted(layouts.items()))
+        yield finding("C04", f"the experts are stored in two ways: {shown}", hint=_ONE_LAYOUT, severity="warning")
     for block in subject.whole_blocks:
         if stated is not None and block.experts != stated:
             yield finding("C04", f"{block.where} has {block.experts} experts; {key} says {stated}")

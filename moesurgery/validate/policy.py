@@ -93,7 +93,7 @@ def names(subject: Subject) -> Outcome:
     for file in (*subject.files, *subject.source.irregular()):
         if any(unicodedata.category(c) in ("Cc", "Cs", "Cf", "Zl", "Zp") for c in file):
             yield finding("P07", "the file's name contains control characters", file, severity="warning")
-    tensors = (info.name for header in subject.scan.headers for info in header.tensors)
+    tensors = dict.fromkeys(info.name for header in subject.scan.headers for info in header.tensors)
     for kind, found in (("files", subject.files), ("tensors", tensors)):
         for group in _alike(found):
             shown = " and ".join(repr(name) for name in group[:3])

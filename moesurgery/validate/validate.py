@@ -11,7 +11,7 @@ from pathlib import Path
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import Scan, scan_checkpoint
 from moesurgery.checkpoint.source import LocalSource, open_source
-from moesurgery.errors import RecipeError
+from moesurgery.errors import CheckpointError, RecipeError
 from moesurgery.validate.check import CHECKS, NotChecked
 from moesurgery.validate.codes import CODES, LEVELS, Level
 from moesurgery.validate.report import Report
@@ -96,9 +96,12 @@ def _run(subject: Subject, levels: tuple[Level, ...]) -> tuple[list[Finding], li
             if level == "forward" and wrong_before:
                 skipped.append(NotChecked(check.codes, "a model with errors is not run: mend those first"))
                 continue
-            for outcome in check.function(subject):
-                if isinstance(outcome, Finding):
-                    found.append(outcome)
-                else:
-                    skipped.append(outcome)
+            try:
+                for outcome in check.function(subject):
+                    if isinstance(outcome, Finding):
+                        found.append(outcome)
+                    else:
+                        skipped.append(outcome)
+            except CheckpointError as error:
+                skipped.append(NotChecked(check.codes, error.message))
     return found, skipped, checked

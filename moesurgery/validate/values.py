@@ -13,7 +13,7 @@ from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Member, model_type_of, template_of
 from moesurgery.families.components import EMBEDDING, HEAD, NORM, ROUTED, ROUTER
-from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
+from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding, ranges
 from moesurgery.validate.statistics import BLOCK, FORMATS, SHORTEST_RUN, Span, Statistics, survey
 from moesurgery.validate.subject import Subject
 from moesurgery.validate.vocabulary import embedding_of, head_of, is_tied
@@ -64,7 +64,7 @@ def _spans(info: TensorInfo, experts: int) -> list[Span]:
     return [Span(info, e, info.start + e * size, size) for e in range(experts)]
 
 
-@check("V01", "V02", "V03", "V04", "V05")
+@check("V01", "V02", "V03", "V04", "V05", "V07")
 def values(subject: Subject) -> Outcome:
     """Judge every tensor by itself and among its siblings."""
     try:
@@ -77,6 +77,7 @@ def values(subject: Subject) -> Outcome:
         yield from _zero(subject, one)
         yield from _stretches(subject, one)
     yield from _twins(subject, judged)
+    yield from _same_layers(subject, judged)
     yield from _strange(subject, judged)
     yield from _tails(subject, judged)
     parameters = subject.anatomy.parameters
@@ -176,6 +177,31 @@ def _twins(subject: Subject, judged: list[Judged]) -> Iterator[Finding]:
             if same:
                 shown = ", ".join(map(str, [numbers[0], *same][:12]))
                 yield finding("V03", f"{where}: experts {shown} are identical" + (", …" if len(same) > 11 else ""))
+
+
+def _same_layers(subject: Subject, judged: list[Judged]) -> Iterator[Finding]:
+    """Layers that hold the same weights, as when a writer takes one for another."""
+    layers: dict[tuple[str, int], list[Judged]] = {}
+    for one in judged:
+        name = one.span.info.name
+        if (number := subject.anatomy.layer.get(name)) is not None:
+            layers.setdefault((name.partition(f".{number}.")[0], number), []).append(one)
+    marks: dict[tuple[object, ...], list[tuple[str, int]]] = {}
+    for (stack, number), parts in layers.items():
+        if not all(one.statistics.zero for one in parts):
+            parts.sort(key=lambda one: (_within(one, number), one.span.start))
+            contents = ((_within(one, number), one.statistics.fingerprint) for one in parts)
+            marks.setdefault((stack, *contents), []).append((stack, number))
+    for found in marks.values():
+        first = layers[found[0]]
+        same = [n for _, n in found[1:] if _equal(subject, first, layers[found[0][0], n])]
+        if same:
+            yield finding("V07", f"{found[0][0]}: layers {ranges([found[0][1], *same])} are identical")
+
+
+def _within(one: Judged, layer: int) -> str:
+    """Return the name of a tensor in its layer."""
+    return one.span.info.name.partition(f".{layer}.")[2]
 
 
 def _equal(subject: Subject, first: list[Judged], second: list[Judged]) -> bool:
