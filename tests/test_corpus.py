@@ -554,7 +554,7 @@ def layer_left_over(p: Patient) -> None:
     p.config(num_hidden_layers=1)
 
 
-@case("C03", "C11", base="qwen3_moe")
+@case("C03", "C07", "C11", base="qwen3_moe")
 def dense_layer_said_to_be_sparse(p: Patient) -> None:
     p.config(mlp_only_layers=[])
 
@@ -797,7 +797,7 @@ def one_layer_pruned(p: Patient) -> None:
     p.update({**gone, LAYER + "block_sparse_moe.gate.weight": held[LAYER + "block_sparse_moe.gate.weight"][:6]})
 
 
-@case("C03", "C11", base="deepseek_v3")
+@case("C03", "C07", "C11", base="deepseek_v3")
 def one_dense_layer_more(p: Patient) -> None:
     p.config(first_k_dense_replace=2)
 

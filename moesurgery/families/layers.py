@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from moesurgery.errors import CheckpointError
 from moesurgery.families.settings import Settings
 
 _SPARSE_KINDS = ("sparse", "moe", "hash_moe")
@@ -91,7 +92,10 @@ _RULES: Mapping[str, Callable[[Settings, str, int], set[int]]] = {
 
 def moe_layers(settings: Settings) -> set[int] | None:
     """Return the layers that the config calls MoE. None where it does not say, or says it in a strange way."""
-    layers = settings.layers
+    try:
+        layers = settings.layers
+    except CheckpointError:
+        return None
     if layers is not None and layers > _MOST_LAYERS:
         return None
     for key in settings.family.sparse:
@@ -108,10 +112,10 @@ def layers_note(settings: Settings, found: set[int]) -> str | None:
     stated = moe_layers(settings)
     if stated is None or not found or stated == found:
         return None
-    return f"config.json makes layers {_ranges(stated)} MoE, the tensors {_ranges(found)}: the tensors count"
+    return f"config.json makes layers {ranges(stated)} MoE, the tensors {ranges(found)}: the tensors count"
 
 
-def _ranges(numbers: set[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Show numbers as `0, 3-5`."""
     found: list[list[int]] = []
     for n in sorted(numbers):

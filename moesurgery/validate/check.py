@@ -64,14 +64,3 @@ def finding(
 def and_more(names: list[str]) -> str:
     """Say how many others a finding about the first of `names` stands for."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def ranges(numbers: list[int]) -> str:
-    """Show sorted numbers as `0, 3-5`."""
-    found: list[list[int]] = []
-    for n in numbers:
-        if found and found[-1][1] == n - 1:
-            found[-1][1] = n
-        else:
-            found.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

@@ -13,7 +13,8 @@ from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Member, model_type_of, template_of
 from moesurgery.families.components import EMBEDDING, HEAD, NORM, ROUTED, ROUTER
-from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding, ranges
+from moesurgery.families.layers import ranges
+from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.statistics import BLOCK, FORMATS, SHORTEST_RUN, Span, Statistics, survey
 from moesurgery.validate.subject import Subject
 from moesurgery.validate.vocabulary import embedding_of, head_of, is_tied
