@@ -14,20 +14,26 @@ import pytest
 from moesurgery.validate.codes import CODES
 from moesurgery.validate.validate import validate_checkpoint
 from tests.conftest import Result
+from tests.families import ROWS
 from tests.quantise import make_fp8, make_mxfp4
-from tests.tiny import TINY
+from tests.tiny import TINY, read_tensors
 
 Cli = Callable[..., Result]
 Models = Callable[..., Path]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
-@pytest.mark.parametrize("model_type", TINY)
-def test_every_layout_passes_with_no_finding(models: Models, model_type: str, fused: bool) -> None:
-    report = validate_checkpoint(models(model_type, fused=fused), level="values")
-    assert report.findings == ()
-    # What was not looked at is said, and it is only what is not there.
-    assert {code for skipped in report.not_checked for code in skipped.codes} <= {"S09", "T01", "T02"}
+LAYOUTS = [(model_type, False) for model_type in ROWS] + [(model_type, True) for model_type in TINY]
+
+
+@pytest.mark.parametrize(("model_type", "fused"), LAYOUTS)
+def test_every_family_and_layout_passes_with_no_finding(models: Models, model_type: str, fused: bool) -> None:
+    path = models(model_type, fused=fused)
+    report = validate_checkpoint(path, level="values")
+    # Some classes begin with weights of zero, and a tiny model keeps them: that is the one thing to be said of it.
+    zero = {name for name, tensor in read_tensors(path).items() if not tensor.any()}
+    assert [f for f in report.findings if not (f.code == "V02" and f.severity == "warning" and f.tensor in zero)] == []
+    # What was not looked at is said, and it is only what is not there, or what configs leave to the model class.
+    assert {code for skip in report.not_checked for code in skip.codes} <= {"S09", "T01", "T02", "C07", "C08"}
 
 
 @pytest.mark.parametrize(("form", "source"), [(make_fp8, "deepseek_v3"), (make_mxfp4, "gpt_oss")])

@@ -8,19 +8,16 @@ transformers' own conversion tables, so that every family and layout it loads is
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.checkpoint import CONFIG
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import MoeBlock, model_type_of
 from moesurgery.families.components import is_vision
 from moesurgery.measure.lazy import LazyTensor, evaluate_into
+from moesurgery.measure.model_config import load_config
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.reader import FileReader
@@ -333,11 +330,8 @@ def build(plan: Plan, dtype: torch.dtype) -> Any:
             f"transformers {transformers.__version__} has no model code for model_type {kind!r}, so it cannot be run",
             "counting and editing work without it",
         )
-    settings = {k: v for k, v in plan.config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, CONFIG).write_text(json.dumps(settings))
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = load_config(plan.config)
         if config.is_encoder_decoder:
             raise RefusedError(
                 f"{kind} is an encoder-decoder: it has no loss on running text, and is not run",

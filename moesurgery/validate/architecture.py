@@ -7,7 +7,6 @@ code never runs: the class comes from the installed library, and keys that make 
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,24 +17,10 @@ from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.anatomy import model_type_of, template_of
 from moesurgery.families.quantised import method, packed_bits, take_apart
+from moesurgery.measure.model_config import load_config
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.subject import Subject
 
-# What could make building a model fetch code, or quantise it.
-_REMOVED = (
-    "auto_map",
-    "quantization_config",
-    "compression_config",
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "experts_implementation",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-    "custom_generate",
-    "name_or_path",
-    "_name_or_path",
-)
 # Numbers of modules that a model class builds one by one: a hostile config could keep it busy for days.
 _COUNTS = ("layer", "depth", "block", "expert", "stage", "codebook", "head")
 _MOST = 20_000
@@ -89,9 +74,8 @@ def _model_class(subject: Subject) -> tuple[Any, Any]:
     mapping: Any = transformers.CONFIG_MAPPING
     if model_type not in mapping:
         return None, NotChecked(("C03", "C14"), f"{library} has no model_type {model_type!r}")
-    cleaned = _without_code(subject.config)
     try:
-        config = mapping[model_type].from_dict(cleaned)
+        config = load_config(subject.config)
     except Exception as error:
         return None, finding("C03", f"{library} refuses it: {_first_line(error)}", CONFIG)
     for name in _architectures(subject):
@@ -108,14 +92,6 @@ def _model_class(subject: Subject) -> tuple[Any, Any]:
 def _architectures(subject: Subject) -> list[str]:
     stated = subject.config.get("architectures")
     return [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
-
-
-def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    cleaned = {k: copy.deepcopy(v) for k, v in config.items() if k not in _REMOVED}
-    for key, value in cleaned.items():
-        if isinstance(value, dict):
-            cleaned[key] = _without_code(value)
-    return cleaned
 
 
 def _names(subject: Subject, model_class: Any) -> Iterator[Finding]:

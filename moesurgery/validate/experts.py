@@ -88,8 +88,10 @@ def _equal_shapes(subject: Subject, block: MoeBlock) -> Iterator[Finding]:
 def routers(subject: Subject) -> Outcome:
     """A router has an entry for every expert, reads the hidden state, and its groups divide the experts."""
     blocks = [b for b, _ in subject.broken_blocks if _is_whole(b)] + subject.whole_blocks
+    family = subject.anatomy.settings.family
+    has_routers = any(along.role == "router" for along in family.along)
     for block in blocks:
-        if block.router is None and not block.named("expert_table"):
+        if block.router is None and not block.named("expert_table") and has_routers:
             yield finding("C05", f"{block.where} has experts and no router")
         for member in block.members:
             if member.along is None or member.along.role == "expert_table":
@@ -99,7 +101,7 @@ def routers(subject: Subject) -> Outcome:
             if length != block.experts and not (member.along.extra and length > block.experts):
                 message = f"has {length} entries for the {block.experts} experts of its layer"
                 yield finding("C05", message, tensor=member.name)
-            elif member is block.router and len(shape) == 2:
+            elif member is block.router and len(shape) == 2 and family.routing.special is None:
                 width, hidden = shape[1 - member.along.axis], subject.setting("hidden")
                 if hidden is not None and width != hidden:
                     yield finding("C05", f"reads {width} inputs; the hidden size is {hidden}", tensor=member.name)

@@ -9,13 +9,14 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.anatomy import MoeBlock, template_of
-from moesurgery.families.components import EMBEDDING, HEAD, NORM
+from moesurgery.families.components import NORM
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.subject import Subject
+from moesurgery.validate.vocabulary import embedding_of, head_of
 
 # Norms of the hidden state; those inside attention have other widths.
 _HIDDEN_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
-_LATENT_KEYS = ("moe_latent_size",)
+_LATENT_KEYS = ("moe_latent_size", "moe_hidden_size")
 
 
 @check("C02")
@@ -27,12 +28,13 @@ def shapes(subject: Subject) -> Outcome:
     if hidden is None:
         yield NotChecked(("C02",), "config.json names no hidden size")
         return
+    vocabulary = (embedding_of(subject), head_of(subject))
     wrong: dict[str, list[str]] = {}
     for name, component in subject.anatomy.component.items():
         info = subject.tensors[name]
         if info.dtype not in PLAIN_FLOATS:
             continue
-        if component in (EMBEDDING, HEAD) and name.endswith("weight") and len(info.shape) == 2:
+        if name in vocabulary:
             fits = info.shape[1] == hidden
         elif component == NORM and name.endswith(_HIDDEN_NORMS):
             fits = info.shape == (hidden,)
@@ -56,6 +58,8 @@ def _experts(subject: Subject, block: MoeBlock, hidden: int, stated: set[int]) -
         info, part = subject.tensors[member.name], member.part
         if part is None or not member.stem.main or info.dtype not in PLAIN_FLOATS or len(info.shape) < 2:
             continue
+        if member.expert is None and len(info.shape) == 2 and not part.rows:
+            continue  # experts that are one vector each
         out, into = info.shape[-2:] if part.order == "oi" else (info.shape[-1], info.shape[-2])
         if part.rows:  # blocks of [I, H] whatever the projection does with them
             inner[part.role], outer[part.role] = info.shape[0] // block.experts, info.shape[1]
@@ -70,6 +74,8 @@ def _experts(subject: Subject, block: MoeBlock, hidden: int, stated: set[int]) -
     latent = {part.get(key) for part in subject.anatomy.settings.sections() for key in _LATENT_KEYS}
     for width in set(outer.values()) - {hidden, *latent}:
         yield finding("C02", f"{block.where}: the experts take {width} inputs; the hidden size is {hidden}")
+    if "attention" in block.where:
+        return  # experts of attention are as wide as heads times channels
     for width in set(inner.values()) - stated:
         yield finding("C02", f"{block.where}: the experts are {width} wide, which config.json nowhere says")
 

@@ -12,7 +12,7 @@ from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Member, model_type_of, template_of
-from moesurgery.families.components import EMBEDDING, HEAD, NORM, ROUTED, ROUTER
+from moesurgery.families.components import EMBEDDING, HEAD, NORM, OTHER, ROUTED, ROUTER, VISION
 from moesurgery.families.layers import ranges
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.statistics import BLOCK, FORMATS, SHORTEST_RUN, Span, Statistics, survey
@@ -106,7 +106,7 @@ def _zero(subject: Subject, one: Judged) -> Iterator[Finding]:
         # Gemma's norms multiply by 1 + w: zero is where they start.
         from_one = subject.anatomy.settings.family.norm.kind == "rms1" or "gemma" in model_type_of(subject.config)
         yield finding("V02", "is all zero", tensor=info.name, severity="warning" if from_one else None)
-    elif len(info.shape) > 1 and not (one.member is not None and one.member.stem.bias):
+    elif len(info.shape) > 1 and one.component not in (VISION, OTHER) and not info.name.endswith("bias"):
         yield finding("V02", f"{one.where}it is all zero", tensor=info.name, severity="warning")
 
 
@@ -236,7 +236,7 @@ def _strange(subject: Subject, judged: list[Judged]) -> Iterator[Finding]:
             yield finding("V04", message, tensor=name)
         template, numbers = template_of(name)
         expert = one.component == ROUTED and numbers
-        groups.setdefault(f"{template} {numbers[0]}" if expert else template, []).append(one)
+        groups.setdefault(f"{template} {numbers[0] if expert else one.span.info.shape}", []).append(one)
     for group in groups.values():
         far = FAR if group[0].component in (ROUTED, ROUTER) and len(group[0].span.info.shape) > 1 else VERY_FAR
         if len(group) < 3:

@@ -12,6 +12,7 @@ from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.subject import Subject
 
 GENERATION = "generation_config.json"
+_CLASSIFIERS = ("score.", "classifier.")  # heads over classes, not words
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -30,7 +31,10 @@ def _matrix(subject: Subject, component: str) -> str | None:
     found = [
         name
         for name, component_of in subject.anatomy.component.items()
-        if component_of == component and name.endswith("weight") and len(subject.tensors[name].shape) == 2
+        if component_of == component
+        and name.endswith("weight")
+        and not name.startswith(_CLASSIFIERS)
+        and len(subject.tensors[name].shape) == 2
     ]
     # A stack may have embeddings of positions as well: the vocabulary is the largest that reads the hidden size.
     return max(
@@ -41,8 +45,13 @@ def _matrix(subject: Subject, component: str) -> str | None:
 
 
 def is_tied(subject: Subject) -> Any:
-    """Return what the config says of tying head and embedding; None where it says nothing."""
-    return subject.anatomy.settings.first(("tie_word_embeddings", "tie_embedding"))
+    """Return what the config says of tying head and embedding; None where it says nothing.
+
+    Where models are wrapped, the head belongs to the wrapper, and so does the say.
+    """
+    keys = ("tie_word_embeddings", "tie_embedding")
+    own = next((subject.config[key] for key in keys if subject.config.get(key) is not None), None)
+    return subject.anatomy.settings.first(keys) if own is None else own
 
 
 @check("C08")
@@ -56,7 +65,7 @@ def head(subject: Subject) -> Outcome:
     elif type(tied) is not bool:
         yield finding("C08", f"tie_word_embeddings is {tied!r}, expected true or false", CONFIG)
     elif output is None:
-        other = any(c == HEAD or n.startswith(("score.", "classifier.")) for n, c in subject.anatomy.component.items())
+        other = any(c == HEAD or n.startswith(_CLASSIFIERS) for n, c in subject.anatomy.component.items())
         if not tied and not other:
             message = "tie_word_embeddings is false and there is no head: loaders make up a random one"
             yield finding("C08", message, CONFIG)
