@@ -5,7 +5,8 @@
       - rescale: {top_k: 3}
     max_shard_size: 5GB                          # optional; the source's shards otherwise
 
-All mistakes are reported at once, with line numbers, before a model is opened.
+A mergekit-moe recipe (`base_model`, `experts`) is read too: `mergekit_moe`. All mistakes are reported at once, with
+line numbers, before a model is opened.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moesurgery import mergekit_moe
 from moesurgery.errors import RecipeError, SurgeryError
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.surgery.operation import did_you_mean, operations, problems
@@ -91,7 +93,8 @@ def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
     """Read a recipe from text. Raises RecipeError with every mistake in it."""
     document = parse(text)
     wrong = list(document.problems)
-    recipe = _build(document, wrong, origin) if not wrong or isinstance(document.value, dict) else None
+    build = _build_mergekit if mergekit_moe.is_mergekit_moe(document.value) else _build
+    recipe = build(document, wrong, origin) if not wrong or isinstance(document.value, dict) else None
     if wrong:
         lines = [f"{origin}:{line}: {message}" for line, message in sorted(set(wrong))]
         raise RecipeError("\n".join(lines), "`moesurgery schema` prints what a recipe may hold")
@@ -120,6 +123,13 @@ def _build(document: Document, wrong: list[tuple[int, str]], origin: str) -> Rec
     return Recipe(model if isinstance(model, str) else None, _steps(document, value.get("steps"), wrong), size, origin)
 
 
+def _build_mergekit(document: Document, wrong: list[tuple[int, str]], origin: str) -> Recipe | None:
+    found = mergekit_moe.read(document, wrong)
+    if found is None:
+        return None
+    return Recipe(found.model, (RecipeStep("upcycle", found.parameters, document.line(("experts",))),), None, origin)
+
+
 def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tuple[RecipeStep, ...]:
     if not isinstance(value, list):
         wrong.append((document.line(("steps",)), "steps is missing or not a list: `steps: [rescale: {top_k: 3}]`"))
@@ -143,8 +153,7 @@ def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tupl
             wrong.append((line, f"{name}: its parameters are a mapping: `- {name}: {{…}}`"))
             continue
         for problem in problems(known[name], {str(k): v for k, v in parameters.items()}):
-            key = next((k for k in parameters if f"{k!r}" in problem or f": {k} " in problem), None)
-            wrong.append((document.line(("steps", i, name, key)) if key is not None else line, problem))
+            wrong.append((document.line(("steps", i, name, *problem.path)), problem.message))
         found.append(RecipeStep(name, parameters, line))
     return tuple(found)
 

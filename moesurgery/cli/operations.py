@@ -50,7 +50,7 @@ def command_for(found: Operation) -> Callable[..., None]:
                 values[name] = _value(found.parameters[name], text)
         wrong = problems(found, values)
         if wrong:
-            raise RecipeError("\n".join(wrong), f"see `moesurgery {found.name} --help`")
+            raise RecipeError("\n".join(problem.message for problem in wrong), f"see `moesurgery {found.name} --help`")
         console.quiet = flags.quiet
         values, measured = prepare(found, model, values, calibration, flags)
         step = RecipeStep(found.name, values)

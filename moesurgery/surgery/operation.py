@@ -22,7 +22,7 @@ from typing import Any
 
 from moesurgery.errors import RecipeError
 from moesurgery.plan.plan import Plan
-from moesurgery.surgery.parameters import Parameter, check, parameters_of
+from moesurgery.surgery.parameters import Misfit, Parameter, check, parameters_of
 
 # The modules of this package that define operations, in the order in which `--help` shows them.
 _BUILT_IN = ("rescale", "drop_experts", "merge_experts", "to_dense")
@@ -88,19 +88,19 @@ def did_you_mean(word: str, known: Any) -> str | None:
     return f"did you mean {close[0]!r}?" if close else None
 
 
-def problems(found: Operation, values: Mapping[str, Any]) -> list[str]:
-    """Return everything that is wrong with the parameters of a step."""
+def problems(found: Operation, values: Mapping[str, Any]) -> list[Misfit]:
+    """Return everything that is wrong with the parameters of a step, and at which key each of it stands."""
     wrong = []
     for name, value in values.items():
         if name not in found.parameters:
             hint = did_you_mean(name, found.parameters)
             known = ", ".join(found.parameters)
-            wrong.append(f"{found.name} has no parameter {name!r}: " + (hint or f"it has {known}"))
+            wrong.append(Misfit((name,), f"{found.name} has no parameter {name!r}: " + (hint or f"it has {known}")))
         elif problem := check(found.parameters[name], value):
-            wrong.append(f"{found.name}: {problem}")
+            wrong.append(Misfit(problem.path, f"{found.name}: {problem.message}"))
     for parameter in found.parameters.values():
         if parameter.required and parameter.name not in values:
-            wrong.append(f"{found.name} needs {parameter.name}: {parameter.param.help}")
+            wrong.append(Misfit((), f"{found.name} needs {parameter.name}: {parameter.param.help}"))
     return wrong
 
 
@@ -110,7 +110,7 @@ def apply(plan: Plan, name: str, **values: Any) -> Plan:
     Raises RecipeError for wrong parameters, RefusedError where the edit has no meaning for the model.
     """
     found = find_operation(name)
-    wrong = problems(found, values)
+    wrong = [problem.message for problem in problems(found, values)]
     if wrong:
         raise RecipeError(wrong[0], f"see `moesurgery {name} --help`" if len(wrong) == 1 else "; ".join(wrong[1:]))
     return found.function(plan, **values)

@@ -1,18 +1,19 @@
 """The types that an operation's parameters may have: checked, described as JSON schema, read from a command line.
 
 A parameter's annotation is the only declaration: `int`, `float`, `bool`, `str`, `Literal[...]`, `list[X]`,
-`dict[str, X]` and unions of them, in an `Annotated[..., Param("what it is")]`. Values are never coerced from
-strings: a recipe that says `top_k: "3"` is wrong.
+`dict[str, X]`, a `TypedDict` whose fields are annotated likewise, and unions of them, in an
+`Annotated[..., Param("what it is")]`. Values are never coerced from strings: a recipe that says `top_k: "3"` is wrong.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 MISSING = inspect.Parameter.empty
 
@@ -48,16 +49,29 @@ class Parameter:
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     """Return the keyword-only parameters of an operation, in order."""
     hints = typing.get_type_hints(function, include_extras=True)
-    found = {}
-    for name, raw in inspect.signature(function).parameters.items():
-        if raw.kind is not inspect.Parameter.KEYWORD_ONLY:
-            continue
-        annotation, *extras = get_args(hints[name]) if get_origin(hints[name]) is typing.Annotated else (hints[name],)
-        param = next((e for e in extras if isinstance(e, Param)), None)
-        if param is None:
-            raise TypeError(f"{function.__name__}: parameter {name} has no Param")
-        found[name] = Parameter(name, annotation, raw.default, param)
-    return found
+    return {
+        name: _parameter(function.__name__, name, hints[name], raw.default)
+        for name, raw in inspect.signature(function).parameters.items()
+        if raw.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def fields_of(mapping: type) -> dict[str, Parameter]:
+    """Return the fields of a `TypedDict`, each declared as a parameter is."""
+    hints = typing.get_type_hints(mapping, include_extras=True)
+    required: frozenset[str] = getattr(mapping, "__required_keys__", frozenset())
+    return {
+        name: _parameter(mapping.__name__, name, hint, MISSING if name in required else None)
+        for name, hint in hints.items()
+    }
+
+
+def _parameter(owner: str, name: str, hint: Any, default: Any) -> Parameter:
+    annotation, *extras = get_args(hint) if get_origin(hint) is typing.Annotated else (hint,)
+    param = next((e for e in extras if isinstance(e, Param)), None)
+    if param is None:
+        raise TypeError(f"{owner}: parameter {name} has no Param")
+    return Parameter(name, annotation, default, param)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
@@ -78,6 +92,8 @@ def fits(value: Any, annotation: Any) -> bool:
         elif origin is dict:
             key, item = get_args(choice)
             ok = isinstance(value, dict) and all(fits(k, key) and fits(v, item) for k, v in value.items())
+        elif typing.is_typeddict(choice):
+            ok = isinstance(value, dict) and misfit(value, choice) is None
         elif choice is float:
             ok = isinstance(value, (int, float)) and not isinstance(value, bool)
         elif choice is Any:
@@ -87,6 +103,45 @@ def fits(value: Any, annotation: Any) -> bool:
         if ok:
             return True
     return False
+
+
+class Misfit(NamedTuple):
+    """What is wrong inside a value, and where: the keys and positions that lead there."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+
+def misfit(value: Any, annotation: Any) -> Misfit | None:
+    """Return the first thing wrong with `value`, as deep as it can be told; None where it fits."""
+    choices = _choices(annotation)
+    for choice in choices:
+        if isinstance(value, list) and get_origin(choice) is list:
+            for i, item in enumerate(value):
+                if found := misfit(item, get_args(choice)[0]):
+                    return Misfit((i, *found.path), found.message)
+            return None
+        if isinstance(value, dict) and typing.is_typeddict(choice):
+            return _misfit_of_mapping(value, fields_of(choice))
+    return None if fits(value, annotation) else Misfit((), f"{_shown(value)}, expected {describe(annotation)}")
+
+
+def _misfit_of_mapping(value: dict[Any, Any], fields: dict[str, Parameter]) -> Misfit | None:
+    for key, item in value.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
+            return Misfit((key,), f"unknown: {hint}")
+        if found := misfit(item, fields[key].annotation):
+            return Misfit((key, *found.path), found.message)
+        if problem := _out_of_bounds(item, fields[key].param):
+            return Misfit((key,), problem)
+    missing = [field.name for field in fields.values() if field.required and field.name not in value]
+    return Misfit((), f"{missing[0]} is missing") if missing else None
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} (text)" if isinstance(value, str) else f"{value!r}"
 
 
 def describe(annotation: Any) -> str:
@@ -102,24 +157,32 @@ def describe(annotation: Any) -> str:
         elif origin is dict:
             key, item = get_args(choice)
             found.append(f"a mapping from {describe(key)} to {describe(item)}")
+        elif typing.is_typeddict(choice):
+            found.append(f"a mapping with {', '.join(fields_of(choice))}")
         else:
             found.append(names.get(choice, "any value"))
     return " or ".join(f for f in found if f != "null")
 
 
-def check(parameter: Parameter, value: Any) -> str | None:
-    """Return what is wrong with `value`, None where it is right."""
-    if not fits(value, parameter.annotation):
-        shown = f"{value!r}" if not isinstance(value, str) else f"{value!r} (text)"
-        return f"{parameter.name} is {shown}, expected {describe(parameter.annotation)}"
-    low, high = parameter.param.minimum, parameter.param.maximum
+def check(parameter: Parameter, value: Any) -> Misfit | None:
+    """Return what is wrong with `value`, None where it is right. The path begins with the parameter's name."""
+    if found := misfit(value, parameter.annotation):
+        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in found.path)
+        return Misfit((parameter.name, *found.path), f"{parameter.name}{where} is {found.message}")
+    if problem := _out_of_bounds(value, parameter.param):
+        return Misfit((parameter.name,), f"{parameter.name} is {problem}")
+    return None
+
+
+def _out_of_bounds(value: Any, param: Param) -> str | None:
+    low, high = param.minimum, param.maximum
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value != value or value in (float("inf"), float("-inf")):
-            return f"{parameter.name} is {value}, expected a finite number"
+            return f"{value}, expected a finite number"
         if low is not None and value < low:
-            return f"{parameter.name} is {value}, expected at least {low:g}"
+            return f"{value}, expected at least {low:g}"
         if high is not None and value > high:
-            return f"{parameter.name} is {value}, expected at most {high:g}"
+            return f"{value}, expected at most {high:g}"
     return None
 
 
@@ -127,6 +190,7 @@ def schema_of(annotation: Any, param: Param | None = None) -> dict[str, Any]:
     """Return the JSON schema (draft 7) of an annotation."""
     basic = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
     found: list[dict[str, Any]] = []
+    entry: dict[str, Any]
     for choice in _choices(annotation):
         origin = get_origin(choice)
         if origin is Literal:
@@ -135,8 +199,19 @@ def schema_of(annotation: Any, param: Param | None = None) -> dict[str, Any]:
             found.append({"type": "array", "items": schema_of(get_args(choice)[0])})
         elif origin is dict:
             found.append({"type": "object", "additionalProperties": schema_of(get_args(choice)[1])})
+        elif typing.is_typeddict(choice):
+            fields = fields_of(choice).values()
+            entry = {"type": "object", "additionalProperties": False, "properties": {}}
+            for field in fields:
+                entry["properties"][field.name] = {
+                    "description": field.param.help,
+                    **schema_of(field.annotation, field.param),
+                }
+            if required := [field.name for field in fields if field.required]:
+                entry["required"] = required
+            found.append(entry)
         elif choice in basic:
-            entry: dict[str, Any] = {"type": basic[choice]}
+            entry = {"type": basic[choice]}
             if param is not None and choice in (int, float):
                 if param.minimum is not None:
                     entry["minimum"] = param.minimum
@@ -162,6 +237,6 @@ def from_text(parameter: Parameter, text: str) -> Any:
         if fits(candidate, parameter.annotation):
             problem = check(parameter, candidate)
             if problem:
-                raise ValueError(problem)
+                raise ValueError(problem.message)
             return candidate
     raise ValueError(f"{text!r} is not {describe(parameter.annotation)}")
