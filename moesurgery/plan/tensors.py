@@ -250,6 +250,26 @@ class Filled(Expr):
 
 
 @dataclass(frozen=True)
+class Values(Expr):
+    """Numbers known while planning, such as a measured router. The plan holds their bytes, so few."""
+
+    data: bytes = field(repr=False)
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str = field(init=False)  # stands for `data` in the plan's own digest
+
+    def __post_init__(self) -> None:
+        import hashlib
+
+        object.__setattr__(self, "digest", hashlib.sha256(self.data).hexdigest())
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.frombuffer(bytearray(self.data), dtype=torch_dtype(self.dtype))[start:stop]
+
+
+@dataclass(frozen=True)
 class Normal(Expr):
     """N(0, std^2) numbers that depend on `key` and the position alone, not on order, threads or chunks.
 
@@ -269,14 +289,41 @@ class Normal(Expr):
         import numpy as np
         import torch
 
-        found = []
-        for block in range(start // NORMAL_BLOCK, -(-stop // NORMAL_BLOCK)):
-            first, last = block * NORMAL_BLOCK, min((block + 1) * NORMAL_BLOCK, stop)
-            generator = np.random.Generator(np.random.Philox(key=(self.key, block)))
-            drawn = generator.standard_normal(last - first, dtype=np.float32)
-            found.append(drawn[max(start - first, 0) :])
-        values = torch.from_numpy(np.concatenate(found) * np.float32(self.std))
-        return values.to(torch_dtype(self.dtype))
+        drawn = _drawn(self.key, start, stop, lambda g, count: g.standard_normal(count, dtype=np.float32))
+        return torch.from_numpy(drawn * np.float32(self.std)).to(torch_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class Uniform(Expr):
+    """Numbers between -bound and bound that depend on `key` and the position alone, as in `Normal`."""
+
+    bound: float
+    key: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def granule(self) -> int:
+        return NORMAL_BLOCK
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        drawn = _drawn(self.key, start, stop, lambda g, count: g.random(count, dtype=np.float32))
+        return torch.from_numpy((drawn * 2 - 1) * np.float32(self.bound)).to(torch_dtype(self.dtype))
+
+
+def _drawn(key: int, start: int, stop: int, draw: Callable[[Any, int], Any]) -> Any:
+    """Return positions `start:stop` of the numbers that `draw(generator, count)` gives, block by block."""
+    import numpy as np
+
+    found = []
+    for block in range(start // NORMAL_BLOCK, -(-stop // NORMAL_BLOCK)):
+        first, last = block * NORMAL_BLOCK, min((block + 1) * NORMAL_BLOCK, stop)
+        drawn = draw(np.random.Generator(np.random.Philox(key=(key, block))), last - first)
+        found.append(drawn[max(start - first, 0) :])
+    return np.concatenate(found)
 
 
 def random_key(seed: int, name: str) -> int:
