@@ -1,0 +1,231 @@
+"""Traits and modules that several architectures share.
+
+Sets of traits are joined in `dense` and `mixture`, later ones over earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moesurgery.families.architectures.architecture import MLP, Architecture, Ffn, Moe
+from moesurgery.families.traits import (
+    AllFull,
+    Always,
+    Choice,
+    Codec,
+    Config,
+    Derived,
+    Key,
+    LayerTypes,
+    MixedLayers,
+    Rope,
+    even_head_dim,
+    heads,
+)
+
+# Traits
+
+
+def scale_of(head_dim: Codec) -> Derived:
+    """Attention scores are divided by the root of the width of a head."""
+    return Derived(lambda config: head_dim.read(config) ** -0.5)
+
+
+HEAD_DIM = Key("head_dim", even_head_dim)
+HEAD_DIM_128 = Key("head_dim", 128)
+
+
+def wide(head_dim: Codec) -> dict[str, Codec]:
+    return {"head_dim": head_dim, "attention_multiplier": scale_of(head_dim)}
+
+
+def rounded_eps(default: float, key: str = "rms_norm_eps") -> dict[str, Codec]:
+    return {"norm_eps": Key(key, default)}
+
+
+def tokens(pad: int | None = None, bos: int | None = 1, eos: Any = 2) -> dict[str, Codec]:
+    return {
+        name: Key(f"{name}_token_id", default, null=True)
+        for name, default in (("pad", pad), ("bos", bos), ("eos", eos))
+    }
+
+
+def biases(qkv: Codec, o: Codec | None = None, mlp: Codec | None = None) -> dict[str, Codec]:
+    return {"qkv_bias": qkv, "o_bias": o or Always(False), "mlp_bias": mlp or Always(False)}
+
+
+ATTENTION_BIAS = Key("attention_bias", False)
+MLP_BIAS = Key("mlp_bias", False)
+QKV_BIAS = biases(ATTENTION_BIAS)
+QKVO_BIAS = biases(ATTENTION_BIAS, ATTENTION_BIAS)
+ALL_BIASES = biases(ATTENTION_BIAS, ATTENTION_BIAS, MLP_BIAS)
+
+
+def context(longest: int) -> dict[str, Codec]:
+    return {"max_position_embeddings": Key("max_position_embeddings", longest)}
+
+
+def tie(default: bool, *aliases: str) -> dict[str, Codec]:
+    return {"tied": Key("tie_word_embeddings", default, aliases=aliases)}
+
+
+# What a Llama without options does; every entry says how it differs.
+PLAIN: dict[str, Codec] = {
+    "attention": Always("grouped heads"),
+    "num_key_value_heads": Key("num_key_value_heads", heads),
+    "hidden_act": Key("hidden_act", "silu"),
+    "initializer_range": Key("initializer_range", 0.02),
+    "dropout": Key("attention_dropout", 0.0),
+    "head_bias": Always(False),
+    "qk_norm": Always(None),
+    "qkv": Always("apart"),
+    "mixers": Always(None),
+    "sinks": Always(False),
+    "output_gate": Always(False),
+    "rope_pairs": Always("halves"),
+    "rope": Rope(),
+    "query_scaling": Always(0.0),
+    "layers": AllFull(),
+    "embedding_multiplier": Always(1.0),
+    "residual_multiplier": Always(1.0),
+    "logit_divisor": Always(1.0),
+    "logit_multiplier": Always(1.0),
+    "norm": Always("RMS"),
+    "block": Always("before attention and FFN"),
+    "causal": Always(True),
+    **wide(HEAD_DIM),
+    **rounded_eps(1e-6),
+    **tokens(),
+    **biases(Always(False)),
+    **context(2048),
+    **tie(False),
+}
+GRANITE: dict[str, Codec] = {
+    "attention_multiplier": Key("attention_multiplier", 1.0),
+    "embedding_multiplier": Key("embedding_multiplier", 1.0),
+    "residual_multiplier": Key("residual_multiplier", 1.0),
+    "logit_divisor": Key("logits_scaling", 1.0),
+}
+COHERE: dict[str, Codec] = {
+    "norm": Always("LayerNorm"),
+    "block": Always("one before attention and FFN in parallel"),
+    "logit_multiplier": Key("logit_scale", 0.0625),
+    "rope_pairs": Always("neighbours"),
+}
+LATENT: dict[str, Codec] = {
+    "attention": Always("latent (MLA)"),
+    "head_dim": Key("qk_rope_head_dim", 64),
+    "attention_multiplier": Always("by the width of latent heads"),
+    "qk_nope_head_dim": Key("qk_nope_head_dim", 128),
+    "v_head_dim": Key("v_head_dim", 128),
+    "kv_lora_rank": Key("kv_lora_rank", 512),
+    "q_lora_rank": Key("q_lora_rank", 1536, null=True),
+    "rope_pairs": Choice("rope_interleave", {True: "neighbours", False: "halves"}, True),
+    "o_bias": ATTENTION_BIAS,
+    "qkv_bias": ATTENTION_BIAS,
+}
+GATED_DELTA: dict[str, Codec] = {
+    "mixers": Always("gated delta rule"),
+    "output_gate": Always(True),
+    "linear_conv_kernel_dim": Key("linear_conv_kernel_dim", 4),
+    "linear_key_head_dim": Key("linear_key_head_dim", 128),
+    "linear_value_head_dim": Key("linear_value_head_dim", 128),
+    "linear_num_key_heads": Key("linear_num_key_heads", 16),
+    "linear_num_value_heads": Key("linear_num_value_heads", 32),
+    "qk_norm": Always("per head"),
+    "norm": Always("RMS with 1 + weight"),
+    "rope": Rope(fraction=0.25),
+    "layers": MixedLayers(
+        lambda c, i: "linear_attention" if (i + 1) % (c.get("full_attention_interval") or 4) else "full_attention",
+        extra=("full_attention_interval",),
+    ),
+    **QKVO_BIAS,
+    **wide(Key("head_dim", 256)),
+    **context(32768),
+    **tokens(bos=None, eos=None),
+}
+SHORT_CONVOLUTION: dict[str, Codec] = {
+    "mixers": Always("short convolution"),
+    "conv_bias": Key("conv_bias", False),
+    "conv_L_cache": Key("conv_L_cache", 3),
+    "hidden_act": Always("silu"),
+    "qk_norm": Always("per head"),
+    "rope": Rope(1e6),
+    "dropout": Always(0.0),
+    **rounded_eps(1e-5, "norm_eps"),
+    **tie(True, "tie_embedding"),
+    **tokens(pad=0),
+    **context(128_000),
+    "num_key_value_heads": Key("num_key_value_heads", 8),
+}
+SINKS: dict[str, Codec] = {
+    "sinks": Always(True),
+    "layer_rope_theta": Key("layer_rope_theta", None, null=True),
+    "layers": LayerTypes(128, lambda c, i: i % 4 != 0),
+}
+PER_HEAD: dict[str, Codec] = {"qk_norm": Always("per head")}
+WHOLE: dict[str, Codec] = {"qk_norm": Always("over all heads"), "block": Always("after attention and FFN"), **QKVO_BIAS}
+
+
+def qwen_windows(slides: Callable[[Config, int], bool]) -> dict[str, Codec]:
+    return {"layers": LayerTypes(4096, slides, "use_sliding_window", extra=("max_window_layers",))}
+
+
+UPPER_LAYERS = qwen_windows(lambda c, i: i >= c.get("max_window_layers", 28))
+QWEN: dict[str, Codec] = {**UPPER_LAYERS, **context(32768), **tokens(bos=None, eos=None)}
+
+# Modules
+
+QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+LLAMA_MODULES = (*QKVO, *NORMS)
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+OLMO_MODULES = (*QKVO, *QK_NORMS, "post_attention_layernorm", "post_feedforward_layernorm")
+HUNYUAN_MODULES = (*LLAMA_MODULES, "self_attn.query_layernorm", "self_attn.key_layernorm")
+COHERE_MODULES = (*QKVO, "input_layernorm")
+FUSED_MODULES = ("self_attn.qkv_proj", "self_attn.o_proj", *NORMS)
+LATENT_MODULES = (
+    *NORMS,
+    *("self_attn.kv_a_proj_with_mqa", "self_attn.kv_a_layernorm", "self_attn.kv_b_proj", "self_attn.o_proj"),
+)
+LATENT_QUERIES = ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_a_layernorm", "self_attn.q_b_proj")
+DELTA_MODULES = (
+    *("linear_attn.conv1d", "linear_attn.norm", "linear_attn.out_proj", "linear_attn.A_log", "linear_attn.dt_bias"),
+    *(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "a", "b")),
+)
+CONVOLUTION_MODULES = (
+    *("conv.conv", "conv.in_proj", "conv.out_proj"),
+    *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj", "q_layernorm", "k_layernorm")),
+)
+
+
+def dense(
+    model_type: str,
+    causal_lm: str,
+    *traits: Mapping[str, Codec],
+    modules: tuple[str, ...] = LLAMA_MODULES,
+    ffn: Ffn = MLP,
+    some: tuple[str, ...] = (),
+    own: tuple[str, ...] = (),
+) -> Architecture:
+    return Architecture(model_type, causal_lm, _joined(traits), modules, ffn=ffn, some=some, own=own)
+
+
+def mixture(
+    model_type: str,
+    causal_lm: str,
+    *traits: Mapping[str, Codec],
+    moe: Moe,
+    modules: tuple[str, ...] = LLAMA_MODULES,
+    some: tuple[str, ...] = (),
+    own: tuple[str, ...] = (),
+) -> Architecture:
+    return Architecture(model_type, causal_lm, _joined(traits), modules, moe=moe, some=some, own=own)
+
+
+def _joined(traits: tuple[Mapping[str, Codec], ...]) -> dict[str, Codec]:
+    found = dict(PLAIN)
+    for part in traits:
+        found.update(part)
+    return found
