@@ -1,0 +1,1 @@
+"""The parts of `upcycle`: dense models taken apart, experts, routers, prompts, the proof."""
