@@ -66,6 +66,20 @@ class Recipe:
                 raise
         return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
 
+    def changed(self, operation: str, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with `values` in place of what its one step `operation` says. Raises RecipeError."""
+        at = [i for i, step in enumerate(self.steps) if step.operation == operation]
+        if len(at) != 1:
+            raise RecipeError(
+                f"{self.origin} has {len(at) or 'no'} {operation} steps, expected one",
+                f"`moesurgery run {self.origin}` carries it out as it is",
+            )
+        step = self.steps[at[0]]
+        step = replace(step, parameters={**step.parameters, **values})
+        if wrong := problems(operations()[operation], step.parameters):
+            raise RecipeError("\n".join(problem.message for problem in wrong), f"see `moesurgery {operation} --help`")
+        return replace(self, steps=(*self.steps[: at[0]], step, *self.steps[at[0] + 1 :]))
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `moesurgery run` reads."""
         import yaml

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -12,11 +14,11 @@ from moesurgery.cli import writing
 from moesurgery.cli.calibrated import OPTIONS, Calibration, prepare, takes_statistics
 from moesurgery.cli.console import console
 from moesurgery.errors import RecipeError
-from moesurgery.recipes import Recipe, RecipeStep
+from moesurgery.recipes import Recipe, RecipeStep, load_recipe
 from moesurgery.surgery.operation import Operation, problems
 from moesurgery.surgery.parameters import Parameter, from_text
 
-Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], or a URL.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
 
 _WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
     "output": (writing.Output, None),
@@ -48,17 +50,30 @@ def command_for(found: Operation) -> Callable[..., None]:
         for name, text in given.items():
             if text is not None:
                 values[name] = _value(found.parameters[name], text)
-        wrong = problems(found, values)
-        if wrong:
-            raise RecipeError("\n".join(problem.message for problem in wrong), f"see `moesurgery {found.name} --help`")
+        recipe = recipe_of(found, model, values)
         console.quiet = flags.quiet
-        values, measured = prepare(found, model, values, calibration, flags)
-        step = RecipeStep(found.name, values)
-        recipe = Recipe(model, (step,), flags.shard_bytes, origin="command line")
+        measured: dict[str, Any] = {}
+        if len(recipe.steps) == 1:
+            values, measured = prepare(found, recipe.model or ".", recipe.steps[0].parameters, calibration, flags)
+            recipe = recipe.changed(found.name, values)
+        elif calibration != Calibration():
+            raise RecipeError("text is measured for a model or a recipe of one step", f"{model} has more steps")
+        if flags.shard_bytes:
+            recipe = replace(recipe, max_shard_size=flags.shard_bytes)
         writing.carry_out(recipe, flags, measured)
 
     with_signature(command, found, OPTIONS if calibrated else {})
     return command
+
+
+def recipe_of(found: Operation, model: str, values: dict[str, Any]) -> Recipe:
+    """Return the recipe that a command line means: one step on `model`, or the recipe `model` with `values` changed."""
+    if model.endswith((".yaml", ".yml")) and not Path(model).is_dir():
+        return load_recipe(model).changed(found.name, values)
+    wrong = problems(found, values)
+    if wrong:
+        raise RecipeError("\n".join(problem.message for problem in wrong), f"see `moesurgery {found.name} --help`")
+    return Recipe(model, (RecipeStep(found.name, values),), origin="command line")
 
 
 def with_signature(command: Callable[..., None], found: Operation, more: Mapping[str, tuple[Any, Any]]) -> None:
@@ -66,7 +81,8 @@ def with_signature(command: Callable[..., None], found: Operation, more: Mapping
     parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=Model, default=".")]
     for parameter in found.parameters.values():
         kind, extra = _option_type(parameter)
-        option = typer.Option(parameter.option, help=_help(parameter), metavar=parameter.param.metavar, **extra)
+        switches = f"{parameter.option}/--no-{parameter.option[2:]}" if parameter.default is True else parameter.option
+        option = typer.Option(switches, help=_help(parameter), metavar=parameter.param.metavar, **extra)
         default = inspect.Parameter.empty if parameter.required else None
         declared: Any = Annotated[kind if parameter.required else kind | None, option]
         parameters.append(
