@@ -14,16 +14,17 @@
     architecture: qwen
 
 Syntax and meaning: mergekit 0.1.5. Where mergekit does what nobody would ask for, we do not, and say so in the step's
-notes: see `NOTES`. Keys that mergekit-moe does not know are errors here; it ignores them silently.
+notes: `differences`. Keys that mergekit-moe does not know are errors here; it ignores them silently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moesurgery.plan.plan import Plan
 from moesurgery.surgery.operation import did_you_mean
 from moesurgery.yaml_strict import Document
 
@@ -38,29 +39,18 @@ GATE_MODES = {
     "uniform_random": "uniform",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-# What the beginning of `architecture` means, for each type of base model that mergekit takes.
-ARCHITECTURES: dict[str, dict[str, str]] = {
-    "mixtral": {"llama": "mixtral", "mistral": "mixtral"},
-    "qwen": {"llama": "qwen2_moe", "mistral": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"},
-    "qwen3": {"qwen3": "qwen3_moe"},
-}
-NOTES = {
-    "window": "the sliding window is kept (mergekit sets it to null)",
-    "bias": "mixtral would drop this model's biases, as mergekit's does, so another type is written",
-    "shared": "the shared expert and the routed ones carry half of the FFN each (mergekit gives both all of it)",
-    "gate": "the shared expert's gate is zero, one half for every token (mergekit: prompts or chance)",
-    "random": "the router is N(0, 1) as in mergekit, so nearly one-hot; these types begin with a deviation of 0.02",
-    "hidden": "router rows follow the state that the router reads, after the norm (mergekit: before attention)",
-}
+# What mergekit calls the types that it writes; `architecture` is the beginning of a name.
+ARCHITECTURES = {"mixtral": "mixtral", "qwen moe": "qwen2_moe", "qwen3 moe": "qwen3_moe"}
+_DEEPSEEK = "deepseek moe"
+_STD = "a deviation of 0.02"
 
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """The base model and the parameters of `upcycle`. `notes` are keys of NOTES that hold whatever the models are."""
+    """The base model and the parameters of `upcycle`."""
 
     model: str
     parameters: dict[str, Any]
-    lines: dict[str, int] = field(default_factory=dict)
 
 
 def is_mergekit_moe(value: Any) -> bool:
@@ -106,7 +96,7 @@ def read(document: Document, wrong: list[tuple[int, str]]) -> MergekitRecipe | N
         entry = {k: v for k, v in shared[0].items() if k not in ("prompts", "negative_prompts")}
         parameters.update(shared_expert=0.5, shared_source=entry)
     if architecture is not None:
-        parameters["to"] = str(architecture)
+        parameters["to"] = _types(architecture)
     return MergekitRecipe(reference(base), parameters)
 
 
@@ -179,13 +169,42 @@ def _check_prompts(document: Document, mode: str, experts: list[dict[str, Any]],
             wrong.append((document.line(("experts", i)), f"gate_mode {mode} needs positive_prompts for every expert"))
 
 
-def _check_architecture(document: Document, name: Any, wrong: list[tuple[int, str]]) -> None:
-    line = document.line(("architecture",))
-    if isinstance(name, str) and name and "deepseek moe".startswith(name.lower()):
-        wrong.append(
-            (
-                line,
-                "architecture deepseek is code from a repository, which no stock loader runs: write solar_open, which"
-                " routes the same way",
-            )
+def _types(architecture: Any) -> list[str]:
+    given = str(architecture).lower()
+    return [model_type for name, model_type in ARCHITECTURES.items() if given and name.startswith(given)]
+
+
+def _check_architecture(document: Document, given: Any, wrong: list[tuple[int, str]]) -> None:
+    if _types(given):
+        return
+    if str(given) and _DEEPSEEK.startswith(str(given).lower()):
+        message = (
+            "architecture deepseek is code from a repository, which no stock loader runs; solar_open routes the same"
+            " way: `moesurgery upcycle --to solar_open` with this recipe"
         )
+    else:
+        hint = did_you_mean(str(given), ARCHITECTURES) or f"known: {', '.join(ARCHITECTURES)}"
+        message = f"architecture is {given!r}: {hint}"
+    wrong.append((document.line(("architecture",)), message))
+
+
+def differences(plan: Plan) -> Plan:
+    """Return an upcycled plan with a note for each point in which mergekit-moe would have written something else."""
+    before, step = plan.checkpoint.config, plan.steps[-1]
+    given = step.parameters
+    found = []
+    if given.get("shared_expert"):
+        found += [
+            "the shared expert and the routed ones carry half of the FFN each (mergekit gives both all of it)",
+            "the shared expert's gate is zero, one half for every token (mergekit: prompts or chance)",
+        ]
+    if plan.config.get("sliding_window") and before.get("model_type") in ("mistral", "phi3"):
+        found.append(f"the sliding window of {plan.config['sliding_window']} is kept (mergekit sets it to null)")
+    if before.get("attention_bias"):
+        found.append("biases are kept (mergekit drops them)")
+    if given.get("router") == "random":
+        found.append(f"the router is N(0, 1) as in mergekit, so nearly one-hot; these types begin with {_STD}")
+    if given.get("router") in ("hidden", "hidden_avg"):
+        found.append("router rows follow the state that the router reads, after its norm (mergekit: before attention)")
+    found.append("tensors have the names that are published on the Hub (mergekit 0.1.5: those in transformers' memory)")
+    return replace(plan, steps=(*plan.steps[:-1], replace(step, notes=(*step.notes, *found))))

@@ -12,7 +12,7 @@ line numbers, before a model is opened.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and what to do to it. `origin` is the file's name, for messages."""
+    """A model and what to do to it. `origin` is the file's name, for messages; `finish` adds notes at the end."""
 
     model: str | None
     steps: tuple[RecipeStep, ...]
     max_shard_size: int | None = None
     origin: str = "recipe"
+    finish: Callable[[Plan], Plan] | None = None
 
     def plan(self) -> Plan:
         """Open the model and apply all steps. Raises SurgeryError, with the recipe's line where it has one."""
@@ -64,6 +65,7 @@ class Recipe:
                 if step.line:
                     error.message = f"{self.origin}:{step.line}: {error.message}"
                 raise
+        plan = self.finish(plan) if self.finish else plan
         return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
 
     def changed(self, operation: str, values: Mapping[str, Any]) -> Recipe:
@@ -141,7 +143,8 @@ def _build_mergekit(document: Document, wrong: list[tuple[int, str]], origin: st
     found = mergekit_moe.read(document, wrong)
     if found is None:
         return None
-    return Recipe(found.model, (RecipeStep("upcycle", found.parameters, document.line(("experts",))),), None, origin)
+    step = RecipeStep("upcycle", found.parameters, document.line(("experts",)))
+    return Recipe(found.model, (step,), None, origin, mergekit_moe.differences)
 
 
 def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tuple[RecipeStep, ...]:

@@ -56,8 +56,10 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-LATENT = {k: MLA[k] for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")} | {
-    "num_key_value_heads": 4
+LATENT = {
+    **{key: MLA[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")},
+    "num_key_value_heads": 4,
+    "initializer_range": 0.02,
 }
 CONVOLUTION = {
     "layer_types": ["conv", "full_attention", "conv"],

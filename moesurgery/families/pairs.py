@@ -146,3 +146,8 @@ def pairs_to(model_type: str) -> tuple[Pair, ...]:
 def target_types() -> tuple[str, ...]:
     """Return all mixtures that some dense type becomes."""
     return tuple(dict.fromkeys(pair.target_type for pair in PAIRS))
+
+
+def source_types() -> tuple[str, ...]:
+    """Return all dense types that become some mixture."""
+    return tuple(dict.fromkeys(pair.source_type for pair in PAIRS))

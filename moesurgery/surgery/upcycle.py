@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import model_type_of
 from moesurgery.families.architectures.architecture import Moe
-from moesurgery.families.pairs import NO_PAIR, Conversion, Pair, pairs_from, target_types
+from moesurgery.families.pairs import NO_PAIR, Conversion, Pair, pairs_from, source_types, target_types
 from moesurgery.plan.expr import Expr, cast
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.tensors import Filled
@@ -60,7 +60,10 @@ def upcycle(
     top_k: Annotated[
         int | None, Param("experts per token; 2 by default, or the granularity", minimum=1, metavar="K")
     ] = None,
-    to: Annotated[str | None, Param("model_type to write; the first exact one by default", metavar="TYPE")] = None,
+    to: Annotated[
+        str | list[str] | None,
+        Param("type to write, or several to choose from; the first exact one by default", metavar="TYPE"),
+    ] = None,
     granularity: Annotated[
         int, Param("slices of a group of experts: every expert is a slice of the FFN", minimum=1, metavar="G")
     ] = 1,
@@ -144,8 +147,8 @@ def upcycle(
     return made.plan(proof)
 
 
-def choose_pair(plan: Plan, to: str | None, *, shared: bool) -> tuple[Pair, Conversion]:
-    """Return the pair for a dense plan: the one asked for, or the first that is exact for this very config.
+def choose_pair(plan: Plan, to: str | list[str] | None, *, shared: bool) -> tuple[Pair, Conversion]:
+    """Return the pair for a dense plan: the first among those asked for that is exact for this very config.
 
     Raises RefusedError with what would be lost, and the nearest pair that works.
     """
@@ -160,44 +163,32 @@ def choose_pair(plan: Plan, to: str | None, *, shared: bool) -> tuple[Pair, Conv
         reason = NO_PAIR.get(model_type)
         raise RefusedError(
             f"upcycle: {model_type}: " + (f"no exact pair exists: {reason}" if reason else "this type is not known"),
-            "known: " + ", ".join(dict.fromkeys(p.source_type for p in _all_pairs())),
+            "known: " + ", ".join(source_types()),
         )
-    tried = [(pair, *pair.conversion(plan.config)) for pair in pairs]
-    for pair, _, reasons in tried:
+    wanted = [to] if isinstance(to, str) else to
+    for name in wanted or ():
+        if name not in target_types():
+            hint = did_you_mean(name, target_types()) or f"known: {', '.join(target_types())}"
+            raise RefusedError(f"upcycle: {name} is no type that a dense model becomes", hint)
+    tried = {pair.target_type: (pair, *pair.conversion(plan.config)) for pair in pairs}
+    for pair, _, reasons in tried.values():
         if shared and not reasons and (pair.target.moe is None or pair.target.moe.shared is None):
             reasons.append("it has no shared expert")
-    working = [(pair, conversion) for pair, conversion, reasons in tried if not reasons]
-    if to is None:
-        if working:
-            return working[0]
-        lost = "; ".join(f"{pair.target_type}: {', '.join(reasons)}" for pair, _, reasons in tried)
-        raise RefusedError(f"upcycle: {model_type}: no type keeps all of this model ({lost})", _nearest(working, pairs))
-    if to not in target_types():
-        hint = did_you_mean(to, target_types()) or f"known: {', '.join(target_types())}"
-        raise RefusedError(f"upcycle: {to} is no type that a dense model becomes", hint)
-    for pair, conversion, reasons in tried:
-        if pair.target_type == to:
-            if not reasons:
-                return pair, conversion
-            raise RefusedError(
-                f"upcycle: {to} would lose something of this {model_type}: {'; '.join(reasons)}",
-                _nearest(working, pairs),
-            )
-    _, conflicts = Pair(model_type, to).conversion(plan.config)
-    reason = "; ".join(conflicts) if conflicts else "no such pair was ever measured to be exact"
-    raise RefusedError(f"upcycle: {model_type} does not become {to}: {reason}", _nearest(working, pairs))
-
-
-def _nearest(working: list[tuple[Pair, Conversion]], pairs: tuple[Pair, ...]) -> str:
-    if working:
-        return f"the nearest type that keeps everything: --to {working[0][0].target_type}"
-    return f"no type keeps everything; the nearest is {pairs[0].target_type}"
-
-
-def _all_pairs() -> tuple[Pair, ...]:
-    from moesurgery.families.pairs import PAIRS
-
-    return PAIRS
+    working = {name: (pair, conversion) for name, (pair, conversion, reasons) in tried.items() if not reasons}
+    for name in wanted or working:
+        if name in working:
+            return working[name]
+    lost = []
+    for name in wanted or tried:
+        reasons = tried[name][2] if name in tried else Pair(model_type, name).conversion(plan.config)[1]
+        lost.append(f"{name}: {'; '.join(reasons) or 'this pair was never measured to be exact'}")
+    nearest = next(iter(working), None)
+    raise RefusedError(
+        f"upcycle: this {model_type} would lose something as {', or '.join(lost)}",
+        f"the nearest type that keeps everything: --to {nearest}"
+        if nearest
+        else f"no type keeps everything; the nearest is {pairs[0].target_type}",
+    )
 
 
 def _counts(
@@ -348,7 +339,7 @@ class _Upcycled:
             return None, (), None
         if kind not in FROM_PROMPTS:
             return self._rows_from_file(kind), (), None
-        from moesurgery.surgery.upcycling.prompts import loads, rows_from_prompts
+        from moesurgery.surgery.upcycling.prompts import rows_from_prompts
 
         if not self.sources or not all(source.prompts.positive for source in self.sources):
             raise RecipeError(
@@ -357,23 +348,23 @@ class _Upcycled:
         if len({source.prompts for source in self.sources}) == 1 and len(self.sources) > 1:
             raise RefusedError("upcycle: all sources have the same prompts, so no token could tell them apart")
         distinct = routers.distinct(self.design)
-        if self.design.split or (self.design.granularity > 1 and len(self.sources) != distinct):
+        if self.design.split or len(self.sources) != distinct:
             raise RefusedError(
-                f"upcycle: {distinct} groups need router rows of their own, and there are prompts for"
-                f" {len(self.sources)}",
-                "equal rows would tie, and slices of different groups mix",
+                f"upcycle: {distinct} {'groups' if self.design.granularity > 1 else 'experts'} need router rows of their"
+                f" own, and there are prompts for {len(self.sources)}: equal rows would tie",
+                "give an entry with prompts for each, or --router random",
             )
-        found = rows_from_prompts(self.base, [source.prompts for source in self.sources], kind)  # type: ignore[arg-type]
-        sets = max(1, self.design.top_k // self.design.granularity)
-        shares = loads(found, min(sets, len(self.sources)))
-        mean = [sum(layer[e] for layer in shares) / len(shares) for e in range(len(self.sources))]
-        rows = [
-            (str(e), f"{mean[e]:.3f}", f"{min(s[e] for s in shares):.3f}", f"{max(s[e] for s in shares):.3f}")
-            for e in range(len(mean))
-        ]
-        table = Table((f"load on {found.source}, source", "mean", "least layer", "most layer"), tuple(rows))
-        repeated = [found.rows[i].repeat(distinct // len(self.sources), 1) for i in range(len(self.base.layers))]
-        return repeated, (table,), shares
+        sets = min(max(1, self.design.top_k // self.design.granularity), len(self.sources))
+        found = rows_from_prompts(self.base, [source.prompts for source in self.sources], kind, sets)  # type: ignore[arg-type]
+        by_source = list(zip(*found.loads, strict=True))
+        table = Table(
+            (f"load on {found.tokens}, source", "mean", "least layer", "most layer"),
+            tuple(
+                (str(e), f"{sum(load) / len(load):.3f}", f"{min(load):.3f}", f"{max(load):.3f}")
+                for e, load in enumerate(by_source)
+            ),
+        )
+        return list(found.rows), (table,), found.loads
 
     def _rows_from_file(self, path: str) -> list[torch.Tensor]:
         from pathlib import Path

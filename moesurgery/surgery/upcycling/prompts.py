@@ -9,12 +9,13 @@ takes the state that the layer's router will see at each prompt's last token, af
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.measure.tokens import Tokens, padded
 from moesurgery.plan.plan import Plan
 from moesurgery.surgery.upcycling.dense import DenseModel
 
@@ -37,35 +38,45 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Prompts of several experts as one batch, padded on the right. `owner[i]` is (expert, positive) of row i."""
+class Batch:
+    """The prompts of several experts. `owner[i]` is (expert, positive) of prompt i."""
 
-    ids: torch.Tensor
-    mask: torch.Tensor
+    tokens: Tokens
     owner: tuple[tuple[int, bool], ...]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """True for real tokens [prompts, tokens]."""
+        import torch
+
+        return self.tokens.mask if self.tokens.mask is not None else torch.ones_like(self.tokens.ids, dtype=torch.bool)
+
+    def of(self, expert: int, positive: bool) -> list[int]:
+        return [i for i, owner in enumerate(self.owner) if owner == (expert, positive)]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Float32 router rows [layers, experts, H], and the states [layer][tokens, H] on which they were found."""
+    """Float32 router rows [layers, experts, H], and the load that the prompts would give the experts of each layer.
+
+    `loads[layer][expert]` is a share of the tokens; `tokens` says which, for people.
+    """
 
     rows: torch.Tensor
-    states: list[torch.Tensor]
-    source: str  # what the states are, for people
+    loads: list[list[float]]
+    tokens: str
 
 
-def rows_from_prompts(dense: DenseModel, prompts: Sequence[Prompts], mode: Mode) -> Rows:
+def rows_from_prompts(dense: DenseModel, prompts: Sequence[Prompts], mode: Mode, top_k: int) -> Rows:
     """Return the router rows for each expert's prompts. Raises CheckpointError without a tokenizer."""
-    tokens = tokenise(dense.plan, prompts)
+    batch = tokenise(dense.plan, prompts)
     if mode == "cheap_embed":
-        return _from_embeddings(dense, tokens, len(prompts))
-    return _from_states(dense, tokens, len(prompts), average=mode == "hidden_avg")
+        return _from_embeddings(dense, batch, len(prompts), top_k)
+    return _from_states(dense, batch, len(prompts), top_k, average=mode == "hidden_avg")
 
 
-def tokenise(plan: Plan, prompts: Sequence[Prompts]) -> Tokens:
+def tokenise(plan: Plan, prompts: Sequence[Prompts]) -> Batch:
     """Tokenise all prompts with the model's own tokenizer, each after its first token (BOS) where it has one."""
-    import torch
-
     tokenizer = _tokenizer(plan)
     owner, found = [], []
     for expert, entry in enumerate(prompts):
@@ -76,13 +87,7 @@ def tokenise(plan: Plan, prompts: Sequence[Prompts]) -> Tokens:
                     raise RefusedError(f"upcycle: the prompt {text!r} has no tokens")
                 owner.append((expert, positive))
                 found.append(ids)
-    longest = max(map(len, found))
-    ids = torch.zeros(len(found), longest, dtype=torch.long)
-    mask = torch.zeros(len(found), longest, dtype=torch.long)
-    for i, row in enumerate(found):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return Tokens(ids, mask, tuple(owner))
+    return Batch(padded(found), tuple(owner))
 
 
 def _tokenizer(plan: Plan) -> Any:
@@ -107,53 +112,52 @@ def _tokenizer(plan: Plan) -> Any:
             ) from None
 
 
-def _from_embeddings(dense: DenseModel, tokens: Tokens, experts: int) -> Rows:
-    import torch
+def _from_embeddings(dense: DenseModel, batch: Batch, experts: int, top_k: int) -> Rows:
 
     from moesurgery.measure.states import embeddings
 
-    embedded = embeddings(dense.plan, tokens.ids)
-    sums = []
-    for expert in range(experts):
-        row = torch.zeros(0)
-        for positive in (True, False):
-            chosen = [i for i, owner in enumerate(tokens.owner) if owner == (expert, positive)]
-            if chosen:
-                total = (embedded[chosen] * tokens.mask[chosen].unsqueeze(-1)).sum(dim=1).sum(dim=0)
-                row = unit(total) if positive else row - unit(total)
-        sums.append(unit(row))
+    embedded = embeddings(dense.plan, batch.tokens.ids)
+    mask = batch.mask
+    sums = (embedded * mask.unsqueeze(-1)).sum(dim=1)
+    rows = _rows(batch, sums, experts, lambda of_prompts: unit(of_prompts.sum(dim=0)))
     layers = len(dense.layers)
-    flat = embedded[tokens.mask.bool()]
+    flat = embedded[mask]
     flat = flat / flat.pow(2).mean(dim=-1, keepdim=True).clamp(min=1e-12).sqrt()
-    return Rows(torch.stack(sums).expand(layers, -1, -1), [flat] * layers, "the prompts' embeddings, normalised")
+    return Rows(rows.expand(layers, -1, -1), [_load(rows, flat, top_k)] * layers, "the prompts' embeddings, normalised")
 
 
-def _from_states(dense: DenseModel, tokens: Tokens, experts: int, *, average: bool) -> Rows:
+def _from_states(dense: DenseModel, batch: Batch, experts: int, top_k: int, *, average: bool) -> Rows:
     import torch
 
-    from moesurgery.measure.states import hidden_states
+    from moesurgery.measure.states import ffn_inputs
 
     assert dense.architecture.ffn is not None
-    states = hidden_states(dense.plan, tokens.ids, tokens.mask, dense.architecture.ffn.root)
-    lengths = tokens.mask.sum(dim=1)
-    rows, flat = [], []
-    for state in states:
-        real = tokens.mask.bool()
+    mask = batch.mask
+    lengths = mask.sum(dim=1)
+    rows, loads = [], []
+    for state in ffn_inputs(dense.plan, batch.tokens, dense.architecture.ffn.root):
         if average:
-            of_prompt = (state * tokens.mask.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
+            of_prompt = (state * mask.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
         else:
             of_prompt = state[torch.arange(len(state)), lengths - 1]
-        found = []
-        for expert in range(experts):
-            row = torch.zeros(0)
-            for positive in (True, False):
-                chosen = [i for i, owner in enumerate(tokens.owner) if owner == (expert, positive)]
-                if chosen:
-                    row = of_prompt[chosen].mean(dim=0) if positive else row - of_prompt[chosen].mean(dim=0)
-            found.append(unit(row))
-        rows.append(torch.stack(found))
-        flat.append(state[real])
-    return Rows(torch.stack(rows), flat, "all tokens of the prompts")
+        rows.append(_rows(batch, of_prompt, experts, lambda of_prompts: of_prompts.mean(dim=0)))
+        loads.append(_load(rows[-1], state[mask], top_k))
+    return Rows(torch.stack(rows), loads, "all tokens of the prompts")
+
+
+def _rows(
+    batch: Batch, of_prompt: torch.Tensor, experts: int, together: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return the unit rows [experts, H]: each what an expert's prompts come to, less what its negative ones do."""
+    import torch
+
+    found = []
+    for expert in range(experts):
+        row = together(of_prompt[batch.of(expert, True)])
+        if against := batch.of(expert, False):
+            row = row - together(of_prompt[against])
+        found.append(unit(row))
+    return torch.stack(found)
 
 
 def unit(row: torch.Tensor) -> torch.Tensor:
@@ -162,11 +166,8 @@ def unit(row: torch.Tensor) -> torch.Tensor:
     return row / length.clamp(min=1e-8)
 
 
-def loads(found: Rows, top_k: int) -> list[list[float]]:
-    """Return, for each layer, the share of tokens that each group of experts would get; 1 / groups is balanced."""
-    result = []
-    for rows, states in zip(found.rows, found.states, strict=True):
-        chosen = (states @ rows.T).topk(top_k, dim=-1).indices.flatten()
-        counts = chosen.bincount(minlength=len(rows)).double()
-        result.append((counts / counts.sum()).tolist())
-    return result
+def _load(rows: torch.Tensor, states: torch.Tensor, top_k: int) -> list[float]:
+    """Return the share of `states` [tokens, H] that each expert would get; 1 / experts is balanced."""
+    chosen = (states @ rows.T).topk(top_k, dim=-1).indices.flatten()
+    counts = chosen.bincount(minlength=len(rows)).double()
+    return [float(share) for share in counts / counts.sum()]

@@ -130,13 +130,23 @@ def random_model(config: Mapping[str, Any]) -> Any:
 
 
 def logits_of(path: Path, prompt: Any) -> Any:
-    """Return the float32 logits [prompts, tokens, vocabulary] of a checkpoint, loaded by transformers."""
+    """Return the float32 logits [prompts, tokens, vocabulary] of a checkpoint that transformers loads.
+
+    Raises RefusedError where transformers would make up a tensor, or leave one unread.
+    """
     import torch
+    import transformers
 
-    from moesurgery.measure.perplexity import load_model
-
+    loader: Any = transformers.AutoModelForCausalLM
+    model, found = loader.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            raise RefusedError(
+                f"upcycle: the proof failed: transformers finds {kind.replace('_', ' ')}: {sorted(found[kind])[0]}",
+                "nothing was written; the pair does not hold for this config: please report it",
+            )
     with torch.inference_mode():
-        return load_model(path)(prompt).logits.float()
+        return model.eval()(prompt).logits.float()
 
 
 def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
