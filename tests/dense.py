@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Split
 
-from tests.tiny import MLA, build
+from tests.tiny import build
 
 WINDOW = 8
 ORIGINAL = 16  # the context before RoPE scaling
@@ -57,7 +61,10 @@ DELTA = {
     "linear_num_value_heads": 4,
 }
 LATENT = {
-    **{key: MLA[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")},
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
     "num_key_value_heads": 4,
     "initializer_range": 0.02,
 }
@@ -76,4 +83,13 @@ def save_dense(path: Path, model_type: str, **changes: Any) -> torch.nn.Module:
     return model
 
 
-DenseModels = Callable[..., Path]
+LETTERS = ["<s>", "<unk>", *list(" abcdefghijklmnopqrstuvwxyz0123456789.,:;+-=()?'")]
+
+
+def save_tokenizer(path: Path) -> None:
+    """Save a tokenizer with a token for every letter beside a model of 64 tokens."""
+    tokenizer = Tokenizer(WordLevel({letter: i + 1 for i, letter in enumerate(LETTERS)}, unk_token="<unk>"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    fast.save_pretrained(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,15 +248,27 @@ RUNS: dict[str, str] = {
     "drop-quarter": "mixtral",
     "merge-experts": "mixtral",
     "to-dense": "mixtral",
+    "upcycle-8x": "llama",
+    "upcycle-virtual-groups": "llama",
+    "upcycle-shared-expert": "mistral",
+    "upcycle-neuron-split": "llama",
+    "upcycle-clown-car": "mistral",
 }
+DENSE = {"intermediate_size": 64, "sliding_window": None}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_recipe_runs(path: Path, models: Any, ok: Cli, tmp_path: Path) -> None:
+    from tests.dense import save_tokenizer
     from tests.tiny import load, logits
 
-    model = models(RUNS[path.stem])
-    ok("run", path, "--model", model, "-o", tmp_path / "out")
+    upcycles = path.stem.startswith("upcycle")
+    model = models(RUNS[path.stem], **DENSE) if upcycles else models(RUNS[path.stem])
+    if upcycles:
+        save_tokenizer(model)
+    recipe = tmp_path / path.name
+    recipe.write_text(re.sub(r"hf://[^\s,}]+", str(model), path.read_text()))  # other models that the recipe names
+    ok("run", recipe, "--model", model, "-o", tmp_path / "out")
     assert bool(logits(load(tmp_path / "out")).isfinite().all())
     record = json.loads((tmp_path / "out" / "moesurgery.json").read_text())
     assert record["recipe"]["steps"]

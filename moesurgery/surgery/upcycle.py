@@ -350,8 +350,8 @@ class _Upcycled:
         distinct = routers.distinct(self.design)
         if self.design.split or len(self.sources) != distinct:
             raise RefusedError(
-                f"upcycle: {distinct} {'groups' if self.design.granularity > 1 else 'experts'} need router rows of their"
-                f" own, and there are prompts for {len(self.sources)}: equal rows would tie",
+                f"upcycle: {distinct} router rows are needed, and there are prompts for {len(self.sources)}: equal"
+                " rows would tie",
                 "give an entry with prompts for each, or --router random",
             )
         sets = min(max(1, self.design.top_k // self.design.granularity), len(self.sources))

@@ -69,7 +69,7 @@ def _replan(record: Mapping[str, Any], reference: Plan) -> Plan | Finding:
         if name not in known or not isinstance(values, dict):
             return finding("R01", f"the step {entry!r} is none of an operation that is known here", PROVENANCE)
         if wrong := problems(known[name], values):
-            return finding("R01", wrong[0], PROVENANCE, hint=_other_version(record))
+            return finding("R01", wrong[0].message, PROVENANCE, hint=_other_version(record))
         found.append(RecipeStep(name, values))
     try:
         return Recipe(None, tuple(found)).apply(reference)

@@ -7,11 +7,11 @@ held in float64: exact in any order, so that a model written by several machines
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 ROUNDS = 8
 BITS = 12  # a row's entries are whole numbers below 2^BITS after normalisation
@@ -26,20 +26,13 @@ def shuffled(count: int, key: int) -> np.ndarray:
     return np.argsort(drawn, kind="stable")
 
 
-def quantised_rows(count: int, width: int, parts: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
-    """Return rows [count, width] as int16, each of a length of about 2^BITS, from float32 parts (first row, rows)."""
+def balanced_clusters(gate: torch.Tensor, parts: int, key: int) -> np.ndarray:
+    """Return the cluster of each row of `gate` [I, H]; all are of one size. `parts` divides the number of rows."""
     import numpy as np
 
-    found = np.empty((count, width), np.int16)
-    for first, rows in parts:
-        found[first : first + len(rows)] = _of_length(rows, BITS)
-    return found
-
-
-def balanced_clusters(rows: np.ndarray, parts: int, key: int) -> np.ndarray:
-    """Return the cluster of each row; all clusters are of one size. `parts` divides the number of rows."""
-    import numpy as np
-
+    rows = np.empty(tuple(gate.shape), np.int16)
+    for at in range(0, len(rows), BLOCK):
+        rows[at : at + BLOCK] = _of_length(gate[at : at + BLOCK].float().numpy(), BITS)
     centres = rows[np.sort(shuffled(len(rows), key)[:parts])].astype(np.float64)
     labels = np.full(len(rows), -1)
     for _ in range(ROUNDS):

@@ -14,7 +14,7 @@ from moesurgery.plan.expr import Expr, Rows, cast, concat, scale, stack
 from moesurgery.plan.tensors import Filled, columns, join_columns, random_key, transpose
 from moesurgery.surgery.upcycling.dense import Ffn
 from moesurgery.surgery.upcycling.design import Design
-from moesurgery.surgery.upcycling.neurons import NeuronColumns, NeuronRows, Noisy, Partition, Redrawn
+from moesurgery.surgery.upcycling.neurons import NeuronColumns, NeuronRows, Noisy, Redrawn, partition
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def _expert(name: str, source: Ingredient, part: int, design: Design, changes: C
     size = ffn.width // design.parts
     found: dict[str, Expr]
     if design.split:
-        partition = Partition(design.split, design.parts, random_key(changes.seed, changes.split_key), ffn.gate)
+        parts = partition(ffn.gate, design.split, design.parts, random_key(changes.seed, changes.split_key))
         found = {
-            "gate": NeuronRows(ffn.gate, partition, part),
-            "up": NeuronRows(ffn.up, partition, part),
-            "down": NeuronColumns(ffn.down, partition, part),
+            "gate": NeuronRows(ffn.gate, parts, design.parts, part),
+            "up": NeuronRows(ffn.up, parts, design.parts, part),
+            "down": NeuronColumns(ffn.down, parts, design.parts, part),
         }
     else:
         found = {

@@ -164,7 +164,7 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
-        "intermediate_size": parts * max(4, -(-24 // parts)),
+        "intermediate_size": parts * max(1, -(-6 // parts)) * 4,  # torch takes rows of whole 16 bytes
         "num_hidden_layers": len(shown),
         "num_attention_heads": small_heads,
         "num_key_value_heads": max(1, small_heads // shared),
