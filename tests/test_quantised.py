@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from moesurgery import apply, count_params, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from tests.conftest import Result
 from tests.quantise import FORMS, fp8_value, make_form, make_fp8, make_mxfp4, mxfp4_value, values_of
-from tests.tiny import read_tensors, same_bits
+from tests.tiny import read_config, read_tensors, same_bits
 
 Cli = Callable[..., Result]
 
@@ -112,6 +113,18 @@ def test_mxfp4_refuses_other_factors_and_names_the_way_out(mxfp4: Path, cli: Cli
     assert "--scale none or --scale 1" in result.err
     assert not (tmp_path / "out").exists()
     assert cli("rescale", mxfp4, "--top-k", 4, "--scale", "none", "-o", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(0.5, False), (0.7, True)])
+def test_scales_that_are_powers_of_two(fp8: Path, cli: Cli, tmp_path: Path, factor: float, noted: bool) -> None:
+    """DeepSeek-V3.1 stores float32 scales that are powers of two, and says so."""
+    config = read_config(fp8)
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (fp8 / "config.json").write_text(json.dumps(config))
+    done = cli("rescale", fp8, "--top-k", 4, "--scale", factor, "--where", "scales", "-o", tmp_path / "out")
+    assert done.code == 0
+    assert "F32 rounded once, by at most 2^-24" in done.out
+    assert ("ue8m0" in done.out) == noted
 
 
 # Every form

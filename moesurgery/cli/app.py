@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import moesurgery
-from moesurgery.cli import collect, count_params, diff, perplexity, recipes, validate
+from moesurgery.cli import collect, count_params, diff, families, inspect, perplexity, recipes, validate
 from moesurgery.cli.operations import command_for
 from moesurgery.surgery.operation import operations
 
@@ -36,6 +36,8 @@ def root(
 
 
 app.command("count-params")(count_params.count_params_command)
+app.command("inspect")(inspect.inspect_command)
+app.command("families")(families.families_command)
 for _found in operations().values():
     app.command(_found.name)(command_for(_found))
 app.command("run")(recipes.run_command)

@@ -8,14 +8,16 @@ sqrt(A_n / A_m): docs/rescale.md has the derivation, the sources and what each r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
+from moesurgery.families.quantised import quantisation_config
 from moesurgery.families.routing import routing_class
 from moesurgery.families.settings import keys_present, with_top_k, with_value
+from moesurgery.plan.expr import Expr
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.surgery.operation import operation
 from moesurgery.surgery.parameters import Param
@@ -102,6 +104,8 @@ def rescale(
             changed.update(scaled_output(block, plan.tensors, chosen[block.where]))
         tensors = plan.with_tensors(changed)
         notes.append(f"{len(changed)} tensors take the factor" + _rounding_note(changed))
+        if place == "scales":
+            notes += _scale_notes(plan.config, chosen.values())
     report = {
         "old_top_k": old,
         "top_k": top_k,
@@ -203,6 +207,20 @@ def _place(anatomy: Anatomy, plan: Plan, where: Where, scale: Rule | float) -> W
     return where
 
 
-def _rounding_note(changed: Mapping[str, Any]) -> str:
+_ROUNDING = {"F64": "2^-53", "F32": "2^-24", "F16": "2^-11", "BF16": "2^-8"}  # of normal numbers, to nearest
+
+
+def _rounding_note(changed: Mapping[str, Expr]) -> str:
     dtypes = sorted({expr.dtype for expr in changed.values()})
-    return f" ({', '.join(dtypes)}; one rounding each)"
+    kinds = [f"{d} rounded once, by at most {_ROUNDING[d]}" if d in _ROUNDING else f"{d} exactly" for d in dtypes]
+    return f" ({', '.join(kinds)})"
+
+
+def _scale_notes(config: Mapping[str, Any], factors: Iterable[float]) -> list[str]:
+    """Say what engines may expect of scales that a factor changes."""
+    if quantisation_config(config).get("scale_fmt") != "ue8m0" or all(math.frexp(f)[0] == 0.5 for f in factors):
+        return []
+    return [
+        "quantization_config says scale_fmt ue8m0, powers of two: they are so no longer, and an engine that relies"
+        " on it will round them; a factor of a power of two keeps them"
+    ]

@@ -1,0 +1,70 @@
+"""`moesurgery families`: what the family table knows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moesurgery.cli.console import console
+from moesurgery.cli.writing import Json
+from moesurgery.errors import RecipeError
+from moesurgery.families.overview import CLASSES, HEADER, Overview, about, meaning, overview
+from moesurgery.families.table import FAMILIES
+from moesurgery.surgery.operation import did_you_mean
+
+
+def families_command(
+    name: Annotated[str | None, typer.Argument(help="Show everything about one family or model_type.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which model families are known, and what can be done with each."""
+    chosen = [overview(f) for f in FAMILIES if name is None or name == f.name or name in f.model_types]
+    if not chosen:
+        known = {word for f in FAMILIES for word in (f.name, *f.model_types)}
+        raise RecipeError(
+            f"no family or model_type is called {name!r}",
+            did_you_mean(name or "", known) or "`moesurgery families` lists all; docs/families.md shows how to add one",
+        )
+    if as_json:
+        console.json({"schema_version": 1, "families": [found.as_json() for found in chosen]})
+    elif name is None:
+        console.table(HEADER, [found.row for found in chosen])
+        console.result()
+        for letter, words in CLASSES.items():
+            console.result(f"{letter}  {words}")
+        console.result()
+        console.result(
+            f"{len(chosen)} families; all count exactly. `moesurgery families NAME` says what is refused, and why"
+        )
+    else:
+        for found in chosen:
+            _show(found)
+
+
+def _show(found: Overview) -> None:
+    family = found.family
+    console.result(f"{family.name}: model_type {', '.join(family.model_types)}")
+    if family.architectures:
+        console.result(f"  told apart by architectures: {', '.join(family.architectures)}")
+    if family.note:
+        console.result(f"  {family.note}")
+    for layout in family.layouts:
+        console.result(f"  {layout.kind}")
+        for part in layout.parts:
+            console.result(f"    {part.path}: {meaning(part)}")
+    for further in family.sets:
+        for layout in further.layouts:
+            console.result(f"  {further.name}, a further set of experts: {layout.kind}")
+            for part in layout.parts:
+                console.result(f"    {part.path}: {meaning(part)}")
+    console.result("  router")
+    for along in family.along:
+        console.result(f"    {along.path}: {about(along)}")
+    if family.shared:
+        console.result(f"  always on: {', '.join(family.shared)}")
+    console.result(f"  routing class {found.classes}: {CLASSES[found.classes[0]]}")
+    for operation, words in (("rescale", found.factor), ("drop-experts", found.drop)):
+        console.result(f"  {operation}: {words}")
+    for operation in found.refusals.keys() - {"rescale", "drop-experts"}:
+        console.result(f"  {operation}: refused: {found.refusals[operation]}")
