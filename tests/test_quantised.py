@@ -13,6 +13,7 @@ import torch
 
 from moesurgery import apply, count_params, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
+from moesurgery.plan.expr import Copy
 from tests.conftest import Result
 from tests.quantise import FORMS, fp8_value, make_form, make_fp8, make_mxfp4, mxfp4_value, values_of
 from tests.tiny import read_config, read_tensors, same_bits
@@ -181,3 +182,16 @@ def test_every_form_takes_a_factor_or_says_why_not(forms: Any, tmp_path: Path, n
             assert torch.allclose(new[weight], value * factor, rtol=tolerance, atol=0), weight
         else:
             assert torch.equal(new[weight], value)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_loses_experts_by_byte_ranges(forms: Any, tmp_path: Path, name: str) -> None:
+    plan = apply(plan_of(open_checkpoint(forms(name))), "drop-experts", experts=[1])
+    assert all(isinstance(piece, Copy) for expr in plan.tensors.values() for piece in expr.pieces())
+    write_plan(plan, tmp_path / "out")
+    old, new = values_of(forms(name), name), values_of(tmp_path / "out", name)
+    assert len(new) == 3 * 3
+    for place, expert in enumerate([0, 2, 3]):
+        for part in ("gate", "up", "down"):
+            names = (f"model.layers.1.mlp.experts.{e}.{part}_proj.weight" for e in (place, expert))
+            assert torch.equal(new[next(names)], old[next(names)])

@@ -61,9 +61,9 @@ class Member(NamedTuple):
     def renumbered(self, expert: int) -> str:
         """The name that the tensor would have as part of another expert (per-expert layouts)."""
         assert self.part is not None
-        mine = self.part.path.replace("#", str(self.expert))
-        head = self.base[: len(self.base) - len(mine)]
-        return head + self.part.path.replace("#", str(expert)) + self.stem.suffix
+        after = self.part.path.rsplit("#", 1)[1]  # the expert's number is the last of a path
+        head = self.base.removesuffix(f"{self.expert}{after}")
+        return f"{head}{expert}{after}{self.stem.suffix}"
 
 
 @dataclass

@@ -31,7 +31,10 @@ def selected(block: MoeBlock, tensors: Mapping[str, Expr], kept: Sequence[int]) 
         if member.expert is None:
             entries[member.name] = [(member.name, along_experts(block, member, expr, kept))]
         else:
+            padding = [member.expert] if member.expert >= block.experts else []  # tensors of identity experts
+            shift = len(kept) - block.experts
             entries[member.name] = [(member.renumbered(n), expr) for n, e in enumerate(kept) if e == member.expert]
+            entries[member.name] += [(member.renumbered(e + shift), expr) for e in padding]
     return entries
 
 
@@ -45,7 +48,8 @@ def along_experts(block: MoeBlock, member: Member, expr: Expr, kept: Sequence[in
         split = reshape(expr, (block.experts, rows, *expr.shape[1:]))
         return reshape(take(split, list(kept)), (len(kept) * rows, *expr.shape[1:]))
     length = expr.shape[member.axis] if len(expr.shape) > member.axis else 1
-    extra = member.along is not None and member.along.extra
+    # Identity experts have router rows; transformers 5 pads the stacked weights for them too.
+    extra = member.along.extra if member.along is not None else member.part is not None and member.stem.main
     if length != block.experts and not extra:
         assert member.stem.companion is not None  # `recognise` has checked weights and router tensors
         if expr.numel == 1:
@@ -77,13 +81,19 @@ def renamed_modules(block: MoeBlock, kept: Sequence[int]) -> dict[str, str | Non
     return names
 
 
+def _up_to_the_expert(path: str) -> list[str]:
+    """Return the pieces of a path between its numbers, up to that of the expert."""
+    pieces = path.split("#")
+    return [*pieces[:-1], ""] if len(pieces) > 1 else pieces
+
+
 def refuse_strays(block: MoeBlock, tensors: Mapping[str, Expr]) -> None:
     """Raise RefusedError for a tensor that has to follow the experts and is not known to the family table."""
     known = {member.name for member in block.members}
     if table := next((m for m in block.members if m.along and m.along.role == "expert_table"), None):
         raise RefusedError(f"{table.name} assigns experts to tokens by number: it cannot follow other experts")
     paths = [part.path for part in block.layout.parts] if block.layout else []
-    heads = sorted({re.escape(path.split("#")[0]) + ("[0-9]+" if "#" in path else "") for path in paths})
+    heads = sorted({"[0-9]+".join(map(re.escape, _up_to_the_expert(path))) for path in paths})
     beside = re.compile(rf"{re.escape(block.where)}\.(?:{'|'.join(heads)})[._].*")
     routers = tuple(m.name.removesuffix("weight") for m in block.named("router") if m.name.endswith(".weight"))
     for name, expr in tensors.items():

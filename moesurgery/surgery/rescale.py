@@ -8,7 +8,7 @@ sqrt(A_n / A_m): docs/rescale.md has the derivation, the sources and what each r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from moesurgery.errors import RefusedError
@@ -216,8 +216,9 @@ def _rounding_note(changed: Mapping[str, Expr]) -> str:
     return f" ({', '.join(kinds)})"
 
 
-def _scale_notes(config: Mapping[str, Any], factors: Iterable[float]) -> list[str]:
+def _scale_notes(config: Mapping[str, Any], chosen: Iterable[float | Sequence[float]]) -> list[str]:
     """Say what engines may expect of scales that a factor changes."""
+    factors = [f for of in chosen for f in (of if isinstance(of, Sequence) else (of,))]
     if quantisation_config(config).get("scale_fmt") != "ue8m0" or all(math.frexp(f)[0] == 0.5 for f in factors):
         return []
     return [
