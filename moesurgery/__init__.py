@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "Checkpoint",
+    "Param",
     "Plan",
     "Recipe",
     "SurgeryError",
@@ -25,7 +26,9 @@ __all__ = [
     "__version__",
     "apply",
     "count_params",
+    "load_merge_recipe",
     "load_recipe",
+    "merge_method",
     "open_checkpoint",
     "operation",
     "plan_of",
@@ -36,13 +39,16 @@ __all__ = [
 _HOME = {
     "Anatomy": "moesurgery.families.anatomy",
     "Checkpoint": "moesurgery.checkpoint.checkpoint",
+    "Param": "moesurgery.surgery.parameters",
     "Plan": "moesurgery.plan.plan",
     "Recipe": "moesurgery.recipes",
     "SurgeryError": "moesurgery.errors",
     "WriteOptions": "moesurgery.write.job",
     "apply": "moesurgery.surgery.operation",
     "count_params": "moesurgery.measure.params",
+    "load_merge_recipe": "moesurgery.merge.recipe",
     "load_recipe": "moesurgery.recipes",
+    "merge_method": "moesurgery.merge.method",
     "open_checkpoint": "moesurgery.checkpoint.checkpoint",
     "operation": "moesurgery.surgery.operation",
     "plan_of": "moesurgery.plan.plan",
@@ -55,9 +61,12 @@ if TYPE_CHECKING:
     from moesurgery.errors import SurgeryError
     from moesurgery.families.anatomy import Anatomy, recognise
     from moesurgery.measure.params import count_params
+    from moesurgery.merge.method import merge_method
+    from moesurgery.merge.recipe import load_merge_recipe
     from moesurgery.plan.plan import Plan, plan_of
     from moesurgery.recipes import Recipe, load_recipe
     from moesurgery.surgery.operation import apply, operation
+    from moesurgery.surgery.parameters import Param
     from moesurgery.write.job import WriteOptions, write_plan
 
 

@@ -1,4 +1,4 @@
-"""YAML for recipes: one document, line numbers for everything, and none of YAML 1.1's surprises.
+"""YAML for recipes: line numbers for everything, and none of YAML 1.1's surprises.
 
 PyYAML's own loader reads `1e-3` as text, `1:30` as 90, `010` as 8, `no` as false, and lets a repeated key
 win silently. Here scalars follow the YAML 1.2 core schema, the surprises are errors that say what to write
@@ -33,11 +33,15 @@ _TRAPS = (
 
 @dataclass
 class Document:
-    """A parsed document: plain Python data, the line of every value, and what was wrong."""
+    """A parsed document: plain Python data, the line of every value, and what was wrong.
+
+    `shared` are the paths of values that an alias repeats elsewhere.
+    """
 
     value: Any = None
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    shared: set[tuple[Any, ...]] = field(default_factory=set)
 
     def line(self, path: tuple[Any, ...]) -> int:
         """Return the line of the value at `path`, or of the nearest thing around it."""
@@ -48,27 +52,36 @@ class Document:
 
 def parse(text: str) -> Document:
     """Parse YAML; never raises for what the text contains, but lists it under `problems` with line numbers."""
-    document = Document()
+    documents = parse_all(text)
+    if len(documents) > 1:
+        line = documents[1].line(())
+        documents[0].problems.append((line, "is not YAML of one document: a second one begins here"))
+    return documents[0]
+
+
+def parse_all(text: str) -> list[Document]:
+    """Parse YAML of any number of documents, at least one: see `parse`."""
+    documents: list[Document] = []
+
+    def failed(line: int, message: str) -> list[Document]:
+        return [*documents, Document(problems=[(line, message)])]
+
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        document.problems.append((1, f"is larger than {MAX_BYTES:,} bytes"))
-        return document
+        return failed(1, f"is larger than {MAX_BYTES:,} bytes")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        for node in yaml.compose_all(text, Loader=yaml.SafeLoader):
+            documents.append(Document())
+            if node is not None:
+                documents[-1].value = _Builder(documents[-1]).build(node, (), 0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
-        document.problems.append((mark.line + 1 if mark else 1, f"is not YAML: {what}"))
-        return document
+        return failed(mark.line + 1 if mark else 1, f"is not YAML: {what}")
     except yaml.YAMLError as error:
-        document.problems.append((1, f"is not YAML: {str(error).splitlines()[0]}"))
-        return document
+        return failed(1, f"is not YAML: {str(error).splitlines()[0]}")
     except (RecursionError, ValueError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        document.problems.append((1, f"is not YAML: {what}"))
-        return document
-    if node is not None:
-        document.value = _Builder(document).build(node, (), 0)
-    return document
+        return failed(1, f"is not YAML: {'nested too deeply' if isinstance(error, RecursionError) else error}")
+    return documents or [Document()]
 
 
 class _Builder:
@@ -76,10 +89,14 @@ class _Builder:
         self.document = document
         self.nodes = 0
         self.open: set[int] = set()
+        self.seen: dict[int, tuple[Any, ...]] = {}
 
     def build(self, node: yaml.Node, path: tuple[Any, ...], depth: int) -> Any:
         line = node.start_mark.line + 1
         self.document.lines.setdefault(path, line)
+        if id(node) in self.seen:
+            self.document.shared.add(self.seen[id(node)])
+        self.seen.setdefault(id(node), path)
         self.nodes += 1
         if self.nodes > MAX_NODES:
             if self.nodes == MAX_NODES + 1:

@@ -20,7 +20,7 @@ from moesurgery.surgery.parameters import Parameter, from_text
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
 
-_WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
+WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
     "output": (writing.Output, None),
     "force": (writing.Force, False),
     "dry_run": (writing.DryRun, False),
@@ -43,7 +43,7 @@ def command_for(found: Operation) -> Callable[..., None]:
     calibrated = takes_statistics(found)
 
     def command(**given: Any) -> None:
-        flags = writing.WriterFlags(**{key: given.pop(key) for key in _WRITER_OPTIONS})
+        flags = writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
         calibration = Calibration(**{key: given.pop(key) for key in OPTIONS}) if calibrated else Calibration()
         model = given.pop("model")
         values = {}
@@ -76,6 +76,31 @@ def recipe_of(found: Operation, model: str, values: dict[str, Any]) -> Recipe:
     return Recipe(model, (RecipeStep(found.name, values),), origin="command line")
 
 
+def taking_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a Typer command of a function with a parameter `flags`, which stands for the options of all writers."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "flags"]
+
+    def command(**given: Any) -> None:
+        function(flags=writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS}), **given)
+
+    _declare(command, [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own], {})
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command
+
+
+def _declare(
+    command: Callable[..., None], parameters: list[inspect.Parameter], more: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Give `command` the signature that Typer reads: parameters of its own, `more`, then the writers' options."""
+    for name, (annotation, default) in (*more.items(), *WRITER_OPTIONS.items()):
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
 def with_signature(command: Callable[..., None], found: Operation, more: Mapping[str, tuple[Any, Any]]) -> None:
     """Give `command` the signature that Typer reads: model, the operation's parameters, `more`, writers' options."""
     parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=Model, default=".")]
@@ -88,12 +113,7 @@ def with_signature(command: Callable[..., None], found: Operation, more: Mapping
         parameters.append(
             inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=declared, default=default)
         )
-    for name, (annotation, default) in (*more.items(), *_WRITER_OPTIONS.items()):
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-        )
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    _declare(command, parameters, more)
     command.__doc__ = found.documentation
     command.__name__ = found.name.replace("-", "_")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -74,12 +75,16 @@ def _folder() -> Traversable:
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Return the text of every shipped recipe by its name."""
-    found = {}
-    for entry in sorted(_folder().iterdir(), key=lambda e: e.name):
-        if entry.name.endswith(".yaml"):
-            found[entry.name.removesuffix(".yaml")] = entry.read_text(encoding="utf-8")
-    return found
+    """Return the text of every shipped recipe by its name: `rescale-top3`, `merge/linear`."""
+    return dict(_recipes_in(_folder(), ""))
+
+
+def _recipes_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
+    for entry in sorted(folder.iterdir(), key=lambda e: (e.is_dir(), e.name)):
+        if entry.is_dir():
+            yield from _recipes_in(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield prefix + entry.name.removesuffix(".yaml"), entry.read_text(encoding="utf-8")
 
 
 @recipes_app.command("ls")

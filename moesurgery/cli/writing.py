@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -16,7 +16,7 @@ from moesurgery.cli.console import console, human_bytes
 from moesurgery.errors import RecipeError
 from moesurgery.plan.expr import Copy
 from moesurgery.plan.plan import Plan
-from moesurgery.recipes import Recipe, parse_size
+from moesurgery.recipes import parse_size
 from moesurgery.validate.formats import text
 from moesurgery.validate.report import Report, as_json
 from moesurgery.validate.validate import validate_checkpoint
@@ -77,13 +77,24 @@ class WriterFlags:
             raise RecipeError(f"--max-shard-size: {error}") from None
 
 
-def carry_out(recipe: Recipe, flags: WriterFlags, more: Mapping[str, Any] | None = None) -> None:
+class Plannable(Protocol):
+    """What a writer carries out: a recipe of operations, or of a merge."""
+
+    def plan(self) -> Plan: ...
+
+    def to_yaml(self) -> str: ...
+
+
+def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None) -> None:
     """Plan a recipe, then print, weigh or write it, as the flags say. `more` joins the JSON answer."""
     console.quiet = flags.quiet
     if flags.print_recipe:
         console.result(recipe.to_yaml().rstrip())
         return
     plan = recipe.plan()
+    for step in plan.steps:
+        for warning in step.warnings:
+            console.warning(warning)
     output = flags.output or Path(default_name(plan))
     check_output(plan, Path(os.path.abspath(output)), force=flags.force)
     if flags.dry_run:

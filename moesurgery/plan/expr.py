@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, byte_count, element_count
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.source import Source
+from moesurgery.plan.arrays import decoded, encoded, rounded
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -66,6 +68,9 @@ class Reader(Protocol):
     def read(self, source: Source, file: str, start: int, nbytes: int) -> torch.Tensor:
         """Return the bytes as a uint8 tensor that the caller owns until the chunk is written."""
 
+    def passing(self, source: Source, file: str, start: int, nbytes: int) -> memoryview:
+        """Return the bytes, valid until the next call."""
+
 
 class Expr:
     """Base of all expressions. `granule` is the smallest number of elements that can be evaluated apart."""
@@ -97,6 +102,22 @@ class Expr:
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         """Return elements `start:stop` (flattened), in this node's dtype, owned by the caller."""
         raise NotImplementedError
+
+    @property
+    def light(self) -> bool:
+        """Whether `array` needs no torch."""
+        return False
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        """Return elements `start:stop` (flattened) as float32, or float64 for F64, owned by the caller."""
+        import torch
+
+        values = self.evaluate(start, stop, reader)
+        return values.to(torch.float64 if self.dtype == "F64" else torch.float32, copy=True).numpy()
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        """Return the bytes of elements `start:stop` of a `light` expression."""
+        return encoded(self.array(start, stop, reader), self.dtype)
 
     def stored(self) -> Iterator[Stored]:
         """Yield the stored tensors that the expression reads."""
@@ -157,6 +178,17 @@ class Stored(Expr):
         data = reader.read(self.source, self.info.file, self.info.start + start * size, (stop - start) * size)
         return data.view(kind)
 
+    @property
+    def light(self) -> bool:
+        return self.dtype in PLAIN_FLOATS
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        if not self.light:
+            return super().array(start, stop, reader)
+        size = BITS[self.dtype] // 8
+        where = self.info.start + start * size
+        return decoded(reader.passing(self.source, self.info.file, where, (stop - start) * size), self.dtype)
+
     def stored(self) -> Iterator[Stored]:
         yield self
 
@@ -200,6 +232,14 @@ class Rows(Expr):
         offset = self.start * self.row
         return self.of.evaluate(offset + start, offset + stop, reader)
 
+    @property
+    def light(self) -> bool:
+        return self.of.light
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        offset = self.start * self.row
+        return self.of.array(offset + start, offset + stop, reader)
+
 
 @dataclass(frozen=True)
 class Joined(Expr):
@@ -227,13 +267,27 @@ class Joined(Expr):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
-        found, at = [], 0
+        found = [part.evaluate(first, last, reader) for part, first, last in self._within(start, stop)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    @property
+    def light(self) -> bool:
+        return all(part.light for part in self.parts)
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        import numpy as np
+
+        found = [part.array(first, last, reader) for part, first, last in self._within(start, stop)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
+        """Yield the parts that elements `start:stop` are in, with the elements of each."""
+        at = 0
         for part in self.parts:
             first, last = max(start - at, 0), min(stop - at, part.numel)
             if first < last:
-                found.append(part.evaluate(first, last, reader))
+                yield part, first, last
             at += part.numel
-        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def concat(parts: list[Expr]) -> Expr:
@@ -314,6 +368,15 @@ class Scale(_Unary):
         # A Python float multiplies bf16 and f16 in float32 with one rounding; a tensor would round first.
         return self.of.evaluate(start, stop, reader).mul_(self.factor)
 
+    @property
+    def light(self) -> bool:
+        return self.of.light
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        values = self.of.array(start, stop, reader)
+        values *= self.factor
+        return rounded(values, self.dtype)
+
 
 def scale(of: Expr, factor: float) -> Expr:
     """Return `of * factor`; a factor of 1 is `of` itself, since x * 1.0 changes the bits of NaN."""
@@ -358,6 +421,13 @@ class Cast(_Unary):
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         return self.of.evaluate(start, stop, reader).to(torch_dtype(self.to))
+
+    @property
+    def light(self) -> bool:
+        return self.of.light
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        return rounded(self.of.array(start, stop, reader), self.to)
 
 
 def cast(of: Expr, dtype: str) -> Expr:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moesurgery.plan.arrays import round_to_bf16
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -49,10 +51,4 @@ class Multiplier:
             np.left_shift(part, 16, out=wide, dtype=np.uint32, casting="unsafe")
             number = wide.view(np.float32)
             np.multiply(number, factor, out=number)
-            # Round to nearest even: add half of the last kept bit, less one where that bit is even.
-            np.right_shift(wide, 16, out=odd)
-            np.bitwise_and(odd, 1, out=odd)
-            np.add(odd, 0x7FFF, out=odd)
-            np.add(wide, odd, out=wide)
-            np.right_shift(wide, 16, out=wide)
-            part[:] = wide
+            round_to_bf16(wide, odd, part)

@@ -27,7 +27,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation as it was applied. `report` holds what it decided, as data."""
+    """One operation as it was applied. `report` holds what it decided, as data; `warnings` go to stderr too."""
 
     operation: str
     parameters: Mapping[str, Any]
@@ -36,6 +36,7 @@ class Step:
     report: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class FileReader:
         self._paths: dict[tuple[Source, str], Path | None] = {}
         self._buffers: list[Buffer] = []
         self._used = 0
+        self._passing: Buffer | None = None
 
     def close(self) -> None:
         for descriptor in self._open.values():
@@ -88,6 +89,16 @@ class FileReader:
         return torch.frombuffer(
             self.bytes_at(source, file, start, nbytes, self._buffers[self._used - 1]), dtype=torch.uint8
         )
+
+    def passing(self, source: Source, file: str, start: int, nbytes: int) -> memoryview:
+        """Return bytes of a source, valid until the next call: to be decoded at once. Needs no torch."""
+        if nbytes > BUFFER:
+            view = memoryview(bytearray(nbytes))
+            self._fill(view, source, file, start)
+            return view
+        if self._passing is None:
+            self._passing = Buffer()
+        return self.bytes_at(source, file, start, nbytes, self._passing)
 
     def bytes_at(self, source: Source, file: str, start: int, nbytes: int, buffer: Buffer) -> memoryview:
         """Return bytes of a source in `buffer`, to be changed in place."""

@@ -42,7 +42,10 @@ def _bytes_of(expr: Expr) -> list[bytes]:
             continue
         reader = FileReader()
         try:
-            found.append(bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader))))
+            if piece.expr.light:
+                found.append(bytes(piece.expr.raw(piece.start, piece.stop, reader)))
+            else:
+                found.append(bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader))))
         finally:
             reader.close()
     return found

@@ -44,7 +44,13 @@ def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
             for checkpoint in plan.sources
         ],
         "steps": [
-            {"operation": s.operation, "summary": s.summary, "notes": list(s.notes), "report": dict(s.report)}
+            {
+                "operation": s.operation,
+                "summary": s.summary,
+                "notes": list(s.notes),
+                "warnings": list(s.warnings),
+                "report": dict(s.report),
+            }
             for s in plan.steps
         ],
         "outputs": outputs,
@@ -99,6 +105,6 @@ def card_text(plan: Plan) -> str:
 
 def _step_lines(step: Step) -> list[str]:
     lines = [f"## {step.operation}", "", step.summary]
-    for text in (*step.details, *step.notes):
+    for text in (*step.details, *step.notes, *step.warnings):
         lines += ["", text]
     return lines

@@ -312,7 +312,8 @@ def _run(
 def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
     """One torch thread per worker: chunks fit the cache, and the workers are the parallelism."""
     entries = (expr for task in todo if not task.whole for _, expr in task.entries)
-    if not any(isinstance(piece, Compute) for expr in entries for piece in expr.pieces()):
+    pieces = (piece for expr in entries for piece in expr.pieces())
+    if all(not isinstance(piece, Compute) or piece.expr.light for piece in pieces):
         return None
     import torch
 

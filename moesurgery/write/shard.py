@@ -23,6 +23,7 @@ from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
+from moesurgery.plan.arrays import keep_freed_memory
 from moesurgery.plan.expr import Compute, Copy, Expr, Multiply, Piece
 from moesurgery.plan.multiply import Multiplier
 from moesurgery.plan.reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
@@ -281,6 +282,7 @@ class Worker:
         self.reader = FileReader()
         self._copy_buffer = Buffer()
         self._multiplier: Multiplier | None = None
+        keep_freed_memory()
 
     def close(self) -> None:
         self.reader.close()
@@ -331,6 +333,9 @@ class Worker:
         while first < piece.stop and not self.stop.is_set():
             last = min(piece.stop, (first // step + 1) * step)
             self.reader.begin_chunk()
-            values = piece.expr.evaluate(first, last, self.reader)
-            copying.write_full(target, as_bytes(values), at + (first - piece.start) * bits // 8)
+            if piece.expr.light:
+                data = piece.expr.raw(first, last, self.reader)
+            else:
+                data = as_bytes(piece.expr.evaluate(first, last, self.reader))
+            copying.write_full(target, data, at + (first - piece.start) * bits // 8)
             first = last

@@ -1,0 +1,31 @@
+"""`moesurgery merge`: several checkpoints into one, by a recipe of mergekit's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesurgery.cli import writing
+from moesurgery.cli.operations import taking_flags
+from moesurgery.merge.method import load_methods
+from moesurgery.merge.recipe import load_merge_recipe
+
+
+@taking_flags
+def merge_command(
+    recipe: Annotated[Path, typer.Argument(help="A merge recipe, as for mergekit-yaml or mergekit-multi.")],
+    flags: writing.WriterFlags,
+    methods: Annotated[
+        list[Path] | None, typer.Option("--methods", help="A Python file with merge methods of your own; it is run.")
+    ] = None,
+) -> None:
+    """Merge models of one architecture, dense or MoE, in one streamed pass.
+
+    Takes mergekit's recipes as they are: docs/merge.md.
+    """
+    for file in methods or ():
+        load_methods(file)
+    writing.carry_out(replace(load_merge_recipe(recipe), max_shard_size=flags.shard_bytes), flags)

@@ -1,0 +1,184 @@
+"""The parts of a model under names that do not depend on how it is stored.
+
+`block_sparse_moe.experts.3.w1.weight` of one checkpoint and a slice of `mlp.experts.gate_up_proj` of another are the
+same part, (layer, "experts.3.gate.weight"). So models of both layouts merge with each other, and norms and angles are
+taken over one projection of one expert in either.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from moesurgery.families import components
+from moesurgery.families.anatomy import Member, MoeBlock
+from moesurgery.families.family import Part
+from moesurgery.plan.expr import Expr, Rows, concat, reshape
+from moesurgery.plan.plan import Plan
+
+_CONTAINERS = ("layers", "blocks", "h", "block")
+
+
+class Key(NamedTuple):
+    """A part: its layer (None outside of the language model's layers) and its name in there."""
+
+    layer: int | None
+    path: str
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A stored tensor as one part, or as the equal parts of all experts one after the other in memory.
+
+    `rest` is its name within the layer, the whole name outside of layers. `split` is the shape of each part; None
+    where the tensor is one.
+    """
+
+    name: str
+    layer: int | None
+    rest: str
+    shape: tuple[int, ...]
+    paths: tuple[str, ...]
+    split: tuple[int, ...] | None = None
+
+    def part(self, whole: Expr, index: int) -> Expr:
+        """Return one part of the tensor."""
+        if self.split is None:
+            return whole
+        length = self.split[0]
+        flat = reshape(whole, (length * len(self.paths), *self.split[1:]))
+        return Rows(flat, index * length, (index + 1) * length)
+
+    def assemble(self, parts: list[Expr]) -> Expr:
+        """Return the tensor of its parts, in the order of `paths`."""
+        return parts[0] if self.split is None else reshape(concat(parts), self.shape)
+
+
+class Parts:
+    """A plan taken apart. `prefix` is what stands before the layer number in the language model's names."""
+
+    def __init__(self, plan: Plan, label: str) -> None:
+        self.plan, self.label = plan, label
+        self.anatomy = plan.anatomy
+        split = {name: self._split(name, layer) for name, layer in self.anatomy.layer.items()}
+        counted = Counter(
+            prefix for name, (prefix, _) in split.items() if self.anatomy.component[name] != components.VISION
+        )
+        self.prefix = counted.most_common(1)[0][0] if counted else ""
+        self._rest = {name: rest for name, (prefix, rest) in split.items() if prefix == self.prefix}
+        self._members = {m.name: (block, m) for block in self.anatomy.blocks for m in block.members}
+
+    def _split(self, name: str, layer: int) -> tuple[str, str]:
+        family = self.anatomy.family
+        for container in (family.layers,) if family else _CONTAINERS:
+            mark = f"{container}.{layer}."
+            at = 0 if name.startswith(mark) else name.find("." + mark) + 1
+            if at or name.startswith(mark):
+                return name[: at + len(container) + 1], name[at + len(mark) :]
+        return "", name
+
+    @cached_property
+    def layers(self) -> int:
+        """The number of layers of the language model, without those for multi-token prediction."""
+        stated = self.anatomy.settings.layers
+        held = 1 + max((self.anatomy.layer[name] for name in self._rest), default=-1)
+        return held if stated is None else min(stated, held)
+
+    @cached_property
+    def tensors(self) -> dict[str, Holder]:
+        """All tensors in the plan's order."""
+        return {name: self._holder(name) for name in self.plan.tensors}
+
+    @cached_property
+    def by_layer(self) -> dict[int | None, list[Holder]]:
+        """The tensors of each layer, and those outside of layers under None."""
+        found: dict[int | None, list[Holder]] = {}
+        for holder in self.tensors.values():
+            found.setdefault(holder.layer, []).append(holder)
+        return found
+
+    @cached_property
+    def paths(self) -> dict[int | None, frozenset[str]]:
+        """The parts that each layer has."""
+        return {layer: frozenset(p for h in found for p in h.paths) for layer, found in self.by_layer.items()}
+
+    @cached_property
+    def home(self) -> dict[Key, tuple[Holder, int]]:
+        """The tensor that holds each part, and which of its parts it is."""
+        return {Key(h.layer, path): (h, i) for h in self.tensors.values() for i, path in enumerate(h.paths)}
+
+    def part(self, key: Key) -> Expr:
+        """Return a part's values."""
+        holder, index = self.home[key]
+        return holder.part(self.plan.tensors[holder.name], index)
+
+    def name_of(self, layer: int | None, rest: str) -> str:
+        return rest if layer is None else f"{self.prefix}{layer}.{rest}"
+
+    def names(self, key: Key, layer: int | None) -> tuple[str, tuple[str, ...]]:
+        """Return the name of the tensor that holds a part, and its names in the family's other layouts.
+
+        `layer` is the number to put into the names.
+        """
+        holder, _ = self.home[key]
+        own = self.name_of(layer, holder.rest)
+        if holder.name not in self._members:
+            return own, ()
+        _, member = self._members[holder.name]
+        others: list[str] = []
+        family = self.anatomy.family
+        assert family is not None
+        if member.along is not None:
+            others = [along.path for along in family.along if along.role == member.role]
+        else:
+            _, expert, role, suffix = key.path.split(".", 3)
+            for part in (part for layout in family.layouts for part in layout.parts):
+                if role.partition("~")[0] in part.role or part.role in role:
+                    per_expert = "#" in part.path
+                    others.append(part.path.replace("#", expert) + _suffix(suffix, per_expert))
+        return own, tuple(name for rest in dict.fromkeys(others) if (name := self.name_of(layer, rest)) != own)
+
+    def _holder(self, name: str) -> Holder:
+        rest = self._rest.get(name)
+        layer = None if rest is None else self.anatomy.layer[name]
+        rest = name if rest is None else rest
+        shape = self.plan.tensors[name].shape
+        if layer is None or name not in self._members:
+            return Holder(name, layer, rest, shape, (rest,))
+        block, member = self._members[name]
+        if member.along is not None:
+            alone = len(block.named(member.role)) == 1
+            return Holder(name, layer, rest, shape, (f"router.{member.role}" if alone else rest,))
+        assert member.part is not None
+        paths, split = _experts(shape, block, member, member.part)
+        return Holder(name, layer, rest, shape, paths, split)
+
+
+def _experts(
+    shape: tuple[int, ...], block: MoeBlock, member: Member, part: Part
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Return the parts in a tensor of expert weights, and the shape of each where there are several.
+
+    Gate and up are parts of their own where each is contiguous. Forms that are not made alike get names of their own.
+    """
+    stem = member.stem
+    suffix = "bias" if stem.bias else stem.suffix.removeprefix(".") if stem.companion else "weight"
+    columns = part.order == "io" and not stem.bias
+    role = part.role + ("~io" if columns else "") + ("~interleaved" if part.interleaved else "")
+    if member.expert is not None:
+        return (f"experts.{member.expert}.{role}.{suffix}",), None
+    own = (shape[0] // block.experts, *shape[1:]) if part.rows else shape[1:]
+    experts = range(block.experts)
+    if role == "gate_up" and stem.companion is None and own[0] % 2 == 0:
+        halves = tuple(f"experts.{e}.{half}.{suffix}" for e in experts for half in ("gate", "up"))
+        return halves, (own[0] // 2, *own[1:])
+    return tuple(f"experts.{e}.{role}.{suffix}" for e in experts), own or (1,)
+
+
+def _suffix(suffix: str, per_expert: bool) -> str:
+    """Return what follows the base of a name: hub tensors are `….weight`, fused parameters have no such ending."""
+    if per_expert:
+        return f".{suffix}"
+    return "" if suffix == "weight" else f"_{suffix}"
