@@ -7,6 +7,7 @@ where that is floating point of enough precision, and exact for powers of two wh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -122,6 +123,16 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
                 if isinstance(place.get(key), Mapping):
                     return place[key]  # type: ignore[no-any-return]
     return {}
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the config without quantisation settings, wherever it nests them."""
+    gone = ("quantization_config", "compression_config")
+    return {
+        key: without_quantisation(value) if isinstance(value, Mapping) else copy.deepcopy(value)
+        for key, value in config.items()
+        if key not in gone
+    }
 
 
 def method(config: Mapping[str, Any]) -> str | None:

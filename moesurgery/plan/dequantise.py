@@ -162,6 +162,8 @@ def _values(weight: _Weight) -> Expr:
         return _scaled(weight, float_values, expr.shape, scale)
     if expr.dtype == "I32" and weight.suffix == ".weight_packed":
         bits = packed_bits(weight.config)
+        if 32 % bits:
+            raise weight.refused()
         return _scaled(weight, packed_values, _wider(expr, 32 // bits), scale, parameters=(("bits", bits),))
     if expr.dtype not in ("U8", "I8") or (weight.suffix == "" and over is not None):
         raise weight.refused()

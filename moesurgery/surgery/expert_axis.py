@@ -87,10 +87,13 @@ def _up_to_the_expert(path: str) -> list[str]:
     return [*pieces[:-1], ""] if len(pieces) > 1 else pieces
 
 
-def refuse_strays(block: MoeBlock, tensors: Mapping[str, Expr]) -> None:
-    """Raise RefusedError for a tensor that has to follow the experts and is not known to the family table."""
+def refuse_strays(block: MoeBlock, tensors: Mapping[str, Expr], *, renumbered: bool = True) -> None:
+    """Raise RefusedError for a tensor that has to follow the experts and is not known to the family table.
+
+    Where experts get other numbers (`renumbered`), also for a table that holds their numbers.
+    """
     known = {member.name for member in block.members}
-    if table := next((m for m in block.members if m.along and m.along.role == "expert_table"), None):
+    if renumbered and (table := next((m for m in block.members if m.along and m.along.role == "expert_table"), None)):
         raise RefusedError(f"{table.name} assigns experts to tokens by number: it cannot follow other experts")
     paths = [part.path for part in block.layout.parts] if block.layout else []
     heads = sorted({"[0-9]+".join(map(re.escape, _up_to_the_expert(path))) for path in paths})

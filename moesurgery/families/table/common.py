@@ -33,4 +33,5 @@ QWEN_LAYERS = ("mlp_layer_types", "mlp_only_layers", "decoder_sparse_step")
 DEEPSEEK_LAYERS = ("mlp_layer_types", "moe_layer_freq", "first_k_dense_replace")
 
 PRODUCT_KEYS = "its router scores pairs of keys, so single experts cannot be taken out or put in"
+OTHER_NAMES = "beside the fused experts all other tensors have other names too"
 TWO_STACKS = "it is an encoder and a decoder, each with layers of its own"

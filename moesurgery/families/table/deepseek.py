@@ -7,6 +7,7 @@ from moesurgery.families.table.common import (
     DEEPSEEK_LAYERS,
     GATE,
     GATE_AND_BIAS,
+    OTHER_NAMES,
     SHARED_EXPERTS,
     W123,
     norm_topk,
@@ -79,6 +80,7 @@ DEEPSEEK: tuple[Family, ...] = (
         routing=_V2_ROUTING,
         experts_key="n_routed_experts",
         sparse=DEEPSEEK_LAYERS,
+        refuses={"convert": OTHER_NAMES},
     ),
     _like_v3("deepseek_v3", "kimi_k2", knob=2.5),
     Family(
@@ -215,5 +217,6 @@ DEEPSEEK: tuple[Family, ...] = (
         norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
         buffers=("lerope.alpha", "rotary_emb.alpha"),
         sparse=DEEPSEEK_LAYERS,
+        refuses={"convert": OTHER_NAMES},
     ),
 )

@@ -125,6 +125,7 @@ OWN: tuple[Family, ...] = (
         experts_key="moe_num_experts",
         sparse=("mlp_layer_types", "moe_layer_start_index"),
         refuses={
+            "convert": ERNIE_SETS,
             "drop-experts": ERNIE_SETS,
             "merge-experts": ERNIE_SETS,
             "to-dense": ERNIE_SETS,
@@ -164,6 +165,7 @@ OWN: tuple[Family, ...] = (
         top_k_key="moe_topk",
         experts_key="n_routed_experts",
         note="identity experts have router rows and no weights; routed_scaling_factor scales those too",
+        refuses={"convert": "transformers 5 pads the fused weights for its identity experts"},
     ),
     Family(
         "zaya",

@@ -119,8 +119,8 @@ SIGMOID: tuple[Family, ...] = (
         ("nemotron_h", "nemo_speechlm"),
         layouts=(
             per_expert("mixer.experts.#", gate=None),
-            stacked(None, "mixer.experts.gate_and_up_projs", "mixer.experts.down_projs", order="io"),
             stacked(None, "mixer.experts.up_proj", "mixer.experts.down_proj"),
+            stacked(None, "mixer.experts.gate_and_up_projs", "mixer.experts.down_projs", order="io"),
         ),
         along=(*routers("mixer.gate"), *correction("mixer.gate.e_score_correction_bias")),
         shared=("mixer.shared_experts", "mixer.fc1_latent_proj", "mixer.fc2_latent_proj"),

@@ -1,0 +1,159 @@
+"""The same model in another form: layout of the experts, dtype, plain weights for quantised ones, shards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, PLAIN_FLOATS
+from moesurgery.errors import RefusedError
+from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.family import Layout
+from moesurgery.families.quantised import method, without_quantisation
+from moesurgery.plan.dequantise import dequantised
+from moesurgery.plan.expr import cast
+from moesurgery.plan.plan import Plan, Step
+from moesurgery.surgery.expert_axis import Entries
+from moesurgery.surgery.layouts import moved_name, relaid
+from moesurgery.surgery.operation import operation
+from moesurgery.surgery.parameters import Param
+
+Kind = Literal["per-expert", "fused"]
+Dtype = Literal["bf16", "f16", "f32", "bfloat16", "float16", "float32"]
+_NAME = "convert"
+_DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", **BY_CONFIG_NAME}
+
+
+@operation(_NAME)
+def convert(
+    plan: Plan,
+    *,
+    layout: Annotated[
+        Kind | None, Param("store the experts one by one, or all of a layer in one tensor, as transformers 5 does")
+    ] = None,
+    dtype: Annotated[Dtype | None, Param("cast plain weights; selection biases of routers keep theirs")] = None,
+    dequantize: Annotated[bool, Param("write quantised weights as plain ones, in --dtype or the config's")] = False,
+) -> Plan:
+    """Write the same model in another form: layout of the experts, dtype, plain weights, shards.
+
+    Layouts and shards move bytes and compute nothing, so there and back gives the same tensors. With none of the
+    options the model is copied, as with --max-shard-size alone, which works for every checkpoint.
+    """
+    parameters = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None}
+    done: list[str] = []
+    notes: list[str] = []
+    changed = plan
+    if dequantize:
+        changed, what = _dequantised(changed, _DTYPES[dtype] if dtype else None)
+        done.append(what)
+    if dtype is not None:
+        changed, what = _cast(changed, _DTYPES[dtype])
+        done.append(what)
+        if left := sorted({expr.dtype for expr in changed.tensors.values()} - {_DTYPES[dtype]}):
+            notes.append(f"{', '.join(left)} stays for what is no plain weight, and for selection biases of routers")
+    if layout is not None:
+        changed, what = _relaid(changed, layout)
+        done.append(what)
+    step = Step(
+        _NAME,
+        {key: value for key, value in parameters.items() if value is not None},
+        "; ".join(done) or "copied as it is",
+        report={"done": done},
+        notes=tuple(notes),
+    )
+    return plan.edited(step, tensors=changed.tensors, home=changed.home, config=changed.config)
+
+
+def _dequantised(plan: Plan, dtype: str | None) -> tuple[Plan, str]:
+    """Return the plan with plain weights: of `dtype`, else of the one that the config names, else bf16."""
+    stated = plan.anatomy.settings.first(("dtype", "torch_dtype"))
+    target = dtype or BY_CONFIG_NAME.get(str(stated), "BF16")
+    tensors, renamed = dequantised(plan, target)
+    if tensors.keys() == plan.tensors.keys():
+        raise RefusedError(f"{_NAME}: no weight is quantised", "leave --dequantize out")
+    home = {renamed.get(name, name): file for name, file in plan.home.items()}
+    form = method(plan.config)
+    what = (
+        f"{sum(tensors[n] is not plan.tensors.get(n) for n in tensors)} weights from {form or 'quantised'} to {target}"
+    )
+    config = without_quantisation(plan.config)
+    return plan.edited(Step(_NAME, {}, what), tensors=tensors, home={n: home[n] for n in tensors}, config=config), what
+
+
+def _cast(plan: Plan, dtype: str) -> tuple[Plan, str]:
+    """Return the plan with its plain weights in `dtype`, and the config saying so."""
+    kept = _kept(plan.anatomy)
+    tensors = {
+        name: expr if name in kept or expr.dtype not in PLAIN_FLOATS else cast(expr, dtype)
+        for name, expr in plan.tensors.items()
+    }
+    count = sum(tensors[name] is not expr for name, expr in plan.tensors.items())
+    config = _with_dtype(plan.config, CONFIG_NAMES[dtype])
+    what = f"{count} tensors cast to {dtype}"
+    return plan.edited(Step(_NAME, {}, what), tensors=tensors, config=config), what
+
+
+def _kept(anatomy: Anatomy) -> set[str]:
+    """Return the tensors that no cast touches: what is no parameter (scales, buffers), and selection biases.
+
+    Those decide by small differences, and are float32 in bf16 models for that reason.
+    """
+    kept = {name for name, count in anatomy.parameters.items() if count == 0}
+    return kept | {m.name for block in anatomy.blocks for m in block.members if m.role == "correction_bias"}
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the config with `dtype` wherever it names one."""
+    found = copy.deepcopy(dict(config))
+    places: list[Any] = [found]
+    while places:
+        place = places.pop()
+        for key, value in place.items():
+            if isinstance(value, dict):
+                places.append(value)
+            elif key in ("dtype", "torch_dtype") and value is not None:
+                place[key] = dtype
+    return found
+
+
+def _relaid(plan: Plan, kind: Kind) -> tuple[Plan, str]:
+    """Return the plan with its experts in the first layout of a kind that the family has."""
+    anatomy = plan.anatomy
+    family = anatomy.require_family(_NAME)
+    entries: Entries = {}
+    targets: dict[str, tuple[Layout, Layout]] = {}  # by the path of the layer
+    for block in anatomy.blocks:
+        assert block.layout is not None
+        layouts = block.of.layouts if block.of else family.layouts
+        target = next((found for found in layouts if found.kind == kind), None)
+        if target is None:
+            raise RefusedError(f"{_NAME}: {family.name} stores its experts {layouts[0].kind} only")
+        if block.layout.kind == kind:
+            continue
+        entries.update(relaid(block, plan.tensors, target, _NAME))
+        targets[block.layer_path] = (block.layout, target)
+    entries.update(_moved(anatomy, plan, entries, targets))
+    tensors, home = plan.substituted(entries)
+    what = f"experts {kind} in {len(targets)} of {len(anatomy.blocks)} layers"
+    if not targets:
+        what = f"experts are {kind} already"
+    return plan.edited(Step(_NAME, {}, what), tensors=tensors, home=home), what
+
+
+def _moved(
+    anatomy: Anatomy,
+    plan: Plan,
+    entries: Entries,
+    targets: Mapping[str, tuple[Layout, Layout]],
+) -> Entries:
+    """Return the new names of the other tensors of the layers that change their layout."""
+    found: Entries = {}
+    layers: dict[int, list[str]] = {}
+    for block in anatomy.blocks:
+        layers.setdefault(block.layer, []).append(block.layer_path)
+    for name, expr in plan.tensors.items():
+        for path in layers.get(anatomy.layer.get(name, -1), ()) if name not in entries else ():
+            if name.startswith(path + ".") and path in targets:
+                found[name] = [(f"{path}.{moved_name(name[len(path) + 1 :], *targets[path])}", expr)]
+    return found
