@@ -6,11 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import Split
 
 from tests.tiny import build
 
@@ -81,15 +76,3 @@ def save_dense(path: Path, model_type: str, **changes: Any) -> torch.nn.Module:
     model = build(model_type, **{**COMMON, **changes})
     model.save_pretrained(path, max_shard_size="20KB")
     return model
-
-
-LETTERS = ["<s>", "<unk>", *list(" abcdefghijklmnopqrstuvwxyz0123456789.,:;+-=()?'")]
-
-
-def save_tokenizer(path: Path) -> None:
-    """Save a tokenizer with a token for every letter beside a model of 64 tokens."""
-    tokenizer = Tokenizer(WordLevel({letter: i + 1 for i, letter in enumerate(LETTERS)}, unk_token="<unk>"))
-    tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
-    fast.save_pretrained(path)

@@ -260,8 +260,8 @@ DENSE = {"intermediate_size": 64, "sliding_window": None}
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_recipe_runs(path: Path, models: Any, ok: Cli, tmp_path: Path) -> None:
-    from tests.dense import save_tokenizer
     from tests.tiny import load, logits
+    from tests.tokenizer import save_tokenizer
 
     upcycles = path.stem.startswith("upcycle")
     model = models(RUNS[path.stem], **DENSE) if upcycles else models(RUNS[path.stem])

@@ -448,7 +448,7 @@ class _Upcycled:
         copies = routed_tensors(prefix, groups, self.design, self.pair.target.family.layouts[0], changes)
         new = shared_tensors(prefix, shared, self.design, self.moe, given["seed"])
         name = prefix + self.pair.target.router.path
-        new[name] = cast(self._router(name, ffn.hidden, rows), ffn.gate.dtype)
+        new[name] = cast(self._router(name, ffn.hidden, rows), DTYPES.get(given["dtype"], ffn.gate.dtype))
         return copies, new
 
     def _router(self, name: str, hidden: int, rows: torch.Tensor | None) -> Expr:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,8 +119,14 @@ def _from_embeddings(dense: DenseModel, batch: Batch, experts: int, top_k: int) 
 
     embedded = embeddings(dense.plan, batch.tokens.ids)
     mask = batch.mask
-    sums = (embedded * mask.unsqueeze(-1)).sum(dim=1)
-    rows = _rows(batch, sums, experts, lambda of_prompts: unit(of_prompts.sum(dim=0)))
+
+    def summed(prompts: list[int]) -> torch.Tensor:
+        # Padded no further than these prompts need: so float32 sums are mergekit's to the bit.
+        longest = int(mask[prompts].sum(dim=1).max())
+        real = embedded[prompts, :longest] * mask[prompts, :longest].unsqueeze(-1)
+        return unit(real.sum(dim=1).sum(dim=0))
+
+    rows = _rows(batch, experts, summed)
     layers = len(dense.layers)
     flat = embedded[mask]
     flat = flat / flat.pow(2).mean(dim=-1, keepdim=True).clamp(min=1e-12).sqrt()
@@ -140,24 +147,26 @@ def _from_states(dense: DenseModel, batch: Batch, experts: int, top_k: int, *, a
             of_prompt = (state * mask.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(-1)
         else:
             of_prompt = state[torch.arange(len(state)), lengths - 1]
-        rows.append(_rows(batch, of_prompt, experts, lambda of_prompts: of_prompts.mean(dim=0)))
+        rows.append(_rows(batch, experts, partial(_mean, of_prompt)))
         loads.append(_load(rows[-1], state[mask], top_k))
     return Rows(torch.stack(rows), loads, "all tokens of the prompts")
 
 
-def _rows(
-    batch: Batch, of_prompt: torch.Tensor, experts: int, together: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def _rows(batch: Batch, experts: int, together: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
     """Return the unit rows [experts, H]: each what an expert's prompts come to, less what its negative ones do."""
     import torch
 
     found = []
     for expert in range(experts):
-        row = together(of_prompt[batch.of(expert, True)])
+        row = together(batch.of(expert, True))
         if against := batch.of(expert, False):
-            row = row - together(of_prompt[against])
+            row = row - together(against)
         found.append(unit(row))
     return torch.stack(found)
+
+
+def _mean(of_prompt: torch.Tensor, prompts: list[int]) -> torch.Tensor:
+    return of_prompt[prompts].mean(dim=0)
 
 
 def unit(row: torch.Tensor) -> torch.Tensor:
