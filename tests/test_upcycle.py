@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError
+from moesurgery.plan.expr import scale
 from moesurgery.surgery.upcycling.design import Design
+from moesurgery.surgery.upcycling.mixture import Mixture
 from moesurgery.write.job import WriteOptions
 from tests.conftest import Result
 from tests.dense import DELTA, LATENT, LLAMA3, LONG_PROMPT, NARROW, save_dense
@@ -313,15 +315,54 @@ def test_the_proof_fails_where_the_rewrite_is_wrong(llama: Path, monkeypatch: py
 def test_the_proof_sees_what_a_short_prompt_would_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, changes: dict[str, Any], lost: dict[str, Any]
 ) -> None:
-    from moesurgery.surgery import upcycle as module
-
     save_dense(tmp_path / "model", source, **changes)
     plan = plan_of(open_checkpoint(tmp_path / "model"))
     apply(plan, "upcycle", experts=4)
-    whole = module._Upcycled._config
-    monkeypatch.setattr(module._Upcycled, "_config", lambda self: {**whole(self), **lost})
+    whole = Mixture.config
+    monkeypatch.setattr(Mixture, "config", lambda self: {**whole(self), **lost})
     with pytest.raises(RefusedError, match="the proof failed"):
         apply(plan, "upcycle", experts=4)
+
+
+# What is measured on the real models
+
+
+def test_verify_compares_the_real_logits(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(open_checkpoint(llama))
+    made = apply(plan, "upcycle", experts=4, granularity=2, verify=True, proof=False)
+    verified = made.steps[0].report["verified"]
+    assert verified["tokens"] == 64  # as many as the model allows
+    assert verified["max_logit_difference"] <= 1e-5
+    whole = Mixture.tensors
+
+    def damaged(self: Mixture, rows: Any) -> Any:
+        tensors, home = whole(self, rows)
+        name = EXPERT.format(1, 0, "w1")
+        return {**tensors, name: scale(tensors[name], 1.5)}, home
+
+    monkeypatch.setattr(Mixture, "tensors", damaged)
+    with pytest.raises(RefusedError, match="the mixture's logits differ from the dense model's"):
+        apply(plan, "upcycle", experts=4, granularity=2, verify=True, proof=False)
+
+
+def test_damage_on_text_is_what_transformers_measures(llama: Path, tmp_path: Path, ok: Cli) -> None:
+    ids = torch.randint(3, 60, (4, 64), generator=torch.Generator().manual_seed(1))
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"input_ids": row}) for row in ids.tolist()))
+    out = tmp_path / "out"
+    parameters = ("--experts", 4, "--reinit", 0.5, "--no-proof", "--text", text, "--verify")
+    report = ok("upcycle", llama, *parameters, "-o", out, "--json").json["steps"][0]["report"]
+
+    def nats(path: Path) -> float:
+        scores = logits(load(path), ids)[:, :-1].flatten(0, 1)
+        return float(torch.nn.functional.cross_entropy(scores, ids[:, 1:].flatten()))
+
+    assert report["measured"]["nats_before"] == pytest.approx(nats(llama), abs=1e-5)
+    assert report["measured"]["nats_after"] == pytest.approx(nats(out), abs=1e-5)
+    assert report["measured"]["divergence"] > 0
+    largest = float((logits(load(out), ids[:1]) - logits(load(llama), ids[:1])).abs().max())
+    assert report["verified"]["max_logit_difference"] == pytest.approx(largest, abs=1e-4)
+    assert str(text) not in (out / "moesurgery.json").read_text()
 
 
 # The command line

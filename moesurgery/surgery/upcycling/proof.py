@@ -37,6 +37,8 @@ _LEFT_OUT = {
     "noise": 0.0,
     "dtype": None,
     "router_std": None,
+    "verify": False,
+    "text": None,
 }
 
 

@@ -7,7 +7,8 @@ With one source or none this is sparse upcycling; with several it is branch-trai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
@@ -149,25 +150,22 @@ def different_traits(base: DenseModel, models: Sequence[DenseModel]) -> list[str
     return found
 
 
-def same_prompts(sources: Sequence[Source]) -> bool:
-    """Whether all sources have the same prompts, so that prompts cannot tell them apart."""
-    return len({source.prompts for source in sources}) == 1
-
-
-def with_dense(source: Source, **changes: Any) -> Source:
-    return replace(source, **changes)
-
-
-def parameters_without_paths(parameters: Mapping[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
-    """Return the step's parameters as provenance may show them: models by identity, never by local path."""
+def parameters_without_paths(
+    parameters: Mapping[str, Any], sources: Sequence[Source], shared: Source | None
+) -> dict[str, Any]:
+    """Return the step's parameters as provenance may show them: models by identity, files by name, never by path."""
     found = dict(parameters)
-    entries = parameters.get("sources")
-    if entries:
-        shown: list[Any] = []
-        for entry, source in zip(entries, sources, strict=True):
-            if isinstance(entry, str):
-                shown.append(source.dense.name)
-            else:
-                shown.append({**entry, **({"model": source.dense.name} if "model" in entry else {})})
-        found["sources"] = shown
+
+    def shown(entry: str | ExpertSource, source: Source) -> Any:
+        if isinstance(entry, str):
+            return source.dense.name
+        return {**entry, "model": source.dense.name} if "model" in entry else entry
+
+    if entries := parameters.get("sources"):
+        found["sources"] = [shown(entry, source) for entry, source in zip(entries, sources, strict=True)]
+    if shared is not None:
+        found["shared_source"] = shown(parameters["shared_source"], shared)
+    if texts := parameters.get("text"):
+        found["text"] = [Path(text).name for text in texts]
+    found["router"] = Path(parameters["router"]).name
     return found
