@@ -35,11 +35,10 @@ def same_tensors(a: Path, b: Path) -> bool:
 # Layouts
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("model_type", ROWS)
-def test_layouts_there_and_back(models: Any, tmp_path: Path, model_type: str, fused: bool) -> None:
+def test_layouts_there_and_back(models: Any, tmp_path: Path, model_type: str) -> None:
     """The converted model has the same logits in transformers, and converted back it has the same bytes."""
-    path = models(model_type, fused=fused)
+    path = models(model_type)
     plan = plan_of(open_checkpoint(path))
     (kind,) = {block.layout.kind for block in plan.anatomy.blocks if block.layout}
     (family,) = by_model_type(model_type)
