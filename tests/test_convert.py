@@ -95,6 +95,23 @@ def test_quantised_experts_keep_their_layout(models: Any, tmp_path: Path) -> Non
     assert same_tensors(converted(apart, tmp_path / "fused", layout="fused"), both)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("experts.3.w2.weight", lambda t: t.half(), "do not fit together"),
+        ("experts.3.w2.weight", lambda t: t[:, :10], "do not fit together"),
+        ("experts.3.w1.extra", lambda t: t, "does not say what it is"),
+    ],
+)
+def test_experts_that_differ_are_refused(models: Any, tmp_path: Path, name: str, change: Any, message: str) -> None:
+    tensors = read_tensors(models("mixtral"))
+    whole = f"model.layers.1.block_sparse_moe.{name}"
+    tensors[whole] = change(tensors.get(whole, torch.ones(2)))
+    rewrite(models("mixtral"), tmp_path / "m", tensors, {})
+    with pytest.raises(RefusedError, match=message):
+        apply(plan_of(open_checkpoint(tmp_path / "m")), "convert", layout="fused")
+
+
 # Dtypes
 
 
