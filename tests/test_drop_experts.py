@@ -18,7 +18,7 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.plan.expr import Copy
 from tests.conftest import Result
-from tests.families import ROWS
+from tests.families import ROWS, TINY
 from tests.quantise import make_fp8, make_mxfp4, mxfp4_value, rewrite
 from tests.test_write import digest
 from tests.tiny import load, logits, read_config, read_tensors, same_bits
@@ -85,8 +85,7 @@ def masked_logits(path: Path, experts: Mapping[int, list[int]]) -> torch.Tensor:
 # What the model then computes
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize(("model_type", "fused"), [*((t, False) for t in ROWS), *((t, True) for t in TINY)])
 def test_dropping_is_masking(models: Any, tmp_path: Path, model_type: str, fused: bool) -> None:
     """For every family of the table: it drops right, or it refuses by name."""
     path = models(model_type, fused=fused)

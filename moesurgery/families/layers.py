@@ -81,6 +81,7 @@ _RULES: Mapping[str, Callable[[Settings, str, int], set[int]]] = {
     "num_sparse_encoder_layers": _stacks,
     "moe_layer_freq": _frequency,
     "moe_layer_frequency": _interleaved,
+    "moe_layer_interval": _interleaved,
     "first_k_dense_replace": _after_dense,
     "num_dense_layers": _after_dense,
     "dense_mlp_idx": _after_dense,

@@ -125,6 +125,9 @@ class Expr:
             yield from part.stored()
 
 
+_F16_END = 65520.0  # what rounds to infinity from here
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     """Return torch's name for a safetensors dtype. Raises ValueError for types torch cannot hold."""
     import torch
@@ -411,7 +414,7 @@ class Exponent(_Unary):
 
 @dataclass(frozen=True)
 class Cast(_Unary):
-    """`of` rounded to another floating dtype."""
+    """`of` rounded to another floating dtype. Raises RefusedError for finite numbers that F16 cannot hold."""
 
     to: str
 
@@ -420,14 +423,28 @@ class Cast(_Unary):
         return self.to
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
-        return self.of.evaluate(start, stop, reader).to(torch_dtype(self.to))
+        wide = self.of.evaluate(start, stop, reader)
+        if self.to == "F16" and bool((wide.isfinite() & (wide.abs() >= _F16_END)).any()):
+            raise self._too_large()
+        return wide.to(torch_dtype(self.to))
 
     @property
     def light(self) -> bool:
         return self.of.light
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
-        return rounded(self.of.array(start, stop, reader), self.to)
+        import numpy as np
+
+        wide = self.of.array(start, stop, reader)
+        if self.to == "F16" and bool((np.isfinite(wide) & (abs(wide) >= _F16_END)).any()):
+            raise self._too_large()
+        return rounded(wide, self.to)
+
+    def _too_large(self) -> Exception:
+        from moesurgery.errors import RefusedError
+
+        name = next((stored.info.name for stored in self.stored()), "a tensor")
+        return RefusedError(f"{name} holds numbers that float16 cannot: beyond 65504", "use bfloat16 or float32")
 
 
 def cast(of: Expr, dtype: str) -> Expr:

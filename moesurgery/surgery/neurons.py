@@ -15,18 +15,30 @@ from moesurgery.plan.tensors import columns, join_columns, transpose
 
 def expert_tensors(block: MoeBlock, tensors: Mapping[str, Expr], expert: int) -> list[tuple[Member, Expr]]:
     """Return the tensors of one expert, without the expert axis where there is one."""
-    found = []
+    return [
+        (member, _of_expert(block, member, tensors[member.name], expert))
+        for member in block.members
+        if member.part is not None and member.expert in (None, expert)
+    ]
+
+
+def tensors_by_expert(block: MoeBlock, tensors: Mapping[str, Expr]) -> list[list[tuple[Member, Expr]]]:
+    """Return what `expert_tensors` gives for every expert, in one pass: a block may have thousands of tensors."""
+    found: list[list[tuple[Member, Expr]]] = [[] for _ in range(block.experts)]
     for member in block.members:
-        if member.part is None or member.expert not in (None, expert):
-            continue
-        expr = tensors[member.name]
-        if member.part.rows:
-            rows = expr.shape[0] // block.experts
-            expr = Rows(expr, expert * rows, (expert + 1) * rows)
-        elif member.expert is None:
-            expr = reshape(Rows(expr, expert, expert + 1), expr.shape[1:])
-        found.append((member, expr))
+        if member.part is not None:
+            for expert in range(block.experts) if member.expert is None else (member.expert,):
+                found[expert].append((member, _of_expert(block, member, tensors[member.name], expert)))
     return found
+
+
+def _of_expert(block: MoeBlock, member: Member, expr: Expr, expert: int) -> Expr:
+    """Return the part of a tensor that is one expert's."""
+    assert member.part is not None
+    if member.part.rows:
+        rows = expr.shape[0] // block.experts
+        return Rows(expr, expert * rows, (expert + 1) * rows)
+    return expr if member.expert is not None else reshape(Rows(expr, expert, expert + 1), expr.shape[1:])
 
 
 def _neurons_last(member: Member) -> bool:
