@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moesurgery.families.anatomy import Member, MoeBlock
-from moesurgery.plan.expr import Expr, Rows, concat, reshape
+from moesurgery.plan.expr import Expr, Rows, concat, reshape, stack
 from moesurgery.plan.tensors import columns, join_columns, transpose
 
 
@@ -27,6 +27,14 @@ def expert_tensors(block: MoeBlock, tensors: Mapping[str, Expr], expert: int) ->
             expr = reshape(Rows(expr, expert, expert + 1), expr.shape[1:])
         found.append((member, expr))
     return found
+
+
+def restacked(member: Member, experts: list[Expr]) -> Expr:
+    """Return a stacked tensor of its experts, each without the expert axis."""
+    joined = stack(experts)
+    if member.part is not None and member.part.rows:
+        return reshape(joined, (joined.shape[0] * joined.shape[1], *joined.shape[2:]))
+    return joined
 
 
 def _neurons_last(member: Member) -> bool:
