@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moesurgery.families.anatomy import Member, MoeBlock
-from moesurgery.plan.expr import Expr, Rows, concat, reshape
+from moesurgery.plan.expr import Expr, Rows, concat, reshape, stack
 from moesurgery.plan.tensors import columns, join_columns, transpose
 
 
@@ -39,6 +39,14 @@ def _of_expert(block: MoeBlock, member: Member, expr: Expr, expert: int) -> Expr
         rows = expr.shape[0] // block.experts
         return Rows(expr, expert * rows, (expert + 1) * rows)
     return expr if member.expert is not None else reshape(Rows(expr, expert, expert + 1), expr.shape[1:])
+
+
+def restacked(member: Member, experts: list[Expr]) -> Expr:
+    """Return a stacked tensor of its experts, each without the expert axis."""
+    joined = stack(experts)
+    if member.part is not None and member.part.rows:
+        return reshape(joined, (joined.shape[0] * joined.shape[1], *joined.shape[2:]))
+    return joined
 
 
 def _neurons_last(member: Member) -> bool:
