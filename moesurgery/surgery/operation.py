@@ -25,7 +25,16 @@ from moesurgery.plan.plan import Plan
 from moesurgery.surgery.parameters import Misfit, Parameter, check, parameters_of
 
 # The modules of this package that define operations, in the order in which `--help` shows them.
-_BUILT_IN = ("rescale", "drop_experts", "merge_experts", "upcycle", "to_dense", "convert", "refit")
+_BUILT_IN = (
+    "rescale",
+    "drop_experts",
+    "merge_experts",
+    "add_expert",
+    "upcycle",
+    "to_dense",
+    "convert",
+    "refit",
+)
 
 
 @dataclass(frozen=True)
