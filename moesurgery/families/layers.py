@@ -110,7 +110,11 @@ def moe_layers(settings: Settings) -> set[int] | None:
 def layers_note(settings: Settings, found: set[int]) -> str | None:
     """Return where config and tensors differ, None where they agree or nothing can be said."""
     stated = moe_layers(settings)
-    if stated is None or not found or stated == found:
+    if stated is None or not found:
+        return None
+    if (tie_map := settings.tie_map) is not None:
+        found = {position for position, source in enumerate(tie_map) if source in found}
+    if stated == found:
         return None
     return f"config.json makes layers {ranges(stated)} MoE, the tensors {ranges(found)}: the tensors count"
 
