@@ -256,7 +256,7 @@ RUNS: dict[str, str] = {
     "upcycle-clown-car": "mistral",
     "tie-blocks": "mixtral",
     "repeat-blocks": "mixtral",
-    "drop-rescale-tie": "mixtral",
+    "drop-rescale-tie-cast": "mixtral",
 }
 DENSE = {"intermediate_size": 64, "sliding_window": None}
 
