@@ -124,3 +124,12 @@ def test_replacing_a_folder_that_holds_an_adapter(models: Models, tmp_path: Path
     (tmp_path / "out" / "adapter" / "notes.doc").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.doc"):
         write_plan(plan, tmp_path / "out", WriteOptions(force=True))
+
+
+@pytest.mark.parametrize(("operation", "parameters"), [("convert", {"dtype": "bf16"}), ("rescale", {"top_k": 1})])
+def test_weights_do_not_change_under_an_adapter(models: Models, operation: str, parameters: dict[str, Any]) -> None:
+    path = models("mixtral", num_hidden_layers=4)
+    plan = apply(plan_of(open_checkpoint(path)), "tie-blocks", relax=2)
+    with pytest.raises(RefusedError, match=r"adapter/adapter_model\.safetensors was planned for the weights before"):
+        apply(plan, operation, **parameters)
+    apply(apply(plan_of(open_checkpoint(path)), operation, **parameters), "tie-blocks", relax=2)

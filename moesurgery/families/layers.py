@@ -112,11 +112,16 @@ def layers_note(settings: Settings, found: set[int]) -> str | None:
     stated = moe_layers(settings)
     if stated is None or not found:
         return None
-    if (tie_map := settings.tie_map) is not None:
-        found = {position for position, source in enumerate(tie_map) if source in found}
+    found = positions(settings, found)
     if stated == found:
         return None
     return f"config.json makes layers {ranges(stated)} MoE, the tensors {ranges(found)}: the tensors count"
+
+
+def positions(settings: Settings, blocks: set[int]) -> set[int]:
+    """Return the layers that run one of `blocks`: these themselves, and in a tied model those that share them."""
+    tie_map = settings.tie_map
+    return blocks if tie_map is None else {i for i, source in enumerate(tie_map) if source in blocks}
 
 
 def ranges(numbers: Iterable[int]) -> str:

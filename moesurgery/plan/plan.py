@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.errors import CheckpointError
+from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy, recognise
 from moesurgery.plan.expr import Expr, Stored
 
@@ -86,7 +86,15 @@ class Plan:
         files: Mapping[str, bytes | None] | None = None,
         companions: Mapping[str, Mapping[str, Expr]] | None = None,
     ) -> Plan:
-        """Return the plan after `step`, with what it changed; `files` and `companions` are added to those there are."""
+        """Return the plan after `step`, with what it changed; `files` and `companions` are added to those there are.
+
+        Raises RefusedError where weights change for which a companion has been planned: it would not fit them.
+        """
+        if self.companions and tensors is not None and tensors != self.tensors:
+            raise RefusedError(
+                f"{step.operation}: {', '.join(self.companions)} was planned for the weights before this step",
+                f"put `- {step.operation}: …` before `- {self.steps[-1].operation}: …`",
+            )
         return replace(
             self,
             tensors=self.tensors if tensors is None else tensors,
