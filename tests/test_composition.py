@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 from tests.conftest import Result
-from tests.tiny import load, logits
+from tests.tiny import load, logits, read_tensors, same_bits
 
 Cli = Callable[..., Result]
 
@@ -72,3 +73,24 @@ def test_a_recipe_is_its_steps_one_by_one(models: Any, tmp_path: Path, ok: Cli, 
         ok("run", tmp_path / "step.yaml", "-o", path)
     assert weights(tmp_path / "once" / "out") == weights(path)
     assert bool(logits(load(path)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("dense", "changes", "to"),
+    [
+        ("llama", {"intermediate_size": 64}, "mixtral"),
+        ("qwen3", {"intermediate_size": 64, "head_dim": 8}, "qwen3_moe"),
+        ("mistral", {"intermediate_size": 64, "sliding_window": None}, "mixtral"),
+    ],
+)
+def test_upcycled_and_back_is_the_dense_model(
+    models: Any, tmp_path: Path, ok: Cli, dense: str, changes: dict[str, Any], to: str
+) -> None:
+    path = models(dense, **changes)
+    ok("upcycle", path, "--experts", 4, "--to", to, "-o", tmp_path / "moe")
+    ok("to-dense", tmp_path / "moe", "--expert", 0, "--to", dense, "-o", tmp_path / "dense")
+    back, before = read_tensors(tmp_path / "dense"), read_tensors(path)
+    assert back.keys() == before.keys()
+    assert all(same_bits(back[name], before[name]) for name in before)
+    config, stated = (transformers.AutoConfig.from_pretrained(p).to_dict() for p in (tmp_path / "dense", path))
+    assert {**config, "_name_or_path": None} == {**stated, "_name_or_path": None}
