@@ -372,9 +372,10 @@ def test_quantised_blocks_are_written_out_or_refused(models: Models, tmp_path: P
 def test_tied_twice_is_refused(models: Models, tmp_path: Path) -> None:
     out = tied(models("llama", intermediate_size=48), tmp_path / "tied")
     plan = plan_of(open_checkpoint(out))
-    with pytest.raises(RefusedError, match="tied already") as caught:
-        apply(plan, "tie-blocks")
-    assert "materialize" in str(caught.value.hint)
+    for parameters in ({}, {"materialize": True, "blocks": [0, 1]}, {"materialize": True, "relax": 2}):
+        with pytest.raises(RefusedError, match="tied already") as caught:
+            apply(plan, "tie-blocks", **parameters)
+        assert "materialize" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("broken", ["x", [], [0, 5], [0, 0, 1], [1, 1]])

@@ -74,7 +74,7 @@ def tie_blocks(
         raise RefusedError(f"{_NAME}: {anatomy.family.name}: {reason}")
     stack = stack_of(anatomy, plan.tensors, _NAME)
     if anatomy.settings.tie_map is not None:
-        if not materialize:
+        if not materialize or blocks is not None or init is not None or relax is not None:
             raise RefusedError(
                 f"{_NAME}: the blocks are tied already", f"write them out first: `- {_NAME}: {{materialize: true}}`"
             )
