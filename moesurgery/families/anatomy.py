@@ -21,6 +21,7 @@ from moesurgery.families.quantised import Stem, packed_bits, packed_weights, tak
 from moesurgery.families.settings import Settings
 from moesurgery.families.table import by_architecture, by_model_type
 
+TIED = "tied_"  # before the model_type of a model with tied blocks (`moesurgery tie-blocks`)
 _NUMBER = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")
 
 
@@ -172,7 +173,7 @@ def find_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     for place in (config, config.get("text_config"), config.get("llm_config"), config.get("thinker_config")):
         if not isinstance(place, Mapping):
             continue
-        found = by_model_type(str(place.get("model_type", "")))
+        found = by_model_type(str(place.get("model_type", "")).removeprefix(TIED))
         exact = tuple(f for f in found if architectures.intersection(f.architectures))
         if found:
             return exact or tuple(f for f in found if not f.architectures) or found

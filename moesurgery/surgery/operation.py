@@ -32,6 +32,7 @@ _BUILT_IN = (
     "add_expert",
     "upcycle",
     "to_dense",
+    "tie_blocks",
     "convert",
     "refit",
 )
