@@ -276,3 +276,4 @@ def test_every_shipped_recipe_runs(path: Path, models: Any, ok: Cli, tmp_path: P
     assert bool(logits(load(tmp_path / "out")).isfinite().all())
     record = json.loads((tmp_path / "out" / "moesurgery.json").read_text())
     assert record["recipe"]["steps"]
+    ok("validate", tmp_path / "out", "--level", "forward")

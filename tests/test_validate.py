@@ -12,11 +12,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from moesurgery import load_recipe
+from moesurgery.surgery.operation import operations
 from moesurgery.validate.codes import CODES
 from moesurgery.validate.validate import validate_checkpoint
 from tests.conftest import Result
 from tests.families import ROWS
 from tests.quantise import make_fp8, make_mxfp4
+from tests.test_recipes import SHIPPED
 from tests.tiny import TINY, read_tensors
 
 Cli = Callable[..., Result]
@@ -57,6 +60,12 @@ def test_an_edit_validates_against_its_model(demo: Path, tmp_path: Path, ok: Cli
     report = ok("validate", out, "--against", demo, "--json").json
     assert report["findings"] == []
     assert report["not_checked"] == []
+
+
+def test_every_operation_is_in_a_shipped_recipe() -> None:
+    """test_recipes.py validates what each of them writes, with a forward pass: so every operation's output is."""
+    steps = {step.operation for path in SHIPPED for step in load_recipe(path).steps}
+    assert steps == set(operations())
 
 
 def broken(demo: Path, folder: Path) -> Path:
