@@ -192,6 +192,10 @@ class Stored(Expr):
         where = self.info.start + start * size
         return decoded(reader.passing(self.source, self.info.file, where, (stop - start) * size), self.dtype)
 
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        size = BITS[self.dtype] // 8
+        return reader.passing(self.source, self.info.file, self.info.start + start * size, (stop - start) * size)
+
     def stored(self) -> Iterator[Stored]:
         yield self
 
@@ -243,6 +247,10 @@ class Rows(Expr):
         offset = self.start * self.row
         return self.of.array(offset + start, offset + stop, reader)
 
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        offset = self.start * self.row
+        return self.of.raw(offset + start, offset + stop, reader)
+
 
 @dataclass(frozen=True)
 class Joined(Expr):
@@ -282,6 +290,10 @@ class Joined(Expr):
 
         found = [part.array(first, last, reader) for part, first, last in self._within(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        # Joined at once: what a part gives is valid until the next call alone.
+        return memoryview(b"".join(bytes(p.raw(first, last, reader)) for p, first, last in self._within(start, stop)))
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
         """Yield the parts that elements `start:stop` are in, with the elements of each."""
