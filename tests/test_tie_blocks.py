@@ -355,6 +355,16 @@ def test_refusals(
         apply(plan_of(open_checkpoint(models(model_type, **changes))), "tie-blocks", **parameters)
 
 
+def test_attention_that_code_decides_by_number(models: Models, tmp_path: Path) -> None:
+    """Gemma 2 alternates without a word in config.json: repeated, its layers would be of another kind."""
+    path = models("gemma2", num_hidden_layers=4, intermediate_size=48, head_dim=8)
+    plan = apply(plan_of(open_checkpoint(path)), "tie-blocks", scheme="repeat")
+    assert plan.config["layer_types"] == [kind for kind in read_config(path)["layer_types"] for _ in range(2)]
+    rewrite(path, tmp_path / "silent", read_tensors(path), {"layer_types": None})
+    with pytest.raises(RefusedError, match="the code of gemma2 then goes by number"):
+        apply(plan_of(open_checkpoint(tmp_path / "silent")), "tie-blocks", scheme="repeat")
+
+
 def test_quantised_blocks_are_written_out_or_refused(models: Models, tmp_path: Path) -> None:
     make_fp8(models("deepseek_v3", num_hidden_layers=4), tmp_path / "fp8")
     plan = plan_of(open_checkpoint(tmp_path / "fp8"))

@@ -31,6 +31,7 @@ FIRST = ("first_k_dense_replace", "num_dense_layers")
 PERIODS = (
     *("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "moe_layer_interval"),
     *("sliding_window_pattern", "attn_layer_period", "expert_layer_period", "no_rope_layer_interval"),
+    "full_attention_interval",
 )
 # What a list of the same fact, if there is one, leaves without meaning.
 OVERRULED = {
@@ -40,6 +41,31 @@ OVERRULED = {
     "interleave_moe_layer_step": "moe_layers",
 }
 OFFSETS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
+# Model types of transformers 5.23 whose layers differ in attention by number where config.json has none of these.
+ATTENTION = frozenset(
+    (
+        *(
+            "layer_types",
+            "layers_block_type",
+            "attn_type_list",
+            "no_rope_layers",
+            "full_attn_idxs",
+            "attn_layer_period",
+        ),
+        *("attn_layer_indices", "hybrid_override_pattern", "sliding_window_list", "sliding_window_pattern"),
+        *("full_attention_interval", "no_rope_layer_interval"),
+    )
+)
+ALTERNATING = frozenset(
+    (
+        *("afmoe", "bailing_hybrid", "beam", "cohere2", "cohere2_moe", "cwm", "deepseek_v4", "dots3_note_text"),
+        *("exaone4", "exaone_moe", "flint", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm5_next_text"),
+        *("gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "inkling2_text", "inkling_text"),
+        *("kimi_linear", "kolibri1", "lfm3", "llama4_text", "mimo_v2_flash", "minimax", "mistral_large4_text"),
+        *("modernbert-decoder", "muse_glimmer_text", "muse_spark_text", "olmo3", "olmo_hybrid", "qwen3_5_moe_text"),
+        *("qwen3_5_text", "qwen3_next", "qwen4_exp_text", "smollm3", "vaultgemma", "zamba"),
+    )
+)
 # Lists that may be as long as the model is deep, by chance.
 NOT_BY_LAYER = frozenset(
     ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "layer_tie_map", "layer_tie_exclude")
@@ -86,6 +112,12 @@ def restacked(settings: Settings, sources: Sequence[int]) -> dict[str, Any]:
     """
     config: dict[str, Any] = copy.deepcopy(dict(settings.config))
     depth = settings.layers
+    by_code = ALTERNATING.intersection(str(part.get("model_type")) for part in settings.sections())
+    if by_code and ATTENTION.isdisjoint(trait(settings, 0)):
+        raise RefusedError(
+            f"config.json does not say what attention each layer has; the code of {min(by_code)} then goes by number",
+            "add layer_types to config.json",
+        )
     for path in dict.fromkeys((*settings.family.nested, ())):
         part = section(config, path)
         if not isinstance(part, MutableMapping) or not any(part.get(key) is not None for key in LAYERS_KEYS):
