@@ -89,7 +89,10 @@ def family_table() -> str:
         "| " + " | ".join((*HEADER, "model_type")) + " |",
         "|" + " --- |" * (len(HEADER) + 1),
     ]
-    lines += ["| " + " | ".join((*row.row, ", ".join(row.family.model_types))) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join((*row.row, ", ".join(row.family.model_types or row.family.architectures))) + " |"
+        for row in rows
+    ]
     lines += ["", "## What is refused, and why", ""]
     lines += [f"* {row.family.name}: `{name}`: {why}" for row in rows for name, why in row.refusals.items()]
     lines += ["", "## Notes", ""]

@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.tied import install as _register_tied_models
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -74,3 +76,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moesurgery' has no attribute {name!r}")
+
+
+_register_tied_models()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moesurgery.families.table import by_model_type
+
 BASE: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -603,3 +605,6 @@ CLASSES: dict[str, str] = {
     "mistral4": "Mistral4ForCausalLM",
     "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
 }
+
+# (model type, fused): every row in the layout that transformers saves, and in its own where that is another.
+LAYOUTS = [(t, fused) for t in ROWS for fused in (False, True) if not fused or len(by_model_type(t)[0].layouts) > 1]

@@ -13,7 +13,7 @@ import torch
 from moesurgery.plan.arrays import decoded, encoded, rounded
 from moesurgery.plan.expr import Rows, cast, reshape, scale, stack
 from moesurgery.plan.reader import FileReader
-from moesurgery.plan.tensors import transpose
+from moesurgery.plan.tensors import Filled, Normal, Uniform, Values, columns, transpose
 from tests.test_expr import stored
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -64,6 +64,10 @@ def test_arrays_of_expressions_are_their_values(tmp_path: Path) -> None:
         "cast": cast(t["b"], "BF16"),
         "turned": transpose(t["a"]),
         "seen": reshape(t["a"], (24,)),
+        "filled": Filled(0.3, "BF16", (6, 4)),
+        "normal": Normal(0.02, 7, "BF16", (6, 4)),
+        "uniform": Uniform(0.5, 7, "F32", (6, 4)),
+        "values": Values(a.float().numpy().tobytes(), "F32", (6, 4)),
     }
     for name, expr in expressions.items():
         reader = FileReader()
@@ -75,6 +79,25 @@ def test_arrays_of_expressions_are_their_values(tmp_path: Path) -> None:
         if expr.light:
             assert np.array_equal(expr.array(3, 7, reader), found[3:7]), name
             assert bytes(expr.raw(0, expr.numel, reader)) == torch_bytes(expr.evaluate(0, expr.numel, reader))
+
+
+def test_selections_keep_every_bit_without_torch(tmp_path: Path) -> None:
+    patterns = torch.randint(-(2**15), 2**15, (6, 8), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    patterns[0] = torch.tensor([0x7F81, 0x7FFF, -1, -0x7F, 0x7FC1, 0x7F80, 0, -0x8000])  # NaNs with their own bits
+    a = patterns.view(torch.bfloat16)
+    t = stored(tmp_path, a=a)
+    reader = FileReader()
+    for expr, wanted in (
+        (columns(t["a"], 2, 5), a[:, 2:5]),
+        (columns(Rows(t["a"], 0, 4), 1, 8), a[:4, 1:8]),
+        (columns(stack([Rows(t["a"], 0, 1), Rows(t["a"], 3, 4)]), 0, 3), a[[0, 3], None, :3]),
+    ):
+        assert expr.light
+        assert bytes(expr.raw(0, expr.numel, reader)) == torch_bytes(wanted.contiguous())
+    part = columns(t["a"], 2, 5)
+    assert bytes(part.raw(3, 9, reader)) == torch_bytes(a[1:3, 2:5].contiguous())
+    finite = columns(Rows(t["a"], 1, 6), 2, 5)
+    assert np.array_equal(finite.array(0, 15, reader), a[1:6, 2:5].float().flatten().numpy(), equal_nan=True)
 
 
 def test_light_expressions_import_no_torch(tmp_path: Path) -> None:

@@ -16,12 +16,17 @@ from torch.nn.functional import cross_entropy
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.measure.collect import collect
+from moesurgery.measure.criteria import scores
+from moesurgery.measure.engine import Engine
+from moesurgery.measure.stats import Stats
+from moesurgery.measure.tokens import Tokens
 from moesurgery.plan.expr import Copy
 from tests.conftest import Result
-from tests.families import ROWS
+from tests.families import ROWS, TINY
 from tests.quantise import make_fp8, make_mxfp4, mxfp4_value, rewrite
 from tests.test_write import digest
-from tests.tiny import load, logits, read_config, read_tensors, same_bits
+from tests.tiny import PROMPT, load, logits, read_config, read_tensors, same_bits
 
 Cli = Callable[..., Result]
 DROPPED = [0, 3, 4, 7]  # two of each group where there are groups
@@ -85,8 +90,7 @@ def masked_logits(path: Path, experts: Mapping[int, list[int]]) -> torch.Tensor:
 # What the model then computes
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize(("model_type", "fused"), [*((t, False) for t in ROWS), *((t, True) for t in TINY)])
 def test_dropping_is_masking(models: Any, tmp_path: Path, model_type: str, fused: bool) -> None:
     """For every family of the table: it drops right, or it refuses by name."""
     path = models(model_type, fused=fused)
@@ -387,3 +391,66 @@ def test_the_command_and_its_printed_recipe(demo: Path, ok: Cli, tmp_path: Path)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     record = json.loads((tmp_path / "a" / "moesurgery.json").read_text())
     assert record["steps"][0]["report"]["experts"] == 7
+
+
+# By statistics
+
+
+def collected(model: Path) -> Stats:
+    return collect(Engine(plan_of(open_checkpoint(model))), Tokens(PROMPT))
+
+
+@pytest.mark.parametrize("by", ["frequency", "soft-frequency", "ean", "reap", "reap-sum", "gram", None])
+def test_the_lowest_by_statistics_go(models: Any, tmp_path: Path, by: str | None) -> None:
+    model = models("deepseek_v3")
+    stats = collected(model)
+    file = str(stats.save(tmp_path / "s"))
+    chosen = {} if by is None else {"by": by}
+    step = apply(
+        plan_of(open_checkpoint(model)), "drop-experts", count=4, stats=file, protect_super=False, **chosen
+    ).steps[0]
+    assert step.report["statistics"]["tokens"] == PROMPT.numel()
+    for layer in step.report["layers"]:
+        found = scores(stats.blocks[layer["layer"]], by or "reap-sum")
+        for group in (range(4), range(4, 8)):
+            assert set(layer["dropped"]) & set(group) == set(sorted(group, key=lambda e: found[e])[:2])
+    assert any("agree on" in note for note in step.notes)
+
+
+def test_super_experts_are_protected(models: Any, tmp_path: Path) -> None:
+    model = models("mixtral")
+    stats = collected(model)
+    block = stats.blocks["model.layers.0"]
+    rarest = int(scores(block, "frequency").argmin())
+    block.sums["peak"][:, rarest] = 1e4
+    file = str(stats.save(tmp_path / "s"))
+    plan = plan_of(open_checkpoint(model))
+    guarded = apply(plan, "drop-experts", count=1, by="frequency", stats=file).steps[0]
+    assert rarest not in guarded.report["layers"][0]["dropped"]
+    assert any(f"model.layers.0: {rarest}" in note for note in guarded.notes)
+    free = apply(plan, "drop-experts", count=1, by="frequency", stats=file, protect_super=False).steps[0]
+    assert free.report["layers"][0]["dropped"] == [rarest]
+
+
+def test_criteria_that_need_statistics(models: Any, tmp_path: Path) -> None:
+    plan = plan_of(open_checkpoint(models("mixtral")))
+    with pytest.raises(RecipeError, match="--by reap needs statistics"):
+        apply(plan, "drop-experts", count=1, by="reap")
+    other = str(collected(models("qwen2_moe")).save(tmp_path / "s"))  # the same layers and counts
+    with pytest.raises(RefusedError, match="another model: this is a mixtral, they were collected on a qwen2_moe"):
+        apply(plan, "drop-experts", count=1, by="reap", stats=other)
+
+
+def test_text_is_enough(demo: Path, tmp_path: Path, ok: Cli) -> None:
+    """Statistics, what it costs, and the checkpoint, in one command; and it costs what was said."""
+    text = demo.parent / "calibration-code.txt"
+    held_out = demo.parent / "heldout-code.txt"
+    options = ["--text", text, "--tokens", 2048, "--window", 128, "--heldout", held_out, "--limit", 4]
+    document = ok("drop-experts", demo, "--count", 2, "--by", "recon", *options, "-o", tmp_path / "out", "--json").json
+    nats = document["heldout"]["nats"]
+    assert nats.keys() == {"original", "drop-experts"}
+    measured = ok("perplexity", tmp_path / "out", held_out, "--window", 128, "--limit", 4, "--json").json
+    assert measured["domains"][0]["nats"] == pytest.approx(nats["drop-experts"], abs=1e-5)
+    shown = ok("drop-experts", demo, "--count", 3, "--stats", tmp_path / "out.stats.safetensors", "--dry-run").out
+    assert "collapse" in shown
+    assert "agree on" in shown

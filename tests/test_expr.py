@@ -174,3 +174,16 @@ def test_values_while_planning_need_no_torch(tmp_path: Path) -> None:
     of = stored(tmp_path, a=values)["a"]
     assert np.array_equal(values_of(of, (1, 3)), values[1:3].float().numpy())
     assert np.array_equal(values_of(scale(of, 1.7)), (values.float() * 1.7).bfloat16().float().numpy())
+
+
+@pytest.mark.parametrize("values", [[65504.0, -65519.0, float("inf"), float("nan")], [1.0, 65520.0], [-1e30]])
+def test_half_precision_holds_every_finite_number_or_is_refused(tmp_path: Path, values: list[float]) -> None:
+    tensor = torch.tensor(values)
+    expr = cast(stored(tmp_path, x=tensor)["x"], "F16")
+    fits = bool((tensor.half().isinf() == tensor.isinf()).all())
+    for give in (lambda: expr.evaluate(0, expr.numel, FileReader()), lambda: expr.array(0, expr.numel, FileReader())):
+        if fits:
+            assert np.array_equal(np.asarray(give(), dtype=np.float32), tensor.half().float().numpy(), equal_nan=True)
+        else:
+            with pytest.raises(RefusedError, match="x holds numbers that float16 cannot"):
+                give()

@@ -22,11 +22,10 @@ from moesurgery.families.routing import second_moments
 from moesurgery.families.table import FAMILIES, by_model_type
 from moesurgery.families.table.remote import REMOTE
 from moesurgery.surgery.router_estimate import normalised
-from tests.families import ROWS
+from tests.families import LAYOUTS, ROWS
 from tests.quantise import rewrite
 from tests.tiny import load, logits, read_tensors
 
-LAYOUTS = [pytest.param(False, id="published"), pytest.param(True, id="fused")]
 # The attribute that sets the top-k of a transformers config, where it is not the usual one.
 TOP_K = {"aria": "moe_topk", "aria_text": "moe_topk", "gemma4": "top_k_experts", "diffusion_gemma": "top_k_experts"}
 # The modules whose output takes the factor, where that is not `experts`.
@@ -85,8 +84,7 @@ def rescale_choice(anatomy: Anatomy) -> str | float:
     return 0.75 if routing.special else "norm" if routing.no_estimate else "router"
 
 
-@pytest.mark.parametrize("fused", LAYOUTS)
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize(("model_type", "fused"), LAYOUTS)
 def test_counted_rescaled_and_reloaded(models: Any, tmp_path: Path, model_type: str, fused: bool) -> None:
     path = models(model_type, fused=fused)
     checkpoint = open_checkpoint(path)
@@ -209,8 +207,8 @@ def second_moment(weights: torch.Tensor, tokens: int, anatomy: Anatomy) -> float
 UP_NOT_LINEAR = {"gpt_oss", "openai_privacy_filter", "minimax_m3_vl", "inkling2", "nemotron_h"}
 
 
-@pytest.mark.parametrize("fused", LAYOUTS)
-@pytest.mark.parametrize("model_type", [t for t in ROWS if t != "doge"])  # an expert of doge is one neuron
+# An expert of doge is one neuron.
+@pytest.mark.parametrize(("model_type", "fused"), [case for case in LAYOUTS if case[0] != "doge"])
 def test_neurons_stand_where_the_table_says(models: Any, tmp_path: Path, model_type: str, fused: bool) -> None:
     """Reordering an expert's neurons changes nothing; nor does doubling its up-projection and halving its down."""
     path = models(model_type, fused=fused)

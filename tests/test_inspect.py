@@ -61,3 +61,14 @@ def test_what_config_and_tensors_disagree_on_is_noted(models: Any, tmp_path: Pat
     path = models("qwen3_moe")
     rewrite(path, tmp_path / "m", read_tensors(path), {"mlp_only_layers": [1]})
     assert "config.json makes layers 0, 2 MoE, the tensors 1-2" in ok("inspect", tmp_path / "m").out
+
+
+def test_a_broken_model_is_shown_with_what_is_wrong(models: Any, tmp_path: Path, ok: Any) -> None:
+    tensors = read_tensors(models("mixtral"))
+    del tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+    rewrite(models("mixtral"), tmp_path / "m", tensors, {"num_local_experts": 9, "num_experts_per_tok": "two"})
+    document = ok("inspect", tmp_path / "m", "--json").json
+    assert "w2 of expert 3 is missing" in document["notes"][0]
+    assert document["experts"] == "config.json says 9 experts, the tensors hold 8"
+    assert "'two', expected a whole number" in document["top_k"]
+    assert sum(group["count"] for group in document["tensors"]) == len(tensors)

@@ -15,7 +15,18 @@ from moesurgery import apply, count_params, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from moesurgery.plan.expr import Copy
 from tests.conftest import Result
-from tests.quantise import FORMS, fp8_value, make_form, make_fp8, make_mxfp4, mxfp4_value, values_of
+from tests.headers import header_checkpoint
+from tests.quantise import (
+    FORMS,
+    fp8_blocks,
+    fp8_value,
+    make_form,
+    make_fp8,
+    make_mxfp4,
+    mxfp4_value,
+    rewrite,
+    values_of,
+)
 from tests.tiny import read_config, read_tensors, same_bits
 
 Cli = Callable[..., Result]
@@ -157,6 +168,46 @@ def test_every_form_counts_its_weights(models: Any, forms: Any, name: str) -> No
     assert quantised.components == plain.components
     assert quantised.unrecognised == []
     assert quantised.quantisation == FORMS[name].method
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"qweight": ("I32", [12, 24]), "scales": ("F16", [4, 24]), "g_idx": ("I32", [128])},  # GPTQ, 3 bits
+        {"qweight": ("I32", [32, 24]), "scales": ("F16", [4, 24]), "g_idx": ("I32", [128])},  # GPTQ, 8 bits
+        {"qweight": ("I32", [128, 3]), "scales": ("F16", [4, 24]), "qzeros": ("I32", [4, 3])},  # AWQ, 4 bits
+        {"weight": ("U8", [24, 64]), "weight_scale": ("U8", [24, 4])},  # MXFP4 of Quark and ModelOpt
+        {"weight_packed": ("U8", [24, 64]), "weight_scale": ("U8", [24, 4])},  # MXFP4 of compressed-tensors
+        {"weight": ("F8_E4M3", [24, 128]), "qscale_weight": ("F32", []), "qscale_act": ("F32", [])},  # Mistral's FP8
+    ],
+)
+def test_counts_do_not_depend_on_the_bits_that_the_config_names(tmp_path: Path, shapes: Any) -> None:
+    named = {f"model.layers.0.self_attn.q_proj.{suffix}": found for suffix, found in shapes.items()}
+    config = {"model_type": "mixtral", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    header_checkpoint(tmp_path / "m", config, named, sparse=True)
+    assert counts(tmp_path / "m").total == 24 * 128
+
+
+def test_fused_experts_in_fp8(models: Any, tmp_path: Path) -> None:
+    """As transformers 5 writes them: [E, out, in], and scales [E, out / block, in / block] under `_scale_inv`."""
+    source = models("qwen3_moe", fused=True)
+    tensors, values = {}, {}
+    for name, tensor in read_tensors(source).items():
+        tensors[name] = tensor
+        if ".experts." in name:
+            pairs = [fp8_blocks(matrix) for matrix in tensor]
+            tensors[name], tensors[f"{name}_scale_inv"] = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+            values[name] = torch.stack([fp8_value(*pair) for pair in pairs])
+    quantisation = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    rewrite(source, tmp_path / "m", tensors, {"quantization_config": quantisation})
+    assert counts(tmp_path / "m").total == counts(source).total
+    plan = apply(plan_of(open_checkpoint(tmp_path / "m")), "rescale", top_k=3, scale=0.7)
+    plan = apply(plan, "drop-experts", experts=[0, 5])
+    write_plan(apply(plan, "convert", dequantize=True, dtype="f32"), tmp_path / "out")
+    written = read_tensors(tmp_path / "out")
+    for name, value in values.items():
+        expected = value[[1, 2, 3, 4, 6, 7]] * (0.7 if "down_proj" in name else 1.0)
+        assert torch.allclose(written[name], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.7])

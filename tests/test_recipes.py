@@ -255,6 +255,9 @@ RUNS: dict[str, str] = {
     "upcycle-shared-expert": "mistral",
     "upcycle-neuron-split": "llama",
     "upcycle-clown-car": "mistral",
+    "tie-blocks": "mixtral",
+    "repeat-blocks": "mixtral",
+    "drop-rescale-tie-cast": "mixtral",
 }
 DENSE = {"intermediate_size": 64, "sliding_window": None}
 

@@ -57,9 +57,8 @@ def load(path: Path, **changes: Any) -> torch.nn.Module:
     for key, value in changes.items():
         setattr(config.get_text_config(), key, value)
     config._attn_implementation = "eager"
-    model, info = getattr(transformers, config.architectures[0]).from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    model_class = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
+    model, info = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not info[kind], f"{kind}: {info[kind]}"
     return model.eval()

@@ -1,13 +1,14 @@
 """Options of operations that take statistics: collect them first, and measure the outcome before anything is written.
 
 `rescale MODEL --top-k 3 --scale measured --text F` is `collect MODEL --top-k 3 --text F -o S` followed by
-`rescale MODEL --top-k 3 --scale measured --stats S`.
+`rescale MODEL --top-k 3 --scale measured --stats S`. On held-out text, `rescale` measures every rule, other
+operations what they cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -18,16 +19,21 @@ from moesurgery.cli import measuring
 from moesurgery.cli.collect import collect_stats, stats_path
 from moesurgery.cli.console import console
 from moesurgery.cli.writing import WriterFlags
+from moesurgery.errors import RecipeError, SurgeryError
 from moesurgery.plan.plan import Plan, plan_of
+from moesurgery.recipes import RecipeStep
 from moesurgery.surgery.operation import Operation, apply
-from moesurgery.surgery.rules import Rule
 
 if TYPE_CHECKING:
     from moesurgery.measure.text import Domain
+    from moesurgery.measure.tokens import Tokens
 
 PARAMETER = "stats"
+NAMED = {"experts", "keep", "groups"}  # experts chosen by number: no statistics are needed
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
+KINDS = ("none", "scalar", "expert", "down")
+RIDGE = 0.01
 
 _Texts = Annotated[
     list[Path] | None,
@@ -35,13 +41,22 @@ _Texts = Annotated[
 ]
 _HeldOut = Annotated[
     list[Path] | None,
-    typer.Option("--heldout", help="Text to measure the rules on; a quarter of --text is kept for it by default."),
+    typer.Option("--heldout", help="Text to measure the outcome on; a quarter of --text is kept for it by default."),
 ]
+_Refit = Annotated[
+    str,
+    typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert or down."),
+]
+_Ridge = Annotated[float, typer.Option("--ridge", min=0.0, help="How strongly --refit is drawn to no change.")]
+_Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down goes over the experts.")]
 _Limit = Annotated[int, typer.Option("--limit", min=1, help="Windows per file of --heldout at most.")]
-_NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure the rules.")]
+_NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure the outcome.")]
 
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "text": (_Texts, None),
+    "refit": (_Refit, "none"),
+    "ridge": (_Ridge, RIDGE),
+    "sweeps": (_Sweeps, 1),
     "heldout": (_HeldOut, None),
     "limit": (_Limit, HELD_OUT_WINDOWS),
     "no_heldout": (_NoHeldOut, False),
@@ -61,6 +76,9 @@ class Calibration:
     """The options above, as they were given."""
 
     text: list[Path] | None = None
+    refit: str = "none"
+    ridge: float = RIDGE
+    sweeps: int = 1
     heldout: list[Path] | None = None
     limit: int = HELD_OUT_WINDOWS
     no_heldout: bool = False
@@ -69,49 +87,97 @@ class Calibration:
     dtype: str = "float32"
     device: str = "cpu"
 
+    def check(self) -> None:
+        if self.refit not in KINDS:
+            raise RecipeError(f"--refit is {self.refit!r}, expected one of {', '.join(KINDS)}")
+        if self.refit != "none" and not self.text:
+            raise RecipeError("--refit needs text to fit on", "give --text FILE")
+
     def run(self, seed: int) -> measuring.Run:
         return measuring.Run(self.window, None, seed, self.device, self.dtype)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """The steps of the recipe, with statistics as a parameter, and what was measured, for the JSON answer."""
+
+    steps: tuple[RecipeStep, ...]
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
 def prepare(
     found: Operation, model: str, values: Mapping[str, Any], given: Calibration, flags: WriterFlags
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return an operation's parameters with statistics, and what was measured, for the JSON answer.
-
-    Without --text and --heldout nothing is run.
-    """
+) -> Prepared:
+    """Run what the options ask for. Without --text and --heldout nothing is run."""
+    given.check()
     values = dict(values)
     if not given.text and not given.heldout:
-        return values, {}
+        return Prepared((RecipeStep(found.name, values),))
     plan = plan_of(open_checkpoint(model))
     run = given.run(int(values.get("seed", 0)))
     run.check()
     held_out: list[Domain] = []
     if given.heldout and not given.no_heldout:
         held_out = replace(run, limit=given.limit, seed=None).domains(plan.checkpoint, given.heldout)
+    name = flags.output or Path(f"{plan.checkpoint.name}-{found.name}")
+    windows: Tokens | None = None
     if given.text:
-        name = flags.output or Path(f"{plan.checkpoint.name}-{found.name}")
-        target = stats_path(name.with_name(f"{name.name}.stats"), force=flags.force)
         keep = 0 if given.heldout or given.no_heldout else HELD_OUT_SHARE
-        top_k = [values["top_k"]] if "top_k" in values else []
-        stats, kept = collect_stats(plan, given.text, run, given.tokens, top_k, hold_out=keep)
-        stats.save(target)
-        console.note(f"statistics of {stats.about['tokens']:,} tokens are in {target}")
-        values[PARAMETER] = str(target)
+        windows, kept = run.calibration(plan.checkpoint, given.text, given.tokens, keep)
         held_out = held_out or kept
-    if found.name != "rescale" or not held_out:
-        return values, {}
-    measured = measured_rules(plan, values, run, held_out)
+        if PARAMETER not in values and not values.keys() & NAMED:
+            target = stats_path(name.with_name(f"{name.name}.stats"), force=flags.force)
+            stats = collect_stats(plan, windows, run, given.text, *_asked(plan, found, values))
+            stats.save(target)
+            console.note(f"statistics of {windows.count:,} tokens are in {target}")
+            values[PARAMETER] = str(target)
+    steps = [RecipeStep(found.name, values)]
+    edited = apply(plan, found.name, **values)
+    plans = {"original": plan}
+    if held_out:
+        plans |= every_rule(plan, values) if found.name == "rescale" else {found.name: edited}
+    if given.refit != "none":
+        assert windows is not None
+        folder = name.with_name(f"{name.name}.refit")
+        make_repair(plan, edited, windows, run, given, folder, force=flags.force)
+        steps.append(RecipeStep("refit", {"repair": str(folder)}))
+        plans[f"{values.get('scale', found.name)}, refit {given.refit}"] = apply(edited, "refit", repair=str(folder))
+    if not held_out:
+        return Prepared(tuple(steps))
+    measured = measure(plans, run, held_out)
     if not flags.as_json:
-        show_rules(measured)
-    return values, {"heldout": measured}
+        show(measured, "rule" if found.name == "rescale" else "")
+    return Prepared(tuple(steps), {"heldout": measured})
 
 
-def measured_rules(plan: Plan, values: Mapping[str, Any], run: measuring.Run, domains: list[Domain]) -> dict[str, Any]:
-    """Measure what every rule of `rescale` costs, writing none of them."""
-    from moesurgery.errors import SurgeryError
-    from moesurgery.measure.perplexity import losses, mean
-    from moesurgery.surgery.rules import DATA_RULES
+def make_repair(
+    plan: Plan, edited: Plan, windows: Tokens, run: measuring.Run, given: Calibration, folder: Path, *, force: bool
+) -> None:
+    """Fit the edited model to the original, and leave the repair in a folder."""
+    from moesurgery.measure.refit import Options, refit
+    from moesurgery.measure.repair import RepairWriter
+
+    options = Options(given.refit, given.ridge, given.sweeps)  # type: ignore[arg-type]
+    original, other = run.engine(plan), run.engine(edited)
+    writer = RepairWriter(folder, force=force)
+    with console.progress("refitting", 2 * original.work(windows), of_bytes=False) as watch:
+        refit(original, other, windows, options, writer.add, watch.progress)
+    about: dict[str, Any] = {"kind": given.refit, "tokens": windows.count, "ridge": given.ridge, "sweeps": given.sweeps}
+    about |= {"text": measuring.described(given.text or []), "window": run.window, "seed": run.seed, "dtype": run.dtype}
+    writer.close(about)
+    console.note(f"the repair is in {folder}")
+
+
+def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the top-k and the numbers of experts to keep for which an operation needs sums of their own."""
+    top_k = [values["top_k"]] if "top_k" in found.parameters else []
+    recon = [plan.anatomy.experts - values.get("count", 0)] if values.get("by") == "recon" else []
+    return top_k, recon
+
+
+def every_rule(plan: Plan, values: Mapping[str, Any]) -> dict[str, Plan]:
+    """Return the plan of every rule of `rescale` that can be had, and of the factor that was asked for."""
+    from moesurgery.surgery.rules import DATA_RULES, Rule
 
     rules = [r for r in get_args(Rule) if r not in DATA_RULES or values.get(PARAMETER)]
     plans = {"original": plan}
@@ -120,24 +186,31 @@ def measured_rules(plan: Plan, values: Mapping[str, Any], run: measuring.Run, do
             plans[str(rule)] = apply(plan, "rescale", **{**values, "scale": rule})
         except SurgeryError as error:
             console.note(f"--scale {rule} is not measured: {error.message}")
+    return plans
+
+
+def measure(plans: Mapping[str, Plan], run: measuring.Run, domains: list[Domain]) -> dict[str, Any]:
+    """Return the held-out loss of every plan; none of them is written."""
+    from moesurgery.measure.perplexity import losses, mean
+
     found: dict[str, float] = {}
     windows = sum(d.windows.numel() for d in domains)
     tokens = 0
-    with console.progress("measuring the rules", windows * len(plans), of_bytes=False) as watch:
-        for rule, variant in plans.items():
+    with console.progress("measuring", windows * len(plans), of_bytes=False) as watch:
+        for name, variant in plans.items():
             loss = mean(losses(run.engine(variant), domains))
-            found[rule], tokens = loss.nats, loss.tokens
+            found[name], tokens = loss.nats, loss.tokens
             watch.progress(windows)
     return {"tokens": tokens, "nats": found}
 
 
-def show_rules(measured: Mapping[str, Any]) -> None:
-    """Print what the rules cost, the cheapest first."""
+def show(measured: Mapping[str, Any], title: str) -> None:
+    """Print what the variants cost, the cheapest first."""
     nats = dict(measured["nats"])
     base = nats.pop("original")
     console.table(
-        ("rule", "held-out loss", "over the original"),
-        [(rule, f"{n:.4f}", f"{n - base:+.4f}") for rule, n in sorted(nats.items(), key=lambda item: item[1])],
+        (title, "held-out loss", "over the original"),
+        [(name, f"{n:.4f}", f"{n - base:+.4f}") for name, n in sorted(nats.items(), key=lambda item: item[1])],
         right=(1, 2),
     )
     console.result(f"nats per token over {measured['tokens']:,} predicted tokens; the original has {base:.4f}")

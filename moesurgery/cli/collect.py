@@ -15,7 +15,7 @@ from moesurgery.errors import OutputError
 
 if TYPE_CHECKING:
     from moesurgery.measure.stats import Stats
-    from moesurgery.measure.text import Domain
+    from moesurgery.measure.tokens import Tokens
     from moesurgery.plan.plan import Plan
 
 SUFFIX = ".safetensors"
@@ -28,6 +28,10 @@ def collect_command(
     top_k: Annotated[
         list[int] | None,
         typer.Option("--top-k", min=1, help="Also collect what `rescale` to this top-k needs; repeat for more."),
+    ] = None,
+    recon: Annotated[
+        list[int] | None,
+        typer.Option("--recon", min=1, help="Also find which of this many experts reproduce each layer best; repeat."),
     ] = None,
     window: measuring.Window = 512,
     tokens: measuring.CalibrationTokens = measuring.TOKENS,
@@ -47,7 +51,9 @@ def collect_command(
     target = stats_path(output, force=force)
     plan = measuring.subject(model)
     run = measuring.Run(window, None, seed, device, dtype)
-    stats, _ = collect_stats(plan, text, run, tokens, top_k or [])
+    run.check()
+    windows, _ = run.calibration(plan.checkpoint, text, tokens)
+    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [])
     stats.save(target)
     document = _document(stats, target)
     target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
@@ -77,22 +83,17 @@ def stats_path(output: Path, *, force: bool) -> Path:
 
 
 def collect_stats(
-    plan: Plan, text: list[Path], run: measuring.Run, tokens: int, top_k: list[int], hold_out: int = 0
-) -> tuple[Stats, list[Domain]]:
-    """Collect statistics with a progress bar, and note what they were collected on.
-
-    With `hold_out`, one window in so many is kept out of them and returned for measuring.
-    """
-    run.check()
+    plan: Plan, windows: Tokens, run: measuring.Run, text: list[Path], top_k: list[int], keep: list[int]
+) -> Stats:
+    """Collect statistics with a progress bar, and note what they were collected on."""
     from moesurgery.measure.collect import collect
 
-    windows, kept = run.calibration(plan.checkpoint, text, tokens, hold_out)
     engine = run.engine(plan)
     with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
-        stats = collect(engine, windows, top_k, watch.progress)
+        stats = collect(engine, windows, top_k, keep, watch.progress)
     stats.about["text"] = measuring.described(text)
     stats.about |= {"window": run.window, "seed": run.seed, "dtype": run.dtype}
-    return stats, kept
+    return stats
 
 
 def _document(stats: Stats, target: Path) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def _show(identity: str, counts: Counts) -> None:
         for key, meaning in CONVENTIONS.items():
             value = counts.active[key]
             console.result(f"{'active' if key == 'all' else '':<11} {value:>20,}  {human_count(value)}  {meaning}")
+    if counts.num_blocks != counts.num_layers and counts.executed is not None:
+        console.result(
+            f"executed    {counts.executed:>20,}  {human_count(counts.executed)}  {counts.num_layers} positions run"
+            f" {counts.num_blocks} stored blocks"
+        )
     if counts.num_experts and counts.active is not None:
         console.result(
             f"experts     {counts.num_moe_layers} MoE layers of {counts.num_layers} x {counts.num_experts} experts"

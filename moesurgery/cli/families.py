@@ -44,9 +44,10 @@ def families_command(
 
 def _show(found: Overview) -> None:
     family = found.family
-    console.result(f"{family.name}: model_type {', '.join(family.model_types)}")
+    types = f"model_type {', '.join(family.model_types)}" if family.model_types else "known by its architectures"
+    console.result(f"{family.name}: {types}")
     if family.architectures:
-        console.result(f"  told apart by architectures: {', '.join(family.architectures)}")
+        console.result(f"  architectures: {', '.join(family.architectures)}")
     if family.note:
         console.result(f"  {family.note}")
     for layout in family.layouts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.cli.console import console, human_bytes
 from moesurgery.cli.operations import Model
 from moesurgery.cli.writing import Json
+from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Anatomy, MoeBlock, recognise, template_of
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
 from moesurgery.families.layers import ranges
@@ -26,7 +27,9 @@ def inspect_command(model: Model = ".", as_json: Json = False) -> None:
     Reads headers only; nothing else is downloaded from hf://org/name.
     """
     checkpoint = open_checkpoint(model, headers_only=True)
-    anatomy = recognise(checkpoint.config, checkpoint.tensors)
+    broken: list[tuple[MoeBlock, CheckpointError]] = []
+    anatomy = recognise(checkpoint.config, checkpoint.tensors, broken)
+    anatomy.notes.extend(f"{error.message}" for _, error in broken)
     groups = tensor_groups(anatomy, checkpoint.tensors)
     facts = _facts(anatomy, checkpoint.tensors)
     if as_json:
@@ -111,9 +114,11 @@ def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, Any
         "layers": settings.layers,
         "moe_layers": _layers(main),
         "prediction_layers": _layers([block for block in anatomy.blocks if block.mtp]),
-        "experts": f"{anatomy.experts} per layer ({keys_present(settings, EXPERTS_KEYS)})" if main else None,
-        "top_k": f"{settings.top_k} ({keys_present(settings, TOP_K_KEYS)})" if main else None,
-        "groups": "{1} of {0} kept".format(*settings.groups) if main and settings.groups else None,
+        "experts": _said(lambda: f"{anatomy.experts} per layer ({keys_present(settings, EXPERTS_KEYS)})")
+        if main
+        else None,
+        "top_k": _said(lambda: f"{settings.top_k} ({keys_present(settings, TOP_K_KEYS)})") if main else None,
+        "groups": _said(lambda: "{1} of {0} kept".format(*settings.groups) if settings.groups else "") or None,
         "routing_class": f"{letter}: {CLASSES[letter]}" if letter else None,
         "rescale": shown.factor if shown and main else None,
         "drop_experts": shown.drop if shown and main else None,
@@ -122,6 +127,14 @@ def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, Any
         "notes": anatomy.notes,
         "unrecognised": anatomy.unrecognised,
     }
+
+
+def _said(value: Callable[[], str]) -> str:
+    """Return a value, or what is wrong with it: `inspect` shows the rest all the same."""
+    try:
+        return value()
+    except CheckpointError as error:
+        return error.message
 
 
 def _layers(blocks: list[MoeBlock]) -> str | None:

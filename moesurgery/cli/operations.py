@@ -52,10 +52,10 @@ def command_for(found: Operation) -> Callable[..., None]:
                 values[name] = _value(found.parameters[name], text)
         recipe = recipe_of(found, model, values)
         console.quiet = flags.quiet
-        measured: dict[str, Any] = {}
+        measured: Mapping[str, Any] = {}
         if len(recipe.steps) == 1:
-            values, measured = prepare(found, recipe.model or ".", recipe.steps[0].parameters, calibration, flags)
-            recipe = recipe.changed(found.name, values)
+            prepared = prepare(found, recipe.model or ".", recipe.steps[0].parameters, calibration, flags)
+            recipe, measured = replace(recipe, steps=prepared.steps), prepared.measured
         elif calibration != Calibration():
             raise RecipeError("text is measured for a model or a recipe of one step", f"{model} has more steps")
         if flags.shard_bytes:

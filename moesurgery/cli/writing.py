@@ -22,7 +22,7 @@ from moesurgery.validate.report import Report, as_json
 from moesurgery.validate.validate import validate_checkpoint
 from moesurgery.write.card import config_changes
 from moesurgery.write.job import WriteOptions, Written, bytes_needed, check_output, write_plan
-from moesurgery.write.layout import shard_tasks
+from moesurgery.write.layout import companion_tasks, shard_tasks
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; named after model and operation by default.")
@@ -113,7 +113,7 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
         durable=not flags.no_fsync,
         checksums=flags.checksums,
     )
-    with console.progress(f"writing {output.name}", plan.nbytes) as watch:
+    with console.progress(f"writing {output.name}", plan.nbytes + plan.companion_nbytes) as watch:
         try:
             written = write_plan(plan, output, options, watch=watch)
         except KeyboardInterrupt:
@@ -183,7 +183,7 @@ def default_name(plan: Plan) -> str:
 
 def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:
     """Print what writing would do: tensors by kind, config changes, bytes, memory, free space."""
-    tasks = shard_tasks(plan)
+    tasks = [*shard_tasks(plan), *companion_tasks(plan)]
     unchanged = set(plan.untouched())
     kinds = {"unchanged": len(unchanged), "byte ranges": 0, "computed": 0}
     computed_bytes = 0
@@ -205,12 +205,13 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
     status = os.statvfs(place if place.exists() else ".")
     free = status.f_bavail * status.f_frsize
     changes = config_changes(plan)
+    written = plan.nbytes + plan.companion_nbytes
     document = {
         "schema_version": 1,
         "output": str(output),
         "shards": len(tasks),
         "tensors": kinds,
-        "bytes_written": plan.nbytes,
+        "bytes_written": written,
         "bytes_computed": computed_bytes,
         "bytes_of_new_disk_space": needed,
         "bytes_free": free,
@@ -225,7 +226,7 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
         console.json(document)
     else:
         report_steps(plan, flags)
-        console.result(f"would write {output}: {len(tasks)} shards, {human_bytes(plan.nbytes)}")
+        console.result(f"would write {output}: {len(tasks)} shards, {human_bytes(written)}")
         console.result("tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count))
         for key, old, new in changes:
             console.result(f"config.json: {key}: {json.dumps(old)} -> {json.dumps(new)}")

@@ -17,10 +17,11 @@ from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families import components as parts
 from moesurgery.families.family import EXPERTS_KEYS, Along, ExpertSet, Family, Layout, Part
 from moesurgery.families.layers import layers_note
-from moesurgery.families.quantised import Stem, packed_bits, take_apart, weights_per_element
+from moesurgery.families.quantised import Stem, packed_bits, packed_weights, take_apart, weights_per_element
 from moesurgery.families.settings import Settings
-from moesurgery.families.table import by_model_type
+from moesurgery.families.table import by_architecture, by_model_type
 
+TIED = "tied_"  # before the model_type of a model with tied blocks (`moesurgery tie-blocks`)
 _NUMBER = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")
 
 
@@ -167,16 +168,16 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 def find_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     """Return the table entries that `config` may mean, by model_type (nested ones too) and architectures."""
+    stated = config.get("architectures")
+    architectures = {a for a in stated if isinstance(a, str)} if isinstance(stated, list) else set()
     for place in (config, config.get("text_config"), config.get("llm_config"), config.get("thinker_config")):
         if not isinstance(place, Mapping):
             continue
-        found = by_model_type(str(place.get("model_type", "")))
-        stated = config.get("architectures")
-        architectures = {a for a in stated if isinstance(a, str)} if isinstance(stated, list) else set()
+        found = by_model_type(str(place.get("model_type", "")).removeprefix(TIED))
         exact = tuple(f for f in found if architectures.intersection(f.architectures))
         if found:
             return exact or tuple(f for f in found if not f.architectures) or found
-    return ()
+    return by_architecture(architectures)
 
 
 def template_of(name: str) -> tuple[str, tuple[int, ...]]:
@@ -299,6 +300,9 @@ def _count(anatomy: Anatomy, place: _Place, found: _Found, tensors: Mapping[str,
             anatomy.unrecognised.append(name)
         elements = element_count(tensors[name].shape)
         anatomy.parameters[name] = elements * place.weights
+        if place.stem.suffix == ".qweight":
+            exact = packed_weights(name, lambda n: tensors[n].shape if n in tensors else None)
+            anatomy.parameters[name] = anatomy.parameters[name] if exact is None else exact
         if place.buffer:
             anatomy.buffers[name] = elements
 

@@ -146,7 +146,7 @@ class Family:
 
     `nested` lists the places in config.json where the language model's settings may stand, most specific
     first. `refuses` maps an operation to the reason why it has no meaning here. `architectures` is
-    needed only where one `model_type` names two layouts.
+    needed only where one `model_type` names two layouts, or with no `model_types` where it names dense models too.
 
     The first of `layouts` is the published one. `along` and `shared` list the names beside all layouts.
     `router_parts`: what belongs to the router but has no expert axis (beginnings of paths).
@@ -190,6 +190,7 @@ TOP_K_KEYS = (
     "moe_top_k",
     "top_k_experts",
     "num_selects",
+    "router_topk",
 )
 LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "encoder_layers")
 DECODER_LAYERS_KEYS = ("num_decoder_layers", "decoder_layers")

@@ -81,6 +81,7 @@ _RULES: Mapping[str, Callable[[Settings, str, int], set[int]]] = {
     "num_sparse_encoder_layers": _stacks,
     "moe_layer_freq": _frequency,
     "moe_layer_frequency": _interleaved,
+    "moe_layer_interval": _interleaved,
     "first_k_dense_replace": _after_dense,
     "num_dense_layers": _after_dense,
     "dense_mlp_idx": _after_dense,
@@ -110,9 +111,18 @@ def moe_layers(settings: Settings) -> set[int] | None:
 def layers_note(settings: Settings, found: set[int]) -> str | None:
     """Return where config and tensors differ, None where they agree or nothing can be said."""
     stated = moe_layers(settings)
-    if stated is None or not found or stated == found:
+    if stated is None or not found:
+        return None
+    found = positions(settings, found)
+    if stated == found:
         return None
     return f"config.json makes layers {ranges(stated)} MoE, the tensors {ranges(found)}: the tensors count"
+
+
+def positions(settings: Settings, blocks: set[int]) -> set[int]:
+    """Return the layers that run one of `blocks`: these themselves, and in a tied model those that share them."""
+    tie_map = settings.tie_map
+    return blocks if tie_map is None else {i for i, source in enumerate(tie_map) if source in blocks}
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -170,8 +170,29 @@ def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits
         return 32 // bits
     if suffix in ("_blocks", ".weight_packed") and dtype == "U8":
         return 2
-    if dtype == "U8" and (beside & {".weight_scale_2", "_weight_scale_2", ".weight.absmax"}):
+    if dtype == "U8" and beside & {
+        ".weight_scale",
+        "_weight_scale",
+        ".weight_scale_2",
+        "_weight_scale_2",
+        ".weight.absmax",
+    }:
         return 2
     if dtype == "I8" and ".scale" in beside:
         return 2
     return 1
+
+
+def packed_weights(name: str, shape_of: Callable[[str], tuple[int, ...] | None]) -> int | None:
+    """Return how many weights a `.qweight` stands for, by the shapes beside it; None where they do not tell.
+
+    GPTQ packs inputs, [in * bits / 32, out], and lists the group of each input; AWQ packs outputs,
+    [in, out * bits / 32]. So the count is exact for every number of bits, and where layers differ in it.
+    """
+    base = name.removesuffix(".qweight")
+    packed, scales, groups = (shape_of(base + suffix) for suffix in (".qweight", ".scales", ".g_idx"))
+    if not packed or not scales or len(packed) != 2 or len(scales) != 2:
+        return None
+    if packed[1] != scales[1]:
+        return packed[0] * scales[1]
+    return groups[0] * scales[1] if groups else None

@@ -77,8 +77,26 @@ class Settings:
         return self.integer(TOP_K_KEYS)
 
     @property
+    def tie_map(self) -> list[int] | None:
+        """For each layer of a model with tied blocks the one whose weights it uses; None for other models.
+
+        Raises CheckpointError where it is no such list.
+        """
+        found = self.first(("layer_tie_map",))
+        if found is None:
+            return None
+        whole = isinstance(found, list) and found and all(type(s) is int and 0 <= s <= i for i, s in enumerate(found))
+        if not whole or any(found[s] != s for s in found):
+            raise CheckpointError(
+                f"config.json: layer_tie_map is {found!r}; an entry names its own position or an earlier one that does"
+            )
+        return list(found)
+
+    @property
     def layers(self) -> int | None:
         """The number of layers of the language model; of its deeper stack where it has two."""
+        if (tie_map := self.tie_map) is not None:
+            return len(tie_map)
         counts = (self.integer(keys) for keys in (LAYERS_KEYS, DECODER_LAYERS_KEYS))
         return max((count for count in counts if count is not None), default=None)
 

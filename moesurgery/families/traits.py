@@ -106,7 +106,8 @@ class Choice:
 class Key:
     """The config keeps the trait under `name`. `default` may be a function of the config.
 
-    `null`: whether null is a value of its own; otherwise it means the default. `aliases` are read, not written.
+    `null`: whether null is a value of its own; otherwise it means `if_null`, or the default. `aliases` are read, not
+    written.
     `means` replaces values that the type reads as others.
     """
 
@@ -115,6 +116,7 @@ class Key:
     null: bool = False
     aliases: tuple[str, ...] = ()
     means: Mapping[Any, Any] = field(default_factory=dict)
+    if_null: Callable[[Config], Any] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -125,6 +127,8 @@ class Key:
             if key in config and (self.null or config[key] is not None):
                 value = config[key]
                 return self.means.get(value, value) if self.means else value
+        if self.if_null is not None and self.name in config:
+            return self.if_null(config)
         return self.default(config) if callable(self.default) else self.default
 
     def write(self, value: Any, traits: Traits, config: Config) -> dict[str, Any]:
@@ -181,11 +185,13 @@ class Rope:
     keys = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
     def read(self, config: Config) -> Rotary:
-        rules = config.get("rope_parameters") or config.get("rope_scaling") or self.rules
+        given = config.get("rope_parameters") or config.get("rope_scaling")
+        rules = given or self.rules
         if self.by_layer_type and isinstance(rules.get("full_attention"), Mapping):
             rules = rules["full_attention"]
         rules = copy.deepcopy(dict(rules))
-        theta = rules.pop("rope_theta", config.get("rope_theta"))
+        # A type's own rules come with its own base.
+        theta = rules.pop("rope_theta", config.get("rope_theta") if given or not self.rules else None)
         fraction = rules.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
         rules.pop(QUERY_SCALING, None)
         default = 1.0 if self.fraction is None else self.fraction

@@ -9,10 +9,12 @@ from moesurgery.errors import RefusedError
 from moesurgery.families.settings import Settings
 from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Progress, Watch
 from moesurgery.measure.outputs import Routing, Spoken, spoken
+from moesurgery.measure.recon import best_kept
 from moesurgery.measure.stats import BlockStats, Stats, as_numpy, empty_sums
 from moesurgery.measure.tokens import Tokens
 from moesurgery.measure.twin import Twin
 from moesurgery.plan.plan import Plan
+from moesurgery.surgery.expert_counts import check_remaining
 from moesurgery.surgery.operation import apply
 
 if TYPE_CHECKING:
@@ -20,13 +22,22 @@ if TYPE_CHECKING:
 
 
 def collect(
-    engine: Engine, tokens: Tokens, other_top_k: Sequence[int] = (), progress: Progress = lambda count: None
+    engine: Engine,
+    tokens: Tokens,
+    other_top_k: Sequence[int] = (),
+    keep: Sequence[int] = (),
+    progress: Progress = lambda count: None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
+    For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
     Raises RefusedError for a family whose code shows no routing.
     """
+    import torch
+
     blocks = check_routing(engine, "collect")
+    for r in keep:
+        check_remaining(engine.plan.anatomy, "collect --recon", r)
     top_k = engine.plan.anatomy.settings.top_k
     others = [k for k in dict.fromkeys(other_top_k) if k != top_k]
     twins = {k: Twin(engine, with_top_k(engine, k)) for k in others}
@@ -49,7 +60,12 @@ def collect(
         routings = {"": (call.index, call.weights)}
         for k, twin in twins.items():
             routings[f"@{k}"] = twin.routing(around)
-        add(sums_of(call), call, routings, engine.plan.anatomy.settings)
+        sums = sums_of(call)
+        add(sums, call, routings, engine.plan.anatomy.settings)
+        if call.first == 0:
+            for r in keep:
+                kept = torch.tensor(best_kept(engine, around, call, r))
+                sums[f"recon@{r}"] = torch.zeros(call.block.block.experts, dtype=torch.float64).index_fill_(0, kept, 1)
         return result
 
     try:
@@ -59,9 +75,11 @@ def collect(
             twin.close()
     about = {
         "model": engine.plan.checkpoint.source.identity,
+        "model_type": engine.plan.anatomy.model_type,
         "blocks": [block.where for block in blocks],
         "top_k": top_k,
         "other_top_k": others,
+        "recon": list(keep),
         "tokens": tokens.count,
         "windows": len(tokens),
     }

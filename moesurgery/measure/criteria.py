@@ -10,6 +10,8 @@ routed to e, p_e its share of the router's scores, g_e its weight, f_e its outpu
     reap-sum        sum of g_e |f_e|
     gram            least sum |sum_D g_e f_e|^2 over the set D of dropped experts, greedily: the part of the
                     output that goes, without what the promotion of others brings back
+    recon           for a number of experts to keep: the kept set with the least |y - y'|^2, y' the output with
+                    the router choosing from that set alone (arXiv 2402.14800); see `measure.recon`
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from moesurgery.measure.stats import BlockStats, Stats
 if TYPE_CHECKING:
     import numpy as np
 
-Criterion = Literal["reap", "reap-sum", "frequency", "soft-frequency", "ean", "gram"]
+Criterion = Literal["reap", "reap-sum", "frequency", "soft-frequency", "ean", "gram", "recon"]
 FLOOR = 32  # tokens: a mean over fewer is taken over this many
 SUPER_PERCENTILE = 99.5
 SUPER_SHARE = 0.1
@@ -61,8 +63,10 @@ _SCORES: Mapping[Criterion, Callable[[BlockStats], np.ndarray]] = {
 CRITERIA: tuple[Criterion, ...] = tuple(_SCORES)
 
 
-def scores(block: BlockStats, by: Criterion) -> np.ndarray:
-    """Return a score [E] for each expert; higher is more worth keeping."""
+def scores(block: BlockStats, by: Criterion, keep: int = 0) -> np.ndarray:
+    """Return a score [E] for each expert; higher is more worth keeping. `recon` needs the number to `keep`."""
+    if by == "recon":
+        return block.sums[f"recon@{keep}"]
     return _SCORES[by](block)
 
 

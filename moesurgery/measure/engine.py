@@ -301,6 +301,12 @@ class Engine:
         yield
         self._evict(self.keep)
 
+    def forget(self, unit: Unit) -> None:
+        """Give a unit's weights free at once: what was changed in them goes."""
+        self._pinned.discard(unit.path)
+        if self._resident.pop(unit.path, None) is not None:
+            self.skeleton.free(unit)
+
     def unpin(self) -> None:
         self._pinned.clear()
         self._evict(self.keep)

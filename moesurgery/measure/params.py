@@ -17,6 +17,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
 from moesurgery.families.quantised import method
+from moesurgery.families.stack import runs_of
 
 SCHEMA_VERSION = 1
 
@@ -27,16 +28,20 @@ class Counts:
 
     `active` has one entry per convention in use: `all` (Mixtral, Qwen1.5, OLMoE), `without_input_embedding`
     (gpt-oss: an untied input embedding is a table look-up) and `without_embeddings` (MiniMax, GLM-4.5:
-    neither embedding nor head).
+    neither embedding nor head). `executed` counts a block once for every position that runs it: more than `all` where
+    blocks are tied (`num_blocks` of them are stored), the same elsewhere.
     """
 
     family: str | None
     model_type: str
     total: int
     active: dict[str, int] | None
+    executed: int | None
     num_layers: int | None
+    num_blocks: int | None
     num_moe_layers: int
     num_experts: int | None
+    total_experts: int | None
     top_k: int | None
     components: dict[str, int]
     not_counted: dict[str, int]
@@ -48,10 +53,6 @@ class Counts:
     by_layer: list[dict[str, Any]] = field(default_factory=list)
     unrecognised: list[str] = field(default_factory=list)
 
-    @property
-    def total_experts(self) -> int | None:
-        return None if self.num_experts is None else self.num_experts * self.num_moe_layers
-
     def as_json(self) -> dict[str, Any]:
         """Return the documented JSON form; `total_params`, `active_params` and the rest of the schema."""
         return {
@@ -60,7 +61,9 @@ class Counts:
             "model_type": self.model_type,
             "total_params": self.total,
             "active_params": self.active,
+            "executed_params": self.executed,
             "num_layers": self.num_layers,
+            "num_blocks": self.num_blocks,
             "num_moe_layers": self.num_moe_layers,
             "num_experts": self.num_experts,
             "total_experts": self.total_experts,
@@ -106,14 +109,20 @@ def count_params(anatomy: Anatomy, tensors: Mapping[str, HasShape], top_k: int |
     stored = sum(by_dtype.values())
     duplicates = sum(tensors[n].nbytes for n in tied)
     experts, k, active = _active(anatomy, components, top_k, tied_embeddings=parts.HEAD not in components)
+    tie_map = settings.tie_map
+    moe_blocks = {(b.root, b.layer) for b in anatomy.main_blocks}
+    moe_layers = {layer for _, layer in moe_blocks}
     return Counts(
         family=anatomy.family.name if anatomy.family else None,
         model_type=anatomy.model_type,
         total=sum(components.values()),
         active=active,
+        executed=None if active is None else active["all"] + _repeated(anatomy, experts, k),
         num_layers=settings.layers,
-        num_moe_layers=len({(b.root, b.layer) for b in anatomy.main_blocks}),
+        num_blocks=settings.layers if tie_map is None else len(set(tie_map)),
+        num_moe_layers=len(moe_blocks) if tie_map is None else sum(source in moe_layers for source in tie_map),
         num_experts=experts,
+        total_experts=None if experts is None else experts * len(moe_blocks),
         top_k=k,
         components={c: components[c] for c in (*parts.MAIN_COMPONENTS, parts.VISION) if components[c]},
         not_counted={key: value for key, value in sorted(not_counted.items()) if value},
@@ -125,6 +134,16 @@ def count_params(anatomy: Anatomy, tensors: Mapping[str, HasShape], top_k: int |
         by_layer=[{"layer": i, "params": sum(c.values()), "components": dict(c)} for i, c in sorted(layers.items())],
         unrecognised=anatomy.unrecognised,
     )
+
+
+def _repeated(anatomy: Anatomy, experts: int | None, top_k: int | None) -> int:
+    """Return the active parameters of tied blocks for each time but the first that they are run."""
+    routed = {m.name for block in anatomy.main_blocks for m in block.members if m.part}
+    total = 0
+    for name, runs in runs_of(anatomy).items():
+        count = (runs - 1) * anatomy.parameters[name]
+        total += count * (top_k or 0) // (experts or 1) if name in routed else count
+    return total
 
 
 def _tied_head(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> set[str]:

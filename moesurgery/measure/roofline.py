@@ -8,7 +8,8 @@ token: Kaplan et al. 2020, arXiv 2001.08361):
     weight bytes = everything but routed experts, once, + routed experts * hit / E
     intensity    = B * FLOPs / (weight bytes + B * KV bytes);   compute bound above peak / bandwidth
 
-Sizes are those stored, so a quantised model streams its quantised bytes.
+Sizes are those stored, so a quantised model streams its quantised bytes. Tied blocks are streamed once for each
+position that runs them: a block is too large for any cache but a very small model's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
+from moesurgery.families.stack import runs_of
 from moesurgery.measure.params import Counts
 
 KV_BYTES_PER_VALUE = 2
@@ -99,16 +101,18 @@ def roofline(
     routed = {m.name for block in anatomy.main_blocks for m in block.members if m.part}
     fixed_bytes = routed_bytes = fixed_weights = routed_weights = 0
     tied = counts.tied_embeddings
+    runs = runs_of(anatomy)
     for name, info in tensors.items():
         component = anatomy.component[name]
         if component in (parts.VISION, parts.MTP) or (component == parts.EMBEDDING and not tied):
             continue
-        matrix = anatomy.parameters[name] if len(info.shape) > 1 else 0
+        times = runs.get(name, 1)  # a tied block is computed, and read, for each position that runs it
+        matrix = times * anatomy.parameters[name] if len(info.shape) > 1 else 0
         if name in routed:
-            routed_bytes += info.nbytes
+            routed_bytes += times * info.nbytes
             routed_weights += matrix
         else:
-            fixed_bytes += info.nbytes
+            fixed_bytes += times * info.nbytes
             fixed_weights += matrix
     experts, k = counts.num_experts or 0, counts.top_k or 0
     share = k / experts if experts else 0.0
@@ -193,8 +197,13 @@ def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[i
     head_dim = first(("head_dim", "attention_head_dim")) or hidden // heads
     kv_heads = first(("num_key_value_heads", "n_kv_heads", "kv_n_heads")) or heads
     found = []
-    for layer in sorted(keys.keys() | latents | fused):
-        sliding = isinstance(types, list) and layer < len(types) and types[layer] == "sliding_attention"
+    known = keys.keys() | latents | fused
+    # Every position has keys and values of its own, whatever block it runs.
+    positions = anatomy.settings.tie_map or range(max(known, default=-1) + 1)
+    for position, layer in enumerate(positions):
+        if layer not in known:
+            continue
+        sliding = isinstance(types, list) and position < len(types) and types[position] == "sliding_attention"
         limit = window if sliding or (window and not isinstance(types, list)) else None
         if layer in latents and latent and rope:
             d_qk, d_v = (first(("qk_nope_head_dim",)) or 0) + rope, first(("v_head_dim",)) or 0

@@ -20,6 +20,8 @@ and for each other top-k m that was asked for, with the routing at top-k m and y
 
     gram@m, gate2@m, mass@m as above, cross@m [2, E]: sum of g_i <f_i, y>
 
+and for each number of experts r that was asked for: recon@r [E], 1 for the r experts to keep (`recon.py`).
+
 docs/measure.md has the formulas that use them.
 """
 
@@ -41,6 +43,10 @@ if TYPE_CHECKING:
 FORMAT = "moesurgery statistics 1"
 
 
+def _halved(name: str) -> bool:
+    return name != "output" and not name.startswith("recon@")
+
+
 @dataclass
 class BlockStats:
     """The sums of one MoE block; `sums` maps the names above to float64 arrays."""
@@ -51,7 +57,7 @@ class BlockStats:
     def total(self, name: str) -> np.ndarray:
         """Return a sum over both halves (the maximum for `peak`)."""
         values = self.sums[name]
-        if name == "output":
+        if not _halved(name):
             return values
         both: np.ndarray = values.max(axis=0) if name == "peak" else values.sum(axis=0)
         return both
@@ -63,7 +69,7 @@ class BlockStats:
         zero = np.zeros_like
         return BlockStats(
             self.where,
-            {n: v if n == "output" else np.stack([v[half], zero(v[half])]) for n, v in self.sums.items()},
+            {n: np.stack([v[half], zero(v[half])]) if _halved(n) else v for n, v in self.sums.items()},
         )
 
     @property
@@ -87,12 +93,19 @@ class Stats:
         """The other numbers of active experts for which there are sums."""
         return [int(k) for k in self.about["other_top_k"]]
 
+    @property
+    def recon(self) -> list[int]:
+        """The numbers of experts to keep for which there is a choice by reconstruction."""
+        return [int(r) for r in self.about.get("recon", ())]
+
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
         blocks = {block.where: block.experts for block in anatomy.main_blocks}
         found = {where: block.experts for where, block in self.blocks.items()}
         problem = None
-        if blocks.keys() != found.keys():
+        if anatomy.model_type != self.about["model_type"]:
+            problem = f"this is a {anatomy.model_type}, they were collected on a {self.about['model_type']}"
+        elif blocks.keys() != found.keys():
             where = next(iter(blocks.keys() ^ found.keys()))
             problem = f"{where} is in {'the model' if where in blocks else 'the statistics'} only"
         elif blocks != found:

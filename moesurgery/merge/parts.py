@@ -8,7 +8,7 @@ taken over one projection of one expert in either.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -57,10 +57,13 @@ class Holder:
 
 
 class Parts:
-    """A plan taken apart. `prefix` is what stands before the layer number in the language model's names."""
+    """A plan taken apart. `prefix` is what stands before the layer number in the language model's names.
 
-    def __init__(self, plan: Plan, label: str) -> None:
-        self.plan, self.label = plan, label
+    `plain_dtype`: what a quantised model, here in float32, is in by its config.
+    """
+
+    def __init__(self, plan: Plan, label: str, plain_dtype: str | None = None) -> None:
+        self.plan, self.label, self.plain_dtype = plan, label, plain_dtype
         self.anatomy = plan.anatomy
         split = {name: self._split(name, layer) for name, layer in self.anatomy.layer.items()}
         counted = Counter(
@@ -72,7 +75,7 @@ class Parts:
 
     def _split(self, name: str, layer: int) -> tuple[str, str]:
         family = self.anatomy.family
-        for container in (family.layers,) if family else _CONTAINERS:
+        for container in (family.layers, *family.also_layers) if family else _CONTAINERS:
             mark = f"{container}.{layer}."
             at = 0 if name.startswith(mark) else name.find("." + mark) + 1
             if at or name.startswith(mark):
@@ -114,6 +117,23 @@ class Parts:
         holder, index = self.home[key]
         return holder.part(self.plan.tensors[holder.name], index)
 
+    def experts(self, layer: int) -> dict[int, list[Key]]:
+        """Return the parts of each expert of a layer."""
+        found: dict[int, list[Key]] = {}
+        for path in (path for holder in self.by_layer.get(layer, []) for path in holder.paths):
+            if path.startswith("experts."):
+                found.setdefault(int(path.split(".")[1]), []).append(Key(layer, path))
+        return found
+
+    def member(self, key: Key) -> Member:
+        """Return the tensor of an MoE block that holds a part; of a half of it, as if that were stored alone."""
+        holder, _ = self.home[key]
+        _, member = self._members[holder.name]
+        role = key.path.split(".")[2] if key.path.startswith("experts.") else member.role
+        if member.part is not None and role in ("gate", "up") and member.role == "gate_up":
+            return member._replace(role=role, part=replace(member.part, role=role))  # type: ignore[arg-type]
+        return member
+
     def name_of(self, layer: int | None, rest: str) -> str:
         return rest if layer is None else f"{self.prefix}{layer}.{rest}"
 
@@ -126,15 +146,17 @@ class Parts:
         own = self.name_of(layer, holder.rest)
         if holder.name not in self._members:
             return own, ()
-        _, member = self._members[holder.name]
+        block, member = self._members[holder.name]
         others: list[str] = []
         family = self.anatomy.family
         assert family is not None
         if member.along is not None:
-            others = [along.path for along in family.along if along.role == member.role]
+            around = block.of.along if block.of else family.along
+            others = [along.path for along in around if along.role == member.role]
         else:
             _, expert, role, suffix = key.path.split(".", 3)
-            for part in (part for layout in family.layouts for part in layout.parts):
+            layouts = block.of.layouts if block.of else family.layouts
+            for part in (part for layout in layouts for part in layout.parts):
                 if role.partition("~")[0] in part.role or part.role in role:
                     per_expert = "#" in part.path
                     others.append(part.path.replace("#", expert) + _suffix(suffix, per_expert))
@@ -148,12 +170,13 @@ class Parts:
         if layer is None or name not in self._members:
             return Holder(name, layer, rest, shape, (rest,))
         block, member = self._members[name]
+        of = f"{block.of.name}/" if block.of else ""  # a further set of experts in the same layer
         if member.along is not None:
             alone = len(block.named(member.role)) == 1
-            return Holder(name, layer, rest, shape, (f"router.{member.role}" if alone else rest,))
+            return Holder(name, layer, rest, shape, (f"{of}router.{member.role}" if alone else rest,))
         assert member.part is not None
         paths, split = _experts(shape, block, member, member.part)
-        return Holder(name, layer, rest, shape, paths, split)
+        return Holder(name, layer, rest, shape, tuple(of + path for path in paths), split)
 
 
 def _experts(

@@ -11,6 +11,7 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError, SurgeryError
 from moesurgery.merge.agreement import config_differences, tokenizers_differ
+from moesurgery.merge.aligned import Aligner
 from moesurgery.merge.filters import Filters, check_filters
 from moesurgery.merge.layers import restacked
 from moesurgery.merge.merged import Merged
@@ -76,6 +77,7 @@ class _Merger:
         self.method = stage.method
         self.warnings: list[str] = [f"{origin}:{line}: {text}" for line, text in stage.warnings]
         self.filters = Filters()
+        self._aligners: dict[tuple[int, int], Aligner] = {}
         self._groups: dict[tuple[_Place, tuple[str, ...]], Expr] = {}
 
     def plan(self) -> Plan:
@@ -105,14 +107,18 @@ class _Merger:
     @cached_property
     def donor(self) -> Parts:
         """The model whose names, layout, config and side files the output takes: the base, or the first."""
-        return self.models.parts(self.stage.models[0])
+        return self._opened(self.stage.models[0])
+
+    def _opened(self, reference: str) -> Parts:
+        """Return a model; its quantised weights as plain numbers, unless they are only put elsewhere."""
+        return self.models.parts(reference, plain=self.method.name != "passthrough" or self.stage.dtype is not None)
 
     def _sources(self, part: Slice) -> list[_Source]:
         """Return the models of a slice in the order in which the method takes them, the base first or apart."""
         found = []
         for entry in part.inputs:
             with self._at(entry.line):
-                parts = self.models.parts(entry.model)
+                parts = self._opened(entry.model)
                 self._check_range(entry, parts)
             found.append(
                 _Source(entry.model, parts, entry.settings, entry.layers[0] if entry.layers else 0, entry.line)
@@ -124,7 +130,7 @@ class _Merger:
             line = self.stage.line_of("base_model")
             with self._at(line):
                 if not self.stage.stacked:
-                    found.append(_Source(base, self.models.parts(base), {}, 0, line))
+                    found.append(_Source(base, self._opened(base), {}, 0, line))
         if self.method.base == "first":
             found.sort(key=lambda s: s.reference != base)
         return found
@@ -255,16 +261,27 @@ class _Merger:
         """Return the merged values of a part, or those of all experts at once where the recipe wants that."""
         sources = self.sources[place.slice]
         at_once = self.stage.granularity == "tensor" and self.method.kind != "elementwise"
-        if not (at_once and path.startswith("experts.")):
-            return self._merged(path, place, [s.parts.part(s.key(path, place)) for s in sources])
+        if not (at_once and "experts." in path):
+            return self._merged(path, place, [self._input(s, path, place) for s in sources])
         together = _together(path, sources[0].parts.paths[sources[0].key(path, place).layer])
         group = self._groups.get((place, together))
         if group is None:
-            inputs = [concat([s.parts.part(s.key(one, place)) for one in together]) for s in sources]
+            inputs = [concat([self._input(s, one, place) for one in together]) for s in sources]
             group = self._groups[place, together] = self._merged(together[0], place, inputs)
         length = group.shape[0] // len(together)
         index = together.index(path)
         return Rows(group, index * length, (index + 1) * length)
+
+    def _input(self, source: _Source, path: str, place: _Place) -> Expr:
+        """Return a part of one model, in the order of the base's experts and neurons where the recipe wants that."""
+        key, lead = source.key(path, place), self._lead(self.sources[place.slice])
+        if not (self.stage.align and path.startswith(("experts.", "router."))) or source.parts is lead.parts:
+            return source.parts.part(key)
+        pair = (id(lead.parts), id(source.parts))
+        if pair not in self._aligners:
+            self._aligners[pair] = Aligner(lead.parts, source.parts, self.stage.align)
+        with self._at(source.line):
+            return self._aligners[pair].part(lead.key(path, place), key)
 
     def _merged(self, path: str, place: _Place, inputs: list[Expr]) -> Expr:
         """Return the method's result for one part, given its values in all sources."""
@@ -274,10 +291,10 @@ class _Merger:
         if kept.dtype not in PLAIN_FLOATS:
             return self._unmerged(path, place, kept)
         for source, expr in zip(sources, inputs, strict=True):
-            if expr.shape != kept.shape or expr.dtype not in PLAIN_FLOATS:
+            if expr.shape != kept.shape:
                 with self._at(source.line):
                     raise _unlike(source.parts.home[source.key(path, place)][0].name, source, expr, lead, kept)
-        dtype = self._dtype(path, kept, inputs)
+        dtype = self._dtype(path, kept, inputs, sources)
         base = self._base(place.slice)
         apart = self.method.base in ("required", "optional") and base is not None
         chosen = [i for i, s in enumerate(sources) if not (apart and s is base)]
@@ -313,18 +330,18 @@ class _Merger:
         if weights and (values is None or values["scale"][0] != 1):
             with self._at(lead.line):
                 raise RefusedError(
-                    f"{holder.name} of {lead.parts.label} is stored as {kept.dtype}: quantised weights do not merge",
-                    "dequantise the model first",
+                    f"{holder.name} of {lead.parts.label} is stored as {kept.dtype} and cannot be scaled so",
+                    "give `dtype: bfloat16`: quantised weights are then read as the numbers that they stand for",
                 )
         return kept
 
-    def _dtype(self, path: str, kept: Expr, inputs: list[Expr]) -> str:
+    def _dtype(self, path: str, kept: Expr, inputs: list[Expr], sources: list[_Source]) -> str:
         """Return what a part is stored as. Selection biases stay as they are: a bf16 one routes differently."""
         if path == "router.correction_bias":
             return kept.dtype
         if self.stage.dtype is not None:
             return self.stage.dtype
-        kinds = {expr.dtype for expr in inputs}
+        kinds = {source.parts.plain_dtype or expr.dtype for source, expr in zip(sources, inputs, strict=True)}
         return "F32" if kinds == {"BF16", "F16"} else max(kinds, key=_RANK.index)
 
     def _values(self, path: str, place: _Place, chosen: list[_Source]) -> dict[str, Any]:
@@ -419,19 +436,14 @@ class _Line:
 
 def _together(path: str, paths: frozenset[str]) -> tuple[str, ...]:
     """Return the parts of all experts that mergekit holds in one tensor with `path`: [E, 2I, H] or [E, H, I]."""
-    _, _, role, suffix = path.split(".", 3)
+    experts, _, role, suffix = path.split(".", 3)
     roles = ("gate", "up") if role in ("gate", "up") else (role,)
-    count = 1 + max(int(p.split(".")[1]) for p in paths if p.startswith("experts."))
-    wanted = [f"experts.{e}.{r}.{suffix}" for e in range(count) for r in roles]
+    count = 1 + max(int(p.split(".")[1]) for p in paths if p.startswith(experts + "."))
+    wanted = [f"{experts}.{e}.{r}.{suffix}" for e in range(count) for r in roles]
     return tuple(p for p in wanted if p in paths)
 
 
 def _unlike(name: str, source: _Source, theirs: Expr, lead: _Source, ours: Expr) -> SurgeryError:
-    if theirs.dtype not in PLAIN_FLOATS:
-        return RefusedError(
-            f"{name} of {source.parts.label} is stored as {theirs.dtype}: quantised weights do not merge",
-            "dequantise the model first",
-        )
     hint = "give `tokenizer_source:` to merge models of different vocabularies" if "embed" in name else None
     return RefusedError(
         f"{name} is {list(theirs.shape)} in {source.parts.label} and {list(ours.shape)} in {lead.parts.label}", hint

@@ -29,10 +29,10 @@ from moesurgery.yaml_strict import Document, parse_all
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
-# Keys of a document beyond mergekit's own: `granularity`, `seed`.
+# Keys of a document beyond mergekit's own: `granularity`, `align`, `seed`.
 _KEYS = (
     *("name", "models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype"),
-    *("granularity", "seed"),
+    *("granularity", "align", "seed"),
 )
 
 
@@ -58,7 +58,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Stage:
-    """One document. `stacked`: it lists slices, so the number of layers may change."""
+    """One document. `stacked`: it lists slices, so the number of layers may change.
+
+    `align`: what of the other models is put in the order of the base's: "experts", "neurons".
+    """
 
     name: str | None
     method: Method
@@ -68,6 +71,7 @@ class Stage:
     settings: Settings
     dtype: str | None = None
     granularity: Literal["expert", "tensor"] = "expert"
+    align: frozenset[str] = frozenset()
     seed: int = 0
     line: int = 1
     lines: dict[str, int] = field(default_factory=dict)
@@ -185,6 +189,7 @@ class _Reader:
             settings={**outer, **inner},
             dtype=self.dtype(value),
             granularity=self.granularity(value),
+            align=self.align(value),
             seed=self.one_of(value, "seed", int, "a whole number") or 0,
             line=line,
             lines={str(key): self.document.line((key,)) for key in value},
@@ -406,6 +411,17 @@ class _Reader:
             )
             return "expert"
         return given  # type: ignore[no-any-return]
+
+    def align(self, value: dict[str, Any]) -> frozenset[str]:
+        given = value.get("align")
+        wanted = [] if given in (None, "none") else given if isinstance(given, list) else [given]
+        for word in wanted:
+            if word not in ("experts", "neurons"):
+                self.wrong.append(
+                    (self.document.line(("align",)), f"align is {word!r}: experts, neurons, [experts, neurons] or none")
+                )
+                return frozenset()
+        return frozenset(wanted)
 
     def one_of(self, value: dict[str, Any], key: str, kind: Callable[..., Any], what: str) -> Any:
         given = value.get(key)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.families.quantised import method as quantisation_method
 from moesurgery.merge.parts import Parts
+from moesurgery.merge.recipe import DTYPES
+from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan, plan_of
 
+_QUANTISED = ("quantization_config", "compression_config")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -17,14 +22,41 @@ class Models:
 
     def __init__(self) -> None:
         self.stages: dict[str, Plan] = {}
-        self._parts: dict[str, Parts] = {}
+        self._parts: dict[tuple[str, bool], Parts] = {}
 
-    def parts(self, reference: str) -> Parts:
-        """Return a model taken apart. Raises CheckpointError where it cannot be opened."""
-        if reference not in self._parts:
+    def parts(self, reference: str, *, plain: bool) -> Parts:
+        """Return a model taken apart; with `plain`, quantised weights as the numbers that they stand for.
+
+        Raises CheckpointError where it cannot be opened, RefusedError for quantised forms that are not known.
+        """
+        if (reference, plain) not in self._parts:
             plan = self.stages.get(reference) or plan_of(open_checkpoint(located(reference)))
-            self._parts[reference] = Parts(plan, label(reference))
-        return self._parts[reference]
+            quantised = plain and quantisation_method(plan.config) is not None
+            self._parts[reference, plain] = Parts(
+                _plain(plan) if quantised else plan, label(reference), _stated_dtype(plan) if quantised else None
+            )
+        return self._parts[reference, plain]
+
+
+def _plain(plan: Plan) -> Plan:
+    """Return the plan with quantised weights as float32 numbers, which are rounded only once they are merged."""
+    tensors, renamed = dequantised(plan)
+    old = {new: name for name, new in renamed.items()}
+    config = {
+        key: {k: v for k, v in value.items() if k not in _QUANTISED} if isinstance(value, dict) else value
+        for key, value in plan.config.items()
+        if key not in _QUANTISED
+    }
+    return replace(
+        plan, tensors=tensors, config=config, home={name: plan.home[old.get(name, name)] for name in tensors}
+    )
+
+
+def _stated_dtype(plan: Plan) -> str:
+    """Return the dtype that config.json gives a quantised model's weights; bf16 where it does not say."""
+    places = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict))]
+    found = (place.get(key) for place in places for key in ("dtype", "torch_dtype"))
+    return next((DTYPES[name] for name in found if isinstance(name, str) and name in DTYPES), "BF16")
 
 
 def located(reference: str) -> str:

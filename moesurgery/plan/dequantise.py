@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.families.quantised import Companion, method, packed_bits, quantisation_config, take_apart
-from moesurgery.plan.expr import Expr, Reader, torch_dtype
+from moesurgery.plan.expr import Expr, Reader, cast
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.tensors import transpose
 
@@ -29,7 +29,7 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class Dequantised(Expr):
-    """The values of quantised matrices [..., out, in]: float32 arithmetic, rounded once to `dtype`.
+    """The values of quantised matrices [..., out, in], in float32.
 
     Each of `parts` is an expression and the number of output rows that share a row of it: 1 for the stored
     weights, the height of a block for block scales, `out` for one row per matrix, 0 for one for all matrices.
@@ -38,9 +38,12 @@ class Dequantised(Expr):
 
     function: Callable[..., Any]
     parts: tuple[tuple[Expr, int], ...]
-    dtype: str
     shape: tuple[int, ...]
     parameters: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return "F32"
 
     @property
     def granule(self) -> int:
@@ -65,14 +68,13 @@ class Dequantised(Expr):
         import torch
 
         out, width = self.shape[-2:]
-        kind = torch_dtype(self.dtype)
         first, last = start // width, stop // width
         found = []
         while first < last:
             matrix, row = divmod(first, out)
             until = min(out, row + last - first)
             rows = [self._rows(expr, share, matrix, row, until, reader) for expr, share in self.parts]
-            found.append(self.function(width, *rows, **dict(self.parameters)).to(kind).reshape(-1))
+            found.append(self.function(width, *rows, **dict(self.parameters)).reshape(-1))
             first += until - row
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -116,7 +118,7 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
             found[name] = expr
             continue
         plain = stem.base + {".weight_packed": ".weight", "_blocks": ""}.get(stem.suffix, stem.suffix)
-        found[plain] = _values(_Weight(name, expr, stem.suffix, beside, plan.config, dtype))
+        found[plain] = cast(_values(_Weight(name, expr, stem.suffix, beside, plan.config)), dtype)
         if plain != name:
             renamed[name] = plain
     return found, renamed
@@ -131,7 +133,6 @@ class _Weight:
     suffix: str
     beside: list[tuple[Companion, Expr]]
     config: Mapping[str, Any]
-    dtype: str
 
     def of_kind(self, kind: str, rank: int) -> Expr | None:
         return next((e for c, e in self.beside if c.kind == kind and c.rank == rank), None)
@@ -203,7 +204,7 @@ def _scaled(
         parts.append((overall, 0 if overall.numel == 1 else shape[-2]))
     if under is not None:
         parameters = (*parameters, ("divide", True))
-    return Dequantised(function, tuple(parts), weight.dtype, shape, (*parameters, ("wide", wide)))
+    return Dequantised(function, tuple(parts), shape, (*parameters, ("wide", wide)))
 
 
 def _block(weight: _Weight, shape: tuple[int, ...], scale: Expr) -> tuple[int, int]:

@@ -125,6 +125,9 @@ class Expr:
             yield from part.stored()
 
 
+_F16_END = 65520.0  # what rounds to infinity from here
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     """Return torch's name for a safetensors dtype. Raises ValueError for types torch cannot hold."""
     import torch
@@ -189,6 +192,10 @@ class Stored(Expr):
         where = self.info.start + start * size
         return decoded(reader.passing(self.source, self.info.file, where, (stop - start) * size), self.dtype)
 
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        size = BITS[self.dtype] // 8
+        return reader.passing(self.source, self.info.file, self.info.start + start * size, (stop - start) * size)
+
     def stored(self) -> Iterator[Stored]:
         yield self
 
@@ -240,6 +247,10 @@ class Rows(Expr):
         offset = self.start * self.row
         return self.of.array(offset + start, offset + stop, reader)
 
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        offset = self.start * self.row
+        return self.of.raw(offset + start, offset + stop, reader)
+
 
 @dataclass(frozen=True)
 class Joined(Expr):
@@ -279,6 +290,10 @@ class Joined(Expr):
 
         found = [part.array(first, last, reader) for part, first, last in self._within(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        # Joined at once: what a part gives is valid until the next call alone.
+        return memoryview(b"".join(bytes(p.raw(first, last, reader)) for p, first, last in self._within(start, stop)))
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
         """Yield the parts that elements `start:stop` are in, with the elements of each."""
@@ -411,7 +426,7 @@ class Exponent(_Unary):
 
 @dataclass(frozen=True)
 class Cast(_Unary):
-    """`of` rounded to another floating dtype."""
+    """`of` rounded to another floating dtype. Raises RefusedError for finite numbers that F16 cannot hold."""
 
     to: str
 
@@ -420,14 +435,28 @@ class Cast(_Unary):
         return self.to
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
-        return self.of.evaluate(start, stop, reader).to(torch_dtype(self.to))
+        wide = self.of.evaluate(start, stop, reader)
+        if self.to == "F16" and bool((wide.isfinite() & (wide.abs() >= _F16_END)).any()):
+            raise self._too_large()
+        return wide.to(torch_dtype(self.to))
 
     @property
     def light(self) -> bool:
         return self.of.light
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
-        return rounded(self.of.array(start, stop, reader), self.to)
+        import numpy as np
+
+        wide = self.of.array(start, stop, reader)
+        if self.to == "F16" and bool((np.isfinite(wide) & (abs(wide) >= _F16_END)).any()):
+            raise self._too_large()
+        return rounded(wide, self.to)
+
+    def _too_large(self) -> Exception:
+        from moesurgery.errors import RefusedError
+
+        name = next((stored.info.name for stored in self.stored()), "a tensor")
+        return RefusedError(f"{name} holds numbers that float16 cannot: beyond 65504", "use bfloat16 or float32")
 
 
 def cast(of: Expr, dtype: str) -> Expr:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.errors import CheckpointError
+from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy, recognise
 from moesurgery.plan.expr import Expr, Stored
 
@@ -45,7 +45,9 @@ class Plan:
 
     `home` names, for each tensor, the source shard whose place it takes; shard boundaries follow it unless
     `max_shard_size` (bytes) is set. `sources` are all checkpoints that were opened, the first being the
-    one whose side files are carried over.
+    one whose side files are carried over. `files` are more side files, by path in the output: their content, or
+    None for one that is not carried over. `companions` are safetensors files that are no part of the model (an
+    adapter beside it), by path.
     """
 
     sources: tuple[Checkpoint, ...]
@@ -54,6 +56,8 @@ class Plan:
     config: Mapping[str, Any]
     steps: tuple[Step, ...] = ()
     max_shard_size: int | None = None
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
+    companions: Mapping[str, Mapping[str, Expr]] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -68,6 +72,10 @@ class Plan:
     def nbytes(self) -> int:
         return sum(expr.nbytes for expr in self.tensors.values())
 
+    @property
+    def companion_nbytes(self) -> int:
+        return sum(expr.nbytes for tensors in self.companions.values() for expr in tensors.values())
+
     def edited(
         self,
         step: Step,
@@ -75,13 +83,25 @@ class Plan:
         tensors: Mapping[str, Expr] | None = None,
         config: Mapping[str, Any] | None = None,
         home: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes | None] | None = None,
+        companions: Mapping[str, Mapping[str, Expr]] | None = None,
     ) -> Plan:
-        """Return the plan after `step`, with what it changed."""
+        """Return the plan after `step`, with what it changed; `files` and `companions` are added to those there are.
+
+        Raises RefusedError where weights change for which a companion has been planned: it would not fit them.
+        """
+        if self.companions and tensors is not None and tensors != self.tensors:
+            raise RefusedError(
+                f"{step.operation}: {', '.join(self.companions)} was planned for the weights before this step",
+                f"put `- {step.operation}: …` before `- {self.steps[-1].operation}: …`",
+            )
         return replace(
             self,
             tensors=self.tensors if tensors is None else tensors,
             config=self.config if config is None else config,
             home=self.home if home is None else home,
+            files={**self.files, **(files or {})},
+            companions={**self.companions, **(companions or {})},
             steps=(*self.steps, step),
         )
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
+from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, element_count
+from moesurgery.plan.arrays import decoded, rounded
 from moesurgery.plan.expr import Expr, Reader, torch_dtype
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 NORMAL_BLOCK = 1 << 16
@@ -105,6 +107,23 @@ class Columns(Expr):
         width, whole = self.stop - self.start, self.of.shape[-1]
         rows = self.of.evaluate(start // width * whole, stop // width * whole, reader)
         return rows.view(-1, whole)[:, self.start : self.stop].reshape(-1)
+
+    @property
+    def light(self) -> bool:
+        return self.of.light
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        width, whole = self.stop - self.start, self.of.shape[-1]
+        rows = self.of.array(start // width * whole, stop // width * whole, reader)
+        return rows.reshape(-1, whole)[:, self.start : self.stop].reshape(-1)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        import numpy as np
+
+        width, whole, size = self.stop - self.start, self.of.shape[-1], BITS[self.dtype] // 8
+        data = self.of.raw(start // width * whole, stop // width * whole, reader)
+        rows = np.frombuffer(data, np.uint8).reshape(-1, whole * size)
+        return np.ascontiguousarray(rows[:, self.start * size : self.stop * size]).reshape(-1).data
 
 
 def columns(of: Expr, start: int, stop: int) -> Expr:
@@ -248,6 +267,15 @@ class Filled(Expr):
 
         return torch.full((stop - start,), self.value, dtype=torch_dtype(self.dtype))
 
+    @property
+    def light(self) -> bool:
+        return self.dtype in PLAIN_FLOATS
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        import numpy as np
+
+        return rounded(np.full(stop - start, self.value), self.dtype)
+
 
 @dataclass(frozen=True)
 class Values(Expr):
@@ -268,15 +296,26 @@ class Values(Expr):
 
         return torch.frombuffer(bytearray(self.data), dtype=torch_dtype(self.dtype))[start:stop]
 
+    @property
+    def light(self) -> bool:
+        return self.dtype in PLAIN_FLOATS
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        return decoded(self.raw(start, stop, reader), self.dtype)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        size = BITS[self.dtype] // 8
+        return memoryview(self.data)[start * size : stop * size]
+
 
 @dataclass(frozen=True)
-class Normal(Expr):
-    """N(0, std^2) numbers that depend on `key` and the position alone, not on order, threads or chunks.
+class _Drawn(Expr):
+    """Random numbers that depend on `key` and the position alone, not on order, threads or chunks.
 
     Make the key from the recipe's seed and the tensor's name: `random_key(seed, name)`.
     """
 
-    std: float
+    scale: float
     key: int
     dtype: str
     shape: tuple[int, ...]
@@ -285,45 +324,54 @@ class Normal(Expr):
     def granule(self) -> int:
         return NORMAL_BLOCK
 
-    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+    @staticmethod
+    def draw(generator: np.random.Generator, count: int) -> np.ndarray:
+        """Return `count` float32 numbers, to be multiplied by `scale`."""
+        raise NotImplementedError
+
+    def _numbers(self, start: int, stop: int) -> np.ndarray:
         import numpy as np
+
+        found = []
+        for block in range(start // NORMAL_BLOCK, -(-stop // NORMAL_BLOCK)):
+            first, last = block * NORMAL_BLOCK, min((block + 1) * NORMAL_BLOCK, stop)
+            drawn = self.draw(np.random.Generator(np.random.Philox(key=(self.key, block))), last - first)
+            found.append(drawn[max(start - first, 0) :])
+        return np.concatenate(found) * np.float32(self.scale)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
-        drawn = _drawn(self.key, start, stop, lambda g, count: g.standard_normal(count, dtype=np.float32))
-        return torch.from_numpy(drawn * np.float32(self.std)).to(torch_dtype(self.dtype))
+        return torch.from_numpy(self._numbers(start, stop)).to(torch_dtype(self.dtype))
+
+    @property
+    def light(self) -> bool:
+        return True
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        return rounded(self._numbers(start, stop), self.dtype)
 
 
 @dataclass(frozen=True)
-class Uniform(Expr):
-    """Numbers between -bound and bound that depend on `key` and the position alone, as in `Normal`."""
+class Normal(_Drawn):
+    """N(0, scale^2) numbers."""
 
-    bound: float
-    key: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def granule(self) -> int:
-        return NORMAL_BLOCK
-
-    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+    @staticmethod
+    def draw(generator: np.random.Generator, count: int) -> np.ndarray:
         import numpy as np
-        import torch
 
-        drawn = _drawn(self.key, start, stop, lambda g, count: g.random(count, dtype=np.float32))
-        return torch.from_numpy((drawn * 2 - 1) * np.float32(self.bound)).to(torch_dtype(self.dtype))
+        return generator.standard_normal(count, dtype=np.float32)
 
 
-def _drawn(key: int, start: int, stop: int, draw: Callable[[Any, int], Any]) -> Any:
-    """Return positions `start:stop` of the numbers that `draw(generator, count)` gives, block by block."""
-    import numpy as np
+@dataclass(frozen=True)
+class Uniform(_Drawn):
+    """Numbers between -scale and scale."""
 
-    found = []
-    for block in range(start // NORMAL_BLOCK, -(-stop // NORMAL_BLOCK)):
-        first, last = block * NORMAL_BLOCK, min((block + 1) * NORMAL_BLOCK, stop)
-        drawn = draw(np.random.Generator(np.random.Philox(key=(key, block))), last - first)
-        found.append(drawn[max(start - first, 0) :])
-    return np.concatenate(found)
+    @staticmethod
+    def draw(generator: np.random.Generator, count: int) -> np.ndarray:
+        import numpy as np
+
+        return generator.random(count, dtype=np.float32) * 2 - 1
 
 
 def random_key(seed: int, name: str) -> int:

@@ -1,24 +1,29 @@
 """Which experts: by number, the same in all layers or per layer, or by a criterion.
 
-A criterion gives every expert of a block a score; the lowest are given up first. Those here read routers at
-most. A criterion that needs data belongs here too: a function of a block and what was measured of it.
+A criterion gives every expert of a block a score; the lowest are given up first. Two read routers at most; the
+others are computed from statistics of a run over text (`measure.criteria`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesurgery.errors import RefusedError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.measure.criteria import Criterion as MeasuredCriterion
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.values import values_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-Criterion = Literal["router-norm", "random"]
+FreeCriterion = Literal["router-norm", "random"]
+Criterion = Literal[FreeCriterion, MeasuredCriterion]
+DEFAULT_CRITERION: MeasuredCriterion = "reap-sum"  # where there are statistics; docs/measure.md has the table
 LayerKey = int | str  # the number of a layer, or its full name where two have one number
 
 
@@ -77,15 +82,77 @@ def _random(plan: Plan, block: MoeBlock, seed: int) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest[:8], "little")).random(block.experts)
 
 
-_CRITERIA: Mapping[Criterion, Callable[[Plan, MoeBlock, int], np.ndarray]] = {
+_FREE: Mapping[FreeCriterion, Callable[[Plan, MoeBlock, int], np.ndarray]] = {
     "router-norm": _router_norm,
     "random": _random,
 }
 
 
-def scores_of(plan: Plan, block: MoeBlock, by: Criterion, seed: int) -> list[float]:
-    """Return a score for each expert of `block` by the criterion `by`; higher is more worth keeping."""
-    return [float(score) for score in _CRITERIA[by](plan, block, seed)]
+def scores_of(plan: Plan, block: MoeBlock, by: FreeCriterion, seed: int) -> list[float]:
+    """Return a score for each expert of `block` by a criterion that needs no data; higher is more worth keeping."""
+    return [float(score) for score in _FREE[by](plan, block, seed)]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The score of every expert, by block, and what is to be known about it. Protected experts are never given up."""
+
+    scores: Mapping[str, list[float]]
+    protected: Mapping[str, list[int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+
+    def lowest(self, anatomy: Anatomy, where: str, count: int) -> list[int]:
+        guarded = self.protected.get(where, [])
+        return lowest(
+            anatomy, [math.inf if e in guarded else score for e, score in enumerate(self.scores[where])], count
+        )
+
+
+def ranking(
+    plan: Plan, operation: str, by: Criterion, seed: int, stats: str | None, count: int, protect_super: bool
+) -> Ranking:
+    """Rank the experts of every block by `by`, of which `count` are to be given up.
+
+    Blocks that are not run, such as prediction layers, are ranked by their routers. Raises RecipeError where
+    statistics are needed and missing, RefusedError where they are of another model.
+    """
+    blocks = plan.anatomy.blocks
+    if by == "router-norm" or by == "random":
+        return Ranking({b.where: scores_of(plan, b, by, seed) for b in blocks})
+    if stats is None:
+        raise RecipeError(
+            f"{operation}: --by {by} needs statistics",
+            "give --text FILE to collect them, or --stats FILE from `moesurgery collect`",
+        )
+    from moesurgery.measure.criteria import agreement, scores, super_experts
+    from moesurgery.measure.stats import digest, load_stats
+
+    found = load_stats(stats)
+    found.check(plan.anatomy, operation)
+    kept = plan.anatomy.experts - count
+    if by == "recon" and kept not in found.recon:
+        raise RefusedError(
+            f"{operation}: {stats} has no choice of {kept} experts by reconstruction",
+            f"collect again with `moesurgery collect --recon {kept}`",
+        )
+    ranked = {
+        b.where: scores(found.blocks[b.where], by, kept).tolist()
+        if b.where in found.blocks
+        else scores_of(plan, b, "router-norm", seed)
+        for b in blocks
+    }
+    notes = []
+    if by != "recon" and count:
+        share = agreement(found, by, count / plan.anatomy.experts)["overlap"]
+        notes.append(f"two halves of the text agree on {100 * share:.0f} % of what is given up by {by}")
+    protected = super_experts(found) if protect_super else {}
+    if protected:
+        named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in protected.items())
+        notes.append(f"protected, for outputs far above all others' ({named}); --no-protect-super lets them go")
+    if others := [where for where in ranked if where not in found.blocks]:
+        notes.append(f"{', '.join(others)}: not run, so ranked by router-norm")
+    return Ranking(ranked, protected, tuple(notes), {"sha256": digest(stats), **found.about})
 
 
 def lowest(anatomy: Anatomy, scores: Sequence[float], count: int) -> list[int]:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.families.anatomy import MoeBlock
+from moesurgery.families.anatomy import Member, MoeBlock
 from moesurgery.families.family import Layout, Part
 from moesurgery.plan.expr import Expr, Rows, concat, reshape, stack
 from moesurgery.plan.tensors import columns, join_columns, transpose
 from moesurgery.surgery.expert_axis import Entries, refuse_strays
-from moesurgery.surgery.neurons import expert_tensors
+from moesurgery.surgery.neurons import tensors_by_expert
 
 
 def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operation: str) -> Entries:
@@ -31,9 +31,9 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
                 f"{operation}: {member.name} is no plain weight, and only plain weights are moved between layouts",
                 "add --dequantize",
             )
-    matrices = [_matrices(block, tensors, expert) for expert in range(block.experts)]
     found: list[tuple[str, Expr]] = []
     try:
+        matrices = [_matrices(of_expert) for of_expert in tensors_by_expert(block, tensors)]
         for part in target.parts:
             name = f"{block.layer_path}.{part.path}"
             stored = [_as_stored(part, of_expert) for of_expert in matrices]
@@ -42,19 +42,21 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
             else:
                 found.append((name, concat(stored) if part.rows else stack(stored)))
     except ValueError as error:
-        raise RefusedError(f"{operation}: {block.where}: its experts differ in dtype or shape: {error}") from None
+        raise RefusedError(f"{operation}: {block.where}: its experts do not fit together: {error}") from None
     first, *others = (member.name for member in members)
     return {first: found, **{name: [] for name in others}}
 
 
-def _matrices(block: MoeBlock, tensors: Mapping[str, Expr], expert: int) -> dict[str, Expr]:
-    """Return gate, up and down of one expert, each [out, in]."""
+def _matrices(of_expert: list[tuple[Member, Expr]]) -> dict[str, Expr]:
+    """Return gate, up and down of one expert, each [out, in]. Raises ValueError where gate and up differ in width."""
     found: dict[str, Expr] = {}
-    for member, expr in expert_tensors(block, tensors, expert):
+    for member, expr in of_expert:
         assert member.part is not None
         if member.part.role != "gate_up":
             found[member.part.role] = transpose(expr) if member.part.order == "io" else expr
             continue
+        if expr.shape[0 if member.part.order == "oi" else 1] % 2:
+            raise ValueError(f"{member.name} {list(expr.shape)} does not divide into gate and up")
         if member.part.interleaved:
             matrix = transpose(expr) if member.part.order == "io" else expr
             width, hidden = matrix.shape[0] // 2, matrix.shape[1]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
-from moesurgery.plan.expr import Expr, Rows, concat, reshape, stack
+from moesurgery.plan.expr import Expr, Rows, concat, reshape
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.solved import Reordered
 from moesurgery.plan.tensors import Linear
@@ -28,7 +28,7 @@ from moesurgery.surgery.expert_counts import (
     equal_count,
     with_expert_count,
 )
-from moesurgery.surgery.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows
+from moesurgery.surgery.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked
 from moesurgery.surgery.operation import operation
 from moesurgery.surgery.parameters import Param
 
@@ -262,10 +262,7 @@ class _Merge:
         """Return the new experts of a stacked tensor together again; unchanged ones in a row are one byte range."""
         if all(len(group) == 1 for group in self.groups):
             return along_experts(self.block, member, self.tensors[member.name], self.dominant)
-        joined = stack(experts)
-        if member.part is not None and member.part.rows:
-            return reshape(joined, (joined.shape[0] * joined.shape[1], *joined.shape[2:]))
-        return joined
+        return restacked(member, experts)
 
     def _along(self, member: Member) -> Expr:
         """Return a router tensor: the entries of the dominant members, or the means of all."""

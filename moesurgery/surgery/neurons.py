@@ -9,24 +9,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moesurgery.families.anatomy import Member, MoeBlock
-from moesurgery.plan.expr import Expr, Rows, concat, reshape
+from moesurgery.plan.expr import Expr, Rows, concat, reshape, stack
 from moesurgery.plan.tensors import columns, join_columns, transpose
 
 
 def expert_tensors(block: MoeBlock, tensors: Mapping[str, Expr], expert: int) -> list[tuple[Member, Expr]]:
     """Return the tensors of one expert, without the expert axis where there is one."""
-    found = []
+    return [
+        (member, _of_expert(block, member, tensors[member.name], expert))
+        for member in block.members
+        if member.part is not None and member.expert in (None, expert)
+    ]
+
+
+def tensors_by_expert(block: MoeBlock, tensors: Mapping[str, Expr]) -> list[list[tuple[Member, Expr]]]:
+    """Return what `expert_tensors` gives for every expert, in one pass: a block may have thousands of tensors."""
+    found: list[list[tuple[Member, Expr]]] = [[] for _ in range(block.experts)]
     for member in block.members:
-        if member.part is None or member.expert not in (None, expert):
-            continue
-        expr = tensors[member.name]
-        if member.part.rows:
-            rows = expr.shape[0] // block.experts
-            expr = Rows(expr, expert * rows, (expert + 1) * rows)
-        elif member.expert is None:
-            expr = reshape(Rows(expr, expert, expert + 1), expr.shape[1:])
-        found.append((member, expr))
+        if member.part is not None:
+            for expert in range(block.experts) if member.expert is None else (member.expert,):
+                found[expert].append((member, _of_expert(block, member, tensors[member.name], expert)))
     return found
+
+
+def _of_expert(block: MoeBlock, member: Member, expr: Expr, expert: int) -> Expr:
+    """Return the part of a tensor that is one expert's."""
+    assert member.part is not None
+    if member.part.rows:
+        rows = expr.shape[0] // block.experts
+        return Rows(expr, expert * rows, (expert + 1) * rows)
+    return expr if member.expert is not None else reshape(Rows(expr, expert, expert + 1), expr.shape[1:])
+
+
+def restacked(member: Member, experts: list[Expr]) -> Expr:
+    """Return a stacked tensor of its experts, each without the expert axis."""
+    joined = stack(experts)
+    if member.part is not None and member.part.rows:
+        return reshape(joined, (joined.shape[0] * joined.shape[1], *joined.shape[2:]))
+    return joined
 
 
 def _neurons_last(member: Member) -> bool:

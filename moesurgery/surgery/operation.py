@@ -25,7 +25,17 @@ from moesurgery.plan.plan import Plan
 from moesurgery.surgery.parameters import Misfit, Parameter, check, parameters_of
 
 # The modules of this package that define operations, in the order in which `--help` shows them.
-_BUILT_IN = ("rescale", "drop_experts", "merge_experts", "upcycle", "to_dense", "convert")
+_BUILT_IN = (
+    "rescale",
+    "drop_experts",
+    "merge_experts",
+    "add_expert",
+    "upcycle",
+    "to_dense",
+    "tie_blocks",
+    "convert",
+    "refit",
+)
 
 
 @dataclass(frozen=True)

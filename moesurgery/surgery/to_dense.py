@@ -20,7 +20,7 @@ from moesurgery.plan.expr import Expr, Rows, concat, scale
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.tensors import join_columns, mean
 from moesurgery.plan.values import values_of
-from moesurgery.surgery.choosing import Criterion, LayerKey, check_indices, per_block, scores_of
+from moesurgery.surgery.choosing import FreeCriterion, LayerKey, check_indices, per_block, scores_of
 from moesurgery.surgery.expert_axis import Entries, refuse_strays
 from moesurgery.surgery.neurons import expert_tensors
 from moesurgery.surgery.operation import operation
@@ -43,7 +43,7 @@ def to_dense(
         int | None,
         Param("put this many experts side by side, chosen by --by, each at its share", minimum=1, metavar="N"),
     ] = None,
-    by: Annotated[Criterion, Param("how --concat-top chooses: longest router rows, or by lot")] = "router-norm",
+    by: Annotated[FreeCriterion, Param("how --concat-top chooses: longest router rows, or by lot")] = "router-norm",
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
     shared: Annotated[
         Shared, Param("shared experts: join them to the FFN, drop them, or auto: join unless they add nothing")
@@ -135,7 +135,7 @@ def _chosen(
     expert: int | dict[LayerKey, int] | None,
     average: bool,
     concat_top: int | None,
-    by: Criterion,
+    by: FreeCriterion,
     seed: int,
 ) -> dict[str, list[int]]:
     """Return the experts that make up the FFN of each layer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.components import VISION
-from moesurgery.families.layers import moe_layers, ranges
+from moesurgery.families.layers import moe_layers, positions, ranges
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.subject import Subject
 
@@ -38,10 +38,11 @@ def layers(subject: Subject) -> Outcome:
         yield finding("C07", f"config.json says {stated} layers; there is no tensor of {ranges(missing)}", CONFIG)
     if extra := sorted(n for n in plain if n >= stated):
         yield finding("C07", f"config.json says {stated} layers; the tensors hold also {ranges(extra)}", CONFIG)
-    sparse, found = moe_layers(subject.anatomy.settings), {block.layer for block in subject.anatomy.main_blocks}
+    settings = subject.anatomy.settings
+    sparse, found = moe_layers(settings), positions(settings, {block.layer for block in subject.anatomy.main_blocks})
     if sparse is not None and found and sparse & plain != found:
         yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(found)}", CONFIG)
-    predicting = subject.anatomy.settings.first(_MTP_KEYS, 0)
+    predicting = settings.first(_MTP_KEYS, 0)
     leftover = sorted(n for n in mtp if n >= stated)[predicting if type(predicting) is int else 0 :]
     if leftover:
         message = f"holds layers for multi-token prediction that {CONFIG} does not name: {ranges(leftover)}"

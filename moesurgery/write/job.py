@@ -31,7 +31,7 @@ from moesurgery.plan.expr import Compute
 from moesurgery.plan.plan import Plan
 from moesurgery.write import copying
 from moesurgery.write.card import CARD, card_text, provenance
-from moesurgery.write.layout import shard_tasks
+from moesurgery.write.layout import companion_tasks, shard_tasks
 from moesurgery.write.shard import WORK, Manner, ShardTask, Watch, disk_error, done, write_shard
 
 # What `--force` may replace: the files of which a checkpoint consists.
@@ -89,7 +89,7 @@ def write_plan(
     check_output(plan, output, force=options.force)
     for file in plan.checkpoint.side_files:
         plan.checkpoint.source.local(file)  # a link out of the checkpoint is an error now, not after hours
-    tasks = shard_tasks(plan)
+    tasks = [*shard_tasks(plan), *companion_tasks(plan)]
     identity = plan_id(plan, tasks)
     partial = output.with_name(output.name + ".partial")
     lock = _claim(partial, identity, force=options.force)
@@ -139,10 +139,11 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
 
 def _check_replaceable(output: Path) -> None:
     """Refuse to delete what is no part of a checkpoint."""
-    for path in output.iterdir():
+    for path in output.rglob("*"):
         known = path.suffix.lower() in _CHECKPOINT_SUFFIXES or path.name in _CHECKPOINT_NAMES
-        ours = path.name == WORK and not path.is_symlink()
-        if not ours and (path.is_symlink() or not path.is_file() or not known):
+        ours = output / WORK in (path, *path.parents) and not path.is_symlink()
+        folder = path.is_dir() and any(path.iterdir())  # of an adapter, or of shards that an index names so
+        if not ours and (path.is_symlink() or not (folder or (path.is_file() and known))):
             raise OutputError(
                 f"--force would delete {path}, which is no part of a checkpoint",
                 "move it away, or choose another folder",
@@ -159,6 +160,8 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
             changed = path.stat().st_mtime_ns if path is not None else 0
             digest.update(f"{header.file} {header.file_size} {header.digest} {changed}\n".encode())
     digest.update(json.dumps(plan.config, sort_keys=True).encode())
+    for file, content in sorted(plan.files.items()):
+        digest.update(f"{file}\n".encode() + hashlib.sha256(content or b"").digest())
     for task in tasks:
         digest.update(f"{task.name} {task.phase} {task.metadata}\n".encode())
         # The bytes of a whole shard are already named by its header above.
@@ -323,8 +326,13 @@ def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    _write_bytes(path, text.encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -337,9 +345,12 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     _remove_leftovers(partial, {task.name for task in tasks})
     source_files = plan.checkpoint.source
     for file in plan.checkpoint.side_files:
-        if file == CARD and options.card:
+        if (file == CARD and options.card) or file in plan.files:
             continue
         _carry(source_files, file, plan.checkpoint.file_sizes[file], partial / file)
+    for file, content in plan.files.items():
+        if content is not None:
+            _write_bytes(partial / file, content)
     if plan.config == plan.checkpoint.config:
         _carry(source_files, CONFIG, plan.checkpoint.file_sizes[CONFIG], partial / CONFIG)
     else:
@@ -348,8 +359,9 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
         _write_text(partial / CARD, card_text(plan))
     outputs.append({"file": CONFIG, "sha256": hashlib.sha256((partial / CONFIG).read_bytes()).hexdigest()})
     _write_text(partial / PROVENANCE, write_json(provenance(plan, outputs)))
-    if tasks[0].name != SINGLE or len(tasks) > 1:
-        _write_text(partial / INDEX, write_json(_index(plan, tasks)))
+    shards = [task for task in tasks if task.name not in plan.companions]
+    if shards[0].name != SINGLE or len(shards) > 1:
+        _write_text(partial / INDEX, write_json(_index(plan, shards)))
     copying.sync_directory(partial)
     return total
 

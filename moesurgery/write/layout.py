@@ -20,6 +20,11 @@ def shard_tasks(plan: Plan) -> list[ShardTask]:
     return [_task(plan, name, group) for name, group in zip(names, groups, strict=True)]
 
 
+def companion_tasks(plan: Plan) -> list[ShardTask]:
+    """Return a task for each safetensors file beside the model."""
+    return [ShardTask(name, tuple(tensors.items()), (), 8 % PAGE) for name, tensors in plan.companions.items()]
+
+
 def _by_home(plan: Plan) -> list[list[str]]:
     order = {file: i for i, file in enumerate(plan.checkpoint.shards)}
     groups: dict[str, list[str]] = {}

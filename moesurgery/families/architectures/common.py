@@ -32,6 +32,11 @@ def scale_of(head_dim: Codec) -> Derived:
     return Derived(lambda config: head_dim.read(config) ** -0.5)
 
 
+def kv_heads(default: int | Callable[[Config], int]) -> Key:
+    """As many key and value heads as there are heads, where the config says null."""
+    return Key("num_key_value_heads", default, if_null=heads)
+
+
 HEAD_DIM = Key("head_dim", even_head_dim)
 HEAD_DIM_128 = Key("head_dim", 128)
 
@@ -73,7 +78,7 @@ def tie(default: bool, *aliases: str) -> dict[str, Codec]:
 # What a Llama without options does; every entry says how it differs.
 PLAIN: dict[str, Codec] = {
     "attention": Always("grouped heads"),
-    "num_key_value_heads": Key("num_key_value_heads", heads),
+    "num_key_value_heads": kv_heads(heads),
     "hidden_act": Key("hidden_act", "silu"),
     "initializer_range": Key("initializer_range", 0.02),
     "dropout": Key("attention_dropout", 0.0),
@@ -157,7 +162,7 @@ SHORT_CONVOLUTION: dict[str, Codec] = {
     **tie(True, "tie_embedding"),
     **tokens(pad=0),
     **context(128_000),
-    "num_key_value_heads": Key("num_key_value_heads", 8),
+    "num_key_value_heads": kv_heads(8),
 }
 SINKS: dict[str, Codec] = {
     "sinks": Always(True),
@@ -173,7 +178,12 @@ def qwen_windows(slides: Callable[[Config, int], bool]) -> dict[str, Codec]:
 
 
 UPPER_LAYERS = qwen_windows(lambda c, i: i >= c.get("max_window_layers", 28))
-QWEN: dict[str, Codec] = {**UPPER_LAYERS, **context(32768), **tokens(bos=None, eos=None)}
+QWEN: dict[str, Codec] = {
+    **UPPER_LAYERS,
+    **context(32768),
+    **tokens(bos=None, eos=None),
+    "num_key_value_heads": kv_heads(32),
+}
 
 # Modules
 

@@ -35,6 +35,7 @@ from moesurgery.families.architectures.common import (
     biases,
     context,
     dense,
+    kv_heads,
     rounded_eps,
     tie,
     tokens,
@@ -55,14 +56,25 @@ from moesurgery.families.traits import (
 
 DENSE: tuple[Architecture, ...] = (
     dense("llama", "LlamaForCausalLM", ALL_BIASES),
-    dense("mistral", "MistralForCausalLM", {"layers": OneWindow(4096)}, context(131072)),
-    dense("ministral", "MinistralForCausalLM", {"layers": LayerTypes(4096, lambda c, i: True)}, context(131072)),
+    dense(
+        "mistral",
+        "MistralForCausalLM",
+        {"layers": OneWindow(4096), "num_key_value_heads": kv_heads(8)},
+        context(131072),
+    ),
+    dense(
+        "ministral",
+        "MinistralForCausalLM",
+        {"layers": LayerTypes(4096, lambda c, i: True), "num_key_value_heads": kv_heads(8)},
+        context(131072),
+    ),
     dense(
         "ministral3",
         "Ministral3ForCausalLM",
         wide(HEAD_DIM_128),
         {
             "layers": OneWindow(None),
+            "num_key_value_heads": kv_heads(8),
             "query_scaling": QueryScaling(16384, 262144),
             "rope": Rope(
                 1e6,
@@ -96,7 +108,7 @@ DENSE: tuple[Architecture, ...] = (
         "qwen3_5_text",
         "Qwen3_5ForCausalLM",
         GATED_DELTA,
-        {"num_key_value_heads": Key("num_key_value_heads", 4)},
+        {"num_key_value_heads": kv_heads(4)},
         modules=NORMS,
         some=(*DELTA_MODULES, *QKVO, *QK_NORMS),
     ),
@@ -111,7 +123,7 @@ DENSE: tuple[Architecture, ...] = (
         context(8192),
         tie(True),
         tokens(bos=100257, eos=100257),
-        {"num_key_value_heads": Key("num_key_value_heads", 4)},
+        {"num_key_value_heads": kv_heads(4)},
         modules=(*LLAMA_MODULES, "self_attn.sinks"),
     ),
     dense(
@@ -151,7 +163,7 @@ DENSE: tuple[Architecture, ...] = (
             "norm": Always("RMS with 1 + weight"),
             "embedding_multiplier": Derived(lambda c: math.sqrt(c["hidden_size"])),
             "causal": Choice("use_bidirectional_attention", {None: True, False: True, True: False}, None),
-            "num_key_value_heads": Key("num_key_value_heads", 16),
+            "num_key_value_heads": kv_heads(16),
         },
         tokens(pad=0, bos=2, eos=1),
         context(8192),
@@ -166,7 +178,7 @@ DENSE: tuple[Architecture, ...] = (
         {
             "rope": Rope(fraction=0.5),
             "rope_pairs": Always("neighbours"),
-            "num_key_value_heads": Key("num_key_value_heads", 2),
+            "num_key_value_heads": kv_heads(2),
         },
         rounded_eps(0.00000015625),
         tokens(pad=151329, bos=None, eos=[151329, 151336, 151338]),
@@ -183,7 +195,7 @@ DENSE: tuple[Architecture, ...] = (
             "rope_pairs": Always("neighbours"),
             "head_bias": Key("use_bias", False),
             "dropout": Always(0.0),
-            "num_key_value_heads": Key("num_key_value_heads", 2),
+            "num_key_value_heads": kv_heads(2),
         },
         rounded_eps(1e-5),
         tokens(pad=0),
@@ -198,7 +210,7 @@ DENSE: tuple[Architecture, ...] = (
         {
             "rope": Rope(100000.0),
             "rope_pairs": Always("neighbours"),
-            "num_key_value_heads": Key("num_key_value_heads", 20),
+            "num_key_value_heads": kv_heads(20),
         },
         rounded_eps(1e-8),
         tokens(pad=3),
@@ -249,7 +261,7 @@ DENSE: tuple[Architecture, ...] = (
         "SeedOssForCausalLM",
         biases(Key("attention_bias", True), Key("attention_out_bias", False), MLP_BIAS),
         wide(HEAD_DIM_128),
-        {"dropout": Key("attention_dropout", 0.1), "num_key_value_heads": Key("num_key_value_heads", 8)},
+        {"dropout": Key("attention_dropout", 0.1), "num_key_value_heads": kv_heads(8)},
         tokens(pad=1, bos=0),
         context(524288),
     ),
@@ -258,7 +270,7 @@ DENSE: tuple[Architecture, ...] = (
         "LlamaForCausalLM",
         biases(*(Key("attention_bias", False, aliases=("qkv_bias",)),) * 2, Key("mlp_bias", False, aliases=("bias",))),
         wide(HEAD_DIM_128),
-        {"num_key_value_heads": Key("num_key_value_heads", 2)},
+        {"num_key_value_heads": kv_heads(2)},
         rounded_eps(1e-5),
         tokens(pad=2),
         context(32768),
@@ -268,7 +280,7 @@ DENSE: tuple[Architecture, ...] = (
         "LlamaForCausalLM",
         ALL_BIASES,
         wide(HEAD_DIM_128),
-        {"num_key_value_heads": Key("num_key_value_heads", 8)},
+        {"num_key_value_heads": kv_heads(8)},
         rounded_eps(1e-5),
         context(131072),
     ),
@@ -279,7 +291,7 @@ DENSE: tuple[Architecture, ...] = (
         {
             "layers": RopeFlags(windows=True),
             "rope": Rope(2e6),
-            "num_key_value_heads": Key("num_key_value_heads", 4),
+            "num_key_value_heads": kv_heads(4),
         },
         tokens(pad=128004, bos=128000, eos=128001),
         context(32768),
@@ -307,7 +319,7 @@ DENSE: tuple[Architecture, ...] = (
         "YoutuForCausalLM",
         LATENT,
         {
-            "num_key_value_heads": Key("num_key_value_heads", 16),
+            "num_key_value_heads": kv_heads(16),
             "initializer_range": Key("initializer_range", lambda c: 2.0 / math.sqrt(5.0 * c["hidden_size"])),
         },
         tokens(bos=128000, eos=128001),
@@ -324,7 +336,7 @@ DENSE: tuple[Architecture, ...] = (
         {
             "layers": LayerTypes(8192, lambda c, i: i % 4 != 0),
             "mlp_bias": Always(False),
-            "num_key_value_heads": Key("num_key_value_heads", 8),
+            "num_key_value_heads": kv_heads(8),
             "rope": Rope(
                 1e6,
                 rules={

@@ -6,6 +6,8 @@ entry against a model that transformers builds, in every layout.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from moesurgery.families.family import Family
 from moesurgery.families.table.deepseek import DEEPSEEK
 from moesurgery.families.table.mixtral import MIXTRAL
@@ -22,4 +24,9 @@ def by_model_type(model_type: str) -> tuple[Family, ...]:
     return tuple(family for family in FAMILIES if model_type in family.model_types)
 
 
-__all__ = ["FAMILIES", "by_model_type"]
+def by_architecture(names: Collection[str]) -> tuple[Family, ...]:
+    """Return the entries that only `architectures` can tell: their `model_type` is that of a dense family."""
+    return tuple(family for family in FAMILIES if not family.model_types and set(names) & set(family.architectures))
+
+
+__all__ = ["FAMILIES", "by_architecture", "by_model_type"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moesurgery.families.family import Along, Family, InputNorm, Routing, correction, fused, per_expert, routers
 from moesurgery.families.table.common import (
     DEEPSEEK_LAYERS,
@@ -83,17 +85,9 @@ DEEPSEEK: tuple[Family, ...] = (
         refuses={"convert": OTHER_NAMES},
     ),
     _like_v3("deepseek_v3", "kimi_k2", knob=2.5),
-    Family(
-        "kimi_k25",
-        ("kimi_k25",),
-        layouts=(per_expert(), fused()),
-        along=GATE_AND_BIAS,
-        shared=SHARED_EXPERTS,
-        routing=sigmoid(2.5),
-        experts_key="n_routed_experts",
+    replace(
+        _like_v3("kimi_k25", knob=2.5, note="transformers 5 writes the text layers as `blocks`"),
         also_layers=("blocks",),
-        sparse=DEEPSEEK_LAYERS,
-        note="transformers 5 writes the text layers as `blocks`",
     ),
     _like_v3("deepseek_v32", knob=2.5),
     Family(
@@ -142,49 +136,15 @@ DEEPSEEK: tuple[Family, ...] = (
         note="the vision tower is a mixture too: it is counted apart and stays as it is",
     ),
     _like_v3("solar_open", knob=1.0, sparse=()),
-    Family(
-        "mimo_v2_flash",
-        ("mimo_v2_flash",),
-        layouts=(per_expert(), fused()),
-        along=GATE_AND_BIAS,
-        routing=sigmoid(1.0),
-        experts_key="n_routed_experts",
-        sparse=DEEPSEEK_LAYERS,
-        note="routed_scaling_factor may be null, which is 1",
-    ),
-    Family(
-        "axk1",
-        ("axk1", "AXK1"),
+    replace(_like_v3("mimo_v2_flash", knob=1.0, note="routed_scaling_factor may be null, which is 1"), shared=()),
+    replace(
+        _like_v3("axk1", "AXK1", knob=2.5),
         layouts=(per_expert(), fused(moved=(("post_mlp_layernorm.", "mlp.post_mlp_layernorm."),))),
-        along=GATE_AND_BIAS,
-        shared=SHARED_EXPERTS,
-        routing=Routing(
-            score="sigmoid",
-            renormalised=norm_topk(True),
-            groups="top2",
-            knob="routed_scaling_factor",
-            knob_default=2.5,
-            after="joint",
-        ),
-        experts_key="n_routed_experts",
-        sparse=DEEPSEEK_LAYERS,
+        routing=replace(sigmoid(2.5), after="joint"),
     ),
-    Family(
-        "axk2",
-        ("axk2",),
-        layouts=(per_expert(), fused()),
-        along=GATE_AND_BIAS,
-        shared=SHARED_EXPERTS,
-        routing=Routing(
-            score="sigmoid",
-            renormalised=norm_topk(True),
-            groups="top2",
-            knob="routed_scaling_factor",
-            knob_default=2.5,
-            no_estimate="the norm before the router is gated by a small network",
-        ),
-        experts_key="n_routed_experts",
-        sparse=DEEPSEEK_LAYERS,
+    replace(
+        _like_v3("axk2", knob=2.5),
+        routing=replace(sigmoid(2.5), no_estimate="the norm before the router is gated by a small network"),
     ),
     Family(
         "mistral4",

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from moesurgery.families.family import Family, Flag, Layout, Part, Routing, correction, per_expert, routers
+from moesurgery.families.family import (
+    Along,
+    Family,
+    Flag,
+    Layout,
+    Part,
+    Routing,
+    correction,
+    per_expert,
+    routers,
+    stacked,
+)
 from moesurgery.families.table.common import DEEPSEEK_LAYERS, GATE, SHARED_EXPERTS, norm_topk
 
 TWO_LAYER_GATE = "its router is a network of two layers, whose last one mixes the experts' scores"
@@ -61,6 +72,18 @@ REMOTE: tuple[Family, ...] = (
         top_k_key="num_selects",
         refuses={"drop-experts": TWO_LAYER_GATE, "merge-experts": TWO_LAYER_GATE, "to-dense": TWO_LAYER_GATE},
         note="LLaMA-MoE v1: every expert is a slice of a dense FFN",
+    ),
+    Family(
+        "openmoe",
+        (),
+        layouts=(stacked("mlp.experts.wi_gate", "mlp.experts.wi_up", "mlp.experts.wo", order="io"),),
+        along=(Along("mlp.gate_weight", "router"),),
+        shared=("extra_mlp",),
+        routing=Routing(renormalised=False, special="an expert takes no more tokens than its capacity"),
+        top_k_key="router_topk",
+        architectures=("OpenMoeForCausalLM",),
+        sparse=("moe_layer_interval",),
+        note="OpenMoE gives the model_type llama; names and axes from ColossalAI's conversion and model code",
     ),
     Family(
         "skywork_moe",

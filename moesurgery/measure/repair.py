@@ -1,0 +1,96 @@
+"""A repair on disk: what `refit` found for each MoE block, ready to be written into a checkpoint.
+
+A folder with `refit.json` (what was fitted, on what, and how well) and, where down-projections were fitted, a
+safetensors file per block: tensor "e" is expert e's down-projection as [I, H], a row per neuron. Blocks are written
+one by one, so that none stays in memory; `refit.json` comes last, so a folder without it is half a repair.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.header import read_header
+from moesurgery.checkpoint.source import LocalSource
+from moesurgery.errors import CheckpointError, OutputError
+from moesurgery.plan.expr import Expr, Stored
+
+if TYPE_CHECKING:
+    from moesurgery.measure.refit import Fitted
+
+INDEX = "refit.json"
+FORMAT = "moesurgery refit 1"
+
+
+class RepairWriter:
+    """Writes a repair, block by block. Raises OutputError where the folder exists, unless `force`."""
+
+    def __init__(self, folder: Path, *, force: bool = False) -> None:
+        if folder.exists():
+            if not force or not (folder / INDEX).is_file():
+                raise OutputError(f"{folder} exists", "use --force to replace a repair, or another -o")
+            for file in (folder / INDEX, *folder.glob("layer-*.safetensors")):
+                file.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.layers: list[dict[str, Any]] = []
+
+    def add(self, fitted: Fitted) -> None:
+        from safetensors.torch import save_file
+
+        file = None
+        if fitted.down:
+            file = f"layer-{len(self.layers):03}.safetensors"
+            save_file({str(e): w.T.contiguous().cpu() for e, w in fitted.down.items()}, self.folder / file)
+        self.layers.append(
+            {
+                "layer": fitted.where,
+                "factors": fitted.factors,
+                "file": file,
+                "tokens": fitted.tokens,
+                "skipped": fitted.skipped,
+                "error_before": fitted.error_before,
+                "error_after": fitted.error_after,
+            }
+        )
+
+    def close(self, about: Mapping[str, Any]) -> None:
+        document = {"format": FORMAT, **about, "layers": self.layers}
+        (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A repair as it was read: `about` it, and its entries by block. Weights are opened when asked for."""
+
+    source: LocalSource
+    about: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, Any]]
+
+    def down(self, where: str) -> dict[int, Expr]:
+        """Return the fitted down-projections [I, H] of a block, by expert; none where only factors were fitted."""
+        file = self.layers[where]["file"]
+        if file is None:
+            return {}
+        size = self.source.files().get(file)
+        if size is None:
+            raise CheckpointError(f"{self.source.identity}/{file} is missing", "make the repair again")
+        header = read_header(file, size, lambda start, length: self.source.read(file, start, length))
+        return {int(info.name): Stored(self.source, info) for info in header.tensors}
+
+
+def open_repair(folder: str | Path) -> Repair:
+    """Read a repair. Raises CheckpointError where the folder holds none."""
+    path = Path(folder) / INDEX
+    hint = "make one with `moesurgery … --refit down --text FILE`"
+    try:
+        document = json.loads(path.read_text())
+        if document["format"] != FORMAT:
+            raise CheckpointError(f"{path} is no repair", hint)
+        layers = {str(entry["layer"]): entry for entry in document.pop("layers")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a repair: {error}", hint) from None
+    return Repair(LocalSource(Path(folder).absolute()), document, layers)

@@ -1,0 +1,138 @@
+"""Append experts of another checkpoint, with their router rows, after those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
+from moesurgery.merge.parts import Key, Parts
+from moesurgery.plan.expr import Expr, Rows, cast, concat, reshape, take
+from moesurgery.plan.plan import Plan, Step, plan_of
+from moesurgery.surgery.expert_axis import Entries, refuse_strays
+from moesurgery.surgery.expert_counts import check_blocks, with_expert_count
+from moesurgery.surgery.operation import operation
+from moesurgery.surgery.parameters import Param
+
+_NAME = "add-expert"
+
+
+@operation(_NAME)
+def add_expert(
+    plan: Plan,
+    *,
+    source: Annotated[str, Param("the model that the experts come from, of the same family and sizes")],
+    experts: Annotated[list[int] | None, Param("their numbers in it, as 0,3; all by default")] = None,
+) -> Plan:
+    """Append experts of another model to every MoE layer, with their router rows.
+
+    Both models may be per expert or fused. Top-k stays: the new experts compete with the old ones, row against row.
+    Only byte ranges are copied where dtypes agree.
+    """
+    anatomy = plan.anatomy
+    family = anatomy.require_family(_NAME)
+    total = check_blocks(anatomy, _NAME)
+    if reason := family.refuses.get("drop-experts"):
+        raise RefusedError(f"{_NAME}: {family.name}: {reason}")
+    other = plan_of(open_checkpoint(source))
+    _check_alike(anatomy, other.anatomy)
+    there = check_blocks(other.anatomy, _NAME)
+    chosen = list(range(there)) if experts is None else experts
+    for number in chosen:
+        if not 0 <= number < there:
+            raise RecipeError(f"{_NAME}: {other.checkpoint.name} has no expert {number}: it has 0 to {there - 1}")
+    if not chosen:
+        raise RecipeError(f"{_NAME}: experts is empty", "name one, as in --experts 0")
+    if anatomy.settings.groups is not None:
+        raise RefusedError(
+            f"{_NAME}: the router of {family.name} scores experts in {anatomy.settings.groups[0]} groups by their"
+            " numbers: more experts would move the old ones to other groups"
+        )
+    joined = _Joined(Parts(plan, plan.checkpoint.name), Parts(other, other.checkpoint.name), chosen, total)
+    entries: Entries = {}
+    for block in anatomy.blocks:
+        refuse_strays(block, plan.tensors)
+        for member in block.members:
+            entries[member.name] = joined.entries(block, member)
+    tensors, home = plan.substituted(entries)
+    step = Step(
+        _NAME,
+        {"source": source, **({"experts": chosen} if experts is not None else {})},
+        f"experts {', '.join(map(str, chosen))} of {other.checkpoint.name} appended in each of {len(anatomy.blocks)}"
+        f" layers: {total} to {total + len(chosen)}",
+        report={"experts": total + len(chosen), "old_experts": total, "from": other.checkpoint.name, "added": chosen},
+        notes=("router rows of two models were not trained against each other: measure, or train the router",),
+    )
+    config = with_expert_count(anatomy, total + len(chosen), {})
+    edited = plan.edited(step, tensors=tensors, home=home, config=config)
+    return replace(edited, sources=(*plan.sources, other.checkpoint))
+
+
+def _check_alike(anatomy: Anatomy, other: Anatomy) -> None:
+    if other.model_type != anatomy.model_type:
+        raise RefusedError(f"{_NAME}: this is a {anatomy.model_type}, the source of experts a {other.model_type}")
+    mine, yours = ([b.where for b in a.blocks] for a in (anatomy, other))
+    if mine != yours:
+        raise RefusedError(f"{_NAME}: the two models do not have experts in the same layers")
+
+
+class _Joined:
+    """Tensors of one model with the experts `chosen` of another after their `total` ones."""
+
+    def __init__(self, ours: Parts, theirs: Parts, chosen: Sequence[int], total: int) -> None:
+        self.ours, self.theirs, self.chosen, self.total = ours, theirs, chosen, total
+
+    def entries(self, block: MoeBlock, member: Member) -> list[tuple[str, Expr]]:
+        """Return what takes the place of a tensor: itself with more entries, or with more tensors after it."""
+        expr = self.ours.plan.tensors[member.name]
+        holder = self.ours.tensors[member.name]
+        if member.part is None:
+            return [(member.name, self._along(member, expr, holder.layer, holder.paths[0]))]
+        if member.expert is None:
+            if len(holder.paths) % self.total or (holder.split is None and self.total > 1):
+                raise RefusedError(f"{member.name}: it is not known which part belongs to which expert")
+            each = len(holder.paths) // self.total
+            added = [self._part(member, holder.layer, p, e) for e in self.chosen for p in holder.paths[:each]]
+            split = holder.split or added[0].shape
+            whole = reshape(expr, (len(holder.paths) * split[0], *split[1:]))
+            count = expr.shape[0] // self.total * (self.total + len(self.chosen))
+            return [(member.name, reshape(concat([whole, *added]), (count, *expr.shape[1:])))]
+        if member.expert != self.total - 1:
+            return [(member.name, expr)]
+        new = [
+            (member.renumbered(self.total + n), self._part(member, holder.layer, holder.paths[0], e))
+            for n, e in enumerate(self.chosen)
+        ]
+        return [(member.name, expr), *new]
+
+    def _part(self, member: Member, layer: int | None, path: str, expert: int) -> Expr:
+        """Return the part that is `path` for one expert, of the other model's expert `expert`."""
+        head, _, rest = path.partition("experts.")
+        key = Key(layer, f"{head}experts.{expert}.{rest.split('.', 1)[1]}")
+        if key not in self.theirs.home:
+            raise RefusedError(f"{_NAME}: {self.theirs.label} has nothing that fits {member.name}")
+        return self._alike(member, self.theirs.part(key))
+
+    def _along(self, member: Member, expr: Expr, layer: int | None, path: str) -> Expr:
+        key = Key(layer, path)
+        if member.axis != 0 or key not in self.theirs.home:
+            raise RefusedError(f"{_NAME}: {self.theirs.label} has nothing that fits {member.name}")
+        rows = take(self._alike(member, self.theirs.part(key)), list(self.chosen))
+        after = [Rows(expr, self.total, expr.shape[0])] if expr.shape[0] > self.total else []
+        return concat([Rows(expr, 0, self.total), rows, *after])
+
+    def _alike(self, member: Member, expr: Expr) -> Expr:
+        """Return the other model's expression in the dtype of ours; refuse another shape."""
+        ours = self.ours.plan.tensors[member.name]
+        part = self.ours.tensors[member.name].split or ours.shape
+        same = expr.shape[1:] == part[1:] and (member.part is None or expr.shape == part)
+        if not same or (expr.dtype != ours.dtype and not {expr.dtype, ours.dtype} <= PLAIN_FLOATS):
+            raise RefusedError(
+                f"{_NAME}: {member.name} takes {ours.dtype} {list(part)}, {self.theirs.label} has {expr.dtype}"
+                f" {list(expr.shape)}"
+            )
+        return cast(expr, ours.dtype)
