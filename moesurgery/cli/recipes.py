@@ -18,7 +18,9 @@ from moesurgery.recipes import load_recipe, recipe_schema
 from moesurgery.surgery.operation import did_you_mean
 
 recipes_app = typer.Typer(
-    help="List and show the recipes that ship with moesurgery.", no_args_is_help=True, rich_markup_mode=None
+    help="List and show the recipes that ship with moesurgery; check your own.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
@@ -106,3 +108,18 @@ def show_command(name: Annotated[str, typer.Argument(help="A name from `moesurge
     if name not in known:
         raise RecipeError(f"there is no recipe {name!r}", did_you_mean(name, known) or f"known: {', '.join(known)}")
     console.result(known[name].rstrip())
+
+
+@recipes_app.command("check")
+def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files.")]) -> None:
+    """Say whether recipes can be carried out, as far as that is seen without a model; exit 1 where one cannot."""
+    wrong = 0
+    for file in files:
+        try:
+            load_recipe(file)
+        except RecipeError as error:
+            wrong += 1
+            console.result(error.message)
+    if wrong:
+        raise typer.Exit(1)
+    console.result(f"{len(files)} recipes, nothing wrong")

@@ -108,9 +108,9 @@ def distance(a: Checkpoint, mine: TensorInfo, b: Checkpoint, theirs: TensorInfo)
         x, y = x[finite].astype(np.float64), y[finite].astype(np.float64)
         gap = x - y
         largest = max(largest, float(np.abs(gap).max(initial=0.0)))
-        apart += float(np.dot(gap, gap))
-        size_a, size_b = size_a + float(np.dot(x, x)), size_b + float(np.dot(y, y))
-        product += float(np.dot(x, y))
+        apart += float(np.square(gap).sum())  # a dot product would wake BLAS's threads
+        size_a, size_b = size_a + float(np.square(x).sum()), size_b + float(np.square(y).sum())
+        product += float((x * y).sum())
     relative = math.sqrt(apart / size_a) if size_a else (0.0 if not apart else math.inf)
     cosine = product / math.sqrt(size_a * size_b) if size_a and size_b else (1.0 if size_a == size_b else 0.0)
     return Distance(largest, relative, min(1.0, max(-1.0, cosine)), not_finite)

@@ -19,6 +19,7 @@ from moesurgery.text import one_line
 from moesurgery.validate.codes import CODES
 from moesurgery.validate.report import Report, as_json
 
+_LONGEST_PATH = 4096
 SHOWN = 12  # findings of one code in what people read
 _DOCS = "https://github.com/moesurgery/moesurgery/blob/main/docs/codes.md"
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -144,7 +145,7 @@ def _sarif_result(finding: Finding, level: str, rules: list[str]) -> dict[str, A
 def _uri(file: str) -> str:
     from urllib.parse import quote
 
-    return quote(file.encode("utf-8", "replace"), safe="/")
+    return quote(file.encode("utf-8", "replace")[:_LONGEST_PATH], safe="/")
 
 
 def github(report: Report) -> str:

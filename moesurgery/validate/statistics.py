@@ -94,7 +94,7 @@ class Statistics:
         with np.errstate(all="ignore"):
             values = values.astype(np.float64)
             values = values[np.isfinite(values)]
-            self.sum_of_squares += float(np.dot(values, values))
+            self.sum_of_squares += float(np.square(values).sum())  # a dot product would wake BLAS's threads
             self.sampled += len(values)
 
     def _magnitudes(self, data: memoryview, dtype: str) -> None:
