@@ -246,6 +246,7 @@ RUNS: dict[str, str] = {
     "rescale-published": "mixtral",
     "rescale-faster": "qwen3_moe",
     "drop-expert": "mixtral",
+    "fused-half": "olmoe",
     "drop-quarter": "mixtral",
     "merge-experts": "mixtral",
     "to-dense": "mixtral",
