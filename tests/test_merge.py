@@ -530,6 +530,13 @@ def test_the_card_names_all_parents_and_no_local_path(llamas: list[Path], merge:
     assert "base_model_relation: merge" in card
 
 
+def test_the_bases_own_readme_does_not_pass_for_the_merges(llamas: list[Path], merge: Merge, tmp_path: Path) -> None:
+    base = shutil.copytree(llamas[0], tmp_path / "base")
+    (base / "README.md").write_text("# I am the base")
+    merge(listed(base, llamas[1], weight=1) + "merge_method: linear\n")
+    assert llamas[1].name in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_dry_run_writes_nothing(llamas: list[Path], ok: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(listed(*llamas, weight=1) + "merge_method: linear\n")
     result = ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out", "--dry-run", "--json").json
