@@ -273,7 +273,7 @@ class AllFull:
     def write(self, value: Layers, traits: Traits, config: Config) -> dict[str, Any]:
         _only_attention_with_rope(value)
         window = _one_window(value)
-        if window is not None:
+        if window is not None and window < traits["max_position_embeddings"]:  # a longer one changes nothing
             raise ConflictError(f"a sliding window of {window} here, none there")
         return {}
 
