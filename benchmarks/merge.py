@@ -3,10 +3,10 @@
     python benchmarks/merge.py [--gb 1.5] [--rounds 1] [--mergekit PATH/TO/mergekit-yaml] [--many]
 
 Makes two synthetic Mixtral-shaped bf16 checkpoints, the second being the first plus noise, and merges them by linear,
-slerp, ties and dare_ties, with the recipes of mergekit's own documentation. `--many` adds two checkpoints with the tensor
-count of Qwen3-30B-A3B (18,867 tensors of a kilobyte). Reported: wall time, CPU time, peak resident memory, the ratio of
-both to mergekit's, and for linear the ratio to `cp` of the bytes that are read and written. Nobody waits for the disk
-(`--no-fsync`); files are in the page cache.
+slerp, ties and dare_ties, with the recipes of mergekit's own documentation. `--many` adds two checkpoints with the
+tensor count of Qwen3-30B-A3B (18,867 tensors of a kilobyte). Reported: wall time, CPU time, peak resident memory, the
+ratios of these to mergekit's, and for linear the time of `cp` of the bytes that are read and written. Nobody waits for
+the disk (`--no-fsync`); files are in the page cache.
 """
 
 from __future__ import annotations
