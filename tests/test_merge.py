@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moesurgery.validate.validate import validate_checkpoint
 from tests.conftest import ROOT, Result
 from tests.golden.models import tensors, write
 from tests.tiny import TINY, load, logits, read_config, read_tensors, same_bits
@@ -485,6 +486,7 @@ def test_shipped_recipes_run(path: Path, kind: str, merge: Merge, tmp_path: Path
     assert layers == (48 if path.stem == "frankenmerge" else 32)
     assert all(bool(value.isfinite().all()) for value in found.values())
     assert bool(logits(load(tmp_path / "out"), torch.tensor([[1, 2, 3]])).isfinite().all())
+    assert validate_checkpoint(tmp_path / "out", level="forward").errors == 0
 
 
 # Stages, dtypes, records
