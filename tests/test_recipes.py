@@ -250,7 +250,6 @@ RUNS: dict[str, str] = {
     "drop-quarter": "mixtral",
     "merge-experts": "mixtral",
     "to-dense": "mixtral",
-    "convert-fused": "mixtral",
     "upcycle-8x": "llama",
     "upcycle-virtual-groups": "llama",
     "upcycle-shared-expert": "mistral",

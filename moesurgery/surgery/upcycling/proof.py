@@ -18,6 +18,7 @@ from typing import Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.pairs import Pair
+from moesurgery.measure.model_config import harmless
 from moesurgery.surgery.upcycling.dense import DenseModel
 
 TOLERANCE = 1e-5
@@ -158,7 +159,7 @@ def logits_of(path: Path, prompt: Any) -> Any:
 
 def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
     """Return `config` at a small size. `parts` divides the width of its FFN."""
-    small = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config", "torch_dtype", "dtype")}
+    small = {k: v for k, v in harmless(config).items() if k not in ("torch_dtype", "dtype")}
     count = config["num_hidden_layers"]
     layers = min(count, LAYERS)
     shown = _layers_to_show(config, count, layers)
@@ -226,7 +227,7 @@ def _sizes_without_default(config: Mapping[str, Any]) -> list[str]:
     import transformers
 
     automatic: Any = transformers.AutoConfig
-    full = automatic.for_model(**{k: v for k, v in config.items() if k != "auto_map"}).to_dict()
+    full = automatic.for_model(**harmless(config)).to_dict()
     wanted = (
         *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
         *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
