@@ -503,6 +503,9 @@ def test_stages_in_one_pass_equal_one_merge_after_the_other(llamas: list[Path], 
     at_once = merge(f"name: middle\n{inner}---\n" + outer % (llamas[0], "middle", llamas[0]))
     assert at_once.keys() == second.keys()
     assert all(same_bits(at_once[name], second[name]) for name in second)
+    record = json.loads((tmp_path / "out" / "moesurgery.json").read_text())
+    assert [step["report"]["method"] for step in record["steps"]] == ["ties", "slerp"]
+    assert len(record["inputs"]) == 3
 
 
 def test_dtypes_of_the_output(llamas: list[Path], merge: Merge, tmp_path: Path) -> None:

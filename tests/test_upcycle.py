@@ -304,6 +304,19 @@ def test_the_proof_fails_where_the_rewrite_is_wrong(llama: Path, monkeypatch: py
         apply(plan_of(open_checkpoint(llama)), "upcycle", experts=8)
 
 
+def test_the_proof_shrinks_rope_and_windows_that_old_configs_have(tmp_path: Path) -> None:
+    old: dict[str, Any] = {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "sliding_window": 4096}
+    factors = {"short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}
+    save_dense(tmp_path / "model", "phi3")
+    config = {**read_config(tmp_path / "model"), **old, "rope_scaling": {"type": "longrope", **factors}}
+    del config["rope_parameters"]
+    config["original_max_position_embeddings"] = 16
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    step = apply(plan_of(open_checkpoint(tmp_path / "model")), "upcycle", experts=4).steps[0]
+    assert step.report["target"] == "glm4_moe"
+    assert step.report["proof"]["max_logit_difference"] < 1e-4
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "lost"),
     [

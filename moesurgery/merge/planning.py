@@ -99,13 +99,14 @@ class _Merger:
             tensors[name] = self._tensor(holder, place)
             last = home[name] = donor.plan.home.get(name, last)
         files = self._files()
+        inner = {id(step): step for p in (donor, *(s.parts for s in others.values())) for step in p.plan.steps}.values()
         checkpoints = {id(c): c for p in (donor, *(s.parts for s in others.values())) for c in p.plan.sources}
         return Plan(
             tuple(checkpoints.values()),
             tensors,
             home,
             self._config(placed, tensors),
-            steps=(self._step(len(tensors)),),
+            steps=(*inner, self._step(len(tensors))),
             max_shard_size=self._shard_size() if self.stage.stacked else None,
             files=files,
         )
@@ -453,11 +454,13 @@ class _Merger:
     def _step(self, count: int) -> Step:
         stage = self.stage
         inputs = list(dict.fromkeys(s.parts.label for found in self.sources for s in found))
-        base = f" on {label(stage.base)}" if stage.base is not None and stage.method.base != "none" else ""
+        apart = stage.method.base in ("required", "optional")
+        base = f" on {label(stage.base)}" if stage.base is not None and apart else ""
+        others = [name for name in inputs if not (base and stage.base is not None and name == label(stage.base))]
         return Step(
             "merge",
             {"recipe": relabelled(stage.value)},
-            f"{stage.method.name} of {', '.join(inputs)}{base}: {count} tensors",
+            f"{stage.method.name} of {', '.join(others)}{base}: {count} tensors",
             report={"method": stage.method.name, "models": inputs, "base": self.donor.label, "layers": len(self._stack)}
             if stage.stacked
             else {"method": stage.method.name, "models": inputs, "base": self.donor.label},

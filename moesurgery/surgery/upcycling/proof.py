@@ -88,8 +88,13 @@ def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any]) -> Proof:
         parameters["router"] = "zero"
     with tempfile.TemporaryDirectory(prefix="moesurgery-proof-") as folder:
         before, after = Path(folder, "dense"), Path(folder, "mixture")
-        model = random_model(config)
-        model.save_pretrained(before)
+        try:
+            random_model(config).save_pretrained(before)
+        except Exception as error:
+            raise RefusedError(
+                f"upcycle: transformers does not build a small model of this config, so nothing can be proved: {error}",
+                "correct config.json, or use --no-proof",
+            ) from None
         plan = upcycle(plan_of(open_checkpoint(before)), **parameters, proof=False)
         write_plan(plan, after, WriteOptions(jobs=1, durable=False))
         prompt = torch.randint(3, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(1))
@@ -174,7 +179,7 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
         "head_dim": width,
         "max_position_embeddings": LONGEST,
         "max_window_layers": _upper(config, count, len(shown)),
-        "sliding_window": WINDOW,
+        "sliding_window": WINDOW if _window_fills(config) else 4 * PROMPT,
         "original_max_position_embeddings": CONTEXT,
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -203,11 +208,18 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
             small[key] = [value[i] for i in shown]
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(config.get(key), Mapping):
-            small[key] = _shrunk_rope(config[key], width if "kv_lora_rank" not in config else 8)
+            fraction = config.get("partial_rotary_factor") or 1.0
+            small[key] = _shrunk_rope(config[key], width if "kv_lora_rank" not in config else 8, fraction)
     # Defaults of the type that are sizes must be given where the real config leaves them out.
     for key in _sizes_without_default(config):
         small[key] = sizes[key]
     return small
+
+
+def _window_fills(config: Mapping[str, Any]) -> bool:
+    """Whether the longest context is longer than the window: otherwise a window changes nothing."""
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    return not window or not longest or window < longest
 
 
 def _sizes_without_default(config: Mapping[str, Any]) -> list[str]:
@@ -239,15 +251,15 @@ def _upper(config: Mapping[str, Any], count: int, layers: int) -> int:
     return layers if at >= count else min(at, layers // 2)
 
 
-def _shrunk_rope(rules: Mapping[str, Any], width: int) -> dict[str, Any]:
+def _shrunk_rope(rules: Mapping[str, Any], width: int, fraction: float) -> dict[str, Any]:
     """Shrink contexts and per-frequency lists in RoPE's rules."""
     if any(isinstance(value, Mapping) for value in rules.values()):
-        return {k: _shrunk_rope(v, width) if isinstance(v, Mapping) else v for k, v in rules.items()}
+        return {k: _shrunk_rope(v, width, fraction) if isinstance(v, Mapping) else v for k, v in rules.items()}
     found = dict(rules)
     for key, value in (("original_max_position_embeddings", CONTEXT), ("max_position_embeddings", LONGEST)):
         if key in found:
             found[key] = value
-    rotary = int(width * (rules.get("partial_rotary_factor") or 1.0))
+    rotary = int(width * (rules.get("partial_rotary_factor") or fraction))
     for key in ("short_factor", "long_factor"):
         if isinstance(found.get(key), list):
             step = max(1, math.ceil(len(found[key]) / (rotary // 2)))
