@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import moesurgery
-from moesurgery.cli import collect, count_params, diff, families, inspect, merge, perplexity, recipes, validate
+from moesurgery.cli import collect, count_params, diff, families, inspect, merge, perplexity, probe, recipes, validate
 from moesurgery.cli.operations import command_for
 from moesurgery.surgery.operation import operations
 
@@ -47,5 +47,6 @@ app.command("compare")(perplexity.compare_command)
 app.command("validate")(validate.validate_command)
 app.command("diff")(diff.diff_command)
 app.command("collect")(collect.collect_command)
+app.command("probe")(probe.probe_command)
 app.command("schema")(recipes.schema_command)
 app.add_typer(recipes.recipes_app, name="recipes")
