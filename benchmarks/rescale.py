@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+
+from timing import compare, timed
 
 MERGEKIT_RECIPE = """\
 slices:
@@ -99,19 +98,6 @@ def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def timed(command: list[str]) -> tuple[float, float, float]:
-    """Run a command; return wall seconds, CPU seconds and peak resident MB."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()}")
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0)
@@ -147,24 +133,7 @@ def main() -> None:
             recipe = work / "mergekit.yml"
             recipe.write_text(MERGEKIT_RECIPE.format(model=model, layers=layers))
             jobs["mergekit passthrough+scale"] = [options.mergekit, str(recipe), str(out), "--quiet"]
-        results: dict[str, list[tuple[float, float, float]]] = {job: [] for job in jobs}
-        new_space: dict[str, float] = {}
-        for _ in range(options.rounds + 1):  # the first round fills the page cache and is not counted
-            for job, command in jobs.items():
-                os.sync()  # no job pays for what another left to be written
-                before = os.statvfs(work)
-                results[job].append(timed(command))
-                os.sync()
-                after = os.statvfs(work)
-                new_space[job] = (before.f_bfree - after.f_bfree) * after.f_frsize / 1e6
-                shutil.rmtree(out)
-        base = statistics.median(r[0] for r in results["cp"][1:])
-        base_cpu = statistics.median(r[1] for r in results["cp"][1:])
-        print(f"{'':32} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'x cp':>6} {'peak MB':>8} {'new disk MB':>12}")
-        for job, runs in results.items():
-            wall, cpu, memory = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
-            ratios = f"{wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f}"
-            print(f"{job:32} {ratios} {memory:8.0f} {new_space[job]:12.0f}")
+        compare(jobs, out, options.rounds)
         for job, command in {"--help": [*tool, "--help"], "count-params": [*tool, "count-params", str(model)]}.items():
             runs = [timed(command) for _ in range(5)]
             print(f"{'start-up: ' + job:32} {statistics.median(r[0] for r in runs):8.2f} {runs[0][2]:31.0f}")

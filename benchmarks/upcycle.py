@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from rescale import timed
+from timing import compare, timed
 
 EXPERTS = 8
 HIDDEN, WIDTH, VOCABULARY, HEADS = 1024, 3584, 8192, 16
@@ -116,22 +114,7 @@ def main() -> None:
             experts = f"  - source_model: {model}\n" * EXPERTS
             recipe.write_text(f"base_model: {model}\ngate_mode: random\ndtype: bfloat16\nexperts:\n{experts}")
             jobs["mergekit-moe"] = [options.mergekit, str(recipe), str(out), "--quiet"]
-        results: dict[str, list[tuple[float, float, float]]] = {job: [] for job in jobs}
-        new_space: dict[str, float] = {}
-        for _ in range(options.rounds + 1):  # the first round fills the page cache and is not counted
-            for job, command in jobs.items():
-                os.sync()  # no job pays for what another left to be written
-                before = os.statvfs(work)
-                results[job].append(timed(command))
-                os.sync()
-                after = os.statvfs(work)
-                new_space[job] = (before.f_bfree - after.f_bfree) * after.f_frsize / 1e6
-                shutil.rmtree(out)
-        base = statistics.median(r[0] for r in results["cp of the output"][1:])
-        print(f"{'':28} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'peak MB':>8} {'new disk MB':>12}")
-        for job, runs in results.items():
-            wall, cpu, memory = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
-            print(f"{job:28} {wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {memory:8.0f} {new_space[job]:12.0f}")
+        compare(jobs, out, options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Inputs without end for everything that reads what strangers wrote: `python -m tests.fuzz 100000`.
 
 Each reader gets its share: headers, the index, configs and side files, recipes. A reader may refuse in its own words
-and nothing else: no other exception, nothing that takes longer than `SECONDS`, no more memory than `LIMIT`.
+and nothing else: no other exception, nothing that computes for longer than `SECONDS`, no more memory than `LIMIT`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +241,7 @@ def main(count: int, *targets: str) -> None:
 
         @settings(
             max_examples=int(count * share),
-            deadline=timedelta(seconds=SECONDS),
+            deadline=None,
             database=None,
             derandomize=True,
             phases=[Phase.generate, Phase.shrink],
@@ -252,7 +251,9 @@ def main(count: int, *targets: str) -> None:
         def run(value: Any) -> None:
             nonlocal done
             done += 1
+            before = time.process_time()
             target(value)  # noqa: B023 - it runs before the loop goes on
+            assert time.process_time() - before < SECONDS
 
         run()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

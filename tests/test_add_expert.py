@@ -22,6 +22,7 @@ def test_bytes_config_and_function(layout: str, other_layout: str, models: Any, 
     other = models("mixtral", fused=other_layout == "fused", rope_theta=5e5, num_local_experts=4)
     hub = read_tensors(models("mixtral", rope_theta=5e5, num_local_experts=4))
     ok("add-expert", model, "--source", other, "--experts", "3,1", "-o", tmp_path / "out")
+    ok("validate", tmp_path / "out", "--level", "forward")
     found, before = read_tensors(tmp_path / "out"), read_tensors(model)
     assert read_config(tmp_path / "out")["num_local_experts"] == 10
     for layer in range(2):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
@@ -155,6 +156,21 @@ def test_dequantised_models_run(models: Any, tmp_path: Path, name: str) -> None:
         assert written[weight].dtype == value.dtype
     assert "quantization_config" not in read_config(tmp_path / "out")
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+def test_fp8_is_what_transformers_makes_of_it(models: Any, tmp_path: Path) -> None:
+    """transformers dequantises FP8 while it loads: every parameter has the bits that ours has."""
+    source = models("qwen3_moe", dtype="bfloat16", moe_intermediate_size=32, intermediate_size=48)
+    make_fp8(source, tmp_path / "m")
+    quantisation = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(16, 16))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=quantisation)
+    converted(tmp_path / "m", tmp_path / "out", dequantize=True)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = dict(theirs.named_parameters())
+    assert "model.layers.1.mlp.experts.down_proj" in expected
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert same_bits(parameter.data, expected[name].data), name
 
 
 def test_mxfp4_becomes_bf16(models: Any, tmp_path: Path) -> None:

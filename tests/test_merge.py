@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moesurgery.validate.validate import validate_checkpoint
 from tests.conftest import ROOT, Result
 from tests.golden.models import tensors, write
 from tests.tiny import TINY, load, logits, read_config, read_tensors, same_bits
@@ -485,6 +486,7 @@ def test_shipped_recipes_run(path: Path, kind: str, merge: Merge, tmp_path: Path
     assert layers == (48 if path.stem == "frankenmerge" else 32)
     assert all(bool(value.isfinite().all()) for value in found.values())
     assert bool(logits(load(tmp_path / "out"), torch.tensor([[1, 2, 3]])).isfinite().all())
+    assert validate_checkpoint(tmp_path / "out", level="forward").errors == 0
 
 
 # Stages, dtypes, records
@@ -501,6 +503,9 @@ def test_stages_in_one_pass_equal_one_merge_after_the_other(llamas: list[Path], 
     at_once = merge(f"name: middle\n{inner}---\n" + outer % (llamas[0], "middle", llamas[0]))
     assert at_once.keys() == second.keys()
     assert all(same_bits(at_once[name], second[name]) for name in second)
+    record = json.loads((tmp_path / "out" / "moesurgery.json").read_text())
+    assert [step["report"]["method"] for step in record["steps"]] == ["ties", "slerp"]
+    assert len(record["inputs"]) == 3
 
 
 def test_dtypes_of_the_output(llamas: list[Path], merge: Merge, tmp_path: Path) -> None:
@@ -526,6 +531,13 @@ def test_the_card_names_all_parents_and_no_local_path(llamas: list[Path], merge:
         assert all(path.name in text for path in llamas)
         assert str(llamas[0].parent) not in text
     assert "base_model_relation: merge" in card
+
+
+def test_the_bases_own_readme_does_not_pass_for_the_merges(llamas: list[Path], merge: Merge, tmp_path: Path) -> None:
+    base = shutil.copytree(llamas[0], tmp_path / "base")
+    (base / "README.md").write_text("# I am the base")
+    merge(listed(base, llamas[1], weight=1) + "merge_method: linear\n")
+    assert llamas[1].name in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_dry_run_writes_nothing(llamas: list[Path], ok: Cli, tmp_path: Path) -> None:

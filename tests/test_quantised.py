@@ -188,6 +188,23 @@ def test_counts_do_not_depend_on_the_bits_that_the_config_names(tmp_path: Path, 
     assert counts(tmp_path / "m").total == 24 * 128
 
 
+@pytest.mark.parametrize(("columns", "scales"), [(16, 4), (32, 4), (16, 1)])
+def test_layers_of_different_bits(tmp_path: Path, columns: int, scales: int) -> None:
+    """Attention in 8 bits, experts in 4: which of them a tensor has is told by its scales, or it is not dequantised."""
+    groups = {n: {"weights": {"num_bits": bits, "group_size": 32}} for n, bits in (("a", 8), ("b", 4))}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    base = "model.layers.0.self_attn.q_proj.weight"
+    named: dict[str, Any] = {f"{base}_packed": ("I32", [24, columns]), f"{base}_scale": ("BF16", [24, scales])}
+    header_checkpoint(tmp_path / "m", {"model_type": "mixtral", **config}, named, sparse=True)
+    plan = plan_of(open_checkpoint(tmp_path / "m"))
+    if scales == 1:
+        with pytest.raises(RefusedError, match="bits that its shape does not tell"):
+            apply(plan, "convert", dequantize=True)
+        return
+    assert counts(tmp_path / "m").total == 24 * 128
+    assert apply(plan, "convert", dequantize=True).tensors[base].shape == (24, 128)
+
+
 def test_fused_experts_in_fp8(models: Any, tmp_path: Path) -> None:
     """As transformers 5 writes them: [E, out, in], and scales [E, out / block, in / block] under `_scale_inv`."""
     source = models("qwen3_moe", fused=True)

@@ -227,6 +227,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 def test_drop_and_refit_in_one_command(demo: Path, tmp_path: Path, ok: Cli, texts: list[object]) -> None:
     arguments = ["drop-experts", demo, "--experts", "0,5", "--refit", "expert", *texts, "-o", tmp_path / "out"]
     document = ok(*arguments, "--json").json
+    ok("validate", tmp_path / "out", "--level", "forward")
     nats = document["heldout"]["nats"]
     assert nats["original"] < nats["drop-experts, refit expert"] < nats["drop-experts"]
     measured = ok("perplexity", tmp_path / "out", texts[7], "--window", 128, "--limit", 8, "--json").json

@@ -134,6 +134,17 @@ def test_count_params_downloads_headers_only(hub: dict[str, str], demo: Path) ->
     assert weights <= 3 * (1 << 17)  # one read of at most 128 KiB per shard
 
 
+def test_a_remote_model_is_validated_by_its_headers(hub: dict[str, str], demo: Path) -> None:
+    done = command(hub, "validate", "hf://acme/tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["levels"], found["findings"]) == (["container", "config"], [])
+    assert any("V01" in skipped["codes"] for skipped in found["not_checked"])
+    assert sum(size for path, size in Hub.served if path.endswith(".safetensors")) <= 6 * (1 << 17)
+    same = command(hub, "diff", "hf://acme/tiny", demo)
+    assert same.returncode == 0, same.stderr
+
+
 def test_rescale_of_a_remote_model_equals_that_of_a_local_copy(hub: dict[str, str], demo: Path, tmp_path: Path) -> None:
     remote, local = tmp_path / "remote", tmp_path / "local"
     for source, output in (("hf://acme/tiny@main", remote), (demo, local)):

@@ -162,6 +162,14 @@ for name, stock in {cases!r}.items():
             print(name, load.__name__, type(error).__name__, str(error)[:90].replace(chr(10), " "))
         else:
             raise SystemExit(f"{{load.__name__}} loaded {{name}}")
+model.save_pretrained(path / "again")
+again = transformers.AutoModelForCausalLM.from_pretrained(
+    path / "again", trust_remote_code=True, dtype=torch.float32, attn_implementation="eager"
+)
+layers = again.model.layers
+assert layers[0].self_attn.q_proj.weight.data_ptr() == layers[2].self_attn.q_proj.weight.data_ptr()
+with torch.no_grad():
+    assert torch.equal(again(prompt).logits, torch.load(path.with_suffix(".pt")))
 assert "moesurgery" not in sys.modules
 import moesurgery  # registers the tied types, also where transformers was there first
 model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
@@ -427,6 +435,9 @@ def test_other_operations_see_a_tied_model(models: Models, tmp_path: Path, ok: C
     tied(tmp_path / "dropped", tmp_path / "b", scheme="cycle")
     assert torch.equal(logits(load(tmp_path / "a")), logits(load(tmp_path / "b")))
     assert ok("validate", tmp_path / "a", "--level", "config").code == 0
+    with pytest.raises(RefusedError, match="the blocks are tied") as caught:
+        apply(plan_of(open_checkpoint(tmp_path / "a")), "to-dense", expert=0)
+    assert "materialize" in str(caught.value.hint)
 
 
 def test_the_command(models: Models, tmp_path: Path, ok: Cli) -> None:

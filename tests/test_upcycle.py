@@ -304,6 +304,19 @@ def test_the_proof_fails_where_the_rewrite_is_wrong(llama: Path, monkeypatch: py
         apply(plan_of(open_checkpoint(llama)), "upcycle", experts=8)
 
 
+def test_the_proof_shrinks_rope_and_windows_that_old_configs_have(tmp_path: Path) -> None:
+    old: dict[str, Any] = {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "sliding_window": 4096}
+    factors = {"short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}
+    save_dense(tmp_path / "model", "phi3")
+    config = {**read_config(tmp_path / "model"), **old, "rope_scaling": {"type": "longrope", **factors}}
+    del config["rope_parameters"]
+    config["original_max_position_embeddings"] = 16
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    step = apply(plan_of(open_checkpoint(tmp_path / "model")), "upcycle", experts=4).steps[0]
+    assert step.report["target"] == "glm4_moe"
+    assert step.report["proof"]["max_logit_difference"] < 1e-4
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "lost"),
     [
@@ -411,3 +424,37 @@ def test_steps_compose_with_rescale(llama: Path, tmp_path: Path) -> None:
     write_plan(plan, tmp_path / "out")
     assert read_config(tmp_path / "out")["num_experts_per_tok"] == 3
     assert difference(llama, tmp_path / "out") <= 1e-4
+
+
+# And back
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "parameters"),
+    [
+        ("llama", LLAMA3, {"to": "mixtral"}),
+        ("llama", LLAMA3, {"to": "mixtral", "experts": 8}),
+        ("mistral", {"sliding_window": 8}, {"to": "mixtral"}),
+        ("qwen2", {}, {"to": "qwen2_moe"}),
+        ("qwen3", NARROW, {"to": "qwen3_moe"}),
+        ("granite", {}, {"to": "granitemoe"}),
+    ],
+)
+def test_to_dense_gives_the_dense_tensors_back(
+    sources: Any, tmp_path: Path, ok: Cli, source: str, changes: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    path = sources(source, **changes)
+    upcycled(path, tmp_path / "moe", **{"experts": 4, **parameters})
+    ok("to-dense", tmp_path / "moe", "--expert", 0, "--to", source, "-o", tmp_path / "dense")
+    before, after = read_tensors(path), read_tensors(tmp_path / "dense")
+    assert before.keys() == after.keys()
+    assert all(same_bits(before[name], after[name]) for name in before)
+    assert torch.equal(logits(load(path), LONG_PROMPT), logits(load(tmp_path / "dense"), LONG_PROMPT))
+
+
+def test_to_dense_gives_a_file_back_byte_for_byte(llama: Path, tmp_path: Path, ok: Cli) -> None:
+    load(llama).save_pretrained(tmp_path / "one")
+    upcycled(tmp_path / "one", tmp_path / "moe", experts=4)
+    ok("to-dense", tmp_path / "moe", "--expert", 0, "--to", "llama", "-o", tmp_path / "dense")
+    file = "model.safetensors"
+    assert (tmp_path / "dense" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()

@@ -76,6 +76,7 @@ EXACT: list[tuple[str, Changes, tuple[str, ...]]] = [
     ("phi3", LONGROPE, ("mixtral", "solar_open")),
     ("phi3", {"sliding_window": WINDOW}, ("mixtral",)),
     ("phi3", rope("default", partial_rotary_factor=0.5), ("glm4_moe",)),
+    ("phi3", {**rope("default", partial_rotary_factor=0.5), "sliding_window": 64}, ("glm4_moe",)),  # never filled
     ("gemma", NARROW, ("mixtral", "granitemoe")),
     ("gemma", {**WIDE, "tie_word_embeddings": False}, ("mixtral", "granitemoe")),
     ("glm", {**NARROW, **BIAS}, ("glm4_moe",)),

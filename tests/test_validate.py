@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ from xml.etree import ElementTree
 import pytest
 
 from moesurgery import load_recipe
+from moesurgery.cli.app import app
 from moesurgery.surgery.operation import operations
 from moesurgery.validate.codes import CODES
 from moesurgery.validate.validate import validate_checkpoint
-from tests.conftest import Result
+from tests.conftest import ROOT, Result
 from tests.families import ROWS
 from tests.quantise import make_fp8, make_mxfp4
 from tests.test_recipes import SHIPPED
@@ -62,10 +64,35 @@ def test_an_edit_validates_against_its_model(demo: Path, tmp_path: Path, ok: Cli
     assert report["not_checked"] == []
 
 
-def test_every_operation_is_in_a_shipped_recipe() -> None:
-    """test_recipes.py validates what each of them writes, with a forward pass: so every operation's output is."""
+def test_our_own_code_is_told_from_any_other(models: Models, tmp_path: Path, ok: Cli) -> None:
+    out = tmp_path / "out"
+    ok("tie-blocks", models("mixtral"), "-o", out, "--validate")
+    found = validate_checkpoint(out, level="container").findings
+    assert [(f.code, f.severity, f.file) for f in found] == [("P05", "note", "config.json")]
+    with open(out / "modeling_tied.py", "a") as code:
+        code.write("import os\n")
+    found = validate_checkpoint(out, level="container").findings
+    assert [(f.code, f.severity) for f in found] == [("P05", "warning"), ("P05", "warning")]
+
+
+# Tests of these validate what the command writes: no recipe that ships can name what they need.
+BESIDE_RECIPES = {"add-expert": "test_add_expert.py", "refit": "test_refit.py"}
+# Commands that write checkpoints and are no operations; recipes/merge/ is run and validated by test_merge.py.
+OTHERS = {"run", "merge"}
+
+
+def test_every_command_writes_what_validate_lets_pass() -> None:
+    """Shipped recipes are run by test_recipes.py, which validates what they write with a forward pass."""
     steps = {step.operation for path in SHIPPED for step in load_recipe(path).steps}
-    assert steps == set(operations())
+    assert steps | BESIDE_RECIPES.keys() == set(operations())
+    for file in (*BESIDE_RECIPES.values(), "test_merge.py", "test_recipes.py"):
+        assert re.search(r"validate.*level.*forward", (ROOT / "tests" / file).read_text())
+    writers = {
+        command.name or ""
+        for command in app.registered_commands
+        if command.callback is not None and "max_shard_size" in inspect.signature(command.callback).parameters
+    }
+    assert writers <= set(operations()) | OTHERS
 
 
 def broken(demo: Path, folder: Path) -> Path:

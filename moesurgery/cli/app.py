@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 import moesurgery
-from moesurgery.cli import collect, count_params, diff, families, inspect, merge, perplexity, probe, recipes, validate
+from moesurgery.cli import (
+    collect,
+    count_params,
+    diff,
+    extract_lora,
+    families,
+    inspect,
+    merge,
+    perplexity,
+    probe,
+    recipes,
+    validate,
+)
 from moesurgery.cli.operations import command_for
 from moesurgery.surgery.operation import operations
 
@@ -41,6 +53,7 @@ app.command("families")(families.families_command)
 for _found in operations().values():
     app.command(_found.name)(command_for(_found))
 app.command("merge")(merge.merge_command)
+app.command("extract-lora")(extract_lora.extract_lora_command)
 app.command("run")(recipes.run_command)
 app.command("perplexity")(perplexity.perplexity_command)
 app.command("compare")(perplexity.compare_command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
@@ -29,7 +29,7 @@ def inspect_command(model: Model = ".", as_json: Json = False) -> None:
     checkpoint = open_checkpoint(model, headers_only=True)
     broken: list[tuple[MoeBlock, CheckpointError]] = []
     anatomy = recognise(checkpoint.config, checkpoint.tensors, broken)
-    anatomy.notes.extend(f"{error.message}" for _, error in broken)
+    anatomy.notes.extend(error.message for _, error in broken)
     groups = tensor_groups(anatomy, checkpoint.tensors)
     facts = _facts(anatomy, checkpoint.tensors)
     if as_json:
@@ -56,7 +56,6 @@ class Group:
     numbers: list[set[int]]
     count: int = 0
     nbytes: int = 0
-    names: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -300,8 +300,8 @@ def _count(anatomy: Anatomy, place: _Place, found: _Found, tensors: Mapping[str,
             anatomy.unrecognised.append(name)
         elements = element_count(tensors[name].shape)
         anatomy.parameters[name] = elements * place.weights
-        if place.stem.suffix == ".qweight":
-            exact = packed_weights(name, lambda n: tensors[n].shape if n in tensors else None)
+        if place.stem.suffix in (".qweight", ".weight_packed") and tensors[name].dtype == "I32":
+            exact = packed_weights(name, anatomy.config, lambda n: tensors[n].shape if n in tensors else None)
             anatomy.parameters[name] = anatomy.parameters[name] if exact is None else exact
         if place.buffer:
             anatomy.buffers[name] = elements

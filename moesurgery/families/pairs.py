@@ -2,8 +2,8 @@
 
 A pair is a config rewrite and weight rewrites. The config rewrite follows from the two entries of `architectures`:
 every trait of the source is written as the target keeps it. What the target cannot hold must be carried by one of
-the pair's `rewrites`; otherwise this very model would lose something, and the pair is refused for it. Both exist the
-other way round too: `moesurgery to-dense` walks a pair back.
+the pair's `rewrites`; otherwise this very model would lose something, and the pair is refused for it. The way back has
+a table of its own (`dense`), since a mixture's config need not come from a dense one's.
 
 `tests/test_upcycle_pairs.py` runs every pair: written, loaded by transformers, logits equal beyond windows and
 original contexts.
@@ -136,11 +136,6 @@ NO_PAIR: dict[str, str] = {
 def pairs_from(model_type: str) -> tuple[Pair, ...]:
     """Return the pairs of a dense type, the preferred one first."""
     return tuple(pair for pair in PAIRS if pair.source_type == model_type)
-
-
-def pairs_to(model_type: str) -> tuple[Pair, ...]:
-    """Return the pairs whose mixture is of `model_type`."""
-    return tuple(pair for pair in PAIRS if pair.target_type == model_type)
 
 
 def target_types() -> tuple[str, ...]:

@@ -151,13 +151,30 @@ def packed_bits(config: Mapping[str, Any]) -> int:
     for key in ("bits", "w_bit"):
         if found.get(key) in _PACKED_BITS:
             return int(found[key])
-    groups = found.get("config_groups")
-    if isinstance(groups, Mapping):
-        for group in groups.values():
-            weights = group.get("weights") if isinstance(group, Mapping) else None
-            if isinstance(weights, Mapping) and weights.get("num_bits") in _PACKED_BITS:
-                return int(weights["num_bits"])
-    return 4
+    return next((bits for bits, _ in _packed_groups(config)), 4)
+
+
+def _packed_groups(config: Mapping[str, Any]) -> list[tuple[int, int | None]]:
+    """Return (bits, weights per scale) of each group of layers of compressed-tensors; None for one scale per row."""
+    groups = quantisation_config(config).get("config_groups")
+    found: list[tuple[int, int | None]] = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("num_bits") in _PACKED_BITS:
+            size = weights.get("group_size")
+            found.append((int(weights["num_bits"]), size if type(size) is int and size > 0 else None))
+    return found
+
+
+def bits_that_fit(config: Mapping[str, Any], packed: tuple[int, ...], scales: tuple[int, ...]) -> set[int]:
+    """Return the bits per weight that a `.weight_packed` of 32-bit words can have, by the shape of its scales.
+
+    More than one where groups of layers have different bits and shapes do not tell which group a tensor is of.
+    """
+    groups = _packed_groups(config)
+    if len({bits for bits, _ in groups}) < 2 or not packed or not scales:
+        return {packed_bits(config)}
+    return {bits for bits, size in groups if scales[-1] == (-(-packed[-1] * 32 // bits // size) if size else 1)}
 
 
 def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits: int) -> int:
@@ -183,15 +200,24 @@ def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits
     return 1
 
 
-def packed_weights(name: str, shape_of: Callable[[str], tuple[int, ...] | None]) -> int | None:
-    """Return how many weights a `.qweight` stands for, by the shapes beside it; None where they do not tell.
+def packed_weights(
+    name: str, config: Mapping[str, Any], shape_of: Callable[[str], tuple[int, ...] | None]
+) -> int | None:
+    """Return how many weights a packed tensor stands for, by the shapes beside it; None where they do not tell.
 
     GPTQ packs inputs, [in * bits / 32, out], and lists the group of each input; AWQ packs outputs,
     [in, out * bits / 32]. So the count is exact for every number of bits, and where layers differ in it.
     """
-    base = name.removesuffix(".qweight")
-    packed, scales, groups = (shape_of(base + suffix) for suffix in (".qweight", ".scales", ".g_idx"))
-    if not packed or not scales or len(packed) != 2 or len(scales) != 2:
+    suffix = ".qweight" if name.endswith(".qweight") else ".weight_packed"
+    base = name.removesuffix(suffix)
+    packed, groups = shape_of(name), shape_of(f"{base}.g_idx")
+    scales = shape_of(base + (".scales" if suffix == ".qweight" else ".weight_scale"))
+    if not packed or not scales or len(packed) != 2:
+        return None
+    if suffix == ".weight_packed":
+        fitting = bits_that_fit(config, packed, scales)
+        return packed[0] * packed[1] * 32 // fitting.pop() if len(fitting) == 1 else None
+    if len(scales) != 2:
         return None
     if packed[1] != scales[1]:
         return packed[0] * scales[1]

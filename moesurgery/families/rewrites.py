@@ -1,7 +1,6 @@
 """Weight rewrites that carry a trait from one type to another without changing the function.
 
-Each says which value of which trait it turns into which, and how one tensor changes. Both directions exist, so that
-a pair can be walked back.
+Each says which value of which trait it turns into which, and how one tensor changes.
 """
 
 from __future__ import annotations

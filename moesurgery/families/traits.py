@@ -2,8 +2,8 @@
 
 A *trait* is one fact, such as whether q, k and v have biases, or the window of each layer. For each trait a type says
 where its config keeps the value (a codec with keys) or what its code does whatever the config says (`Always`).
-Reading a config as one type and writing the traits as another's is the config rewrite of a pair, either way round. A
-value that the other type cannot hold is a conflict: it would be dropped silently, so the pair is refused.
+Reading a config as one type and writing the traits as another's is the config rewrite of a pair. A value that the
+other type cannot hold is a conflict: it would be dropped silently, so the pair is refused.
 
 Every value that a config leaves out is read with its own type's default and written down: what is absent would
 otherwise get the default of the other type.
@@ -273,7 +273,7 @@ class AllFull:
     def write(self, value: Layers, traits: Traits, config: Config) -> dict[str, Any]:
         _only_attention_with_rope(value)
         window = _one_window(value)
-        if window is not None:
+        if window is not None and window < traits["max_position_embeddings"]:  # a longer one changes nothing
             raise ConflictError(f"a sliding window of {window} here, none there")
         return {}
 

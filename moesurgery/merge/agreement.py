@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.strict_json import parse_json
 from moesurgery.families.family import LAYERS_KEYS
 
 # Keys that say nothing of how tensors are used, or that are settled elsewhere.
@@ -73,7 +74,7 @@ def tokenizers_differ(ours: Checkpoint, theirs: Checkpoint) -> bool:
 def _vocabulary(data: bytes) -> Any:
     """Return what of a tokenizer.json decides which text gets which number."""
     try:
-        value = json.loads(data)
+        value = parse_json(data, config=True)
         return {key: value.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     except (ValueError, AttributeError):
         return data

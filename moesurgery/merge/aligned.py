@@ -94,7 +94,7 @@ class Moments(Expr):
             rows = self.of.evaluate(first, min(first + step, self.of.numel), reader).view(-1, width).double()
             total[0] += rows.sum(0)
             total[1] += rows.square().sum(0)
-        return (total / count).float().reshape(-1)
+        return (total / count).float().reshape(-1)[start:stop]
 
 
 class Aligner:

@@ -10,6 +10,8 @@ from typing import Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError, SurgeryError
+from moesurgery.families.settings import Settings as ConfigSettings
+from moesurgery.families.settings import with_value
 from moesurgery.merge.agreement import config_differences, tokenizers_differ
 from moesurgery.merge.aligned import Aligner
 from moesurgery.merge.filters import Filters, check_filters
@@ -20,10 +22,12 @@ from moesurgery.merge.parts import Holder, Key, Parts
 from moesurgery.merge.recipe import DTYPES, Input, MergeRecipe, Slice, Stage
 from moesurgery.merge.references import Models, label
 from moesurgery.merge.setting import Settings, resolve
+from moesurgery.merge.tokenizers import TEMPLATE, MergedTokenizer, chat_template
 from moesurgery.plan.expr import Expr, Rows, cast, concat, scale
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.plan.tensors import random_key
 from moesurgery.surgery.parameters import MISSING, Parameter
+from moesurgery.write.card import CARD
 
 _NAMES = {code: name for name, code in DTYPES.items()}
 _RANK = ("BF16", "F16", "F32", "F64")
@@ -94,14 +98,17 @@ class _Merger:
         for name, holder, place in placed:
             tensors[name] = self._tensor(holder, place)
             last = home[name] = donor.plan.home.get(name, last)
+        files = self._files()
+        inner = {id(step): step for p in (donor, *(s.parts for s in others.values())) for step in p.plan.steps}.values()
         checkpoints = {id(c): c for p in (donor, *(s.parts for s in others.values())) for c in p.plan.sources}
         return Plan(
             tuple(checkpoints.values()),
             tensors,
             home,
             self._config(placed, tensors),
-            steps=(self._step(len(tensors)),),
+            steps=(*inner, self._step(len(tensors))),
             max_shard_size=self._shard_size() if self.stage.stacked else None,
+            files=files,
         )
 
     @cached_property
@@ -162,7 +169,7 @@ class _Merger:
                 self._warn(
                     source.line, f"config.json of {source.parts.label} disagrees, {donor.label}'s counts: {found}"
                 )
-            if tokenizers_differ(donor.plan.checkpoint, source.parts.plan.checkpoint):
+            if self.stage.tokenizer is None and tokenizers_differ(donor.plan.checkpoint, source.parts.plan.checkpoint):
                 self._warn(
                     source.line,
                     f"{source.parts.label} has another tokenizer than {donor.label}, whose is kept: the same row of the"
@@ -290,6 +297,9 @@ class _Merger:
         kept = inputs[sources.index(lead)]
         if kept.dtype not in PLAIN_FLOATS:
             return self._unmerged(path, place, kept)
+        if self._tokenizer is not None and place.layer is None and self._tokenizer.is_vocabulary(path, kept.shape):
+            inputs = self._resized(sources, inputs)
+            kept = inputs[sources.index(lead)]
         for source, expr in zip(sources, inputs, strict=True):
             if expr.shape != kept.shape:
                 with self._at(source.line):
@@ -313,6 +323,35 @@ class _Merger:
             key,
             self.method.origin,
         )
+
+    @cached_property
+    def _tokenizer(self) -> MergedTokenizer | None:
+        if self.stage.tokenizer is None:
+            return None
+        models = {name: self._opened(name) for name in self.stage.models}
+        with self._at(self.stage.line_of("tokenizer" if "tokenizer" in self.stage.lines else "tokenizer_source")):
+            return MergedTokenizer(self.stage.tokenizer, models)
+
+    def _resized(self, sources: list[_Source], inputs: list[Expr]) -> list[Expr]:
+        """Return an embedding of each source with the rows of the merged tokenizer."""
+        assert self._tokenizer is not None
+        named = {s.reference: expr for s, expr in zip(sources, inputs, strict=True)}
+        found = self._tokenizer.resized(named)
+        return [found[s.reference] for s in sources]
+
+    def _files(self) -> dict[str, bytes | None]:
+        """Return the side files that differ from the base's: another tokenizer or chat template, and its card."""
+        files: dict[str, bytes | None] = {CARD: None} if CARD in self.donor.plan.checkpoint.side_files else {}
+        if self._tokenizer is not None:
+            files.update(self._tokenizer.files())
+        if self.stage.chat_template is not None:
+            models = {name: self._opened(name) for name in self.stage.models}
+            template = chat_template(self.stage.chat_template, models)
+            if template is None:
+                self._warn(self.stage.line_of("chat_template"), "no model has a chat template: none is written")
+            else:
+                files[TEMPLATE] = template.encode()
+        return files
 
     def _lead(self, sources: list[_Source]) -> _Source:
         return next((s for s in sources if s.parts is self.donor), sources[0])
@@ -398,6 +437,13 @@ class _Merger:
             if donor.anatomy.settings.layers is not None:
                 with self._at(self.stage.line_of("slices")):
                     config = restacked(donor.anatomy.settings, origins, moe)
+        if self._tokenizer is not None:
+            config = with_value(
+                ConfigSettings(donor.anatomy.settings.family, config),
+                ("vocab_size",),
+                self._tokenizer.rows,
+                "vocab_size",
+            )
         return _with_dtype(config, {expr.dtype for name, expr in tensors.items() if expr.dtype in PLAIN_FLOATS})
 
     def _shard_size(self) -> int | None:
@@ -408,11 +454,13 @@ class _Merger:
     def _step(self, count: int) -> Step:
         stage = self.stage
         inputs = list(dict.fromkeys(s.parts.label for found in self.sources for s in found))
-        base = f" on {label(stage.base)}" if stage.base is not None and stage.method.base != "none" else ""
+        apart = stage.method.base in ("required", "optional")
+        base = f" on {label(stage.base)}" if stage.base is not None and apart else ""
+        others = [name for name in inputs if not (base and stage.base is not None and name == label(stage.base))]
         return Step(
             "merge",
             {"recipe": relabelled(stage.value)},
-            f"{stage.method.name} of {', '.join(inputs)}{base}: {count} tensors",
+            f"{stage.method.name} of {', '.join(others)}{base}: {count} tensors",
             report={"method": stage.method.name, "models": inputs, "base": self.donor.label, "layers": len(self._stack)}
             if stage.stacked
             else {"method": stage.method.name, "models": inputs, "base": self.donor.label},
@@ -444,7 +492,11 @@ def _together(path: str, paths: frozenset[str]) -> tuple[str, ...]:
 
 
 def _unlike(name: str, source: _Source, theirs: Expr, lead: _Source, ours: Expr) -> SurgeryError:
-    hint = "give `tokenizer_source:` to merge models of different vocabularies" if "embed" in name else None
+    hint = (
+        "give `tokenizer_source:` to merge models of different vocabularies"
+        if "embed" in name or "lm_head" in name
+        else None
+    )
     return RefusedError(
         f"{name} is {list(theirs.shape)} in {source.parts.label} and {list(ours.shape)} in {lead.parts.label}", hint
     )

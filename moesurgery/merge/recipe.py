@@ -23,6 +23,7 @@ from typing import Any, Literal
 from moesurgery.errors import RecipeError
 from moesurgery.merge.method import Method, find_method, methods, per_model, problem
 from moesurgery.merge.setting import Setting, Settings, converted, read_setting, scalars
+from moesurgery.merge.wishes import TokenizerWish, TokenSource
 from moesurgery.plan.plan import Plan
 from moesurgery.surgery.operation import did_you_mean
 from moesurgery.yaml_strict import Document, parse_all
@@ -32,7 +33,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F6
 # Keys of a document beyond mergekit's own: `granularity`, `align`, `seed`.
 _KEYS = (
     *("name", "models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype"),
-    *("granularity", "align", "seed"),
+    *("tokenizer", "tokenizer_source", "chat_template", "granularity", "align", "seed"),
 )
 
 
@@ -72,6 +73,8 @@ class Stage:
     dtype: str | None = None
     granularity: Literal["expert", "tensor"] = "expert"
     align: frozenset[str] = frozenset()
+    tokenizer: TokenizerWish | None = None
+    chat_template: str | None = None
     seed: int = 0
     line: int = 1
     lines: dict[str, int] = field(default_factory=dict)
@@ -84,6 +87,9 @@ class Stage:
         found = [] if self.base is None else [self.base]
         for part in self.slices:
             found += [entry.model for entry in part.inputs] + ([part.base] if part.base else [])
+        if self.tokenizer is not None:
+            wishes = [wish.model for wish in self.tokenizer.tokens.values() if wish and wish.model]
+            found += [m for m in (self.tokenizer.source, *wishes) if m not in ("base", "union")]
         return list(dict.fromkeys(found))
 
     def line_of(self, key: str) -> int:
@@ -190,6 +196,8 @@ class _Reader:
             dtype=self.dtype(value),
             granularity=self.granularity(value),
             align=self.align(value),
+            tokenizer=self.tokenizer(value),
+            chat_template=self.one_of(value, "chat_template", str, "auto, a known name, or Jinja"),
             seed=self.one_of(value, "seed", int, "a whole number") or 0,
             line=line,
             lines={str(key): self.document.line((key,)) for key in value},
@@ -422,6 +430,51 @@ class _Reader:
                 )
                 return frozenset()
         return frozenset(wanted)
+
+    def tokenizer(self, value: dict[str, Any]) -> TokenizerWish | None:
+        source, given = value.get("tokenizer_source"), value.get("tokenizer")
+        if source is not None and given is not None:
+            self.wrong.append((self.document.line(("tokenizer",)), "give tokenizer or tokenizer_source, not both"))
+        if given is None:
+            model = self.reference(source, ("tokenizer_source",)) if source is not None else None
+            return TokenizerWish(model) if model is not None else None
+        path = ("tokenizer",)
+        if not isinstance(given, dict):
+            self.wrong.append((self.document.line(path), "tokenizer is a mapping: {source: union}"))
+            return None
+        self.keys(given, path, ("source", "tokens", "pad_to_multiple_of"))
+        model = self.reference(given.get("source", "union"), (*path, "source"))
+        multiple = given.get("pad_to_multiple_of")
+        if multiple is not None and (type(multiple) is not int or multiple < 1):
+            line = self.document.line((*path, "pad_to_multiple_of"))
+            self.wrong.append((line, f"pad_to_multiple_of is {multiple!r}, expected a whole number"))
+            multiple = None
+        tokens: dict[str, TokenSource | None] = {}
+        for token, wish in (given.get("tokens") or {}).items() if isinstance(given.get("tokens"), dict | None) else ():
+            tokens[str(token)] = self.token(wish, (*path, "tokens", token))
+        return TokenizerWish(model or "base", tokens, multiple)
+
+    def token(self, wish: Any, path: tuple[Any, ...]) -> TokenSource | None:
+        """Read where the embedding of one token comes from."""
+        if wish is None or wish == {}:
+            return None
+        if not isinstance(wish, dict):
+            self.wrong.append((self.document.line(path), "a token is a mapping: {source: MODEL, force: true}"))
+            return None
+        self.keys(wish, path, ("source", "force"))
+        source, force = wish.get("source"), bool(wish.get("force", False))
+        if not (isinstance(source, dict) and "kind" in source):
+            model = self.reference(source, (*path, "source"))
+            return TokenSource(model, force=force)
+        self.keys(source, (*path, "source"), ("kind", "model", "token", "token_id"))
+        if source["kind"] == "zero":
+            return TokenSource(None, force=force)
+        if source["kind"] != "model_token":
+            line = self.document.line((*path, "source"))
+            self.wrong.append((line, f"kind is {source['kind']!r}: one of zero, model_token"))
+            return None
+        model = self.reference(source.get("model"), (*path, "source", "model"))
+        return TokenSource(model, source.get("token"), source.get("token_id"), force)
 
     def one_of(self, value: dict[str, Any], key: str, kind: Callable[..., Any], what: str) -> Any:
         given = value.get(key)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.families.quantised import method as quantisation_method
+from moesurgery.merge.lora import adapted
 from moesurgery.merge.parts import Parts
 from moesurgery.merge.recipe import DTYPES
 from moesurgery.plan.dequantise import dequantised
@@ -30,11 +31,14 @@ class Models:
         Raises CheckpointError where it cannot be opened, RefusedError for quantised forms that are not known.
         """
         if (reference, plain) not in self._parts:
-            plan = self.stages.get(reference) or plan_of(open_checkpoint(located(reference)))
+            model, adapter = (reference, None) if reference in self.stages else split(reference)
+            plan = self.stages.get(model) or plan_of(open_checkpoint(located(model)))
             quantised = plain and quantisation_method(plan.config) is not None
-            self._parts[reference, plain] = Parts(
-                _plain(plan) if quantised else plan, label(reference), _stated_dtype(plan) if quantised else None
-            )
+            stated = _stated_dtype(plan) if quantised else None
+            plan = _plain(plan) if quantised else plan
+            if adapter is not None:
+                plan = adapted(plan, located(adapter))
+            self._parts[reference, plain] = Parts(plan, label(reference), stated)
         return self._parts[reference, plain]
 
 
@@ -66,7 +70,16 @@ def located(reference: str) -> str:
     return f"hf://{reference}" if _HUB_ID.fullmatch(reference) else reference
 
 
+def split(reference: str) -> tuple[str, str | None]:
+    """Split `model+adapter`; a folder whose own name has a plus is one model."""
+    model, plus, adapter = reference.rpartition("+")
+    return (model, adapter) if plus and not Path(reference).expanduser().exists() else (reference, None)
+
+
 def label(reference: str) -> str:
     """Return what a model is called in a card: a Hub id, or the name of a folder, never a local path."""
+    model, adapter = split(reference)
+    if adapter is not None:
+        return f"{label(model)}+{label(adapter)}"
     place = located(reference)
     return place.removeprefix("hf://") if place.startswith("hf://") else Path(place).name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.families.quantised import Companion, method, packed_bits, quantisation_config, take_apart
+from moesurgery.families.quantised import Companion, bits_that_fit, method, quantisation_config, take_apart
 from moesurgery.plan.expr import Expr, Reader, cast
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.tensors import transpose
@@ -162,9 +162,10 @@ def _values(weight: _Weight) -> Expr:
     if expr.dtype == "I8" and not _is_exponent(scale):
         return _scaled(weight, float_values, expr.shape, scale)
     if expr.dtype == "I32" and weight.suffix == ".weight_packed":
-        bits = packed_bits(weight.config)
-        if 32 % bits:
-            raise weight.refused()
+        fitting = bits_that_fit(weight.config, expr.shape, scale.shape)
+        bits = min(fitting, default=3)
+        if len(fitting) > 1 or 32 % bits:
+            raise weight.refused(" with bits that its shape does not tell")
         return _scaled(weight, packed_values, _wider(expr, 32 // bits), scale, parameters=(("bits", bits),))
     if expr.dtype not in ("U8", "I8") or (weight.suffix == "" and over is not None):
         raise weight.refused()

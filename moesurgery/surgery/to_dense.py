@@ -105,6 +105,8 @@ def to_dense(
 
 def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
     """Return the first pair whose conditions the config meets, or the one that was asked for."""
+    if anatomy.config.get("layer_tie_map") is not None:
+        raise RefusedError(f"{_NAME}: the blocks are tied", "write them out first: `- tie-blocks: {materialize: true}`")
     found = pairs_of(anatomy.model_type)
     if not found:
         known = ", ".join(dict.fromkeys(pair.source for pair in PAIRS))
@@ -117,8 +119,6 @@ def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
         if not found:
             targets = ", ".join(pair.target for pair in pairs_of(anatomy.model_type))
             raise RefusedError(f"{_NAME}: {anatomy.model_type} does not become {to}", f"it becomes {targets}")
-    if anatomy.config.get("layer_tie_map") is not None:
-        raise RefusedError(f"{_NAME}: the blocks are tied", "write them out first: `- tie-blocks: {materialize: true}`")
     unmet = {}
     for pair in found:
         wrong = [key for key, allowed in pair.needs.items() if anatomy.settings.first((key,)) not in allowed]

@@ -66,6 +66,10 @@ def _replan(record: Mapping[str, Any], reference: Plan) -> Plan | Finding:
     known = operations()
     for entry in steps:
         name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else ("", None)
+        if name == "merge":
+            message = "a merge of several models is not replayed"
+            hint = "run its recipe again, and compare the two with `moesurgery diff`"
+            return finding("R01", message, PROVENANCE, severity="warning", hint=hint)
         if name not in known or not isinstance(values, dict):
             return finding("R01", f"the step {entry!r} is none of an operation that is known here", PROVENANCE)
         if wrong := problems(known[name], values):

@@ -40,7 +40,7 @@ def layers(subject: Subject) -> Outcome:
         yield finding("C07", f"config.json says {stated} layers; the tensors hold also {ranges(extra)}", CONFIG)
     settings = subject.anatomy.settings
     sparse, found = moe_layers(settings), positions(settings, {block.layer for block in subject.anatomy.main_blocks})
-    if sparse is not None and found and sparse & plain != found:
+    if sparse is not None and found and sparse & plain != found & plain:
         yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(found)}", CONFIG)
     predicting = settings.first(_MTP_KEYS, 0)
     leftover = sorted(n for n in mtp if n >= stated)[predicting if type(predicting) is int else 0 :]

@@ -6,8 +6,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import moesurgery.tied
 from moesurgery.checkpoint.scan import CONFIG, INDEX
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
@@ -62,15 +64,36 @@ def no_pickles(subject: Subject) -> Outcome:
 @check("P05")
 def no_code(subject: Subject) -> Outcome:
     """Code beside the weights runs wherever somebody says trust_remote_code."""
-    for file in subject.files:
-        if file.endswith((".py", ".so", ".pyc")):
-            yield finding("P05", "is code that loaders run when told to trust it", file, hint="read it before you do")
+    foreign = [f for f in subject.files if f.endswith((".py", ".so", ".pyc")) and not _is_ours(subject, f)]
+    for file in foreign:
+        yield finding("P05", "is code that loaders run when told to trust it", file, hint="read it before you do")
     for file, config in _configs(subject):
         for path, key, value in _walk(config):
             if key == "auto_map" and value:
-                yield finding("P05", f"{path} names classes of the checkpoint's own code", file)
+                ours = not foreign and _modules(value) <= set(subject.files)
+                what = (
+                    "names code that moesurgery wrote, byte for byte" if ours else "names code of the checkpoint's own"
+                )
+                yield finding("P05", f"{path} names {what}", file, severity="note" if ours else None)
             elif key in ("trust_remote_code", "custom_pipelines") and value:
                 yield finding("P05", f"{path} asks to run code that comes with the model", file)
+
+
+def _is_ours(subject: Subject, file: str) -> bool:
+    """Whether a file is the code that tie-blocks writes beside tied checkpoints, to the byte."""
+    own = Path(moesurgery.tied.__file__).with_name("modeling_tied.py")
+    if file != own.name or subject.files[file] != own.stat().st_size:
+        return False
+    try:
+        return subject.source.read(file, 0, subject.files[file]) == own.read_bytes()
+    except CheckpointError:
+        return False
+
+
+def _modules(auto_map: Any) -> set[str]:
+    """Return the files that an `auto_map` names; those of another repository are none of a checkpoint's."""
+    values = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    return {f"{value.partition('.')[0]}.py" if isinstance(value, str) else "" for value in values}
 
 
 @check("P06")

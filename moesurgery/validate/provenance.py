@@ -68,7 +68,7 @@ def checksums(subject: Subject) -> Outcome:
     record = subject.object_or_none(PROVENANCE) or {}
     for file, entry in _outputs(record).items():
         stated = entry.get("sha256")
-        if stated is None or file == CONFIG or subject.files.get(file) != entry.get("size"):
+        if stated is None or file == CONFIG or file not in subject.files or subject.files[file] != entry.get("size"):
             continue
         if whole_digest(subject.source, file, subject.files[file], subject.progress) != stated:
             yield finding("S09", "its SHA-256 is not that of the file that was written", file, hint=_HINT)

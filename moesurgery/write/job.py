@@ -355,7 +355,7 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
         _carry(source_files, CONFIG, plan.checkpoint.file_sizes[CONFIG], partial / CONFIG)
     else:
         _write_text(partial / CONFIG, write_json(plan.config))
-    if options.card or CARD not in plan.checkpoint.side_files:
+    if options.card or CARD not in plan.checkpoint.side_files or plan.files.get(CARD, b"") is None:
         _write_text(partial / CARD, card_text(plan))
     outputs.append({"file": CONFIG, "sha256": hashlib.sha256((partial / CONFIG).read_bytes()).hexdigest()})
     _write_text(partial / PROVENANCE, write_json(provenance(plan, outputs)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.architectures.architecture import Moe
+from moesurgery.families.family import Layout, Part
 from moesurgery.families.pairs import Conversion, Pair
 from moesurgery.plan.expr import Expr, cast
 from moesurgery.plan.tensors import Filled
@@ -142,11 +143,24 @@ class Mixture:
         changes = Changes(given["seed"], f"{prefix}split", given["reinit"])
         shared = Ingredient(ffn) if self.shared_from is None else self.shared_from.ingredient(layer, 0.0)
         shared = replace(shared, ffn=in_dtype(shared.ffn, ffn))
-        copies = routed_tensors(prefix, groups, self.design, self.pair.target.family.layouts[0], changes)
+        copies = routed_tensors(prefix, groups, self.design, self._layout(), changes)
         new = shared_tensors(prefix, shared, self.design, self.moe, given["seed"])
         name = prefix + self.pair.target.router.path
         new[name] = cast(self._router(name, ffn.hidden, rows), DTYPES.get(given["dtype"], ffn.gate.dtype))
         return copies, new
+
+    def _layout(self) -> Layout:
+        """Return the published layout with its parts in the dense FFN's order: the way back gives the same file."""
+        ffn, layout = self.base.architecture.ffn, self.pair.target.family.layouts[0]
+        assert ffn is not None
+        names = [name for name, layer in self.base.layer_of.items() if layer == 0]
+        modules = {"gate": ffn.gate_up or ffn.gate, "up": ffn.gate_up or ffn.up, "down": ffn.down}
+
+        def place(part: Part) -> int:
+            module = modules["gate" if part.role == "gate_up" else part.role]
+            return next(i for i, name in enumerate(names) if f".{module}." in name)
+
+        return replace(layout, parts=tuple(sorted(layout.parts, key=place)))
 
     def _router(self, name: str, hidden: int, rows: torch.Tensor | None) -> Expr:
         kind: str = self.given["router"]

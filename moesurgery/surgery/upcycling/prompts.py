@@ -8,6 +8,7 @@ takes the state that the layer's router will see at each prompt's last token, af
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.measure.model_config import harmless
 from moesurgery.measure.tokens import Tokens, padded
 from moesurgery.plan.plan import Plan
 from moesurgery.surgery.upcycling.dense import DenseModel
@@ -102,7 +104,8 @@ def _tokenizer(plan: Plan) -> Any:
         )
     automatic: Any = transformers.AutoTokenizer
     with tempfile.TemporaryDirectory() as folder:
-        for file in (*present, "config.json"):
+        Path(folder, "config.json").write_text(json.dumps(harmless(plan.config)))
+        for file in present:
             Path(folder, file).write_bytes(source.read(file, 0, plan.checkpoint.file_sizes[file]))
         try:
             return automatic.from_pretrained(folder, trust_remote_code=False)

@@ -18,6 +18,7 @@ from typing import Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.pairs import Pair
+from moesurgery.measure.model_config import harmless
 from moesurgery.surgery.upcycling.dense import DenseModel
 
 TOLERANCE = 1e-5
@@ -87,8 +88,13 @@ def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any]) -> Proof:
         parameters["router"] = "zero"
     with tempfile.TemporaryDirectory(prefix="moesurgery-proof-") as folder:
         before, after = Path(folder, "dense"), Path(folder, "mixture")
-        model = random_model(config)
-        model.save_pretrained(before)
+        try:
+            random_model(config).save_pretrained(before)
+        except Exception as error:
+            raise RefusedError(
+                f"upcycle: transformers does not build a small model of this config, so nothing can be proved: {error}",
+                "correct config.json, or use --no-proof",
+            ) from None
         plan = upcycle(plan_of(open_checkpoint(before)), **parameters, proof=False)
         write_plan(plan, after, WriteOptions(jobs=1, durable=False))
         prompt = torch.randint(3, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(1))
@@ -153,7 +159,7 @@ def logits_of(path: Path, prompt: Any) -> Any:
 
 def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
     """Return `config` at a small size. `parts` divides the width of its FFN."""
-    small = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config", "torch_dtype", "dtype")}
+    small = {k: v for k, v in harmless(config).items() if k not in ("torch_dtype", "dtype")}
     count = config["num_hidden_layers"]
     layers = min(count, LAYERS)
     shown = _layers_to_show(config, count, layers)
@@ -173,7 +179,7 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
         "head_dim": width,
         "max_position_embeddings": LONGEST,
         "max_window_layers": _upper(config, count, len(shown)),
-        "sliding_window": WINDOW,
+        "sliding_window": WINDOW if _window_fills(config) else 4 * PROMPT,
         "original_max_position_embeddings": CONTEXT,
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -202,11 +208,18 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
             small[key] = [value[i] for i in shown]
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(config.get(key), Mapping):
-            small[key] = _shrunk_rope(config[key], width if "kv_lora_rank" not in config else 8)
+            fraction = config.get("partial_rotary_factor") or 1.0
+            small[key] = _shrunk_rope(config[key], width if "kv_lora_rank" not in config else 8, fraction)
     # Defaults of the type that are sizes must be given where the real config leaves them out.
     for key in _sizes_without_default(config):
         small[key] = sizes[key]
     return small
+
+
+def _window_fills(config: Mapping[str, Any]) -> bool:
+    """Whether the longest context is longer than the window: otherwise a window changes nothing."""
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    return not window or not longest or window < longest
 
 
 def _sizes_without_default(config: Mapping[str, Any]) -> list[str]:
@@ -214,7 +227,7 @@ def _sizes_without_default(config: Mapping[str, Any]) -> list[str]:
     import transformers
 
     automatic: Any = transformers.AutoConfig
-    full = automatic.for_model(**{k: v for k, v in config.items() if k != "auto_map"}).to_dict()
+    full = automatic.for_model(**harmless(config)).to_dict()
     wanted = (
         *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
         *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
@@ -238,15 +251,15 @@ def _upper(config: Mapping[str, Any], count: int, layers: int) -> int:
     return layers if at >= count else min(at, layers // 2)
 
 
-def _shrunk_rope(rules: Mapping[str, Any], width: int) -> dict[str, Any]:
+def _shrunk_rope(rules: Mapping[str, Any], width: int, fraction: float) -> dict[str, Any]:
     """Shrink contexts and per-frequency lists in RoPE's rules."""
     if any(isinstance(value, Mapping) for value in rules.values()):
-        return {k: _shrunk_rope(v, width) if isinstance(v, Mapping) else v for k, v in rules.items()}
+        return {k: _shrunk_rope(v, width, fraction) if isinstance(v, Mapping) else v for k, v in rules.items()}
     found = dict(rules)
     for key, value in (("original_max_position_embeddings", CONTEXT), ("max_position_embeddings", LONGEST)):
         if key in found:
             found[key] = value
-    rotary = int(width * (rules.get("partial_rotary_factor") or 1.0))
+    rotary = int(width * (rules.get("partial_rotary_factor") or fraction))
     for key in ("short_factor", "long_factor"):
         if isinstance(found.get(key), list):
             step = max(1, math.ceil(len(found[key]) / (rotary // 2)))

@@ -1,0 +1,45 @@
+"""Commands measured against each other: each a process of its own, in turn, several rounds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """Run a command; return wall seconds, CPU seconds and peak resident MB."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()}")
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def compare(jobs: Mapping[str, list[str]], out: Path, rounds: int) -> None:
+    """Run all jobs, which write `out`, in turn; print medians and their ratios to the first job."""
+    results: dict[str, list[tuple[float, float, float]]] = {job: [] for job in jobs}
+    new_space: dict[str, float] = {}
+    for _ in range(rounds + 1):  # the first round fills the page cache and is not counted
+        for job, command in jobs.items():
+            os.sync()  # no job pays for what another left to be written
+            before = os.statvfs(out.parent)
+            results[job].append(timed(command))
+            os.sync()
+            after = os.statvfs(out.parent)
+            new_space[job] = (before.f_bfree - after.f_bfree) * after.f_frsize / 1e6
+            shutil.rmtree(out)
+    base, base_cpu = (statistics.median(run[i] for run in results[next(iter(jobs))][1:]) for i in range(2))
+    print(f"{'':32} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'x cp':>6} {'peak MB':>8} {'new disk MB':>12}")
+    for job, runs in results.items():
+        wall, cpu, memory = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
+        ratios = f"{wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f}"
+        print(f"{job:32} {ratios} {memory:8.0f} {new_space[job]:12.0f}")

@@ -1,0 +1,303 @@
+"""The tokenizer of a merge: its files, and which row of each model's embedding stands for each of its tokens.
+
+tokenizer.json is read and edited as data; no tokenizer library is needed. A union keeps the base's tokens under their
+numbers and appends those of the other models, with their merges, so that text of either is encoded as it was in full
+words; mergekit appends them as literal words, which byte-level texts never hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.errors import RefusedError
+from moesurgery.families import components
+from moesurgery.merge.aligned import Moments
+from moesurgery.merge.parts import Parts
+from moesurgery.merge.wishes import TokenizerWish, TokenSource
+from moesurgery.plan.arrays import rounded
+from moesurgery.plan.expr import Expr, Reader, Rows, reshape, torch_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+# Other forms of a tokenizer, stale once tokens are added.
+_OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "spiece.model")
+_OWN_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *_OTHER_FORMS)
+
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] }}"
+        "{{ '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'] + eos_token }}{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{% endif %}{% endfor %}"
+    ),
+    "alpaca": (
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "exaone": (
+        "{% for message in messages %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
+        "{{ '\n' if message['role'] == 'user' else '[|endofturn|]\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Gathered(Expr):
+    """Each row the mean of rows of `options`, as `picks` names them by (option, row); zeros where it names none."""
+
+    options: tuple[Expr, ...]
+    picks: tuple[tuple[tuple[int, int], ...], ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @cached_property
+    def row(self) -> int:
+        return self.numel // max(len(self.picks), 1)
+
+    @property
+    def granule(self) -> int:
+        return max(self.row, 1)
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.options
+
+    @property
+    def light(self) -> bool:
+        return all(expr.light for expr in self.options)
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        import numpy as np
+
+        row = self.row
+        chosen = self.picks[start // row : stop // row]
+        out = np.zeros((len(chosen), row), np.float32)
+        at = 0
+        while at < len(chosen):
+            count = 1
+            if len(chosen[at]) == 1:
+                option, first = chosen[at][0]
+                while at + count < len(chosen) and chosen[at + count] == ((option, first + count),):
+                    count += 1
+                expr = self.options[option]
+                out[at : at + count] = expr.array(first * row, (first + count) * row, reader).reshape(count, row)
+            elif chosen[at]:
+                for option, index in chosen[at]:
+                    out[at] += self.options[option].array(index * row, (index + 1) * row, reader)
+                out[at] /= len(chosen[at])
+            at += count
+        return rounded(out.reshape(-1), self.dtype)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.array(start, stop, reader)).to(torch_dtype(self.dtype))
+
+
+def vocabulary(checkpoint: Checkpoint, label: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return a model's tokenizer.json and the number of every token. Raises RefusedError where it has none."""
+    if FILE not in checkpoint.file_sizes:
+        raise RefusedError(
+            f"{label} has no {FILE}, so its tokens cannot be matched", "save it with a fast tokenizer: it writes one"
+        )
+    try:
+        data = json.loads(checkpoint.source.read(FILE, 0, checkpoint.file_sizes[FILE]))
+        held = data["model"]["vocab"]
+        numbers = dict(held) if isinstance(held, dict) else {piece: i for i, (piece, _) in enumerate(held)}
+        numbers.update({token["content"]: token["id"] for token in data.get("added_tokens") or ()})
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{FILE} of {label} is not understood: {error}") from None
+    return data, numbers
+
+
+class MergedTokenizer:
+    """The tokenizer that a wish makes of those of `models`, the first of which is the base."""
+
+    def __init__(self, wish: TokenizerWish, models: Mapping[str, Parts]) -> None:
+        self.wish, self.models = wish, models
+        self.base = next(iter(models))
+        found = {name: vocabulary(parts.plan.checkpoint, parts.label) for name, parts in models.items()}
+        self.numbers = {name: numbers for name, (_, numbers) in found.items()}
+        home = wish.source if wish.source not in ("base", "union") else self.base
+        self.data, self.home = copy.deepcopy(found[home][0]), home
+        self.tokens = dict(self.numbers[home])
+        self.added = False
+        if wish.source == "union":
+            for name in models:
+                self._join(found[name][0], self.numbers[name], models[name].label)
+        for token in wish.tokens:
+            if token not in self.tokens:
+                self._add(token, special=True)
+        rows = 1 + max(self.tokens.values(), default=-1)
+        if not self.added and wish.source in ("base", self.base):
+            rows = max(rows, self._rows_of(models[self.base]))  # padding rows stay
+        self.rows = -(-rows // wish.multiple) * wish.multiple if wish.multiple else rows
+
+    def _rows_of(self, parts: Parts) -> int:
+        """Return how many rows a model's embedding has; 0 where there is none."""
+        sizes = (
+            parts.plan.tensors[name].shape[0]
+            for name, component in parts.anatomy.component.items()
+            if component == components.EMBEDDING and len(parts.plan.tensors[name].shape) == 2
+        )
+        return max(sizes, default=0)
+
+    def is_vocabulary(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor of the base has a row for each token."""
+        parts = self.models[self.base]
+        if parts.anatomy.component.get(name) not in (components.EMBEDDING, components.HEAD) or not shape:
+            return False
+        return shape[0] == self._rows_of(parts)
+
+    def _join(self, data: dict[str, Any], numbers: Mapping[str, int], label: str) -> None:
+        """Append what another tokenizer has and this one has not: pieces, merges, added tokens."""
+        ours, theirs = self.data["model"], data["model"]
+        if ours.get("type") != theirs.get("type"):
+            raise RefusedError(
+                f"the tokenizers are of different kinds, {ours.get('type')} and {theirs.get('type')} ({label}):"
+                " they have no union",
+                "use `tokenizer_source: base`, or one model's",
+            )
+        added = {token["content"]: token for token in data.get("added_tokens") or ()}
+        for token in sorted(numbers, key=numbers.__getitem__):
+            if token in self.tokens:
+                continue
+            if token in added:
+                self._add(token, special=bool(added[token].get("special")), like=added[token])
+            elif isinstance(ours["vocab"], dict):
+                self.added = True
+                ours["vocab"][token] = self.tokens[token] = self._next()
+            else:
+                self._piece(token, theirs)
+        if isinstance(ours.get("merges"), list):
+            seen = {_pair(merge) for merge in ours["merges"]}
+            ours["merges"] += [merge for merge in theirs.get("merges") or () if _pair(merge) not in seen]
+
+    def _piece(self, token: str, theirs: Mapping[str, Any]) -> None:
+        """Append a piece of a Unigram model: its number is its place, so added tokens must not stand behind."""
+        ours = self.data["model"]["vocab"]
+        if self._next() != len(ours):
+            self._add(token, special=False)
+            return
+        self.added = True
+        self.tokens[token] = len(ours)
+        ours.append(next([piece, score] for piece, score in theirs["vocab"] if piece == token))
+
+    def _add(self, token: str, *, special: bool, like: Mapping[str, Any] | None = None) -> None:
+        self.added = True
+        number = self.tokens[token] = self._next()
+        if isinstance(self.data["model"]["vocab"], dict):  # else the library numbers them after all of the model's
+            self.data["model"]["vocab"][token] = number
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+        self.data.setdefault("added_tokens", []).append({**plain, **(like or {}), "id": number, "content": token})
+
+    def _next(self) -> int:
+        return 1 + max(self.tokens.values(), default=-1)
+
+    def files(self) -> dict[str, bytes | None]:
+        """Return the side files that differ from the base's, None for those that go."""
+        found: dict[str, bytes | None] = {}
+        held = self.models[self.home].plan.checkpoint
+        if self.home != self.base:
+            for file in _OWN_FILES:
+                size = held.file_sizes.get(file)
+                found[file] = held.source.read(file, 0, size) if size is not None else None
+        if self.added:
+            found[FILE] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
+            found.update(dict.fromkeys(_OTHER_FORMS))
+        base = self.models[self.base].plan.checkpoint.file_sizes
+        return {file: data for file, data in found.items() if data is not None or file in base}
+
+    def resized(self, inputs: Mapping[str, Expr]) -> dict[str, Expr]:
+        """Return a tensor of all models with the rows that the merged tokenizer wants."""
+        names = list(inputs)
+        options = [inputs[name] for name in names]
+        base = names.index(self.base) if self.base in inputs else 0
+        options.append(Rows(Moments(_matrix(inputs[names[base]])), 0, 1))
+        text_of = {number: token for token, number in self.tokens.items()}
+        found: dict[str, Expr] = {}
+        for i, name in enumerate(names):
+            picks = tuple(self._picks(text_of.get(n), n, i, names, options, base) for n in range(self.rows))
+            expr = inputs[name]
+            found[name] = Gathered(tuple(options), picks, expr.dtype, (self.rows, *expr.shape[1:]))
+        return found
+
+    def _picks(
+        self, token: str | None, number: int, which: int, names: Sequence[str], options: Sequence[Expr], base: int
+    ) -> tuple[tuple[int, int], ...]:
+        """Return where row `number` of model `which` comes from."""
+        if token is None:  # padding: the base's where it has some, else the mean of its rows
+            return ((base, number),) if number < options[base].shape[0] else ((len(names), 0),)
+        wish = self.wish.tokens.get(token)
+        own = self.numbers[names[which]].get(token)
+        if own is not None and own >= options[which].shape[0]:
+            own = None
+        if own is not None and not (wish is not None and wish.force):
+            return ((which, own),)
+        if wish is not None:
+            return self._wished(token, wish, names)
+        found = [
+            (j, n)
+            for j, name in enumerate(names)
+            if (n := self.numbers[name].get(token)) is not None and n < options[j].shape[0]
+        ]
+        return tuple(found) or ((len(names), 0),)
+
+    def _wished(self, token: str, wish: TokenSource, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+        if wish.model is None:
+            return ()
+        number = wish.number if wish.number is not None else self.numbers[wish.model].get(wish.token or token)
+        if wish.model not in names or number is None:
+            raise RefusedError(f"the token {wish.token or token!r} is not in the tokenizer of {wish.model}")
+        return ((names.index(wish.model), number),)
+
+
+def _pair(merge: Any) -> tuple[str, ...]:
+    return tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+
+
+def _matrix(expr: Expr) -> Expr:
+    return expr if len(expr.shape) == 2 else reshape(expr, (expr.shape[0], expr.numel // max(expr.shape[0], 1)))
+
+
+def chat_template(wish: str, models: Mapping[str, Parts]) -> str | None:
+    """Return the template that a recipe wants: one that is known by name, Jinja, or `auto`, what most models have."""
+    if wish != "auto":
+        return TEMPLATES.get(wish, wish)
+    found = [template for parts in models.values() if (template := template_of(parts.plan.checkpoint)) is not None]
+    return max(found, key=found.count) if found else None
+
+
+def template_of(checkpoint: Checkpoint) -> str | None:
+    """Return a model's chat template, from whichever file holds it."""
+    sizes = checkpoint.file_sizes
+    if TEMPLATE in sizes:
+        return checkpoint.source.read(TEMPLATE, 0, sizes[TEMPLATE]).decode("utf-8", "replace")
+    if SETTINGS in sizes:
+        try:
+            held = json.loads(checkpoint.source.read(SETTINGS, 0, sizes[SETTINGS])).get("chat_template")
+        except (ValueError, AttributeError):
+            return None
+        return held if isinstance(held, str) else None
+    return None

@@ -1,0 +1,179 @@
+"""LoRA adapters applied and extracted, held to PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import Result
+from tests.tiny import PROMPT, load, logits, read_tensors
+
+Cli = Callable[..., Result]
+ATTENTION = ["q_proj", "v_proj", "o_proj"]
+
+
+def with_adapter(base: Path, target: Path, **settings: Any) -> torch.Tensor:
+    """Save a random adapter made by PEFT, and return what PEFT computes with it."""
+    model = load(base)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+            elif "modules_to_save" in name:
+                value.add_(0.05 * torch.randn(value.shape, generator=generator))
+    wrapped.save_pretrained(target)
+    with torch.no_grad():
+        return wrapped.eval()(PROMPT).logits.float()
+
+
+def merged(ok: Cli, base: Path, adapter: Path, folder: Path) -> torch.Tensor:
+    recipe = folder / "r.yaml"
+    recipe.write_text(f"models: [{{model: {base}+{adapter}}}]\nmerge_method: passthrough\n")
+    ok("merge", recipe, "-o", folder / "out", "--force")
+    return logits(load(folder / "out"))
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("mixtral", {"target_modules": ATTENTION}),
+    "rslora, patterns": (
+        "mixtral",
+        {
+            "target_modules": ATTENTION,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"v_proj": 5},
+        },
+    ),
+    "experts": (
+        "mixtral",
+        {"target_modules": ATTENTION, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "experts alone": ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"], "target_modules": []}),
+    "experts as [in, out]": (
+        "gpt_oss",
+        {"target_modules": ATTENTION, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "whole modules and embeddings": (
+        "mixtral",
+        {"target_modules": [*ATTENTION, "embed_tokens"], "modules_to_save": ["lm_head"]},
+    ),
+    "dense": ("llama", {"target_modules": [*ATTENTION, "gate_proj", "down_proj"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_applied_as_peft_does(case: str, models: Any, ok: Cli, tmp_path: Path) -> None:
+    family, settings = CASES[case]
+    for fused in (False, True) if family in ("mixtral", "qwen3_moe") else (False,):
+        base = models(family, fused=fused)
+        theirs = with_adapter(base, tmp_path / f"adapter{fused}", **settings)
+        found = merged(ok, base, tmp_path / f"adapter{fused}", tmp_path)
+        assert float((theirs - logits(load(base))).abs().max()) > 0.01
+        torch.testing.assert_close(found, theirs, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_single_experts_from_transformers_4(models: Any, ok: Cli, tmp_path: Path) -> None:
+    """Their names are those of the Hub's layout; they fit a fused checkpoint too."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 32, generator=generator), torch.randn(48, 2, generator=generator)
+    name = "model.layers.1.block_sparse_moe.experts.5.w3"
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    merged(ok, models("mixtral"), folder, tmp_path)
+    hub = read_tensors(tmp_path / "out")
+    expected = read_tensors(models("mixtral"))[f"{name}.weight"] + 2 * b @ a
+    torch.testing.assert_close(hub[f"{name}.weight"], expected)
+    merged(ok, models("mixtral", fused=True), folder, tmp_path)
+    stacked = read_tensors(tmp_path / "out")["model.layers.1.mlp.experts.gate_up_proj"]
+    torch.testing.assert_close(stacked[5, 48:], expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapted_model_merges_as_if_it_had_been_written(models: Any, ok: Cli, tmp_path: Path) -> None:
+    base = models("mixtral")
+    with_adapter(base, tmp_path / "adapter", target_modules=ATTENTION)
+    merged(ok, base, tmp_path / "adapter", tmp_path)
+    shutil.move(tmp_path / "out", tmp_path / "written")
+    results = []
+    for model in (f"{base}+{tmp_path / 'adapter'}", str(tmp_path / "written")):
+        (tmp_path / "r.yaml").write_text(
+            f"models: [{{model: {base}}}, {{model: {model}}}]\nmerge_method: slerp\nbase_model: {base}\n"
+            "parameters: {t: 0.3}\n"
+        )
+        ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out", "--force")
+        results.append(read_tensors(tmp_path / "out"))
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+    record = json.loads((tmp_path / "out" / "moesurgery.json").read_text())
+    assert record["inputs"]
+
+
+def test_what_does_not_fit_is_refused(models: Any, cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"models: [{{model: {models('mixtral')}+{folder}}}]\nmerge_method: passthrough\n")
+    assert "has no adapter_model.safetensors" in cli("merge", recipe, "-o", tmp_path / "out").err
+    for module, width in (("model.layers.0.self_attn.q_prj", 32), ("model.layers.0.self_attn.q_proj", 31)):
+        factors = {"A": torch.zeros(2, width), "B": torch.zeros(32, 2)}
+        tensors = {f"base_model.model.{module}.lora_{k}.weight": v for k, v in factors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+        result = cli("merge", recipe, "-o", tmp_path / "out")
+        assert result.code == 2
+        assert "r.yaml:1: " in result.err
+        assert "fits no tensor" in result.err
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_dora": True}))
+    assert "use_dora, which is not applied" in cli("merge", recipe, "-o", tmp_path / "out").err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "gpt_oss"])
+def test_extracting_gives_back_what_was_applied(family: str, models: Any, ok: Cli, tmp_path: Path) -> None:
+    """PEFT itself loads the adapter onto the base, and gets the function of the tuned model."""
+    base = models(family)
+    experts = [] if family == "llama" else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    with_adapter(base, tmp_path / "adapter", target_modules=ATTENTION, target_parameters=experts or None)
+    tuned = merged(ok, base, tmp_path / "adapter", tmp_path)
+    found = ok("extract-lora", base, tmp_path / "out", "--rank", 3, "-o", tmp_path / "extracted", "--json").json
+    assert found["left"] == []
+    assert min(found["shares"].values()) > 0.999
+    again = peft.PeftModel.from_pretrained(load(base), tmp_path / "extracted").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(PROMPT).logits.float(), tuned, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(merged(ok, base, tmp_path / "extracted", tmp_path), tuned, rtol=5e-3, atol=5e-3)
+
+
+def test_the_factors_are_the_best_of_their_rank(models: Any, ok: Cli, tmp_path: Path) -> None:
+    base = models("llama")
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    generator = torch.Generator().manual_seed(2)
+    for file in tuned.glob("*.safetensors"):
+        held = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in load_file(file).items()}
+        save_file(held, file, metadata={"format": "pt"})
+    result = ok("extract-lora", base, tuned, "--rank", 4, "-o", tmp_path / "adapter")
+    assert "are not in the adapter" in result.err
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before, after = read_tensors(base), read_tensors(tuned)
+    name = "model.layers.1.mlp.down_proj"
+    change = after[f"{name}.weight"] - before[f"{name}.weight"]
+    a, b = (factors[f"base_model.model.{name}.lora_{k}.weight"] for k in "AB")
+    assert a.shape == (4, change.shape[1])
+    best = torch.linalg.svdvals(change)[4:].square().sum()
+    torch.testing.assert_close((change - b @ a).square().sum(), best, rtol=1e-4, atol=1e-6)

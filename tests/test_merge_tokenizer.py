@@ -1,0 +1,173 @@
+"""The tokenizer of a merge: whose tokens there are, and where each row of the embedding comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.conftest import Result
+from tests.golden.models import HIDDEN, config, tensors
+from tests.tiny import read_config, read_tensors
+
+Cli = Callable[..., Result]
+Merge = Callable[..., dict[str, torch.Tensor]]
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def bpe(text: str, size: int, special: list[str]) -> transformers.PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(
+        [text] * 5, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two Llamas whose rows are numbered: 0, 1, 2… with three of padding, and 100, 101…"""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    tokenizers = (
+        bpe("abc abd abc abe abc", 16, ["<s>", "</s>"]),
+        bpe("xyz xya abc xyb xyz", 18, ["<s>", "</s>", "<|im_start|>"]),
+    )
+    tokenizers[1].chat_template = "{{ 'from b' }}"
+    for name, tokenizer, first, padding in (("a", tokenizers[0], 0, 3), ("b", tokenizers[1], 100, 0)):
+        path = folder / name
+        tokenizer.save_pretrained(path)
+        count = len(tokenizer) + padding
+        held = tensors("llama", 0, 1)
+        for row in ROWS:
+            held[row] = (first + torch.arange(count).float())[:, None].repeat(1, HIDDEN)
+        save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps({**config("llama", 1), "vocab_size": count}))
+    return folder / "a", folder / "b"
+
+
+@pytest.fixture
+def merge(ok: Cli, pair: tuple[Path, Path], tmp_path: Path) -> Merge:
+    def run(more: str, *, method: str = "linear", parameters: str = "weight: 1") -> dict[str, torch.Tensor]:
+        head = f"models: [{{model: {pair[0]}}}, {{model: {pair[1]}}}]"
+        text = f"{head}\nbase_model: {pair[0]}\nmerge_method: {method}\n"
+        (tmp_path / "r.yaml").write_text(text + f"parameters: {{{parameters}}}\n{more.replace('B', str(pair[1]))}\n")
+        ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out", "--force")
+        return read_tensors(tmp_path / "out")
+
+    return run
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    return transformers.AutoTokenizer.from_pretrained(path).get_vocab()
+
+
+def check_rows(found: dict[str, torch.Tensor], out: Path, pair: tuple[Path, Path]) -> None:
+    """Each token's row is the mean of the rows of the models that have it."""
+    a, b = (vocabulary(path) for path in pair)
+    for token, number in vocabulary(out).items():
+        rows = [first + v[token] for first, v in ((0, a), (100, b)) if token in v]
+        for name in ROWS:
+            assert found[name][number].tolist() == pytest.approx([sum(rows) / len(rows)] * HIDDEN), token
+
+
+def test_the_bases_tokens_keep_their_rows_and_padding(merge: Merge, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    found = merge("tokenizer_source: base")
+    assert vocabulary(tmp_path / "out") == vocabulary(pair[0])
+    check_rows(found, tmp_path / "out", pair)
+    count = len(vocabulary(pair[0]))
+    assert found[ROWS[0]].shape[0] == read_config(tmp_path / "out")["vocab_size"] == count + 3
+    assert found[ROWS[0]][-1].tolist() == [count + 2] * HIDDEN  # mergekit drops padding rows: its issue 425
+
+
+def test_a_union_encodes_the_words_of_both(merge: Merge, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    found = merge("tokenizer_source: union")
+    a, b, union = (vocabulary(path) for path in (*pair, tmp_path / "out"))
+    assert union.keys() == a.keys() | b.keys()
+    assert all(union[token] == number for token, number in a.items())
+    assert found[ROWS[0]].shape[0] == read_config(tmp_path / "out")["vocab_size"] == len(union)
+    check_rows(found, tmp_path / "out", pair)
+    merged, first, second = (transformers.AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", *pair))
+    for tokenizer, text in ((first, "abc abd abe"), (second, "xyz xya xyb<|im_start|>")):
+        assert merged.tokenize(text) == tokenizer.tokenize(text)
+    assert merged.decode(merged.encode(" xyz abc")) == " xyz abc"
+
+
+def test_another_models_tokenizer(merge: Merge, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    found = merge("tokenizer_source: B", method="slerp", parameters="t: 1")
+    b = vocabulary(pair[1])
+    assert vocabulary(tmp_path / "out") == b
+    assert found[ROWS[0]][:, 0].tolist() == [100 + i for i in range(len(b))]
+
+
+def test_single_tokens_and_padding(merge: Merge, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = (vocabulary(path) for path in pair)
+    found = merge("""\
+tokenizer:
+  source: base
+  pad_to_multiple_of: 8
+  tokens:
+    "<|im_start|>": {source: B}
+    "<|new|>": {source: {kind: zero}}
+    "<|named|>": {source: {kind: model_token, model: B, token: "xyz"}}
+    "<|numbered|>": {source: {kind: model_token, model: B, token_id: 3}}
+    "a": {source: B, force: true}
+    "b": {source: B}
+""")
+    union = vocabulary(tmp_path / "out")
+    rows = found[ROWS[0]][:, 0]
+    # mergekit averages the first with row 14 of A, which is padding and stands for no token.
+    assert float(rows[union["<|im_start|>"]]) == 100 + b["<|im_start|>"]
+    assert float(rows[union["<|new|>"]]) == 0
+    assert float(rows[union["<|named|>"]]) == 100 + b["xyz"]
+    assert float(rows[union["<|numbered|>"]]) == 103
+    assert float(rows[union["a"]]) == 100 + b["a"]
+    assert float(rows[union["b"]]) == (a["b"] + 100 + b["b"]) / 2
+    assert len(rows) % 8 == 0
+    assert len(rows) - len(union) < 8
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize("abc<|new|>") == ["abc", "<|new|>"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [("auto", "from b"), ("chatml", "<|im_start|>user\nhello<|im_end|>\n"), ("\"{{ 'mine' }}\"", "mine")],
+)
+def test_chat_templates(wish: str, expected: str, merge: Merge, tmp_path: Path) -> None:
+    merge(f"tokenizer_source: base\nchat_template: {wish}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == expected
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "alpaca", "exaone"])
+def test_known_templates_hold_what_was_said(name: str, merge: Merge, tmp_path: Path) -> None:
+    merge(f"tokenizer_source: base\nchat_template: {name}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "dear"}]
+    text = tokenizer.apply_chat_template(said, tokenize=False)
+    assert text.index("hello") < text.index("dear")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("", "give `tokenizer_source:`"),
+        ("tokenizer: {source: union, token: {}}", "unknown key 'token': did you mean 'tokens'"),
+        ("tokenizer: {source: union, tokens: {x: {source: {kind: nil}}}}", "one of zero, model_token"),
+        ("tokenizer: {source: base, tokens: {x: {source: B}}}\ntokenizer_source: base", "not both"),
+        ("tokenizer: {source: base, tokens: {nowhere: {source: B}}}", "'nowhere' is not in the tokenizer of"),
+    ],
+)
+def test_what_is_wrong(more: str, message: str, pair: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
+    text = f"models: [{{model: {pair[0]}}}, {{model: {pair[1]}}}]\nmerge_method: linear\nparameters: {{weight: 1}}\n"
+    (tmp_path / "r.yaml").write_text(text + more.replace("B", str(pair[1])) + "\n")
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    assert result.code == 2
+    assert message in result.err
