@@ -31,6 +31,7 @@ from moesurgery.plan.expr import (
 )
 from moesurgery.plan.multiply import Multiplier
 from moesurgery.plan.reader import FileReader, as_bytes
+from moesurgery.plan.tensors import transpose
 from moesurgery.plan.values import values_of
 
 FACTORS = (0.8164965809277261, 1.2247448713915890, 0.5, 3.0, -1.1, 1e-3, 1e30, 1.0000001)
@@ -122,6 +123,21 @@ def test_compositions(tmp_path: Path) -> None:
     mixed = concat([Rows(of, 0, 2), Scale(Rows(of, 2, 6), 0.5)])
     assert torch.equal(value(mixed, torch.float32), torch.cat([values[:2], values[2:] * 0.5]))
     assert torch.equal(value(Rows(cast(of, "BF16"), 2, 4), torch.bfloat16), values[2:4].bfloat16())
+
+
+def test_a_part_need_not_begin_where_a_granule_does(tmp_path: Path) -> None:
+    """A transpose is evaluated matrix by matrix; rows of it, and what is joined to it, may begin anywhere."""
+    values, other = torch.randn(3, 4, 6), torch.randn(5, 4)
+    of = stored(tmp_path, a=values, b=other)
+    rows = reshape(transpose(of["a"]), (18, 4))
+    expected = values.transpose(1, 2).reshape(18, 4)
+    for first, last in ((0, 6), (1, 2), (5, 7), (4, 18)):
+        part, right = Rows(rows, first, last), expected[first:last]
+        assert torch.equal(value(part, torch.float32), right)
+        assert torch.equal(value(cast(scale(part, 2.0), "BF16"), torch.bfloat16), (right * 2).bfloat16())
+        joined = scale(concat([of["b"], part, of["b"]]), 0.5)
+        assert torch.equal(value(joined, torch.float32), torch.cat([other, right, other]) * 0.5)
+        assert np.array_equal(values_of(scale(part, 2.0)), right.numpy() * 2)
 
 
 def test_each_step_rounds_as_if_it_had_been_written(tmp_path: Path) -> None:

@@ -200,6 +200,28 @@ class Stored(Expr):
         yield self
 
 
+def _granules(of: Expr, start: int, stop: int) -> tuple[int, int]:
+    """Return the elements of the whole granules that `start:stop` lie in."""
+    return start // of.granule * of.granule, min(of.numel, -(-stop // of.granule) * of.granule)
+
+
+def _evaluated(of: Expr, start: int, stop: int, reader: Reader) -> torch.Tensor:
+    """Evaluate any elements: a part of a tensor need not begin where a granule of the whole does."""
+    first, last = _granules(of, start, stop)
+    return of.evaluate(first, last, reader)[start - first : stop - first]
+
+
+def _array(of: Expr, start: int, stop: int, reader: Reader) -> np.ndarray:
+    first, last = _granules(of, start, stop)
+    return of.array(first, last, reader)[start - first : stop - first]
+
+
+def _raw(of: Expr, start: int, stop: int, reader: Reader) -> memoryview:
+    first, last = _granules(of, start, stop)
+    bits = BITS[of.dtype]
+    return of.raw(first, last, reader)[(start - first) * bits // 8 : (stop - first) * bits // 8]
+
+
 @dataclass(frozen=True)
 class Rows(Expr):
     """Entries `start:stop` of the first axis of `of`."""
@@ -237,7 +259,7 @@ class Rows(Expr):
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         offset = self.start * self.row
-        return self.of.evaluate(offset + start, offset + stop, reader)
+        return _evaluated(self.of, offset + start, offset + stop, reader)
 
     @property
     def light(self) -> bool:
@@ -245,11 +267,11 @@ class Rows(Expr):
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         offset = self.start * self.row
-        return self.of.array(offset + start, offset + stop, reader)
+        return _array(self.of, offset + start, offset + stop, reader)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         offset = self.start * self.row
-        return self.of.raw(offset + start, offset + stop, reader)
+        return _raw(self.of, offset + start, offset + stop, reader)
 
 
 @dataclass(frozen=True)
@@ -278,7 +300,7 @@ class Joined(Expr):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
-        found = [part.evaluate(first, last, reader) for part, first, last in self._within(start, stop)]
+        found = [_evaluated(part, first, last, reader) for part, first, last in self._within(start, stop)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     @property
@@ -288,12 +310,12 @@ class Joined(Expr):
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
 
-        found = [part.array(first, last, reader) for part, first, last in self._within(start, stop)]
+        found = [_array(part, first, last, reader) for part, first, last in self._within(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         # Joined at once: what a part gives is valid until the next call alone.
-        return memoryview(b"".join(bytes(p.raw(first, last, reader)) for p, first, last in self._within(start, stop)))
+        return memoryview(b"".join(bytes(_raw(p, first, last, reader)) for p, first, last in self._within(start, stop)))
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
         """Yield the parts that elements `start:stop` are in, with the elements of each."""
@@ -479,5 +501,10 @@ def window(pieces: Iterator[Piece], start: int, stop: int, bits: int) -> Iterato
             continue
         if isinstance(piece, (Copy, Multiply)):
             yield piece._replace(start=piece.start + first * bits // 8, nbytes=(last - first) * bits // 8)
+            continue
+        first, last = piece.start + first, piece.start + last
+        if _granules(piece.expr, first, last) == (first, last):
+            yield piece._replace(start=first, stop=last)
         else:
-            yield piece._replace(start=piece.start + first, stop=piece.start + last)
+            flat = reshape(piece.expr, (piece.expr.numel,))
+            yield Compute(Rows(flat, first, last), 0, last - first)
