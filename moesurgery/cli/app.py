@@ -16,6 +16,7 @@ from moesurgery.cli import (
     inspect,
     merge,
     perplexity,
+    probe,
     recipes,
     validate,
 )
@@ -59,5 +60,6 @@ app.command("compare")(perplexity.compare_command)
 app.command("validate")(validate.validate_command)
 app.command("diff")(diff.diff_command)
 app.command("collect")(collect.collect_command)
+app.command("probe")(probe.probe_command)
 app.command("schema")(recipes.schema_command)
 app.add_typer(recipes.recipes_app, name="recipes")

@@ -33,7 +33,7 @@ NAMED = {"experts", "keep", "groups"}  # experts chosen by number: no statistics
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
 KINDS = ("none", "scalar", "expert", "down")
-RIDGE = 0.01
+RIDGE = 0.1
 
 _Texts = Annotated[
     list[Path] | None,

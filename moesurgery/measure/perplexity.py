@@ -64,7 +64,7 @@ def compared(
             for found, run in zip(sums, runs, strict=True):
                 logits = reference if run is runs[0] else run.finish(number)
                 for row, ids in enumerate(stream.tokens.ids):
-                    nats, divergence = _window(logits[row], reference[row] if run is not runs[0] else None, ids)
+                    nats, divergence = window_loss(logits[row], reference[row] if run is not runs[0] else None, ids)
                     entry = found[_domain_of(domains, stream.first + row)]
                     entry[0] += nats
                     entry[1] += divergence
@@ -80,7 +80,7 @@ def compared(
     ]
 
 
-def _window(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> tuple[float, float]:
+def window_loss(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> tuple[float, float]:
     """Return the summed loss of one window's predictions, and the summed KL(reference || logits)."""
     import torch
 

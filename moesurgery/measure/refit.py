@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["scalar", "expert", "down"]
-RIDGE = 0.01
+RIDGE = 0.1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""`moesurgery probe`: who does the work. The loss without each expert, what each is sent, and pictures of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesurgery.cli import measuring
+from moesurgery.cli.collect import collect_stats
+from moesurgery.cli.console import console
+from moesurgery.cli.writing import Force, Json, Quiet
+from moesurgery.errors import OutputError, RecipeError
+
+if TYPE_CHECKING:
+    from moesurgery.measure.probe import Ablations
+    from moesurgery.measure.stats import BlockStats, Stats
+
+TOKENS = 4096
+KEEP_BYTES = 1 << 30  # the embedding is asked for again and again
+MODES = {"mask": ["mask"], "zero": ["zero"], "both": ["mask", "zero"]}
+
+
+def probe_command(
+    model: measuring.Subject,
+    text: measuring.Texts,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write NAME.json, NAME.html and, unless --no-png, NAME.png.")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="The picture (needs matplotlib).")] = True,
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode", help="mask: the router may not choose it, as if dropped; zero: what it says is lost; or both."
+        ),
+    ] = "both",
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Leave out every expert; by default at most 16 per layer, by reap-sum."),
+    ] = False,
+    window: measuring.Window = 512,
+    tokens: measuring.CalibrationTokens = TOKENS,
+    seed: measuring.CalibrationSeed = 0,
+    dtype: measuring.Dtype = "float32",
+    device: measuring.Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what a model loses without each of its experts, and what each expert does.
+
+    Each expert of each layer is left out in turn, then each index of all layers at once: a chart of the latter alone
+    says little, since expert 3 of one layer has nothing to do with expert 3 of another.
+    """
+    console.quiet = quiet
+    if mode not in MODES:
+        raise RecipeError(f"--mode is {mode!r}, expected one of {', '.join(MODES)}")
+    files = [] if output is None else [output.with_name(output.name + end) for end in (".json", ".html", ".png")]
+    for file in files:
+        if file.exists() and not force:
+            raise OutputError(f"{file} exists", "use --force to replace it, or another -o")
+    run = measuring.Run(window, None, seed, device, dtype)
+    run.check()
+    plan = measuring.subject(model)
+    windows, _ = run.calibration(plan.checkpoint, text, tokens)
+
+    from moesurgery.measure.criteria import scores
+    from moesurgery.measure.engine import Engine
+    from moesurgery.measure.probe import ablate, screened, takers, work
+
+    stats = collect_stats(plan, windows, run, text, [], [])
+    engine = Engine(plan, device=device, dtype=dtype, keep=KEEP_BYTES)
+    wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.blocks}
+    modes: Any = MODES[mode]
+    with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:
+        found = ablate(engine, windows, wanted, modes, watch.progress)
+    from moesurgery.measure.text import load_tokenizer
+
+    tokenizer = load_tokenizer(plan.checkpoint)
+    taken = {
+        where: [
+            [{"text": tokenizer.decode([t]), "count": n, "share": share} for t, n, share in expert]
+            for expert in experts
+        ]
+        for where, experts in takers(engine, windows).items()
+    }
+    document = _document(plan.checkpoint.name, stats, found, taken, modes)
+    if output is not None:
+        from moesurgery.measure.heatmap import draw, page
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps(document, indent=1) + "\n")
+        files[1].write_text(page(document))
+        if png:
+            draw(document, files[2])
+    if as_json:
+        console.json(document)
+        return
+    _show(document)
+    if output is not None:
+        console.result()
+        console.result("wrote " + ", ".join(str(f) for f in files if f.exists()))
+
+
+def _document(name: str, stats: Stats, found: Ablations, taken: dict[str, Any], modes: list[str]) -> dict[str, Any]:
+    from moesurgery.measure.criteria import scores, super_experts
+
+    flagged = super_experts(stats)
+    layers = []
+    for where, block in stats.blocks.items():
+        reap, count = scores(block, "reap"), block.total("count")
+        experts = [
+            {
+                "change": {
+                    m: found.single[m][where][e] - found.base  # type: ignore[index]
+                    for m in modes
+                    if e in found.single[m][where]  # type: ignore[index]
+                },
+                "usage": float(count[e] / block.total("tokens")),
+                "gate": float(block.total("gate")[e] / max(count[e], 1)),
+                "reap": float(reap[e]),
+                "peak": float(block.total("peak")[e]),
+                "takes": taken[where][e],
+            }
+            for e in range(block.experts)
+        ]
+        layers.append(
+            {
+                "layer": where,
+                "number": int(next(part for part in where.split(".") if part.isdigit())),
+                "entropy": float(block.total("entropy") / block.total("tokens")),
+                "balance": _balance(block),
+                "super_experts": flagged.get(where, []),
+                "experts": experts,
+            }
+        )
+    indices = {m: {e: loss - found.base for e, loss in by.items()} for m, by in found.index.items()}
+    about = {key: stats.about[key] for key in ("model", "tokens", "text", "window", "seed", "dtype")}
+    return {
+        "schema_version": 1,
+        "name": name,
+        **about,
+        "loss": found.base,
+        "modes": modes,
+        "indices": indices,
+        "layers": layers,
+    }
+
+
+def _balance(block: BlockStats) -> float:
+    """Return the load balance E * sum of f_e P_e: 1 where experts share the work evenly (arXiv 2101.03961)."""
+    count, probability = block.total("count"), block.total("probability")
+    if not probability.sum() or not count.sum():
+        return 1.0
+    return float(block.experts * (count / count.sum()) @ (probability / probability.sum()))
+
+
+def _show(document: dict[str, Any]) -> None:
+    mode = document["modes"][0]
+    rows = []
+    for layer in document["layers"]:
+        known = {e: x["change"][mode] for e, x in enumerate(layer["experts"]) if mode in x["change"]}
+        worst, least = (max, min)
+        needed = f"{worst(known, key=known.__getitem__)} ({max(known.values()):+.4f})" if known else "–"
+        spare = f"{least(known, key=known.__getitem__)} ({min(known.values()):+.4f})" if known else "–"
+        usage = [x["usage"] for x in layer["experts"]]
+        super_experts = ", ".join(map(str, layer["super_experts"]))
+        rows.append(
+            (
+                layer["layer"],
+                needed,
+                spare,
+                f"{100 * min(usage):.1f} to {100 * max(usage):.1f} %",
+                f"{layer['entropy']:.2f}",
+                f"{layer['balance']:.2f}",
+                super_experts,
+            )
+        )
+    console.table(
+        ("layer", f"most needed ({mode})", "least", "share of tokens", "entropy", "balance", "super"),
+        rows,
+        right=(1, 2, 3, 4, 5),
+    )
+    console.result()
+    for name, by in document["indices"].items():
+        ordered = sorted(by.items(), key=lambda item: -item[1])[:8]
+        shown = ", ".join(f"{e} {change:+.3f}" for e, change in ordered)
+        console.result(f"one index out of all layers ({name}): {shown}")
+    console.result(f"nats per token over {document['tokens']:,} tokens; the model has {document['loss']:.4f}")
