@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo/run.py out/demo
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
