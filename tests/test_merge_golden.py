@@ -34,11 +34,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def merged(ok: Cli, places: dict[str, Path], kind: str, text: str, out: Path) -> dict[str, torch.Tensor]:
+def merged(ok: Cli, places: dict[str, Path], kind: str, text: str, out: Path, *options: str) -> dict[str, torch.Tensor]:
     """Merge, and return the tensors under the names and in the forms that mergekit gives them."""
     recipe = out.with_suffix(".yaml")
     recipe.write_text(re.sub(r"\b([OABC])\b", lambda m: str(places[kind + m[1]]), text) + "granularity: tensor\n")
-    ok("merge", recipe, "-o", out)
+    ok("merge", recipe, "-o", out, *options)
     return as_mergekit(read_tensors(out))
 
 
@@ -103,6 +103,17 @@ def test_equal_to_mergekit(
             assert int(apart.max()) > 100
         else:
             assert int(apart.max()) <= 1, (name, int(apart.max()), int((apart > 1).sum()))
+
+
+@pytest.mark.parametrize("case", [*EXACT, *RANDOM])
+def test_torch_computes_what_numpy_does(case: str, places: dict[str, Path], ok: Cli, tmp_path: Path) -> None:
+    """`--device cpu` takes the path of `--device cuda`."""
+    text = {**EXACT, **RANDOM}[case]
+    numpy = merged(ok, places, "mixtral", text, tmp_path / "numpy")
+    other = merged(ok, places, "mixtral", text, tmp_path / "torch", "--device", "cpu")
+    assert numpy.keys() == other.keys()
+    for name, value in numpy.items():
+        assert int(roundings_apart(value, other[name]).max()) <= 1, name
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

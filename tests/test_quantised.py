@@ -14,6 +14,7 @@ import torch
 from moesurgery import apply, count_params, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from moesurgery.plan.expr import Copy
+from moesurgery.validate.validate import validate_checkpoint
 from tests.conftest import Result
 from tests.headers import header_checkpoint
 from tests.quantise import (
@@ -250,6 +251,19 @@ def test_every_form_takes_a_factor_or_says_why_not(forms: Any, tmp_path: Path, n
             assert torch.allclose(new[weight], value * factor, rtol=tolerance, atol=0), weight
         else:
             assert torch.equal(new[weight], value)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_valid_and_none_of_its_parts_can_be_lost(forms: Any, tmp_path: Path, name: str) -> None:
+    path = forms(name)
+    assert not validate_checkpoint(path, level="values").findings
+    tensors = read_tensors(path)
+    parts = [n for n in tensors if ".experts.0.down_proj" in n]
+    assert len(parts) > 1
+    for lost in parts:
+        rewrite(path, tmp_path / lost, {n: t for n, t in tensors.items() if n != lost}, read_config(path))
+        found = validate_checkpoint(tmp_path / lost, level="config").findings
+        assert {"C13", "C04"} & {f.code for f in found if f.severity == "error"}, lost
 
 
 @pytest.mark.parametrize("name", FORMS)

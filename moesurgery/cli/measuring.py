@@ -40,6 +40,18 @@ Dtype = Annotated[str, typer.Option("--dtype", help="What to compute in: float32
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where there is a GPU.")]
 
 
+def check_device(name: str) -> None:
+    """Raise RecipeError for a device that is not there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name}: {error}".splitlines()[0], "use cpu or cuda") from None
+    if device.type != "cpu" and (device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count()):
+        raise RecipeError(f"--device {name}: torch sees no such device here", "use --device cpu")
+
+
 @dataclass(frozen=True)
 class Run:
     """How a command is to run models."""
@@ -54,14 +66,7 @@ class Run:
         """Raise RecipeError for a dtype or device that is not there."""
         if self.dtype not in DTYPES:
             raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
-        import torch
-
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise RecipeError(f"--device {self.device}: {error}".splitlines()[0], "use cpu or cuda") from None
-        if device.type != "cpu" and (device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count()):
-            raise RecipeError(f"--device {self.device}: torch sees no such device here", "use --device cpu")
+        check_device(self.device)
 
     def engine(self, plan: Plan) -> Engine:
         from moesurgery.measure.engine import Engine

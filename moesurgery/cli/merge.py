@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moesurgery.cli import writing
+from moesurgery.cli.measuring import check_device
 from moesurgery.cli.operations import taking_flags
 from moesurgery.merge.method import load_methods
 from moesurgery.merge.recipe import load_merge_recipe
@@ -21,6 +22,10 @@ def merge_command(
     methods: Annotated[
         list[Path] | None, typer.Option("--methods", help="A Python file with merge methods of your own; it is run.")
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option("--device", help="Compute with torch, on cuda where there is a GPU, instead of numpy."),
+    ] = "",
 ) -> None:
     """Merge models of one architecture, dense or MoE, in one streamed pass.
 
@@ -28,4 +33,7 @@ def merge_command(
     """
     for file in methods or ():
         load_methods(file)
-    writing.carry_out(replace(load_merge_recipe(recipe), max_shard_size=flags.shard_bytes), flags)
+    if device:
+        check_device(device)
+    found = load_merge_recipe(recipe)
+    writing.carry_out(replace(found, max_shard_size=flags.shard_bytes, device=device), flags)

@@ -39,7 +39,9 @@ def linear(
     Model soups (arXiv 2203.05482).
     """
     divisor = sum(weight) if normalize else 1.0
-    total = models[0] * (weight[0] / divisor)
-    for model, share in zip(models[1:], weight[1:], strict=True):
-        total += model * (share / divisor)
+    total, *others = models  # a chunk of its own, used once: no temporaries
+    total *= weight[0] / divisor
+    for model, share in zip(others, weight[1:], strict=True):
+        model *= share / divisor
+        total += model
     return total

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import RefusedError, SurgeryError
 from moesurgery.merge.method import Method, find_method
 from moesurgery.merge.unit import Array, Chunk, Device, Host, Unit
-from moesurgery.plan.arrays import encoded, rounded
+from moesurgery.plan.arrays import rounded
 from moesurgery.plan.expr import Expr, Reader, torch_dtype
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Merged(Expr):
     """`method` applied to `models` (and `base`), in float32, rounded once to `dtype`.
 
     `parameters` are under their recipe names, per-model ones as tuples. `key` is that of the random numbers. `name`
-    is for messages. `origin` is the Python file of a method that is not built in.
+    is for messages. `origin` is the Python file of a method that is not built in. `device`: where torch computes, ""
+    for numpy.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Merged(Expr):
     name: str
     key: int = 0
     origin: tuple[str, str] | None = None
+    device: str = ""
     _memo: _Memo = field(default_factory=_Memo, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -60,7 +62,9 @@ class Merged(Expr):
     @cached_property
     def _digest(self) -> str:
         # Where a unit spans many tensors, many expressions refer to it: its text is made once.
-        text = repr((self.method, self.models, self.base, self.parameters, self.dtype, self.shape, self.key))
+        text = repr(
+            (self.method, self.models, self.base, self.parameters, self.dtype, self.shape, self.key, self.device)
+        )
         return hashlib.sha256(f"{text} {self.origin and self.origin[1]}".encode()).hexdigest()
 
     @cached_property
@@ -79,7 +83,7 @@ class Merged(Expr):
 
     @property
     def light(self) -> bool:
-        return not self._method.torch and all(expr.light for expr in self.inputs)
+        return not self.device and not self._method.torch and all(expr.light for expr in self.inputs)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
@@ -89,23 +93,25 @@ class Merged(Expr):
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         import numpy as np
 
-        parts = [encoded(values, self.dtype) for values in self._computed(start, stop, reader)]
+        engine = self._engine
+        parts = [engine.encoded(values, self.dtype) for values in self._computed(start, stop, reader)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.frombuffer(p, np.uint8) for p in parts]).data
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
 
-        parts = [rounded(values, self.dtype) for values in self._computed(start, stop, reader)]
+        engine = self._engine
+        parts = [rounded(engine.taken(values), self.dtype) for values in self._computed(start, stop, reader)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _unit(self, reader: Reader) -> Unit:
         method = self._method
         rows = method.rows or (method.kind == "combination" and self._axis is not None)
-        return Unit(self.models, self.base, self.shape, reader, self._engine(reader), rows=rows, key=self.key)
+        return Unit(self.models, self.base, self.shape, reader, self._engine, rows=rows, key=self.key)
 
-    def _engine(self, reader: Reader | None) -> Host | Device:
-        device = getattr(reader, "device", "cpu")
-        return _host if device == "cpu" and not self._method.torch else Device(device)
+    @property
+    def _engine(self) -> Host | Device:
+        return Device(self.device or "cpu") if self.device or self._method.torch else _host
 
     @property
     def _axis(self) -> str | None:
@@ -113,8 +119,8 @@ class Merged(Expr):
             return None
         return self._method.axis(dict(self.parameters))
 
-    def _computed(self, start: int, stop: int, reader: Reader) -> Iterator[np.ndarray]:
-        """Yield elements `start:stop` part by part, not rounded yet."""
+    def _computed(self, start: int, stop: int, reader: Reader) -> Iterator[Array]:
+        """Yield elements `start:stop` part by part, flat, not rounded yet."""
         import numpy as np
 
         unit = self._unit(reader)
@@ -122,10 +128,10 @@ class Merged(Expr):
             with np.errstate(all="ignore"):
                 act = self._action(unit)
                 if self._method.kind == "whole":
-                    yield np.asarray(unit.engine.taken(act(unit.chunk(0, self.numel)))).reshape(-1)[start:stop]
+                    yield act(unit.chunk(0, self.numel)).reshape(-1)[start:stop]
                     return
                 for span in unit.spans(start, stop):
-                    yield unit.engine.taken(act(unit.chunk(*span))).reshape(-1)
+                    yield act(unit.chunk(*span)).reshape(-1)
         except SurgeryError as error:
             raise type(error)(f"{self.name}: {error.message}", error.hint) from None
 

@@ -40,7 +40,7 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     """
     models = Models()
     for stage in recipe.stages:
-        plan = _Merger(stage, models, recipe.origin).plan()
+        plan = _Merger(stage, models, recipe.origin, recipe.device).plan()
         if stage is recipe.result:
             return plan
         assert stage.name is not None
@@ -76,8 +76,9 @@ class _Place:
 class _Merger:
     """Plans one stage."""
 
-    def __init__(self, stage: Stage, models: Models, origin: str) -> None:
+    def __init__(self, stage: Stage, models: Models, origin: str, device: str) -> None:
         self.stage, self.models, self.origin = stage, models, origin
+        self.device = device
         self.method = stage.method
         self.warnings: list[str] = [f"{origin}:{line}: {text}" for line, text in stage.warnings]
         self.filters = Filters()
@@ -322,6 +323,7 @@ class _Merger:
             lead.parts.names(lead.key(path, place), place.layer)[0],
             key,
             self.method.origin,
+            self.device,
         )
 
     @cached_property

@@ -98,12 +98,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """The stages of a recipe file, the last of which is the output. `origin` is the file's name, for messages."""
+    """The stages of a recipe file, the last of which is the output. `origin` is the file's name, for messages.
+
+    `device`: where torch computes; "" for numpy.
+    """
 
     stages: tuple[Stage, ...]
     origin: str
     text: str = ""
     max_shard_size: int | None = None
+    device: str = ""
 
     def plan(self) -> Plan:
         """Open all models and plan the result. Raises SurgeryError, with the recipe's line where it has one."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import element_count
 from moesurgery.errors import RefusedError
-from moesurgery.plan.expr import Expr, Reader
+from moesurgery.plan.arrays import encoded
+from moesurgery.plan.expr import Expr, Reader, Stored, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,10 +44,18 @@ class Host:
     def given(self, values: np.ndarray) -> Array:
         return values
 
+    def read(self, expr: Expr, start: int, stop: int, reader: Reader) -> Array:
+        """Return elements `start:stop` of an input, in float32 or float64."""
+        return expr.array(start, stop, reader)
+
     def taken(self, values: Array) -> np.ndarray:
         import numpy as np
 
         return np.asarray(values)
+
+    def encoded(self, values: Array, dtype: str) -> memoryview:
+        """Return the bytes of `values` rounded to `dtype`; `values` are used up."""
+        return encoded(values, dtype)
 
 
 class Device:
@@ -61,8 +70,22 @@ class Device:
 
         return torch.from_numpy(values).to(self.name)
 
+    def read(self, expr: Expr, start: int, stop: int, reader: Reader) -> Array:
+        import torch
+
+        if not (isinstance(expr, Stored) and expr.light):
+            return self.given(expr.array(start, stop, reader))
+        data = torch.frombuffer(expr.raw(start, stop, reader), dtype=torch_dtype(expr.dtype))
+        # A copy always: the bytes are overwritten by the next read.
+        return data.to(self.name, torch.float64 if expr.dtype == "F64" else torch.float32, copy=True)
+
     def taken(self, values: Array) -> np.ndarray:
         return values.cpu().numpy()  # type: ignore[no-any-return]
+
+    def encoded(self, values: Array, dtype: str) -> memoryview:
+        import torch
+
+        return values.to(torch_dtype(dtype)).cpu().contiguous().view(torch.uint8).numpy().data  # type: ignore[no-any-return]
 
 
 class Chunk:
@@ -161,7 +184,7 @@ class Unit:
         shape = (-1, self.width) if self.rows else (-1,)
 
         def read(expr: Expr) -> Array:
-            return self.engine.given(expr.array(start, stop, self.reader)).reshape(shape)
+            return self.engine.read(expr, start, stop, self.reader).reshape(shape)
 
         base = None if self.base_input is None else read(self.base_input)
         return Chunk(self, start, stop, [read(expr) for expr in self.inputs], base)

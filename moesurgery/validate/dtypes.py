@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, INTEGERS, PLAIN_FLOATS
 from moesurgery.checkpoint.finding import Finding
@@ -79,10 +79,12 @@ def companions(subject: Subject) -> Outcome:
     scaled: set[str] = set()
     mains: list[str] = []
     orphans: list[str] = []
+    held: dict[str, set[str]] = {}
     for name, info in tensors.items():
         stem = take_apart(name, tensors.__contains__, lambda n: tensors[n].dtype)
         if stem.companion is not None:
             main = stem.base + stem.companion.of
+            held.setdefault(main, set()).add(stem.suffix)
             if stem.companion.kind in ("scale", "divisor"):
                 scaled.add(main)
                 yield from _scale_shape(subject, name, main, stem.suffix)
@@ -93,6 +95,7 @@ def companions(subject: Subject) -> Outcome:
     if bare := [name for name in mains if name not in scaled]:
         message = f"is {tensors[bare[0]].dtype} and has no scales" + and_more(bare)
         yield finding("C13", message, tensor=bare[0])
+    yield from _incomplete(subject, held, bare)
     if orphans:
         yield finding(
             "C13", "scales a weight that is not quantised or not there" + and_more(orphans), tensor=orphans[0]
@@ -101,6 +104,20 @@ def companions(subject: Subject) -> Outcome:
     if named is not None and not mains and named not in _ON_LOADING:
         message = f"quantization_config names {named!r}, but no weight is quantised"
         yield finding("C13", message, CONFIG, hint="remove it, or copy the scales and weights that it is about")
+
+
+def _incomplete(subject: Subject, held: Mapping[str, set[str]], bare: Collection[str]) -> Iterator[Finding]:
+    """A weight that lacks what most of its kind have: zero points, the order of its columns, a second scale."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for main in held:  # layers may be quantised in different ways: FP8 has no second scale, NVFP4 has
+        kinds.setdefault((template_of(main)[0], subject.tensors[main].dtype), []).append(main)
+    for mains in kinds.values():
+        count = Counter(suffix for main in mains for suffix in held[main])
+        usual = {suffix for suffix, n in count.items() if 2 * n > len(mains)}
+        poor = [main for main in mains if usual - held[main] and main not in bare]
+        if poor:
+            lacks = ", ".join(sorted(usual - held[poor[0]]))
+            yield finding("C13", f"has no {lacks}, unlike others of its kind" + and_more(poor), tensor=poor[0])
 
 
 def _scale_shape(subject: Subject, name: str, main: str, suffix: str) -> Iterator[Finding]:
