@@ -327,14 +327,14 @@ def test_a_really_full_filesystem(demo: Path, tmp_path: Path) -> None:
 
 
 def slow_writer(model: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a process that writes one megabyte every tenth of a second."""
+    """Start a process that writes one megabyte every half second."""
     program = f"""
 import sys, time
 from moesurgery.cli import main
 from moesurgery.write import copying, shard
 fast = copying.write_full
 def slow(*a):
-    time.sleep(0.1); fast(*a)
+    time.sleep(0.5); fast(*a)
 copying.write_full = slow
 sys.exit(main(["rescale", {str(model)!r}, "--top-k", "3", "--scale", "1.5", "-o", {str(out)!r}, "-j", "1"]))
 """
