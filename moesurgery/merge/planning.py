@@ -23,9 +23,10 @@ from moesurgery.merge.recipe import DTYPES, Input, MergeRecipe, Slice, Stage
 from moesurgery.merge.references import Models, label
 from moesurgery.merge.setting import Settings, resolve
 from moesurgery.merge.tokenizers import TEMPLATE, MergedTokenizer, chat_template
-from moesurgery.plan.expr import Expr, Rows, cast, concat, scale
+from moesurgery.plan.drawn import random_key
+from moesurgery.plan.elementwise import cast, scale
+from moesurgery.plan.expr import Expr, Rows, concat
 from moesurgery.plan.plan import Plan, Step
-from moesurgery.plan.tensors import random_key
 from moesurgery.surgery.parameters import MISSING, Parameter
 from moesurgery.write.card import CARD
 
