@@ -109,7 +109,8 @@ import sys
 from pathlib import Path
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
-from moesurgery.plan.expr import Stored, cast, scale, stack
+from moesurgery.plan.elementwise import cast, scale
+from moesurgery.plan.expr import Stored, stack
 from moesurgery.plan.reader import FileReader
 source = LocalSource(Path({str(tmp_path)!r}))
 (file,) = source.files()
