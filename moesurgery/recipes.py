@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moesurgery import mergekit_moe
-from moesurgery.errors import RecipeError, SurgeryError
+from moesurgery.errors import RecipeError, at_line
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.surgery.operation import did_you_mean, operations, problems
 from moesurgery.surgery.parameters import schema_of
@@ -59,12 +59,8 @@ class Recipe:
         """Apply all steps to a plan."""
         found = operations()
         for step in self.steps:
-            try:
+            with at_line(self.origin, step.line):
                 plan = found[step.operation].function(plan, **step.parameters)
-            except SurgeryError as error:
-                if step.line:
-                    error.message = f"{self.origin}:{step.line}: {error.message}"
-                raise
         plan = self.finish(plan) if self.finish else plan
         return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
 
