@@ -972,6 +972,11 @@ def config_that_the_recipe_does_not_leave(p: Patient) -> None:
     p.config(rope_theta=5.0)
 
 
+@case("R06?", base="edited", against=True)
+def tokenizer_that_is_not_the_references(p: Patient) -> None:
+    p.json("tokenizer_config.json", lambda m: m.update(eos_token="w3"))
+
+
 def first(table: dict[str, Any]) -> str:
     """Return the name of the last tensor of a header: after it, nothing moves."""
     return max((n for n in table if n != "__metadata__"), key=lambda n: int(table[n]["data_offsets"][1]))

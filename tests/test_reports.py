@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import jsonschema
 import pytest
 import yaml
 
+from moesurgery import write_plan
 from moesurgery.checkpoint.finding import Finding
+from moesurgery.merge.recipe import parse_merge_recipe
 from moesurgery.validate.check import NotChecked
 from moesurgery.validate.formats import BY_SUFFIX, FORMATS, SHOWN
 from moesurgery.validate.report import Report
@@ -185,16 +188,9 @@ def test_inputs_are_never_pasted_into_a_script() -> None:
     assert set(re.findall(r"inputs\.([\w-]+)", (ROOT / "action.yml").read_text())) == set(action()["inputs"])
 
 
-@pytest.mark.parametrize(("top_k", "code"), [(2, 0), (99, 1)])
-def test_the_action_validates(demo: Path, tmp_path: Path, top_k: int, code: int) -> None:
-    folder = tmp_path / "; rm -rf $(pwd) --level"
-    folder.mkdir()
-    for path in demo.iterdir():
-        os.link(path, folder / path.name) if path.name != "config.json" else None
-    config = json.loads((demo / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+def run_action(tmp_path: Path, **given: str) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+    """Run the action's script with its inputs as the runner gives them; return its outputs too."""
     (step,) = [step for step in action()["runs"]["steps"] if step.get("id") == "validate"]
-    given = {"TARGET": str(folder), "LEVEL": "config", "AGAINST": "", "FAIL_ON": "error", "IGNORE": "C03 C14"}
     assert set(given) == set(step["env"])
     files = {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -204,8 +200,33 @@ def test_the_action_validates(demo: Path, tmp_path: Path, top_k: int, code: int)
         capture_output=True,
         text=True,
     )
+    return done, dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
+
+
+def test_the_action_takes_several_references(demo: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other one"
+    shutil.copytree(demo, other)
+    text = f"models: [{demo}, {other}]\nmerge_method: linear\nparameters: {{weight: 1}}\n"
+    write_plan(parse_merge_recipe(text).plan(), tmp_path / "out")
+    inputs = {"TARGET": str(tmp_path / "out"), "LEVEL": "container", "FAIL_ON": "warning", "IGNORE": ""}
+    done, _ = run_action(tmp_path, AGAINST=f"{other}\n{demo}\n", **inputs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done, _ = run_action(tmp_path, AGAINST=str(demo), **inputs)
+    assert done.returncode == 1
+    assert "its recipe needs other one" in done.stdout
+
+
+@pytest.mark.parametrize(("top_k", "code"), [(2, 0), (99, 1)])
+def test_the_action_validates(demo: Path, tmp_path: Path, top_k: int, code: int) -> None:
+    folder = tmp_path / "; rm -rf $(pwd) --level"
+    folder.mkdir()
+    for path in demo.iterdir():
+        os.link(path, folder / path.name) if path.name != "config.json" else None
+    config = json.loads((demo / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+    given = {"TARGET": str(folder), "LEVEL": "config", "AGAINST": "", "FAIL_ON": "error", "IGNORE": "C03 C14"}
+    done, output = run_action(tmp_path, **given)
     assert done.returncode == code, done.stderr
-    output = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
     assert output["errors"] == str(code)
     assert json.loads(Path(output["report"]).read_text())["errors"] == code
     assert Path(output["sarif"]).exists()

@@ -14,6 +14,7 @@ from moesurgery.cli.console import console
 from moesurgery.cli.operations import Model
 from moesurgery.cli.writing import Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
+from moesurgery.merge.method import load_methods
 from moesurgery.surgery.operation import did_you_mean
 from moesurgery.validate.codes import LEVELS, Level
 from moesurgery.validate.formats import BY_SUFFIX, FORMATS, markdown
@@ -32,7 +33,17 @@ def validate_command(
         typer.Option("--level", help=f"How far to look: {', '.join(LEVELS)}; each includes those before. [values]"),
     ] = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="The model this was made from: replay moesurgery.json on it.")
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="[NAME=]MODEL",
+            help="The model this was made from, or one of those that were merged: replay moesurgery.json on them."
+            " May be repeated; NAME is what moesurgery.json calls it.",
+        ),
+    ] = None,
+    methods: Annotated[
+        list[Path] | None,
+        typer.Option("--methods", help="With --against: a Python file with merge methods that it used; it is run."),
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", min=0.0, help="With --against: the KL in nats that forward allows.")
@@ -63,11 +74,13 @@ def validate_command(
     for path in reports or ():
         if path.suffix not in BY_SUFFIX:
             raise RecipeError(f"--report {path}: no format is known by that suffix", f"known: {', '.join(BY_SUFFIX)}")
-    with console.progress("reading weights", _bytes_to_read(model, chosen, against)) as watch:
+    for file in methods or ():
+        load_methods(file)
+    with console.progress("reading weights", _bytes_to_read(model, chosen, len(against or ()))) as watch:
         report = validate_checkpoint(
             model,
             level=chosen,
-            against=against,
+            against=against or (),
             tolerance=tolerance,
             ignore=tuple(ignore or ()),
             progress=watch.progress,
@@ -77,13 +90,13 @@ def validate_command(
         raise typer.Exit(1)
 
 
-def _bytes_to_read(model: str, level: Level | None, against: str | None) -> int:
+def _bytes_to_read(model: str, level: Level | None, parents: int) -> int:
     """Return how many bytes of weights will be read, for the progress bar; 0 for levels that read headers alone."""
     if level in ("container", "config") or "://" in model:
         return 0
     sizes = open_source(model).files()
     weights = sum(size for file, size in sizes.items() if file.endswith(".safetensors"))
-    return weights * (2 if against is not None else 1)
+    return weights * (2 if parents else 1)
 
 
 def publish(report: Report, report_format: str = "text", files: list[Path] | tuple[Path, ...] = ()) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
@@ -31,12 +32,12 @@ _NAMES = {code: name for name, code in DTYPES.items()}
 _RANK = ("BF16", "F16", "F32", "F64")
 
 
-def plan_merge(recipe: MergeRecipe) -> Plan:
+def plan_merge(recipe: MergeRecipe, models: Models | None = None) -> Plan:
     """Return the plan of a recipe's last stage; earlier stages become part of its expressions.
 
     Opens headers only. Raises SurgeryError, with the recipe's line where it has one.
     """
-    models = Models()
+    models = models or Models()
     for stage in recipe.stages:
         plan = _Merger(stage, models, recipe.origin, recipe.device).plan()
         if stage is recipe.result:
@@ -50,7 +51,7 @@ class _Merger:
     """Plans one stage."""
 
     def __init__(self, stage: Stage, models: Models, origin: str, device: str) -> None:
-        self.stage, self.origin, self.device = stage, origin, device
+        self.stage, self.models, self.origin, self.device = stage, models, origin, device
         self.method = stage.method
         self.sources = Sources(stage, models, origin)
         self.placement = Placement(stage, self.sources)
@@ -74,12 +75,13 @@ class _Merger:
             tensors[name] = holder.assemble([self._part(path, place) for path in holder.paths])
             last = home[name] = donor.plan.home.get(name, last)
         files = self._files()
+        named = [p.plan for p in self.sources.named().values()]  # one of them may give its tokenizer alone
         return Plan(
-            tuple({id(c): c for p in parts for c in p.plan.sources}.values()),
+            tuple({id(c): c for p in named for c in p.sources}.values()),
             tensors,
             home,
             self._config(tensors),
-            steps=(*{id(step): step for p in parts for step in p.plan.steps}.values(), self._step(len(tensors))),
+            steps=(*{id(step): step for p in named for step in p.steps}.values(), self._step(len(tensors))),
             max_shard_size=self._shard_size() if self.stage.stacked else None,
             files=files,
         )
@@ -229,13 +231,22 @@ class _Merger:
         apart = stage.method.base in ("required", "optional")
         base = f" on {label(stage.base)}" if stage.base is not None and apart else ""
         others = [name for name in inputs if not (base and stage.base is not None and name == label(stage.base))]
+        parameters: dict[str, Any] = {"recipe": stage.value}
+        if self.device:
+            parameters["device"] = self.device
+        if self.method.origin is not None:
+            file, digest = self.method.origin
+            parameters["methods"] = {"file": Path(file).name, "sha256": digest}
         report: dict[str, Any] = {"method": stage.method.name, "models": inputs, "base": donor.label}
         return Step(
             "merge",
-            {"recipe": relabelled(stage.value)},
+            parameters,
             f"{stage.method.name} of {', '.join(others)}{base}: {count} tensors",
             report={**report, "layers": len(self.placement.stack)} if stage.stacked else report,
             warnings=tuple(self.warnings),
+            parents={text: self.models.parents(text) for text in stage.places.values()},
+            places={("recipe", *path): text for path, text in stage.places.items()},
+            origin=self.origin,
         )
 
 
@@ -270,16 +281,3 @@ def _with_dtype(config: Mapping[str, Any], kinds: set[str]) -> Mapping[str, Any]
             if isinstance(part.get(key), str):
                 part[key] = name
     return found
-
-
-def relabelled(value: Any, key: str | None = None) -> Any:
-    """Return a recipe's data with models named as in cards: no local path leaves the machine."""
-    if isinstance(value, dict):
-        return {k: relabelled(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [relabelled(v, key) for v in value]
-    return (
-        label(value)
-        if key in ("model", "base_model", "source", "tokenizer_source", "path") and isinstance(value, str)
-        else value
-    )

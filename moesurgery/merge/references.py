@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moesurgery.errors import RecipeError
 from moesurgery.families.quantised import method as quantisation_method
 from moesurgery.merge.lora import adapted
 from moesurgery.merge.parts import Parts
@@ -19,11 +21,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 class Models:
-    """The models of a recipe, each opened once. `stages` are the plans of earlier stages by name."""
+    """The models of a recipe, each opened once. `stages` are the plans of earlier stages by name.
 
-    def __init__(self) -> None:
+    `where`: what to open for every name that the recipe has, for one that is replayed from a record: what it does not
+    list is not opened.
+    """
+
+    def __init__(self, where: Mapping[str, str] | None = None) -> None:
         self.stages: dict[str, Plan] = {}
+        self._where = where
         self._parts: dict[tuple[str, bool], Parts] = {}
+        self._parents: dict[str, tuple[Checkpoint | str, ...]] = {}
 
     def parts(self, reference: str, *, plain: bool) -> Parts:
         """Return a model taken apart; with `plain`, quantised weights as the numbers that they stand for.
@@ -31,15 +39,38 @@ class Models:
         Raises CheckpointError where it cannot be opened, RefusedError for quantised forms that are not known.
         """
         if (reference, plain) not in self._parts:
-            model, adapter = (reference, None) if reference in self.stages else split(reference)
-            plan = self.stages.get(model) or plan_of(open_checkpoint(located(model)))
+            model, adapter = self._split(reference)
+            staged = self.stages.get(model)
+            plan = staged or plan_of(open_checkpoint(self._located(model)))
+            parents: tuple[Checkpoint | str, ...] = (model if staged else plan.checkpoint,)
             quantised = plain and quantisation_method(plan.config) is not None
             stated = _stated_dtype(plan) if quantised else None
             plan = _plain(plan) if quantised else plan
             if adapter is not None:
-                plan = adapted(plan, located(adapter))
+                plan = adapted(plan, self._located(adapter))
+                parents = (*parents, plan.sources[-1])
+            self._parents[reference] = parents
             self._parts[reference, plain] = Parts(plan, label(reference), stated)
         return self._parts[reference, plain]
+
+    def parents(self, reference: str) -> tuple[Checkpoint | str, ...]:
+        """Return the checkpoint, or the name of the stage, that a reference was opened as, and the adapter on it."""
+        return self._parents[reference]
+
+    def _split(self, reference: str) -> tuple[str, str | None]:
+        if reference in self.stages or reference in (self._where or ()):
+            return reference, None
+        if self._where is None:
+            return split(reference)
+        model, _, adapter = reference.rpartition("+")
+        return (model, adapter) if model else (reference, None)
+
+    def _located(self, reference: str) -> str:
+        if self._where is None:
+            return located(reference)
+        if reference not in self._where:
+            raise RecipeError(f"the recipe names {reference}, and nothing says where that is")
+        return located(self._where[reference])
 
 
 def _plain(plan: Plan) -> Plan:

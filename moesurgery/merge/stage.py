@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +37,8 @@ class Slice:
 class Stage:
     """One document. `stacked`: it lists slices, so the number of layers may change.
 
-    `align`: what of the other models is put in the order of the base's: "experts", "neurons".
+    `align`: what of the other models is put in the order of the base's: "experts", "neurons". `places`: where in
+    `value`, the document as data, models are named, and how.
     """
 
     name: str | None
@@ -55,6 +57,7 @@ class Stage:
     lines: dict[str, int] = field(default_factory=dict)
     warnings: tuple[tuple[int, str], ...] = ()
     value: dict[str, Any] = field(default_factory=dict)
+    places: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:

@@ -28,6 +28,7 @@ class StageReader:
         self.wrong: list[tuple[int, str]] = []
         self.warnings: list[tuple[int, str]] = []
         self.method: Method | None = None
+        self.places: dict[tuple[Any, ...], str] = {}
 
     def stage(self) -> Stage | None:
         value = self.document.value
@@ -66,6 +67,7 @@ class StageReader:
             lines={str(key): self.document.line((key,)) for key in value},
             warnings=tuple(self.warnings),
             value=value,
+            places=self.places,
         )
         self.counts(found)
         return found
@@ -144,14 +146,15 @@ class StageReader:
         for i, entry in enumerate(value):
             here = (*path, i)
             line = self.document.line(here)
-            if isinstance(entry, str):
+            alone = isinstance(entry, str)
+            if alone:
                 entry = {"model": entry}
             if not isinstance(entry, dict) or "model" not in entry:
                 self.wrong.append((line, "an entry is a mapping with `model:`"))
                 continue
             self.keys(entry, here, keys)
             layers = self.layers(entry, here) if "layer_range" in keys else None
-            model = self.reference(entry["model"], (*here, "model"))
+            model = self.reference(entry["model"], here if alone else (*here, "model"))
             if model is None:
                 continue
             if (model, layers) in seen:
@@ -171,12 +174,14 @@ class StageReader:
     def reference(self, value: Any, path: tuple[Any, ...]) -> str | None:
         """Return a model reference as text: `path[@revision][+adapter[@revision]]`."""
         if isinstance(value, str) and value.strip():
+            self.places[path] = value.strip()
             return value.strip()
         if isinstance(value, dict) and value.get("model") is not None:
             self.keys(value, path, ("model", "lora", "override_architecture"))
             parts = [_path_of(value["model"]), _path_of(value["lora"]) if value.get("lora") is not None else ""]
             if all(part is not None for part in parts):
-                return "+".join(part for part in parts if part)
+                self.places[path] = "+".join(part for part in parts if part)
+                return self.places[path]
         self.wrong.append((self.document.line(path), f"{path[-1]} is {value!r}, expected a path or org/name"))
         return None
 
@@ -299,14 +304,14 @@ class StageReader:
         if source is not None and given is not None:
             self.wrong.append((self.document.line(("tokenizer",)), "give tokenizer or tokenizer_source, not both"))
         if given is None:
-            model = self.reference(source, ("tokenizer_source",)) if source is not None else None
+            model = self.tokenizer_source(source, ("tokenizer_source",)) if source is not None else None
             return TokenizerWish(model) if model is not None else None
         path = ("tokenizer",)
         if not isinstance(given, dict):
             self.wrong.append((self.document.line(path), "tokenizer is a mapping: {source: union}"))
             return None
         self.keys(given, path, ("source", "tokens", "pad_to_multiple_of"))
-        model = self.reference(given.get("source", "union"), (*path, "source"))
+        model = self.tokenizer_source(given.get("source", "union"), (*path, "source"))
         multiple = given.get("pad_to_multiple_of")
         if multiple is not None and (type(multiple) is not int or multiple < 1):
             line = self.document.line((*path, "pad_to_multiple_of"))
@@ -316,6 +321,9 @@ class StageReader:
         for token, wish in (given.get("tokens") or {}).items() if isinstance(given.get("tokens"), dict | None) else ():
             tokens[str(token)] = self.token(wish, (*path, "tokens", token))
         return TokenizerWish(model or "base", tokens, multiple)
+
+    def tokenizer_source(self, value: Any, path: tuple[Any, ...]) -> str | None:
+        return value if value in ("base", "union") else self.reference(value, path)
 
     def token(self, wish: Any, path: tuple[Any, ...]) -> TokenSource | None:
         """Read where the embedding of one token comes from."""

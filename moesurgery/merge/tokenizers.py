@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 # Other forms of a tokenizer, stale once tokens are added.
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "spiece.model")
-_OWN_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *_OTHER_FORMS)
+TOKENIZER_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *_OTHER_FORMS)
 
 TEMPLATES = {
     "chatml": (
@@ -220,7 +220,7 @@ class MergedTokenizer:
         found: dict[str, bytes | None] = {}
         held = self.models[self.home].plan.checkpoint
         if self.home != self.base:
-            for file in _OWN_FILES:
+            for file in TOKENIZER_FILES:
                 size = held.file_sizes.get(file)
                 found[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:

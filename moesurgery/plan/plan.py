@@ -28,7 +28,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation as it was applied. `report` holds what it decided, as data; `warnings` go to stderr too."""
+    """One operation as it was applied. `report` holds what it decided, as data; `warnings` go to stderr too.
+
+    Parameters name models as the user did, and `parents` says which those are: for a model with an adapter on it both,
+    for an earlier stage of a merge its name. `places` are the paths in `parameters` where they stand, with what stands
+    there; None where the operation's own declaration tells. `origin` is the recipe file that warnings begin with.
+    """
 
     operation: str
     parameters: Mapping[str, Any]
@@ -38,6 +43,9 @@ class Step:
     notes: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     warnings: tuple[str, ...] = ()
+    parents: Mapping[str, tuple[Checkpoint | str, ...]] = field(default_factory=dict)
+    places: Mapping[tuple[str | int, ...], str] | None = None
+    origin: str = ""
 
 
 @dataclass(frozen=True)

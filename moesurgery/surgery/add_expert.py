@@ -26,7 +26,7 @@ _NAME = "add-expert"
 def add_expert(
     plan: Plan,
     *,
-    source: Annotated[str, Param("the model that the experts come from, of the same family and sizes")],
+    source: Annotated[str, Param("the model that the experts come from, of the same family and sizes", reads="model")],
     experts: Annotated[list[int] | None, Param("their numbers in it, as 0,3; all by default")] = None,
 ) -> Plan:
     """Append experts of another model to every MoE layer, with their router rows.
@@ -67,6 +67,7 @@ def add_expert(
         f" layers: {total} to {total + len(chosen)}",
         report={"experts": total + len(chosen), "old_experts": total, "from": other.checkpoint.name, "added": chosen},
         notes=("router rows of two models were not trained against each other: measure, or train the router",),
+        parents={source: (other.checkpoint,)},
     )
     config = with_expert_count(anatomy, total + len(chosen), {})
     edited = plan.edited(step, tensors=tensors, home=home, config=config)

@@ -55,7 +55,8 @@ def drop_experts(
     ] = None,
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
     stats: Annotated[
-        str | None, Param("statistics from `moesurgery collect`, for criteria that need data", metavar="FILE")
+        str | None,
+        Param("statistics from `moesurgery collect`, for criteria that need data", metavar="FILE", reads="file"),
     ] = None,
     protect_super: Annotated[
         bool, Param("never drop an expert whose output is far above all others' (needs statistics)")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -22,7 +22,7 @@ from typing import Any
 
 from moesurgery.errors import RecipeError
 from moesurgery.plan.plan import Plan
-from moesurgery.surgery.parameters import Misfit, Parameter, check, parameters_of
+from moesurgery.surgery.parameters import Misfit, Named, Parameter, check, named, parameters_of
 
 # The modules of this package that define operations, in the order in which `--help` shows them.
 _BUILT_IN = (
@@ -48,6 +48,12 @@ class Operation:
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
         return parameters_of(self.function)
+
+    def named(self, values: Mapping[str, Any]) -> Iterator[Named]:
+        """Yield where a step's parameters name models and files."""
+        for name, value in values.items():
+            if name in self.parameters:
+                yield from named(self.parameters[name], value)
 
     @property
     def summary(self) -> str:

@@ -7,25 +7,33 @@ A parameter's annotation is the only declaration: `int`, `float`, `bool`, `str`,
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 MISSING = inspect.Parameter.empty
 
+Reads = Literal["model", "file"]
+
 
 @dataclass(frozen=True)
 class Param:
-    """What an annotation cannot say: a help text (a sentence without full stop), bounds, a file name."""
+    """What an annotation cannot say: a help text (a sentence without full stop), bounds, what a text names.
+
+    `reads`: a text that is none of the annotation's words names a model, or another file. Records show such texts
+    without local paths, and a replay takes nothing that the record alone names.
+    """
 
     help: str
     minimum: float | None = None
     maximum: float | None = None
     metavar: str | None = None
+    reads: Reads | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,46 @@ def check(parameter: Parameter, value: Any) -> Misfit | None:
     if problem := _out_of_bounds(value, parameter.param):
         return Misfit((parameter.name,), f"{parameter.name} is {problem}")
     return None
+
+
+class Named(NamedTuple):
+    """Where in a step's parameters a model or another file is named, and how."""
+
+    path: tuple[str | int, ...]
+    text: str
+    reads: Reads
+
+
+def named(parameter: Parameter, value: Any) -> Iterator[Named]:
+    """Yield where a parameter's value names models and files."""
+    yield from _named(value, parameter.annotation, parameter.param.reads, (parameter.name,))
+
+
+def _named(value: Any, annotation: Any, reads: Reads | None, path: tuple[str | int, ...]) -> Iterator[Named]:
+    choices = _choices(annotation)
+    if isinstance(value, str):
+        words = {word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)}
+        if reads is not None and value not in words:
+            yield Named(path, value, reads)
+    for choice in choices:
+        if isinstance(value, list) and get_origin(choice) is list:
+            for i, item in enumerate(value):
+                yield from _named(item, get_args(choice)[0], reads, (*path, i))
+        elif isinstance(value, dict) and typing.is_typeddict(choice):
+            for field in fields_of(choice).values():
+                if field.name in value:
+                    yield from _named(value[field.name], field.annotation, field.param.reads, (*path, field.name))
+
+
+def with_texts(parameters: Mapping[str, Any], texts: Mapping[tuple[str | int, ...], str]) -> dict[str, Any]:
+    """Return a copy of a step's parameters with other texts at some paths."""
+    found: dict[str, Any] = copy.deepcopy(dict(parameters))
+    for path, text in texts.items():
+        place: Any = found
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = text
+    return found
 
 
 def _out_of_bounds(value: Any, param: Param) -> str | None:

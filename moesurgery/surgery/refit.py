@@ -27,7 +27,7 @@ _NAME = "refit"
 def refit(
     plan: Plan,
     *,
-    repair: Annotated[str, Param("repair that --refit of another command made", metavar="FOLDER")],
+    repair: Annotated[str, Param("repair that --refit of another command made", metavar="FOLDER", reads="file")],
 ) -> Plan:
     """Write a least-squares repair into the experts of an edited model.
 

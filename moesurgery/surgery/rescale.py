@@ -45,7 +45,9 @@ def rescale(
     seed: Annotated[int, Param("seed of the sample of embedding rows that `router` uses", minimum=0)] = 0,
     stats: Annotated[
         str | None,
-        Param("statistics from `moesurgery collect --top-k K`, for the rules that need data", metavar="FILE"),
+        Param(
+            "statistics from `moesurgery collect --top-k K`, for the rules that need data", metavar="FILE", reads="file"
+        ),
     ] = None,
 ) -> Plan:
     """Route each token to another number of experts, and rescale their output.

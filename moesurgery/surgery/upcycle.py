@@ -23,10 +23,11 @@ from moesurgery.surgery.upcycling.sources import (
     Source,
     branches,
     open_sources,
-    parameters_without_paths,
+    parents,
 )
 
 SHARD_BYTES = 5_000_000_000  # experts make shards grow: none larger than this, or than the source's largest
+_ONLY_MEASURED = ("verify", "text")  # parameters that change nothing in the output: their results are in the report
 RouterKind = Literal["random", "uniform", "zero", "hidden", "hidden_avg", "cheap_embed"]
 
 
@@ -54,7 +55,7 @@ def upcycle(
         float | None, Param("share of the FFN that a shared expert carries", minimum=0, maximum=1, metavar="SHARE")
     ] = None,
     sources: Annotated[
-        list[str | ExpertSource] | None, Param("models or entries that the experts come from, in turn")
+        list[str | ExpertSource] | None, Param("models or entries that the experts come from, in turn", reads="model")
     ] = None,
     shared_source: Annotated[ExpertSource | None, Param("where the shared expert comes from; the base model")] = None,
     rest: Annotated[
@@ -62,7 +63,10 @@ def upcycle(
     ] = "base",
     router: Annotated[
         RouterKind | str,
-        Param("random, uniform, zero, from prompts (hidden, hidden_avg, cheap_embed), or a safetensors file of rows"),
+        Param(
+            "random, uniform, zero, from prompts (hidden, hidden_avg, cheap_embed), or a safetensors file of rows",
+            reads="file",
+        ),
     ] = "random",
     router_std: Annotated[
         float | None, Param("standard deviation of a random router; initializer_range by default", minimum=0)
@@ -79,7 +83,8 @@ def upcycle(
     proof: Annotated[bool, Param("prove the rewrite on a shrunk clone")] = True,
     verify: Annotated[bool, Param("compare the real models' logits on a prompt before anything is written")] = False,
     text: Annotated[
-        list[str] | None, Param("text files to measure the loss of both models on, before anything is written")
+        list[str] | None,
+        Param("text files to measure the loss of both models on, before anything is written", reads="file"),
     ] = None,
 ) -> Plan:
     """Make a mixture of experts of a dense model, equal to it at step 0.
@@ -195,16 +200,13 @@ def _finished(mixture: Mixture, proof: bool) -> Plan:
         details.append(found.text)
     step = Step(
         "upcycle",
-        {
-            k: v
-            for k, v in parameters_without_paths(given, mixture.sources, mixture.shared_from).items()
-            if v is not None
-        },
+        {k: v for k, v in given.items() if v is not None and k not in _ONLY_MEASURED},
         f"{mixture.pair.source_type} -> {mixture.pair.target_type}: {design.experts} experts, top-{design.top_k}",
         tuple(details),
         report,
         tuple(mixture.notes(exact=not inexact)),
         (known.table,) if known and known.table else (),
+        parents=parents(given, mixture.sources, mixture.shared_from),
     )
     made = base.plan.edited(step, tensors=tensors, config=mixture.config(), home=home)
     others = [d.plan.checkpoint for d in branches(base, mixture.all_sources()) if d is not base]

@@ -1,92 +1,97 @@
-"""R: what the provenance says was done to the reference is what was done.
+"""R: what the provenance says was done to the reference, or to several, is what was done.
 
-The recipe in `moesurgery.json` is planned again on the reference. Then every tensor is compared, byte by byte and
-streamed, with the reference's own (untouched) or with what its expression computes (edited).
+The recipe in `moesurgery.json` is planned again on the models that were given. Then every tensor is compared, byte by
+byte and streamed, with the base's own (untouched) or with what its expression computes (edited).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import PROVENANCE, open_checkpoint
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
-from moesurgery.errors import CheckpointError, SurgeryError
+from moesurgery.errors import CheckpointError, RecipeError, SurgeryError
+from moesurgery.merge.tokenizers import TOKENIZER_FILES
+from moesurgery.plan.expr import Copy
 from moesurgery.plan.plan import Plan, plan_of
-from moesurgery.recipes import Recipe, RecipeStep
-from moesurgery.surgery.operation import operations, problems
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
+from moesurgery.validate.parents import Given
+from moesurgery.validate.replay import device_of, parents_of, replanned, steps_of
 from moesurgery.validate.subject import Subject
-from moesurgery.write.card import differences
+from moesurgery.write.card import CARD, differences
 from moesurgery.write.recompute import Recomputer
 
 
-@check("R01", "R02", "R03", "R04", "R05")
+@check("R01", "R02", "R03", "R04", "R05", "R06")
 def replay(subject: Subject) -> Outcome:
-    """Plan the recipe again on the reference, and compare everything."""
-    assert subject.against is not None
-    reference = plan_of(open_checkpoint(subject.against))
+    """Plan the recipe again on what was given, and compare everything."""
+    given = [Given(text) for text in subject.against]
     record = subject.object_or_none(PROVENANCE)
+    computed = True
     if record is None:
         reason = f"there is no readable {PROVENANCE}: nothing says what was done, so nothing may differ"
         yield NotChecked(("R01", "R03"), reason)
-        plan = reference
-    else:
-        yield from _same_input(record, reference)
-        planned = _replan(record, reference)
-        if isinstance(planned, Finding):
-            yield planned
+        for extra in given[1:]:
+            yield finding("R01", f"nothing says what {extra.reference} was used for", hint="give one --against")
+        try:
+            plan = plan_of(open_checkpoint(given[0].reference))
+        except CheckpointError as error:
+            yield finding("R01", f"the reference cannot be opened: {error.message}", hint=error.hint)
             return
-        plan = planned
-    yield from _tensors(subject, plan)
+    else:
+        found = yield from _replanned(record, given)
+        if found is None:
+            return
+        plan, device = found
+        computed = _present(device)
+        if not computed:
+            yield NotChecked(("R03",), f"it was merged on {device}, which is not here: its last bits are of that")
+    yield from _tensors(subject, plan, computed=computed)
+    yield from _files(subject, plan)
     for key, theirs, mine in differences(plan.config, subject.config):
         yield finding("R05", f"{key} is {mine!r}; the recipe leaves {theirs!r}", CONFIG)
 
 
-def _same_input(record: Mapping[str, Any], reference: Plan) -> Iterator[Finding]:
-    """The reference is the model that was edited, by the digests of its headers."""
-    inputs = record.get("inputs")
-    first = inputs[0] if isinstance(inputs, list) and inputs and isinstance(inputs[0], dict) else {}
-    shards = first.get("shards")
-    stated = {s.get("header_sha256") for s in shards if isinstance(s, dict)} if isinstance(shards, list) else set()
-    headers = {header.digest for header in reference.checkpoint.headers}
-    if stated and stated != headers:
-        message = "the headers of the reference are not those of the model that was edited"
-        hint = "it may be the same model in other shards; else give the model that moesurgery.json names"
-        yield finding("R01", message, PROVENANCE, severity="warning", hint=hint)
-
-
-def _replan(record: Mapping[str, Any], reference: Plan) -> Plan | Finding:
-    recipe = record.get("recipe")
-    steps = recipe.get("steps") if isinstance(recipe, dict) else None
-    if not isinstance(steps, list):
-        return finding("R01", "holds no recipe", PROVENANCE)
-    found = []
-    known = operations()
-    for entry in steps:
-        name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else ("", None)
-        if name == "merge":
-            message = "a merge of several models is not replayed"
-            hint = "run its recipe again, and compare the two with `moesurgery diff`"
-            return finding("R01", message, PROVENANCE, severity="warning", hint=hint)
-        if name not in known or not isinstance(values, dict):
-            return finding("R01", f"the step {entry!r} is none of an operation that is known here", PROVENANCE)
-        if wrong := problems(known[name], values):
-            return finding("R01", wrong[0].message, PROVENANCE, hint=_other_version(record))
-        found.append(RecipeStep(name, values))
+def _replanned(record: Mapping[str, Any], given: list[Given]) -> Generator[Finding, None, tuple[Plan, str] | None]:
+    """Yield what is wrong with the record or with what was given; return the plan, and the device that merged."""
     try:
-        return Recipe(None, tuple(found)).apply(reference)
+        steps = steps_of(record)
+        parents = parents_of(record, steps, given)
+        yield from parents.findings
+        if any(each.severity == "error" for each in parents.findings):
+            return None
+        plan = replanned(steps, next(iter(parents.where.values())), parents)
+    except RecipeError as error:
+        yield finding("R01", error.message, PROVENANCE, hint=error.hint or _other_version(record))
+        return None
     except SurgeryError as error:
-        hint = error.hint or _other_version(record)
-        return finding("R01", f"the recipe cannot be planned on the reference: {error.message}", PROVENANCE, hint=hint)
+        message = f"the recipe cannot be planned on the reference: {error.message}"
+        yield finding("R01", message, PROVENANCE, hint=error.hint or _other_version(record))
+        return None
+    return plan, device_of(steps)
 
 
 def _other_version(record: Mapping[str, Any]) -> str:
     return f"it was written by moesurgery {record.get('version')!r}"
 
 
-def _tensors(subject: Subject, plan: Plan) -> Iterator[Finding]:
+def _present(device: str) -> bool:
+    """Whether torch can compute on a device here."""
+    if device in ("", "cpu"):
+        return True
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
+def _tensors(subject: Subject, plan: Plan, *, computed: bool) -> Iterator[Finding]:
+    """Compare all tensors; those that are more than byte ranges only where they can be `computed` as they were."""
     for name in plan.tensors.keys() - subject.tensors.keys():
         yield finding("R04", "the recipe leaves it, and it is not there", tensor=name)
     untouched = set(plan.untouched())
@@ -102,6 +107,8 @@ def _tensors(subject: Subject, plan: Plan) -> Iterator[Finding]:
                 message = f"is {info.dtype} {list(info.shape)}; the recipe leaves {expr.dtype} {list(expr.shape)}"
                 yield finding(code, message, info.file, name)
                 continue
+            if not computed and not all(isinstance(piece, Copy) for piece in expr.pieces()):
+                continue
             for at, expected in recomputer.pieces(name, expr):
                 found = subject.source.read(info.file, info.start + at, len(expected))
                 subject.progress(len(found))
@@ -114,3 +121,24 @@ def _tensors(subject: Subject, plan: Plan) -> Iterator[Finding]:
         yield finding("S11", error.message, hint=error.hint)
     finally:
         recomputer.close()
+
+
+def _files(subject: Subject, plan: Plan) -> Iterator[Finding]:
+    """Compare the side files that the recipe makes, and those of the tokenizer that it leaves as they are."""
+    source, sizes = plan.checkpoint.source, plan.checkpoint.file_sizes
+    for file in set(TOKENIZER_FILES).intersection(sizes) - plan.files.keys():
+        if file not in subject.files or subject.source.read(file, 0, subject.files[file]) != source.read(
+            file, 0, sizes[file]
+        ):
+            yield finding("R06", "is not the reference's, and no step changes it", file, severity="warning")
+    for file, content in plan.files.items():
+        if file == CARD:
+            continue  # every output has one of its own
+        size = subject.files.get(file)
+        if content is None:
+            if size is not None:
+                yield finding("R06", "the recipe leaves it out", file)
+        elif size is None:
+            yield finding("R06", "the recipe writes it, and it is not there", file)
+        elif size != len(content) or subject.source.read(file, 0, size) != content:
+            yield finding("R06", "is not what the recipe writes", file)

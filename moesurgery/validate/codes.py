@@ -98,6 +98,12 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
     ("R03", "against", "error", "an edited tensor is not what its recipe computes from the reference"),
     ("R04", "against", "error", "a tensor that the recipe does not leave, or one that it leaves and is missing"),
     ("R05", "against", "error", "config.json is not what the recipe makes of the reference's"),
+    (
+        "R06",
+        "against",
+        "error",
+        "tokenizer, template or code are not what the recipe writes, or leaves (a warning)",
+    ),
 )
 
 CODES: dict[str, Code] = {row[0]: Code(*row) for row in _TABLE}

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moesurgery.checkpoint.checkpoint import PROVENANCE, Checkpoint, open_checkpoint
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.errors import SurgeryError
 from moesurgery.plan.plan import plan_of
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
+from moesurgery.validate.parents import reference_of
 from moesurgery.validate.provenance import recorded_steps
 from moesurgery.validate.subject import Subject
 from moesurgery.validate.vocabulary import embedding_of
@@ -108,8 +109,9 @@ def forward(subject: Subject) -> Outcome:
         return
     rows = subject.tensors[embedding].shape[0]
     reference: Checkpoint | None = None
-    if subject.against is not None:
-        reference = open_checkpoint(subject.against)
+    base = reference_of(subject.object_or_none(PROVENANCE), subject.against)
+    if base is not None:
+        reference = open_checkpoint(base)
         theirs = plan_of(reference).anatomy.settings.first(("vocab_size",))
         if theirs != rows:
             yield NotChecked(("F02",), f"the reference has {theirs} words, this model {rows}")

@@ -20,12 +20,12 @@ from moesurgery.families.recognition import recognise
 class Subject:
     """One checkpoint under examination.
 
-    `against` is the reference that its provenance is replayed on; `tolerance` (nats) bounds F02; `progress` is told
+    `against` are the models that its provenance is replayed on; `tolerance` (nats) bounds F02; `progress` is told
     the bytes of weights that were read.
     """
 
     scan: Scan
-    against: str | None = None
+    against: tuple[str, ...] = ()
     tolerance: float | None = None
     progress: Callable[[int], None] = field(default=lambda count: None)
     # Facts that are no findings, such as the distance to the reference's logits: they go into the report.

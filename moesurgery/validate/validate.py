@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from moesurgery.checkpoint.source import LocalSource, open_source
 from moesurgery.errors import CheckpointError, RecipeError
 from moesurgery.validate.check import CHECKS, NotChecked
 from moesurgery.validate.codes import CODES, LEVELS, Level
+from moesurgery.validate.parents import Given
 from moesurgery.validate.report import Report
 from moesurgery.validate.subject import Subject
 
@@ -31,7 +32,7 @@ def validate_checkpoint(
     reference: str | Path,
     *,
     level: Level | None = None,
-    against: str | Path | None = None,
+    against: str | Path | Sequence[str | Path] = (),
     tolerance: float | None = None,
     ignore: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
@@ -39,8 +40,9 @@ def validate_checkpoint(
     """Validate the checkpoint that `reference` names: a directory, `hf://org/name[@revision]`, a URL.
 
     `level` includes the ones before it; the default is everything but `forward` for a directory, and everything
-    that reads headers alone for a remote one. `against`: the checkpoint that this one was made from. `tolerance`
-    bounds the KL (nats) of F02. `progress` is told the bytes of weights that were read.
+    that reads headers alone for a remote one. `against`: the checkpoint that this one was made from, or all that were
+    merged; `NAME=MODEL` says which of those that the provenance names one is. `tolerance` bounds the KL (nats) of F02.
+    `progress` is told the bytes of weights that were read.
 
     Never raises for what the checkpoint holds. Raises CheckpointError where there is no such checkpoint or no such
     reference, RecipeError for an unknown code.
@@ -52,11 +54,13 @@ def validate_checkpoint(
     source = open_source(reference)
     chosen = level or ("values" if isinstance(source, LocalSource) else "config")
     levels: tuple[Level, ...] = LEVELS[: LEVELS.index(chosen) + 1]
-    if against is not None:
-        open_source(against)
+    references = (against,) if isinstance(against, (str, Path)) else tuple(against)
+    for each in references:
+        Given(str(each))
+    if references:
         levels = (*levels, "against")
     scan = scan_checkpoint(source)
-    subject = Subject(scan, str(against) if against is not None else None, tolerance, progress)
+    subject = Subject(scan, tuple(map(str, references)), tolerance, progress)
     found, skipped, checked = _run(subject, levels)
     if level is None and chosen == "config":
         skipped.append(NotChecked(("V01",), f"the values of {_stored(scan) / 1e9:.1f} GB: --level values reads them"))

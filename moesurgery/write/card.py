@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 import moesurgery
 from moesurgery.plan.plan import Plan, Step
+from moesurgery.write.parents import Parents
 
 CARD = "README.md"
 SCHEMA_VERSION = 1
@@ -15,9 +17,10 @@ SCHEMA_VERSION = 1
 
 def recipe_of(plan: Plan) -> dict[str, Any]:
     """Return the recipe that makes this plan, as data: model, steps and what changes the files."""
+    parents = Parents(plan.sources)
     recipe: dict[str, Any] = {
         "model": plan.checkpoint.source.identity,
-        "steps": [{step.operation: dict(step.parameters)} for step in plan.steps],
+        "steps": [{step.operation: parents.parameters(step)} for step in plan.steps],
     }
     if plan.max_shard_size:
         recipe["max_shard_size"] = plan.max_shard_size
@@ -36,19 +39,20 @@ def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
         "recipe": recipe_of(plan),
         "inputs": [
             {
+                "name": name,
                 "identity": checkpoint.source.identity,
                 "shards": [
                     {"file": h.file, "size": h.file_size, "header_sha256": h.digest} for h in checkpoint.headers
                 ],
             }
-            for checkpoint in plan.sources
+            for name, checkpoint in Parents(plan.sources)
         ],
         "steps": [
             {
                 "operation": s.operation,
                 "summary": s.summary,
                 "notes": list(s.notes),
-                "warnings": list(s.warnings),
+                "warnings": warnings_of(s),
                 "report": dict(s.report),
             }
             for s in plan.steps
@@ -103,8 +107,15 @@ def card_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def warnings_of(step: Step) -> list[str]:
+    """Return a step's warnings with the recipe file by its name alone."""
+    if not step.origin:
+        return list(step.warnings)
+    return [warning.replace(step.origin, PurePath(step.origin).name, 1) for warning in step.warnings]
+
+
 def _step_lines(step: Step) -> list[str]:
     lines = [f"## {step.operation}", "", step.summary]
-    for text in (*step.details, *step.notes, *step.warnings):
+    for text in (*step.details, *step.notes, *warnings_of(step)):
         lines += ["", text]
     return lines

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.plan.elementwise import cast
@@ -27,7 +26,9 @@ from moesurgery.surgery.upcycling.prompts import Prompts
 class ExpertSource(TypedDict, total=False):
     """Where a group of experts comes from, and what it should be chosen for."""
 
-    model: Annotated[str, Param("the dense model whose FFNs these experts get; the base model without it")]
+    model: Annotated[
+        str, Param("the dense model whose FFNs these experts get; the base model without it", reads="model")
+    ]
     prompts: Annotated[list[str], Param("what these experts should be chosen for")]
     negative_prompts: Annotated[list[str], Param("what they should not be chosen for")]
     residual_scale: Annotated[float, Param("factor on what they add")]
@@ -151,22 +152,12 @@ def different_traits(base: DenseModel, models: Sequence[DenseModel]) -> list[str
     return found
 
 
-def parameters_without_paths(
-    parameters: Mapping[str, Any], sources: Sequence[Source], shared: Source | None
-) -> dict[str, Any]:
-    """Return the step's parameters as provenance may show them: models by identity, files by name, never by path."""
-    found = dict(parameters)
-
-    def shown(entry: str | ExpertSource, source: Source) -> Any:
-        if isinstance(entry, str):
-            return source.dense.name
-        return {**entry, "model": source.dense.name} if "model" in entry else entry
-
-    if entries := parameters.get("sources"):
-        found["sources"] = [shown(entry, source) for entry, source in zip(entries, sources, strict=True)]
-    if shared is not None:
-        found["shared_source"] = shown(parameters["shared_source"], shared)
-    if texts := parameters.get("text"):
-        found["text"] = [Path(text).name for text in texts]
-    found["router"] = Path(parameters["router"]).name
+def parents(given: Mapping[str, Any], sources: Sequence[Source], shared: Source | None) -> dict[str, tuple[Checkpoint]]:
+    """Return the checkpoint of every model that the parameters name."""
+    entries = [*(given["sources"] or ()), *([given["shared_source"]] if shared is not None else ())]
+    found = {}
+    for entry, source in zip(entries, [*sources, *([shared] if shared is not None else ())], strict=True):
+        reference = entry if isinstance(entry, str) else entry.get("model")
+        if reference is not None:
+            found[reference] = (source.dense.plan.checkpoint,)
     return found
