@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moesurgery.validate.validate import validate_checkpoint
 from tests.conftest import ROOT, Result
@@ -361,6 +361,22 @@ def test_slerp_takes_an_angle_for_each_expert_unless_told(mixtrals: list[Path], 
             if w != "w2":
                 torch.testing.assert_close(together[name], arc(*stacks, a[name], b[name]))
                 assert not torch.equal(found[name], together[name])
+
+
+def test_granularity_is_of_routed_experts_only(models: Any, merge: Merge, tmp_path: Path) -> None:
+    """`shared_experts` are one matrix each in any case."""
+    model = models("deepseek_v3")
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    for file in other.glob("*.safetensors"):
+        generator = torch.Generator().manual_seed(len(file.name))
+        held = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in load_file(file).items()}
+        save_file(held, file, {"format": "pt"})
+    text = listed(model, other) + f"merge_method: slerp\nbase_model: {model}\nparameters: {{t: 0.3}}\n"
+    found, together = merge(text), merge(text + "granularity: tensor\n")
+    differ = {name for name, value in found.items() if not same_bits(value, together[name])}
+    assert differ
+    assert all(".experts." in name for name in differ)
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])

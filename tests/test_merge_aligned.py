@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def permuted(source: Path, target: Path, seed: int, *, neurons: bool = False, no
 
     found = {}
     for name, value in sorted(tensors.items()):
-        layer = re.match(r"model\.layers\.\d+\.", name)
+        layer = re.match(r"model\.(?:language_model\.)?layers\.\d+\.", name)
         value = value + noise * torch.randn(value.shape, generator=generator) if noise else value
         inside = re.fullmatch(r"(.*experts\.)(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight", name)
         if layer and inside:
@@ -68,8 +69,8 @@ def permuted(source: Path, target: Path, seed: int, *, neurons: bool = False, no
                     parts.append(value[e].index_select(0 if name.endswith("bias") else value.dim() + axis - 1, rows))
                 value = torch.stack(parts)
             found[name] = value[order(layer[0], EXPERTS)]
-        elif layer and value.shape[:1] == (EXPERTS,) and re.search(r"(gate|router)\.", name):
-            found[name] = value[order(layer[0], EXPERTS)]
+        elif layer and EXPERTS in value.shape and re.search(r"\.(gate|router|moe_statics)\.", name):
+            found[name] = value.index_select(value.shape.index(EXPERTS), order(layer[0], EXPERTS))
         else:
             found[name] = value
     rewrite(source, target, found, {})
@@ -94,6 +95,45 @@ def test_two_permuted_copies_give_the_original_back(
     assert not all(same_bits(plain[name], value) for name, value in read_tensors(first).items())
 
 
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "gemma4"])
+def test_all_that_follows_the_experts_and_nothing_else(family: str, models: Any, merge: Merge, tmp_path: Path) -> None:
+    """A selection bias along axis 1 goes with them; a `router.scale` of the hidden size does not."""
+    original = models(family)
+    other = permuted(original, tmp_path / "other", 1)
+    torch.testing.assert_close(logits(load(other)), logits(load(original)), rtol=1e-4, atol=1e-4)
+    found = merge(
+        f"models: [{{model: {original}}}, {{model: {other}}}]\nmerge_method: linear\nparameters: {{weight: 0.5}}\n"
+        "align: experts\n"
+    )
+    for name, value in read_tensors(original).items():
+        assert same_bits(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("family", "code", "message"),
+    [
+        ("doge", 2, "the router of doge has no row for each expert"),
+        (
+            "ernie4_5_vl_moe",
+            2,
+            "the experts of ernie4_5_vl_moe share numbers and a selection bias with those of vision_moe",
+        ),
+        ("nllb-moe", 0, "align has no effect on the experts of model.encoder.layers.1"),
+        ("jetmoe", 0, "align has no effect on the experts of model.layers.0.self_attention"),
+    ],
+)
+def test_experts_that_keep_their_places_are_named(
+    family: str, code: int, message: str, models: Any, cli: Cli, tmp_path: Path
+) -> None:
+    base, twin = (shutil.copytree(models(family), tmp_path / name) for name in (family, "twin"))
+    (tmp_path / "r.yaml").write_text(
+        f"models: [{base}, {twin}]\nmerge_method: linear\nparameters: {{weight: 0.5}}\nalign: experts\n"
+    )
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    assert result.code == code
+    assert f"r.yaml:4: {message}" in result.err
+
+
 def test_the_base_gives_the_order_and_noise_does_not_confuse_it(models: Any, merge: Merge, tmp_path: Path) -> None:
     original = models("mixtral")
     others = [permuted(original, tmp_path / str(i), i, neurons=True, noise=0.01) for i in (3, 4)]
@@ -113,6 +153,30 @@ def test_layouts_mix_under_alignment(models: Any, merge: Merge, tmp_path: Path) 
         "align: [experts, neurons]\n"
     )
     for name, value in read_tensors(stacked).items():
+        assert same_bits(found[name], value), name
+
+
+def test_projections_are_matched_with_their_like_however_files_order_them(
+    models: Any, merge: Merge, tmp_path: Path
+) -> None:
+    """Square projections, routers of zeros, one up-projection for all: only gate and down tell the experts apart."""
+    places = []
+    for fused in (True, False):
+        source = models("mixtral", fused=fused, intermediate_size=32)
+        held = {n: t * 0 if t.shape == (EXPERTS, 32) else t for n, t in read_tensors(source).items()}
+        for name, value in held.items():
+            if name.endswith("gate_up_proj"):
+                value[:, 32:] = value[0, 32:]
+            elif name.endswith("w3.weight"):
+                held[name] = held[re.sub(r"experts\.\d+", "experts.0", name)].clone()
+        rewrite(source, tmp_path / f"{fused}", held, {})
+        places.append(tmp_path / f"{fused}")
+    other = permuted(places[1], tmp_path / "other", 6, neurons=True)
+    found = merge(
+        f"models: [{{model: {places[0]}}}, {{model: {other}}}]\nmerge_method: linear\n"
+        "parameters: {weight: 0.5}\nalign: [experts, neurons]\n"
+    )
+    for name, value in read_tensors(places[0]).items():
         assert same_bits(found[name], value), name
 
 

@@ -22,6 +22,7 @@ from moesurgery.merge.parts import Key, Parts
 from moesurgery.plan.elementwise import cast
 from moesurgery.plan.expr import Expr, Reader, Rows, concat, stack
 from moesurgery.plan.solved import Reordered, Solution, Solved
+from moesurgery.plan.tensors import transpose
 from moesurgery.surgery.alignment import neuron_order
 from moesurgery.surgery.neurons import from_neuron_rows, has_neurons, neuron_rows
 
@@ -115,7 +116,8 @@ class Aligner:
         head, _, rest = ours.path.partition(".")
         if head == "router":
             expr = self.other.part(theirs)
-            return self._router(expr, ours.layer, theirs.layer) if self.experts else expr
+            axis = self.other.member(theirs).axis or 0
+            return self._router(expr, axis, ours.layer, theirs.layer) if self.experts else expr
         number, _, name = rest.partition(".")
         found = self._expert_part(int(number), name, ours.layer, theirs.layer)
         member = self.reference.member(ours)
@@ -124,9 +126,12 @@ class Aligner:
         order = self._neurons(int(number), ours.layer, theirs.layer)
         return from_neuron_rows(member, Reordered(neuron_rows(member, found), order))
 
-    def _router(self, expr: Expr, ours: int, theirs: int) -> Expr:
+    def _router(self, expr: Expr, axis: int, ours: int, theirs: int) -> Expr:
+        """Return a tensor of the router with its entries, along `axis` 0 or 1, in the order of the reference."""
         order, _ = self._order(ours, theirs)
         count = order.numel
+        if axis == 1:
+            return transpose(Reordered(transpose(expr), order))
         if expr.shape[0] == count:
             return Reordered(expr, order)
         return concat([Reordered(Rows(expr, 0, count), order), Rows(expr, count, expr.shape[0])])
@@ -172,15 +177,32 @@ class Aligner:
         return self._neuron_orders[place]
 
 
+def check_alignable(parts: Parts) -> str | None:
+    """Return what of a model's experts keeps its order, None where nothing does.
+
+    Raises RefusedError where none can change their places.
+    """
+    anatomy = parts.anatomy
+    if not anatomy.blocks:
+        raise RefusedError(f"{parts.label} has no experts to align", "leave out `align:`")
+    if shared := next((s.name for s in anatomy.settings.family.sets if s.follows), None):
+        raise RefusedError(f"the experts of {parts.label} share numbers and a selection bias with those of {shared}")
+    if not any(member.along is not None and member.role == "router" for member in anatomy.blocks[0].members):
+        raise RefusedError(f"the router of {parts.label} has no row for each expert, so they cannot change places")
+    left = [block.where for block in anatomy.blocks if block.of or f"{block.root}{block.container}." != parts.prefix]
+    return f"{', '.join(left[:2])}{' and more' if len(left) > 2 else ''}" if left else None
+
+
 def _traits(parts: Parts, layer: int) -> list[Expr]:
     """Return what the experts of a layer are recognised by: router rows [E, H], then moments [2, F] of each expert."""
     found: list[Expr] = []
     router = Key(layer, "router.router")
     experts = parts.experts(layer)
     if router in parts.home:
-        found.append(cast(Rows(parts.part(router), 0, len(experts)), "F32"))
+        rows = transpose(parts.part(router)) if parts.member(router).axis == 1 else parts.part(router)
+        found.append(cast(Rows(rows, 0, len(experts)), "F32"))
     for number in sorted(experts):
-        for key in experts[number]:
+        for key in sorted(experts[number]):  # files keep projections in any order
             member = parts.member(key)
             if has_neurons(member):
                 found.append(Moments(neuron_rows(member, parts.part(key))))

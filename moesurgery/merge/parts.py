@@ -7,6 +7,7 @@ taken over one projection of one expert in either.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,14 @@ from moesurgery.plan.expr import Expr, Rows, concat, reshape
 from moesurgery.plan.plan import Plan
 
 _CONTAINERS = ("layers", "blocks", "h", "block")
+
+
+_EXPERT = re.compile(r"([^/]+/)?experts\.\d+\.")
+
+
+def is_expert(path: str) -> bool:
+    """Whether a part belongs to one routed expert, of the main set or of a further one."""
+    return _EXPERT.match(path) is not None
 
 
 class Key(NamedTuple):
@@ -124,6 +133,11 @@ class Parts:
             if path.startswith("experts."):
                 found.setdefault(int(path.split(".")[1]), []).append(Key(layer, path))
         return found
+
+    def follows_experts(self, key: Key) -> bool:
+        """Whether a part is one expert's, or has an entry of the router for each, of the main set of experts."""
+        block, _ = self._members.get(self.home[key][0].name, (None, None))
+        return block is not None and block.of is None and key.layer is not None
 
     def member(self, key: Key) -> Member:
         """Return the tensor of an MoE block that holds a part; of a half of it, as if that were stored alone."""

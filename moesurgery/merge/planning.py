@@ -11,11 +11,12 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError, SurgeryError, at_line
 from moesurgery.families.settings import Settings, with_value
-from moesurgery.merge.aligned import Aligner
+from moesurgery.merge.aligned import Aligner, check_alignable
 from moesurgery.merge.arguments import Arguments
 from moesurgery.merge.filters import check_filters
 from moesurgery.merge.layers import restacked
 from moesurgery.merge.merged import Merged
+from moesurgery.merge.parts import is_expert
 from moesurgery.merge.placement import Placement
 from moesurgery.merge.recipe import MergeRecipe
 from moesurgery.merge.references import Models, label
@@ -63,6 +64,12 @@ class _Merger:
     def plan(self) -> Plan:
         donor, parts, placed = self.sources.donor, self.sources.parts, self.placement.tensors
         check_filters(self.stage, (name for name, _, _ in placed), parts, self.origin)
+        if self.stage.align:
+            line = self.stage.line_of("align")
+            with at_line(self.origin, line):
+                kept = check_alignable(donor)
+            if kept is not None:
+                self.warnings.append(f"{self.origin}:{line}: align has no effect on the experts of {kept}")
         if self.stage.stacked and (extra := self.placement.left_out):
             self.warnings.append(
                 f"{self.origin}: the layers for multi-token prediction ({', '.join(map(str, extra))} of {donor.label})"
@@ -92,7 +99,7 @@ class _Merger:
         """Return the merged values of a part, or those of all experts at once where the recipe wants that."""
         sources = self.sources.by_slice[place.slice]
         at_once = self.stage.granularity == "tensor" and self.method.kind != "elementwise"
-        if not (at_once and "experts." in path):
+        if not (at_once and is_expert(path)):
             return self._merged(path, place, [self._input(s, path, place) for s in sources])
         together = _together(path, sources[0].parts.paths[sources[0].key(path, place).layer])
         group = self._groups.get((place, together))
@@ -106,7 +113,7 @@ class _Merger:
     def _input(self, source: Source, path: str, place: Place) -> Expr:
         """Return a part of one model, in the order of the base's experts and neurons where the recipe wants that."""
         key, lead = source.key(path, place), self.sources.lead(place.slice)
-        if not (self.stage.align and path.startswith(("experts.", "router."))) or source.parts is lead.parts:
+        if not self.stage.align or source.parts is lead.parts or not source.parts.follows_experts(key):
             return source.parts.part(key)
         pair = (id(lead.parts), id(source.parts))
         if pair not in self._aligners:
