@@ -8,6 +8,7 @@ instead, and anchors have a budget. Only PyYAML's parser is used, never its cons
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,13 +36,19 @@ _TRAPS = (
 class Document:
     """A parsed document: plain Python data, the line of every value, and what was wrong.
 
-    `shared` are the paths of values that an alias repeats elsewhere.
+    `shared` are the paths of values that an alias repeats elsewhere. `repeated` has the lines of keys that are
+    given again with such a value: some recipes hold their anchors so. It is wrong wherever a key means anything.
     """
 
     value: Any = None
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
     shared: set[tuple[Any, ...]] = field(default_factory=set)
+    repeated: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def twice(self, path: tuple[Any, ...], line: int) -> tuple[int, str]:
+        """Return what is wrong with a key that is given again."""
+        return line, f"the key {path[-1]!r} is given twice (first on line {self.lines[path]})"
 
     def line(self, path: tuple[Any, ...]) -> int:
         """Return the line of the value at `path`, or of the nearest thing around it."""
@@ -53,6 +60,7 @@ class Document:
 def parse(text: str) -> Document:
     """Parse YAML; never raises for what the text contains, but lists it under `problems` with line numbers."""
     documents = parse_all(text)
+    documents[0].problems += [documents[0].twice(path, line) for path, line in documents[0].repeated.items()]
     if len(documents) > 1:
         line = documents[1].line(())
         documents[0].problems.append((line, "is not YAML of one document: a second one begins here"))
@@ -72,7 +80,7 @@ def parse_all(text: str) -> list[Document]:
         for node in yaml.compose_all(text, Loader=yaml.SafeLoader):
             documents.append(Document())
             if node is not None:
-                documents[-1].value = _Builder(documents[-1]).build(node, (), 0)
+                documents[-1].value = _Builder(documents[-1], node).build(node, (), 0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
@@ -85,8 +93,9 @@ def parse_all(text: str) -> list[Document]:
 
 
 class _Builder:
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, root: yaml.Node) -> None:
         self.document = document
+        self.aliased = _aliased(root)
         self.nodes = 0
         self.open: set[int] = set()
         self.seen: dict[int, tuple[Any, ...]] = {}
@@ -94,9 +103,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: tuple[Any, ...], depth: int) -> Any:
         line = node.start_mark.line + 1
         self.document.lines.setdefault(path, line)
-        if id(node) in self.seen:
-            self.document.shared.add(self.seen[id(node)])
-        self.seen.setdefault(id(node), path)
+        self.note(node, path)
         self.nodes += 1
         if self.nodes > MAX_NODES:
             if self.nodes == MAX_NODES + 1:
@@ -120,22 +127,45 @@ class _Builder:
     def mapping(self, node: yaml.Node, path: tuple[Any, ...], depth: int) -> dict[Any, Any]:
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
+            if _is_merge(key_node):
+                self.merge(result, value_node, path, depth)
+        own: set[Any] = set()  # a mapping's own keys count before those that it merges in
+        for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problem(line, "a key must be a word or a number")
                 continue
-            key = key_node.value if key_node.value == "<<" else self.scalar(key_node, line)
-            if key == "<<" and not key_node.style:
-                self.problem(line, "merge keys (<<) are not supported: write the values out")
+            if _is_merge(key_node):
                 continue
-            if key in result:
-                self.problem(
-                    line, f"the key {key!r} is given twice (first on line {self.document.lines[(*path, key)]})"
-                )
+            key = self.scalar(key_node, line)
+            here = (*path, key)
+            if key in own:
+                if id(value_node) in self.aliased:
+                    self.document.repeated.setdefault(here, line)
+                    self.note(value_node, here)
+                else:
+                    self.document.problems.append(self.document.twice(here, line))
                 continue
-            result[key] = self.build(value_node, (*path, key), depth + 1)
-            self.document.lines[(*path, key)] = line
+            own.add(key)
+            result[key] = self.build(value_node, here, depth + 1)
+            self.document.lines[here] = line
         return result
+
+    def merge(self, result: dict[Any, Any], node: yaml.Node, path: tuple[Any, ...], depth: int) -> None:
+        """Add what a merge key names, `<<: *anchor` or a list of such; of two, the first counts."""
+        for other in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(other, yaml.MappingNode):
+                self.problem(other.start_mark.line + 1, "a merge key (<<) takes a mapping: <<: *anchor")
+                continue
+            held = self.build(other, path, depth + 1)
+            for key, value in held.items() if isinstance(held, dict) else ():
+                result.setdefault(key, value)
+
+    def note(self, node: yaml.Node, path: tuple[Any, ...]) -> None:
+        """Remember where a value stands first, and that it is shared where it stands again."""
+        if id(node) in self.seen:
+            self.document.shared.add(self.seen[id(node)])
+        self.seen.setdefault(id(node), path)
 
     def scalar(self, node: yaml.ScalarNode, line: int) -> Any:
         text: str = node.value
@@ -172,6 +202,23 @@ class _Builder:
 
     def problem(self, line: int, message: str) -> None:
         self.document.problems.append((line, message))
+
+
+def _is_merge(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and not key.style
+
+
+def _aliased(root: yaml.Node) -> set[int]:
+    """Return the ids of nodes that stand in more than one place."""
+    count: Counter[int] = Counter()
+    queue = [root]
+    while queue:
+        node = queue.pop()
+        count[id(node)] += 1
+        if count[id(node)] == 1 and not isinstance(node, yaml.ScalarNode):
+            for child in node.value:
+                queue += child if isinstance(child, tuple) else [child]
+    return {key for key, number in count.items() if number > 1}
 
 
 _IMPLICIT_TAGS = frozenset(

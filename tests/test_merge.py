@@ -170,7 +170,7 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "a missing weight": (
         "models: [{model: A}, {model: B, parameters: {weight: 1}}]\nmerge_method: linear\n",
-        "linear needs weight of A",
+        "linear needs weight of A\nhint:  add `parameters: {weight: …}`",
     ),
     "a weight by filter that leaves tensors out": (
         "models: [{model: A, parameters: {weight: [{filter: mlp, value: 1}]}}]\nmerge_method: linear\n",
@@ -223,6 +223,27 @@ WRONG: dict[str, tuple[str, str]] = {
         "mixtral",
     ),
     "not a recipe": ("- 1\n", "a merge recipe is a mapping"),
+    "keys twice": (
+        "models: [{model: A}]\nmerge_method: passthrough\nx: &x float16\ndtype: *x\ndtype: *x\n",
+        "r.yaml:5: the key 'dtype' is given twice (first on line 4)",
+    ),
+    "a template that is none": (
+        "models: [{model: A}]\nmerge_method: passthrough\nchat_template: chatmll\n",
+        "r.yaml:3: chat_template is 'chatmll', no Jinja: did you mean 'chatml'?",
+    ),
+    "tokens that are no mapping": (
+        "models: [{model: A}]\nmerge_method: passthrough\ntokenizer:\n  source: base\n  tokens: [a]\n",
+        "r.yaml:5: tokens is a mapping",
+    ),
+    "a tokenizer of no model": (
+        "models: [{model: A}]\nmerge_method: passthrough\ntokenizer_source: ./nowhere\n",
+        "r.yaml:3: ./nowhere: no such directory",
+    ),
+    "a stage that uses itself": (
+        "name: a\nmodels: [{model: b}]\nmerge_method: passthrough\n---\nname: b\nmodels: [{model: a}]\n"
+        "merge_method: passthrough\n",
+        "r.yaml:5: the stage 'b' uses itself",
+    ),
     "two documents without names": (
         "models: [{model: A}]\nmerge_method: passthrough\n---\nmodels: [{model: A}]\nmerge_method: passthrough\n",
         "a second stage has no name",
@@ -267,6 +288,76 @@ parameters: {{int8_mask: 1.0, normalize: 1.0}}
     assert "constant" not in result.err
     record = json.loads((tmp_path / "out" / "moesurgery.json").read_text())
     assert len(record["steps"][0]["warnings"]) == 4
+
+
+IDLE: dict[str, tuple[str, str]] = {
+    "a filter behind one that takes all": (
+        "models: [{model: A}]\nmerge_method: passthrough\nparameters:\n  scale:\n  - {filter: mlp, value: 2}\n"
+        "  - {filter: up_proj, value: 3}\n",
+        "r.yaml:6: the filter 'up_proj' of scale has no effect",
+    ),
+    "a value behind one for all": (
+        "models: [{model: A}]\nmerge_method: passthrough\nparameters: {scale: [{value: 2}, {filter: mlp, value: 3}]}\n",
+        "r.yaml:3: the filter 'mlp' of scale has no effect",
+    ),
+    "a layer that is not in the slice": (
+        "slices:\n- sources: [{model: A, layer_range: [0, 2]}]\nmerge_method: passthrough\nparameters:\n  scale:\n"
+        "  - {filter: layers.3., value: 2}\n",
+        "r.yaml:6: the filter 'layers.3.' of scale has no effect",
+    ),
+    "the base's own parameters": (
+        "models:\n- {model: A, parameters: {weight: 1}}\n- {model: B, parameters: {weight: 1}}\n"
+        "merge_method: ties\nbase_model: A\n",
+        "r.yaml:2: weight has no effect on the base model of ties",
+    ),
+    "nothing to align": (
+        "models: [{model: A}]\nmerge_method: passthrough\nalign: experts\n",
+        "r.yaml:3: align has no effect: no two models are merged",
+    ),
+    "no experts to align": (
+        "models: [A, B]\nmerge_method: karcher\nalign: experts\n",
+        "r.yaml:3: align: A has no experts",
+    ),
+    "tensors taken by element": (
+        "models: [A, B]\nmerge_method: linear\nparameters: {weight: 1}\ngranularity: tensor\n",
+        "r.yaml:4: granularity has no effect: linear takes each element by itself",
+    ),
+    "a stage that nothing uses": (
+        "name: a\nmodels: [A]\nmerge_method: passthrough\n---\nmodels: [B]\nmerge_method: passthrough\n",
+        "r.yaml:1: the stage 'a' has no effect: no other uses it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_what_decides_nothing_is_said(
+    case: str, llamas: list[Path], ok: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, message = IDLE[case]
+    monkeypatch.chdir(tmp_path)
+    for letter, path in zip("AB", llamas, strict=False):
+        (tmp_path / letter).symlink_to(path)
+    (tmp_path / "r.yaml").write_text(text)
+    result = ok("merge", "r.yaml", "-o", "out", "--dry-run")
+    assert result.err.count("warning:") == 1
+    assert f"warning: {message}" in result.err
+
+
+def test_recipes_hold_anchors_in_keys_of_their_own(llamas: list[Path], merge: Merge) -> None:
+    """As a widely copied recipe does, under one key many times, and with merge keys."""
+    found = merge(f"""\
+const_tag: &MODEL {llamas[0]}
+const_tag: &ATTENUATION 0.5
+shared: &shared
+  model: *MODEL
+  parameters: {{scale: [{{filter: q_proj, value: *ATTENUATION}}, {{value: 1}}]}}
+slices:
+- sources: [{{<<: *shared, layer_range: [0, 2]}}]
+- sources: [{{layer_range: [2, 4], parameters: {{scale: 2}}, <<: *shared}}]
+merge_method: passthrough
+""")
+    source = read_tensors(llamas[0])
+    assert [factor(found[Q.format(i)], source[Q.format(i)]) for i in range(4)] == [0.5, 0.5, 2, 2]
 
 
 def test_disagreements_of_configs_and_tokenizers_are_said(mixtrals: list[Path], ok: Cli, tmp_path: Path) -> None:
@@ -484,6 +575,28 @@ merge_method: passthrough
     assert "first_k_dense_replace" in result.err
 
 
+def test_layers_of_several_models_keep_their_own_kind(models: Any, merge: Merge, cli: Cli, tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    first, second = (models("gpt_oss", layer_types=kinds[::step]) for step in (1, -1))
+    text = f"""\
+slices:
+- sources: [{{model: {first}, layer_range: [0, 1]}}]
+- sources: [{{model: {second}, layer_range: [1, 2]}}]
+- sources: [{{model: {second}, layer_range: [0, 1]}}]
+merge_method: passthrough
+"""
+    merge(text)
+    assert read_config(tmp_path / "out")["layer_types"] == [kinds[0], kinds[0], kinds[1]]
+    bare = shutil.copytree(second, tmp_path / "bare")
+    config = read_config(bare)
+    del config["layer_types"]
+    (bare / "config.json").write_text(json.dumps(config))
+    (tmp_path / "r.yaml").write_text(text.replace(str(second), str(bare)))
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "no")
+    assert result.code == 2
+    assert "r.yaml:1: config.json has layer_types, an entry for each layer" in result.err
+
+
 # What ships
 
 
@@ -506,6 +619,16 @@ def test_shipped_recipes_run(path: Path, kind: str, merge: Merge, tmp_path: Path
 
 
 # Stages, dtypes, records
+
+
+def test_stages_stand_in_any_order(llamas: list[Path], merge: Merge) -> None:
+    first = f"name: first\n{listed(*llamas[:2], weight=0.5)}merge_method: linear\n"
+    second = f"name: second\n{listed(llamas[2])}merge_method: passthrough\nparameters: {{scale: 2}}\n"
+    last = "models: [first, second]\nmerge_method: linear\nparameters: {weight: 0.5}\n"
+    inside = merge("---\n".join((first, second, last)))
+    for order in ((last, first, second), (second, last, first)):
+        found = merge("---\n".join(order))
+        assert all(same_bits(found[name], value) for name, value in inside.items())
 
 
 def test_stages_in_one_pass_equal_one_merge_after_the_other(llamas: list[Path], merge: Merge, tmp_path: Path) -> None:

@@ -162,7 +162,19 @@ def test_known_templates_hold_what_was_said(name: str, merge: Merge, tmp_path: P
         ("tokenizer: {source: union, token: {}}", "unknown key 'token': did you mean 'tokens'"),
         ("tokenizer: {source: union, tokens: {x: {source: {kind: nil}}}}", "one of zero, model_token"),
         ("tokenizer: {source: base, tokens: {x: {source: B}}}\ntokenizer_source: base", "not both"),
-        ("tokenizer: {source: base, tokens: {nowhere: {source: B}}}", "'nowhere' is not in the tokenizer of"),
+        ("tokenizer: {source: base, tokens: {nowhere: {source: B}}}", "r.yaml:4: the token 'nowhere' is not in the"),
+        (
+            "tokenizer: {source: base, tokens: {x: {source: {kind: model_token, model: B, token_id: 99}}}}",
+            "r.yaml:4: the token 'x' takes row 99 of b, which has 18",
+        ),
+        (
+            "tokenizer: {source: base, tokens: {x: {source: {kind: model_token, model: B}}}}",
+            "r.yaml:4: model_token takes the model and either token or token_id",
+        ),
+        (
+            "tokenizer: {source: base, tokens: {a: {source: B, force: 1}}}",
+            "r.yaml:4: force is 1, expected true",
+        ),
     ],
 )
 def test_what_is_wrong(more: str, message: str, pair: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:

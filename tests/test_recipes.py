@@ -73,7 +73,9 @@ def test_what_yaml_readers_disagree_on_is_refused(text: str) -> None:
         "!!binary aGk=",
         "a: !custom 1",
         "{[1]: 2}",
-        "a: {<<: {b: 1}}",
+        "a: {<<: 1}",
+        "a: {<<: &x {b: *x}}",
+        "a: &x 1\na: &y 2\nb: [*x, *y]",
         "a: [1",
         "\ta: 1",
         "a: 1\n---\nb: 2",
@@ -92,6 +94,17 @@ def test_what_a_recipe_may_not_hold(text: str) -> None:
 
 def test_aliases_are_allowed() -> None:
     assert parse_text("a: &x 1.5\nb: [*x, *x]") == {"a": 1.5, "b": [1.5, 1.5]}
+
+
+def test_merge_keys() -> None:
+    """A mapping's own keys count, then those of the first that it merges in."""
+    text = "a: &a {k: 1, l: 2}\nb: &b {l: 3, m: 4}\nc: {<<: *a, k: 5}\nd: {l: 6, <<: [*b, *a]}"
+    found = parse_text(text)
+    assert found["c"] == {"k": 5, "l": 2}
+    assert found["d"] == {"l": 6, "m": 4, "k": 1}
+    document = parse(text)
+    assert document.line(("d", "l")) == 4
+    assert document.line(("d", "m")) == 2
 
 
 # Recipes

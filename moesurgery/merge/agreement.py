@@ -62,13 +62,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-def tokenizers_differ(ours: Checkpoint, theirs: Checkpoint) -> bool:
-    """Whether two models both have a tokenizer and map text to other numbers."""
+def tokenizers_differ(ours: Checkpoint, theirs: Checkpoint) -> bool | None:
+    """Whether two models map text to other numbers; None where they have no form of a tokenizer in common."""
     for file in _TOKENIZER_FILES:
         if file in ours.file_sizes and file in theirs.file_sizes:
             a, b = (c.source.read(file, 0, c.file_sizes[file]) for c in (ours, theirs))
             return a != b and (file != "tokenizer.json" or _vocabulary(a) != _vocabulary(b))
-    return False
+    return None
 
 
 def _vocabulary(data: bytes) -> Any:

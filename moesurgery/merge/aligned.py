@@ -177,20 +177,21 @@ class Aligner:
         return self._neuron_orders[place]
 
 
-def check_alignable(parts: Parts) -> str | None:
-    """Return what of a model's experts keeps its order, None where nothing does.
+def not_aligned(parts: Parts) -> str | None:
+    """Say which experts of a model keep their order under alignment, None where none does.
 
-    Raises RefusedError where none can change their places.
+    Raises RefusedError where some cannot change their places for what others share with them.
     """
     anatomy = parts.anatomy
     if not anatomy.blocks:
-        raise RefusedError(f"{parts.label} has no experts to align", "leave out `align:`")
+        return f"{parts.label} has no experts"
     if shared := next((s.name for s in anatomy.settings.family.sets if s.follows), None):
         raise RefusedError(f"the experts of {parts.label} share numbers and a selection bias with those of {shared}")
     if not any(member.along is not None and member.role == "router" for member in anatomy.blocks[0].members):
         raise RefusedError(f"the router of {parts.label} has no row for each expert, so they cannot change places")
-    left = [block.where for block in anatomy.blocks if block.of or f"{block.root}{block.container}." != parts.prefix]
-    return f"{', '.join(left[:2])}{' and more' if len(left) > 2 else ''}" if left else None
+    left = [b.where for b in anatomy.blocks if b.of or f"{b.root}{b.container}." != parts.prefix]
+    more = f" and {len(left) - 2} more layers" if len(left) > 2 else ""
+    return f"the experts of {', '.join(left[:2])}{more} keep their order" if left else None
 
 
 def _traits(parts: Parts, layer: int) -> list[Expr]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moesurgery.errors import RecipeError
 from moesurgery.merge.filters import Filters
 from moesurgery.merge.method import per_model, scalar
-from moesurgery.merge.setting import Settings, resolve
+from moesurgery.merge.setting import Setting, Settings
 from moesurgery.merge.sources import Place, Source, Sources
 from moesurgery.merge.stage import Stage
 from moesurgery.surgery.parameters import MISSING, Parameter
@@ -19,6 +20,7 @@ class Arguments:
     def __init__(self, stage: Stage, sources: Sources) -> None:
         self.stage, self.sources, self.method = stage, sources, stage.method
         self._filters = Filters()
+        self._used: dict[int, tuple[str, Setting, set[int]]] = {}  # settings, and the choices of them that counted
 
     def of(self, path: str, place: Place, chosen: list[Source]) -> dict[str, Any]:
         """Return the arguments for one part: a tuple by model for what has a value for each of `chosen`.
@@ -34,10 +36,10 @@ class Arguments:
             if per_model(parameter):
                 found[name] = tuple(self._of_model(name, scalar(parameter), path, place, s, outer) for s in chosen)
                 continue
-            value = resolve(name, outer, matches, place.t)
+            value = self._resolved(name, outer, matches, place.t)
             if value is MISSING:
                 if parameter.required:
-                    raise self._lacking(name, lead.parts.names(key, place.layer)[0], part.line)
+                    raise self._lacking(name, name, outer, lead.parts.names(key, place.layer)[0], part.line)
                 value = parameter.default
             found[name] = round(value) if parameter.annotation is int else value
         wrong = self.method.refuse(found) if self.method.refuse else None
@@ -46,20 +48,44 @@ class Arguments:
             raise RecipeError(f"{self.sources.origin}:{part.line}: {self.method.name} at {where}: {wrong}")
         return found
 
+    def idle(self) -> Iterator[tuple[int, str]]:
+        """Yield, with its line, every choice by filter that has counted for no part so far."""
+        for name, setting, counted in self._used.values():
+            for i, choice in enumerate(setting.choices):
+                if i not in counted and (choice.filter is not None or i < len(setting.choices) - 1):
+                    what = f"the filter {choice.filter!r}" if choice.filter is not None else "this value"
+                    why = "choices before it take all that it means, or the layers in use hold none of that"
+                    yield choice.line, f"{what} of {name} has no effect: {why}"
+
     def _of_model(
         self, name: str, parameter: Parameter, path: str, place: Place, source: Source, outer: tuple[Settings, ...]
     ) -> Any:
         key = source.key(path, place)
         matches = self._filters.matcher(source.parts, key, key.layer)
-        value = resolve(name, (source.settings, *outer), matches, place.t)
+        scopes = (source.settings, *outer)
+        value = self._resolved(name, scopes, matches, place.t)
         if value is not MISSING:
             return value
         if parameter.required:
-            raise self._lacking(f"{name} of {source.parts.label}", source.parts.names(key, key.layer)[0], source.line)
+            what, tensor = f"{name} of {source.parts.label}", source.parts.names(key, key.layer)[0]
+            raise self._lacking(name, what, scopes, tensor, source.line)
         return parameter.default
 
-    def _lacking(self, what: str, tensor: str, line: int) -> RecipeError:
-        return RecipeError(
-            f"{self.sources.origin}:{line}: {self.method.name} needs {what}, and no filter gives it for {tensor}",
-            "add a last choice without filter: - value: …",
-        )
+    def _resolved(self, name: str, scopes: tuple[Settings, ...], matches: Callable[[str], bool], t: float) -> Any:
+        """Return the value of a parameter from the first scope that has one for a tensor; MISSING if none has."""
+        for scope in scopes:
+            setting = scope.get(name)
+            if setting is None:
+                continue
+            choice = setting.chosen(matches)
+            counted = self._used.setdefault(id(setting), (name, setting, set()))[2]
+            if choice is not None:
+                counted.add(setting.choices.index(choice))
+                return choice.at(t)
+        return MISSING
+
+    def _lacking(self, name: str, what: str, scopes: tuple[Settings, ...], tensor: str, line: int) -> RecipeError:
+        needs = f"{self.sources.origin}:{line}: {self.method.name} needs {what}"
+        if any(name in scope for scope in scopes):
+            return RecipeError(f"{needs}, and no filter gives it for {tensor}", "add a last choice: - value: …")
+        return RecipeError(needs, f"add `parameters: {{{name}: …}}`, there or for the whole recipe")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.family import LAYERS_KEYS
@@ -28,30 +28,48 @@ _RULES: Mapping[str, tuple[Any, ...]] = {
 _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 
 
-def restacked(settings: Settings, origins: Sequence[int], moe: Sequence[bool]) -> dict[str, Any]:
-    """Return the config for layers that come from the layers `origins` of a model with these settings.
+class Origin(NamedTuple):
+    """Where a layer of a stack comes from: the settings of a model, and the layer's number in it."""
 
-    `moe` says which of the new layers hold experts. Raises RefusedError where config.json gives a rule by layer number
-    that the new order breaks.
+    settings: Settings
+    layer: int
+
+
+def restacked(settings: Settings, origins: Sequence[Origin], moe: Sequence[bool]) -> dict[str, Any]:
+    """Return the config of a model with these settings for a stack of layers.
+
+    `moe` says which of the new layers hold experts. Raises RefusedError where a config.json gives a rule by layer
+    number that the new order breaks, or one model has a list by layer and another has none.
     """
-    old = settings.layers
-    assert old is not None
     config = with_value(settings, LAYERS_KEYS, len(origins), "num_hidden_layers")
-    if list(origins) == list(range(old)):
+    own = all(origin.settings.config is settings.config for origin in origins)
+    if own and [origin.layer for origin in origins] == list(range(settings.layers or 0)):
         return config
     for path in dict.fromkeys((*settings.family.nested, ())):
         part = section(config, path)
         if isinstance(part, dict):
-            _restack(part, list(origins), list(moe), old)
+            theirs = [section(origin.settings.config, path) for origin in origins]
+            _restack(part, [t if isinstance(t, Mapping) else {} for t in theirs], origins, list(moe), settings.layers)
     return config
 
 
-def _restack(part: dict[str, Any], origins: list[int], moe: list[bool], old: int) -> None:
+def _restack(
+    part: dict[str, Any],
+    theirs: Sequence[Mapping[str, Any]],
+    origins: Sequence[Origin],
+    moe: list[bool],
+    old: int | None,
+) -> None:
+    """Change a section of config.json for a stack; `theirs` are the same section of each layer's own model."""
     for key, value in list(part.items()):
         if key in _NUMBERS and isinstance(value, list):
-            part[key] = [i for i, origin in enumerate(origins) if origin in value]
+            lists = [their.get(key) or [] for their in theirs]
+            part[key] = [i for i, origin in enumerate(origins) if origin.layer in lists[i]]
         elif isinstance(value, list) and len(value) == old and key not in LAYERS_KEYS and "id" not in key.split("_"):
-            part[key] = [copy.deepcopy(value[origin]) for origin in origins]
+            part[key] = [
+                copy.deepcopy(_of_layer(key, their.get(key), origin))
+                for their, origin in zip(theirs, origins, strict=True)
+            ]
         elif key in _LEADING and isinstance(value, int):
             first = moe.index(True) if True in moe else len(moe)
             if not all(moe[first:]):
@@ -62,7 +80,19 @@ def _restack(part: dict[str, Any], origins: list[int], moe: list[bool], old: int
                 )
             part[key] = first
         elif key in _RULES and value is not None and value not in _RULES[key]:
-            _check_rule(part, key, value, origins)
+            if any(their.get(key) != value for their in theirs):
+                raise RefusedError(f"config.json has {key}: {value}, and that of another model in the stack has not")
+            _check_rule(part, key, value, [origin.layer for origin in origins])
+
+
+def _of_layer(key: str, values: Any, origin: Origin) -> Any:
+    if not isinstance(values, list) or len(values) <= origin.layer:
+        raise RefusedError(
+            f"config.json has {key}, an entry for each layer, and that of another model in the stack has none for its"
+            f" layer {origin.layer}",
+            "write the list into that config.json",
+        )
+    return values[origin.layer]
 
 
 def _check_rule(part: Mapping[str, Any], key: str, value: Any, origins: list[int]) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError, SurgeryError, at_line
 from moesurgery.families.settings import Settings, with_value
-from moesurgery.merge.aligned import Aligner, check_alignable
+from moesurgery.merge.aligned import Aligner, not_aligned
 from moesurgery.merge.arguments import Arguments
+from moesurgery.merge.chat_templates import TEMPLATE, chat_template
 from moesurgery.merge.filters import check_filters
-from moesurgery.merge.layers import restacked
+from moesurgery.merge.layers import Origin, restacked
 from moesurgery.merge.merged import Merged
 from moesurgery.merge.parts import is_expert
 from moesurgery.merge.placement import Placement
@@ -22,7 +23,7 @@ from moesurgery.merge.recipe import MergeRecipe
 from moesurgery.merge.references import Models, label
 from moesurgery.merge.sources import Place, Source, Sources
 from moesurgery.merge.stage import DTYPES, Stage
-from moesurgery.merge.tokenizers import TEMPLATE, MergedTokenizer, chat_template
+from moesurgery.merge.tokenizers import MergedTokenizer, is_kept
 from moesurgery.plan.drawn import random_key
 from moesurgery.plan.elementwise import cast, scale
 from moesurgery.plan.expr import Expr, Rows, concat
@@ -39,13 +40,10 @@ def plan_merge(recipe: MergeRecipe, models: Models | None = None) -> Plan:
     Opens headers only. Raises SurgeryError, with the recipe's line where it has one.
     """
     models = models or Models()
-    for stage in recipe.stages:
-        plan = _Merger(stage, models, recipe.origin, recipe.device).plan()
-        if stage is recipe.result:
-            return plan
+    for stage in recipe.stages[:-1]:
         assert stage.name is not None
-        models.stages[stage.name] = plan
-    raise AssertionError("a recipe has a stage")
+        models.stages[stage.name] = _Merger(stage, models, recipe.origin, recipe.device).plan()
+    return _Merger(recipe.stages[-1], models, recipe.origin, recipe.device).plan()
 
 
 class _Merger:
@@ -64,12 +62,12 @@ class _Merger:
     def plan(self) -> Plan:
         donor, parts, placed = self.sources.donor, self.sources.parts, self.placement.tensors
         check_filters(self.stage, (name for name, _, _ in placed), parts, self.origin)
-        if self.stage.align:
+        if self.stage.align and self.sources.others:
             line = self.stage.line_of("align")
             with at_line(self.origin, line):
-                kept = check_alignable(donor)
+                kept = not_aligned(donor)
             if kept is not None:
-                self.warnings.append(f"{self.origin}:{line}: align has no effect on the experts of {kept}")
+                self.warnings.append(f"{self.origin}:{line}: align: {kept}")
         if self.stage.stacked and (extra := self.placement.left_out):
             self.warnings.append(
                 f"{self.origin}: the layers for multi-token prediction ({', '.join(map(str, extra))} of {donor.label})"
@@ -81,6 +79,7 @@ class _Merger:
         for name, holder, place in placed:
             tensors[name] = holder.assemble([self._part(path, place) for path in holder.paths])
             last = home[name] = donor.plan.home.get(name, last)
+        self.warnings += [f"{self.origin}:{line}: {text}" for line, text in self.arguments.idle()]
         files = self._files()
         named = [p.plan for p in self.sources.named().values()]  # one of them may give its tokenizer alone
         return Plan(
@@ -186,16 +185,15 @@ class _Merger:
         if self.stage.tokenizer is None:
             return None
         models = self.sources.named()
-        with at_line(
-            self.origin, self.stage.line_of("tokenizer" if "tokenizer" in self.stage.lines else "tokenizer_source")
-        ):
-            return MergedTokenizer(self.stage.tokenizer, models)
+        with at_line(self.origin, self.stage.tokenizer_line):
+            return None if is_kept(self.stage.tokenizer, models) else MergedTokenizer(self.stage.tokenizer, models)
 
     def _resized(self, sources: list[Source], inputs: list[Expr]) -> list[Expr]:
         """Return an embedding of each source with the rows of the merged tokenizer."""
         assert self._tokenizer is not None
         named = {s.reference: expr for s, expr in zip(sources, inputs, strict=True)}
-        found = self._tokenizer.resized(named)
+        with at_line(self.origin, self.stage.tokenizer_line):
+            found = self._tokenizer.resized(named)
         return [found[s.reference] for s in sources]
 
     def _files(self) -> dict[str, bytes | None]:
@@ -222,7 +220,8 @@ class _Merger:
             blocks = {id(lead.parts): {b.layer for b in lead.parts.anatomy.main_blocks} for lead, _ in places}
             moe = [lead.first + offset in blocks[id(lead.parts)] for lead, offset in places]
             with at_line(self.origin, self.stage.line_of("slices")):
-                config = restacked(donor.anatomy.settings, [lead.first + offset for lead, offset in places], moe)
+                origins = [Origin(lead.parts.anatomy.settings, lead.first + offset) for lead, offset in places]
+                config = restacked(donor.anatomy.settings, origins, moe)
         if self._tokenizer is not None:
             settings = Settings(donor.anatomy.settings.family, config)
             config = with_value(settings, ("vocab_size",), self._tokenizer.rows, "vocab_size")

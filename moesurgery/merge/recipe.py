@@ -27,9 +27,9 @@ from moesurgery.yaml_strict import parse_all
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """The stages of a recipe file, the last of which is the output. `origin` is the file's name, for messages.
+    """The stages of a recipe file, each after those that it uses; the last is the output.
 
-    `device`: where torch computes; "" for numpy.
+    `origin` is the file's name, for messages. `device`: where torch computes; "" for numpy.
     """
 
     stages: tuple[Stage, ...]
@@ -47,11 +47,6 @@ class MergeRecipe:
 
     def to_yaml(self) -> str:
         return self.text
-
-    @property
-    def result(self) -> Stage:
-        """The stage that is written: the one without a name, or the last."""
-        return next((s for s in self.stages if s.name is None), self.stages[-1])
 
 
 def load_merge_recipe(path: str | Path) -> MergeRecipe:
@@ -76,15 +71,37 @@ def parse_merge_recipe(text: str, origin: str = "recipe") -> MergeRecipe:
         wrong += document.problems + reader.wrong
         if stage is not None:
             stages.append(stage)
-    names = [stage.name for stage in stages]
-    for i, stage in enumerate(stages):
-        if names.index(stage.name) != i:
-            what = f"a second stage is named {stage.name!r}" if stage.name else "a second stage has no name"
-            wrong.append((stage.line, f"{what}: give each a `name:` of its own, the last needs none"))
-        for model in stage.models:
-            if model in names[i:]:
-                wrong.append((stage.line, f"{model!r} is a stage that comes later: a stage uses those before it"))
+    ordered = _ordered(stages, wrong)
     if wrong:
         lines = [f"{origin}:{line}: {message}" for line, message in sorted(set(wrong))]
         raise RecipeError("\n".join(lines), "docs/merge.md shows what a merge recipe may hold")
-    return MergeRecipe(tuple(stages), origin, text)
+    return MergeRecipe(tuple(ordered), origin, text)
+
+
+def _ordered(stages: list[Stage], wrong: list[tuple[int, str]]) -> list[Stage]:
+    """Return the stages with each after those that it uses, the result last; add what is wrong with them to `wrong`.
+
+    The result is the stage without a name, or the last. Stages that it does not need are left out, with a warning.
+    """
+    named: dict[str | None, Stage] = {}
+    for stage in stages:
+        if stage.name in named:
+            what = f"a second stage is named {stage.name!r}" if stage.name else "a second stage has no name"
+            wrong.append((stage.line, f"{what}: give each a `name:` of its own, the last needs none"))
+        named.setdefault(stage.name, stage)
+    if not stages:
+        return []
+    result = named.get(None, stages[-1])
+    found: list[Stage] = []
+    open_ones = [(result, iter(result.models))]
+    while open_ones:
+        stage, models = open_ones[-1]
+        used = next((named[model] for model in models if model in named and named[model] not in found), None)
+        if used is None:
+            found.append(open_ones.pop()[0])
+        elif any(used is above for above, _ in open_ones):
+            wrong.append((used.line, f"the stage {used.name!r} uses itself, at once or by way of others"))
+        else:
+            open_ones.append((used, iter(used.models)))
+    idle = [(s.line, f"the stage {s.name!r} has no effect: no other uses it") for s in stages if s not in found]
+    return [*found[:-1], replace(result, warnings=(*result.warnings, *idle))]

@@ -9,11 +9,9 @@ t:                                       # by filter: the first that is part of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from moesurgery.surgery.parameters import MISSING
 
 EVERYTHING = "*"
 
@@ -45,12 +43,9 @@ class Setting:
 
     choices: tuple[Choice, ...]
 
-    def at(self, matches: Callable[[str], bool], t: float) -> Any:
-        """Return the value of the first choice whose filter matches; MISSING where none does."""
-        for choice in self.choices:
-            if choice.filter is None or matches(choice.filter):
-                return choice.at(t)
-        return MISSING
+    def chosen(self, matches: Callable[[str], bool]) -> Choice | None:
+        """Return the first choice whose filter matches."""
+        return next((c for c in self.choices if c.filter is None or matches(c.filter)), None)
 
 
 Settings = Mapping[str, Setting]
@@ -99,14 +94,3 @@ def converted(setting: Setting, convert: Callable[[Any], Any]) -> Setting:
             for c in setting.choices
         )
     )
-
-
-def resolve(name: str, scopes: Iterable[Settings], matches: Callable[[str], bool], t: float) -> Any:
-    """Return the value of parameter `name` from the first of `scopes` that has one for a tensor; MISSING if none."""
-    for scope in scopes:
-        setting = scope.get(name)
-        if setting is not None:
-            value = setting.at(matches, t)
-            if value is not MISSING:
-                return value
-    return MISSING

@@ -69,7 +69,11 @@ class Sources:
 
     def named(self) -> dict[str, Parts]:
         """Return all models that the stage names, those for its tokenizer alone too, by reference."""
-        return {name: self.opened(name) for name in self.stage.models}
+        found = {}
+        for name in self.stage.models:
+            with at_line(self.origin, self.stage.line_naming(name)):
+                found[name] = self.opened(name)
+        return found
 
     def lead(self, index: int) -> Source:
         """Return the source of a slice that the output's form follows: the donor, or the first."""

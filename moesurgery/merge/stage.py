@@ -72,3 +72,11 @@ class Stage:
 
     def line_of(self, key: str) -> int:
         return self.lines.get(key, self.line)
+
+    @property
+    def tokenizer_line(self) -> int:
+        return self.line_of("tokenizer" if "tokenizer" in self.lines else "tokenizer_source")
+
+    def line_naming(self, model: str) -> int:
+        """Return the line of the document's key under which a model is named first."""
+        return self.line_of(next(str(path[0]) for path, text in self.places.items() if text == model))

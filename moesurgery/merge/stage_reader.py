@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from moesurgery.errors import RecipeError
 from moesurgery.merge.method import Method, find_method, methods, per_model, problem
 from moesurgery.merge.setting import Setting, converted, read_setting, scalars
 from moesurgery.merge.stage import DTYPES, Input, Slice, Stage
-from moesurgery.merge.wishes import TokenizerWish, TokenSource
+from moesurgery.merge.wish_reader import WishReader
 from moesurgery.surgery.operation import did_you_mean
 from moesurgery.yaml_strict import Document
 
@@ -29,6 +30,7 @@ class StageReader:
         self.warnings: list[tuple[int, str]] = []
         self.method: Method | None = None
         self.places: dict[tuple[Any, ...], str] = {}
+        self.anchors: set[tuple[Any, ...]] = set()  # keys that hold values for elsewhere
 
     def stage(self) -> Stage | None:
         value = self.document.value
@@ -50,6 +52,7 @@ class StageReader:
         )
         outer = self.settings(value, ())
         inner = self.settings(body, path) if path else {}
+        wishes = WishReader(self)
         found = Stage(
             name=self.one_of(value, "name", str, "text"),
             method=self.method,
@@ -60,17 +63,19 @@ class StageReader:
             dtype=self.dtype(value),
             granularity=self.granularity(value),
             align=self.align(value),
-            tokenizer=self.tokenizer(value),
-            chat_template=self.one_of(value, "chat_template", str, "auto, a known name, or Jinja"),
+            tokenizer=wishes.tokenizer(value),
+            chat_template=wishes.chat_template(value),
             seed=self.one_of(value, "seed", int, "a whole number") or 0,
             line=line,
             lines={str(key): self.document.line((key,)) for key in value},
-            warnings=tuple(self.warnings),
             value=value,
             places=self.places,
         )
         self.counts(found)
-        return found
+        self.idle(found)
+        repeated = self.document.repeated
+        self.wrong += [self.document.twice(path, line) for path, line in repeated.items() if path not in self.anchors]
+        return replace(found, warnings=tuple(self.warnings))
 
     def find(self, name: Any) -> Method | None:
         line = self.document.line(("merge_method",))
@@ -252,13 +257,33 @@ class StageReader:
                 beside = " beside the base model" if method.base in ("required", "optional") and base else ""
                 self.wrong.append((part.line, f"{method.name} merges {wanted} models{beside}; here are {count}"))
 
+    def idle(self, stage: Stage) -> None:
+        """Warn of what a recipe says that decides nothing, in this place or for this method."""
+        method = stage.method
+        if stage.granularity == "tensor" and method.kind == "elementwise":
+            what = f"granularity has no effect: {method.name} takes each element by itself"
+            self.warnings.append((stage.line_of("granularity"), what))
+        if stage.align and all(
+            len({*(e.model for e in p.inputs), p.base or stage.base} - {None}) < 2 for p in stage.slices
+        ):
+            self.warnings.append((stage.line_of("align"), "align has no effect: no two models are merged"))
+        if method.base not in ("required", "optional"):
+            return
+        for part in stage.slices:
+            base = part.base or stage.base
+            for entry in part.inputs:
+                for name, setting in entry.settings.items() if entry.model == base else ():
+                    line = setting.choices[0].line
+                    self.warnings.append((line, f"{name} has no effect on the base model of {method.name}"))
+
     def keys(self, value: dict[str, Any], path: tuple[Any, ...], known: tuple[str, ...]) -> None:
         for key in value:
             if key in known:
                 continue
             here = (*path, key)
             if any(shared[: len(here)] == here for shared in self.document.shared):
-                continue  # a place for anchors: its values are used elsewhere
+                self.anchors.add(here)
+                continue
             line = self.document.line(here)
             if any(key in method.parameters for method in methods().values()):
                 self.warnings.append((line, f"{key} has no effect here: put it under `parameters:`"))
@@ -298,54 +323,6 @@ class StageReader:
                 )
                 return frozenset()
         return frozenset(wanted)
-
-    def tokenizer(self, value: dict[str, Any]) -> TokenizerWish | None:
-        source, given = value.get("tokenizer_source"), value.get("tokenizer")
-        if source is not None and given is not None:
-            self.wrong.append((self.document.line(("tokenizer",)), "give tokenizer or tokenizer_source, not both"))
-        if given is None:
-            model = self.tokenizer_source(source, ("tokenizer_source",)) if source is not None else None
-            return TokenizerWish(model) if model is not None else None
-        path = ("tokenizer",)
-        if not isinstance(given, dict):
-            self.wrong.append((self.document.line(path), "tokenizer is a mapping: {source: union}"))
-            return None
-        self.keys(given, path, ("source", "tokens", "pad_to_multiple_of"))
-        model = self.tokenizer_source(given.get("source", "union"), (*path, "source"))
-        multiple = given.get("pad_to_multiple_of")
-        if multiple is not None and (type(multiple) is not int or multiple < 1):
-            line = self.document.line((*path, "pad_to_multiple_of"))
-            self.wrong.append((line, f"pad_to_multiple_of is {multiple!r}, expected a whole number"))
-            multiple = None
-        tokens: dict[str, TokenSource | None] = {}
-        for token, wish in (given.get("tokens") or {}).items() if isinstance(given.get("tokens"), dict | None) else ():
-            tokens[str(token)] = self.token(wish, (*path, "tokens", token))
-        return TokenizerWish(model or "base", tokens, multiple)
-
-    def tokenizer_source(self, value: Any, path: tuple[Any, ...]) -> str | None:
-        return value if value in ("base", "union") else self.reference(value, path)
-
-    def token(self, wish: Any, path: tuple[Any, ...]) -> TokenSource | None:
-        """Read where the embedding of one token comes from."""
-        if wish is None or wish == {}:
-            return None
-        if not isinstance(wish, dict):
-            self.wrong.append((self.document.line(path), "a token is a mapping: {source: MODEL, force: true}"))
-            return None
-        self.keys(wish, path, ("source", "force"))
-        source, force = wish.get("source"), bool(wish.get("force", False))
-        if not (isinstance(source, dict) and "kind" in source):
-            model = self.reference(source, (*path, "source"))
-            return TokenSource(model, force=force)
-        self.keys(source, (*path, "source"), ("kind", "model", "token", "token_id"))
-        if source["kind"] == "zero":
-            return TokenSource(None, force=force)
-        if source["kind"] != "model_token":
-            line = self.document.line((*path, "source"))
-            self.wrong.append((line, f"kind is {source['kind']!r}: one of zero, model_token"))
-            return None
-        model = self.reference(source.get("model"), (*path, "source", "model"))
-        return TokenSource(model, source.get("token"), source.get("token_id"), force)
 
     def one_of(self, value: dict[str, Any], key: str, kind: Callable[..., Any], what: str) -> Any:
         given = value.get(key)

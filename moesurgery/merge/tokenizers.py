@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import RefusedError
 from moesurgery.families import components
+from moesurgery.merge.agreement import tokenizers_differ
 from moesurgery.merge.aligned import Moments
+from moesurgery.merge.chat_templates import SETTINGS, TEMPLATE
 from moesurgery.merge.parts import Parts
 from moesurgery.merge.wishes import TokenizerWish, TokenSource
 from moesurgery.plan.arrays import rounded
@@ -27,39 +29,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+FILE = "tokenizer.json"
 # Other forms of a tokenizer, stale once tokens are added.
-_OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "spiece.model")
-TOKENIZER_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *_OTHER_FORMS)
-
-TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-        "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "llama3": (
-        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] }}"
-        "{{ '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
-    "mistral": (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        "{{ ' ' + message['content'] + eos_token }}{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-        "{% endif %}{% endfor %}"
-    ),
-    "alpaca": (
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "exaone": (
-        "{% for message in messages %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
-        "{{ '\n' if message['role'] == 'user' else '[|endofturn|]\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
-    ),
-}
+OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *OTHER_FORMS)
 
 
 @dataclass(frozen=True)
@@ -131,13 +104,35 @@ def vocabulary(checkpoint: Checkpoint, label: str) -> tuple[dict[str, Any], dict
     return data, numbers
 
 
+def is_kept(wish: TokenizerWish, models: Mapping[str, Parts]) -> bool:
+    """Whether a wish leaves the base's tokenizer as it is though its tokens are not known: all models have the same."""
+    base, *others = (parts.plan.checkpoint for parts in models.values())
+    same = all(tokenizers_differ(base, other) is False for other in others)
+    return same and FILE not in base.file_sizes and not wish.tokens and wish.multiple is None
+
+
+def _vocabularies(models: Mapping[str, Parts]) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
+    """Return `vocabulary` of each model; one that keeps its tokenizer as another does has that one's."""
+    found: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
+    for name, parts in models.items():
+        checkpoint = parts.plan.checkpoint
+        if FILE in checkpoint.file_sizes:
+            found[name] = vocabulary(checkpoint, parts.label)
+    for name, parts in models.items():
+        if name not in found:
+            like = (n for n in found if tokenizers_differ(models[n].plan.checkpoint, parts.plan.checkpoint) is False)
+            twin = next(like, None)
+            found[name] = found[twin] if twin is not None else vocabulary(parts.plan.checkpoint, parts.label)
+    return {name: found[name] for name in models}
+
+
 class MergedTokenizer:
     """The tokenizer that a wish makes of those of `models`, the first of which is the base."""
 
     def __init__(self, wish: TokenizerWish, models: Mapping[str, Parts]) -> None:
         self.wish, self.models = wish, models
         self.base = next(iter(models))
-        found = {name: vocabulary(parts.plan.checkpoint, parts.label) for name, parts in models.items()}
+        found = _vocabularies(models)
         self.numbers = {name: numbers for name, (_, numbers) in found.items()}
         home = wish.source if wish.source not in ("base", "union") else self.base
         self.data, self.home = copy.deepcopy(found[home][0]), home
@@ -225,7 +220,7 @@ class MergedTokenizer:
                 found[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:
             found[FILE] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
-            found.update(dict.fromkeys(_OTHER_FORMS))
+            found.update(dict.fromkeys(OTHER_FORMS))
         base = self.models[self.base].plan.checkpoint.file_sizes
         return {file: data for file, data in found.items() if data is not None or file in base}
 
@@ -256,7 +251,7 @@ class MergedTokenizer:
         if own is not None and not (wish is not None and wish.force):
             return ((which, own),)
         if wish is not None:
-            return self._wished(token, wish, names)
+            return self._wished(token, wish, names, options)
         found = [
             (j, n)
             for j, name in enumerate(names)
@@ -264,13 +259,25 @@ class MergedTokenizer:
         ]
         return tuple(found) or ((len(names), 0),)
 
-    def _wished(self, token: str, wish: TokenSource, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    def _wished(
+        self, token: str, wish: TokenSource, names: Sequence[str], options: Sequence[Expr]
+    ) -> tuple[tuple[int, int], ...]:
         if wish.model is None:
             return ()
+        label = self.models[wish.model].label
+        if wish.model not in names:
+            raise RefusedError(
+                f"the token {token!r} takes a row of {label}, which is not merged", "list it under `models:` too"
+            )
+        which = names.index(wish.model)
         number = wish.number if wish.number is not None else self.numbers[wish.model].get(wish.token or token)
-        if wish.model not in names or number is None:
-            raise RefusedError(f"the token {wish.token or token!r} is not in the tokenizer of {wish.model}")
-        return ((names.index(wish.model), number),)
+        if number is None:
+            raise RefusedError(f"the token {wish.token or token!r} is not in the tokenizer of {label}")
+        if not 0 <= number < options[which].shape[0]:
+            raise RefusedError(
+                f"the token {token!r} takes row {number} of {label}, which has {options[which].shape[0]}"
+            )
+        return ((which, number),)
 
 
 def _pair(merge: Any) -> tuple[str, ...]:
@@ -279,25 +286,3 @@ def _pair(merge: Any) -> tuple[str, ...]:
 
 def _matrix(expr: Expr) -> Expr:
     return expr if len(expr.shape) == 2 else reshape(expr, (expr.shape[0], expr.numel // max(expr.shape[0], 1)))
-
-
-def chat_template(wish: str, models: Mapping[str, Parts]) -> str | None:
-    """Return the template that a recipe wants: one that is known by name, Jinja, or `auto`, what most models have."""
-    if wish != "auto":
-        return TEMPLATES.get(wish, wish)
-    found = [template for parts in models.values() if (template := template_of(parts.plan.checkpoint)) is not None]
-    return max(found, key=found.count) if found else None
-
-
-def template_of(checkpoint: Checkpoint) -> str | None:
-    """Return a model's chat template, from whichever file holds it."""
-    sizes = checkpoint.file_sizes
-    if TEMPLATE in sizes:
-        return checkpoint.source.read(TEMPLATE, 0, sizes[TEMPLATE]).decode("utf-8", "replace")
-    if SETTINGS in sizes:
-        try:
-            held = json.loads(checkpoint.source.read(SETTINGS, 0, sizes[SETTINGS])).get("chat_template")
-        except (ValueError, AttributeError):
-            return None
-        return held if isinstance(held, str) else None
-    return None
