@@ -97,6 +97,14 @@ def test_same_input_same_bytes(plan: Plan, tmp_path: Path) -> None:
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_no_fsync_waits_for_nothing(durable: bool, plan: Plan, tmp_path: Path, monkeypatch: Any) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_plan(plan, tmp_path / "out", WriteOptions(durable=durable))
+    assert bool(synced) == durable
+
+
 def test_file_modes_follow_the_umask(plan: Plan, tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:

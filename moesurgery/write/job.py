@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import moesurgery
-from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE
+from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE, Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
@@ -105,7 +105,7 @@ def write_plan(
         _run(todo, partial, identity, manner, watch, workers, make_executor)
         try:
             nbytes = _finish(plan, tasks, partial, options)
-            _publish(partial, output, force=options.force)
+            _publish(partial, output, options)
         except OSError as error:
             raise disk_error(error, partial) from error
     finally:
@@ -198,7 +198,7 @@ def _claim(partial: Path, identity: str, *, force: bool) -> int:
             _empty(partial / WORK, keep="lock")
         for stale in (partial / WORK).rglob("*.tmp"):
             _remove(stale)
-        _write_text(record.with_suffix(".new"), identity)
+        _write_bytes(record.with_suffix(".new"), [identity.encode()], durable=False)
         os.replace(record.with_suffix(".new"), record)
     except OSError as error:
         os.close(lock)
@@ -325,16 +325,13 @@ def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
     return previous
 
 
-def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
+def _write_bytes(path: Path, content: Iterable[bytes], *, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        file.writelines(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOptions) -> int:
@@ -343,26 +340,28 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     with ThreadPoolExecutor(options.jobs or min(os.cpu_count() or 1, 8)) as pool:
         outputs = list(pool.map(lambda task: _check_shard(partial, task, checksum=options.checksums), tasks))
     _remove_leftovers(partial, {task.name for task in tasks})
-    source_files = plan.checkpoint.source
-    for file in plan.checkpoint.side_files:
+    source = plan.checkpoint
+
+    def write(file: str, content: bytes | Iterator[bytes]) -> None:
+        _write_bytes(partial / file, [content] if isinstance(content, bytes) else content, durable=options.durable)
+
+    for file in source.side_files:
         if (file == CARD and options.card) or file in plan.files:
             continue
-        _carry(source_files, file, plan.checkpoint.file_sizes[file], partial / file)
+        write(file, _side_file(source, file))
     for file, content in plan.files.items():
         if content is not None:
-            _write_bytes(partial / file, content)
-    if plan.config == plan.checkpoint.config:
-        _carry(source_files, CONFIG, plan.checkpoint.file_sizes[CONFIG], partial / CONFIG)
-    else:
-        _write_text(partial / CONFIG, write_json(plan.config))
-    if options.card or CARD not in plan.checkpoint.side_files or plan.files.get(CARD, b"") is None:
-        _write_text(partial / CARD, card_text(plan))
+            write(file, content)
+    write(CONFIG, _side_file(source, CONFIG) if plan.config == source.config else write_json(plan.config).encode())
+    if options.card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
+        write(CARD, card_text(plan).encode())
     outputs.append({"file": CONFIG, "sha256": hashlib.sha256((partial / CONFIG).read_bytes()).hexdigest()})
-    _write_text(partial / PROVENANCE, write_json(provenance(plan, outputs)))
+    write(PROVENANCE, write_json(provenance(plan, outputs)).encode())
     shards = [task for task in tasks if task.name not in plan.companions]
     if shards[0].name != SINGLE or len(shards) > 1:
-        _write_text(partial / INDEX, write_json(_index(plan, shards)))
-    copying.sync_directory(partial)
+        write(INDEX, write_json(_index(plan, shards)).encode())
+    if options.durable:
+        copying.sync_directory(partial)
     return total
 
 
@@ -398,20 +397,17 @@ def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _carry(source: Any, file: str, size: int, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "wb") as out:
-        for start in range(0, size, 8 << 20):
-            out.write(source.read(file, start, min(8 << 20, size - start)))
-        out.flush()
-        os.fsync(out.fileno())
+def _side_file(checkpoint: Checkpoint, file: str) -> Iterator[bytes]:
+    size = checkpoint.file_sizes[file]
+    for start in range(0, size, 8 << 20):
+        yield checkpoint.source.read(file, start, min(8 << 20, size - start))
 
 
-def _publish(partial: Path, output: Path, *, force: bool) -> None:
+def _publish(partial: Path, output: Path, options: WriteOptions) -> None:
     """Give the finished directory its name. Killed at any point, it is whole under one name or the other."""
     replaced: Path | None = None
     if output.exists() and any(output.iterdir()):
-        if not force:
+        if not options.force:
             raise OutputError(
                 f"{output} appeared while {partial} was written", f"mv {partial} to a place of your choice"
             )
@@ -421,7 +417,8 @@ def _publish(partial: Path, output: Path, *, force: bool) -> None:
     elif output.exists():
         output.rmdir()
     os.rename(partial, output)
-    copying.sync_directory(output.parent)
+    if options.durable:
+        copying.sync_directory(output.parent)
     shutil.rmtree(output / WORK)
     if replaced is not None:
         shutil.rmtree(replaced)
