@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.errors import RecipeError, SurgeryError
+from moesurgery.errors import RecipeError, at_line
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.surgery.operation import did_you_mean, find_operation, operations, problems
 from moesurgery.surgery.parameters import schema_of
@@ -59,12 +59,8 @@ class Recipe:
     def apply(self, plan: Plan) -> Plan:
         """Apply all steps to a plan."""
         for step in self.steps:
-            try:
+            with at_line(self.origin, step.line):
                 plan = find_operation(step.operation).function(plan, **step.parameters)
-            except SurgeryError as error:
-                if step.line:
-                    error.message = f"{self.origin}:{step.line}: {error.message}"
-                raise
         plan = self.finish(plan) if self.finish else plan
         return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
 
