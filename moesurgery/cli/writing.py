@@ -18,7 +18,8 @@ from moesurgery.plan.expr import Copy
 from moesurgery.plan.plan import Plan
 from moesurgery.recipes import parse_size
 from moesurgery.write.card import config_changes
-from moesurgery.write.job import WriteOptions, Written, bytes_needed, check_output, write_plan
+from moesurgery.write.folder import check_output
+from moesurgery.write.job import WriteOptions, Written, bytes_needed, write_plan
 from moesurgery.write.layout import companion_tasks, shard_tasks
 
 if TYPE_CHECKING:
