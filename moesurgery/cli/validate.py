@@ -14,7 +14,6 @@ from moesurgery.cli.console import console
 from moesurgery.cli.operations import Model
 from moesurgery.cli.writing import Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
-from moesurgery.merge.method import load_methods
 from moesurgery.surgery.operation import did_you_mean
 from moesurgery.validate.codes import LEVELS, Level
 from moesurgery.validate.formats import BY_SUFFIX, FORMATS, markdown
@@ -74,8 +73,11 @@ def validate_command(
     for path in reports or ():
         if path.suffix not in BY_SUFFIX:
             raise RecipeError(f"--report {path}: no format is known by that suffix", f"known: {', '.join(BY_SUFFIX)}")
-    for file in methods or ():
-        load_methods(file)
+    if methods:
+        from moesurgery.merge.method import load_methods
+
+        for file in methods:
+            load_methods(file)
     with console.progress("reading weights", _bytes_to_read(model, chosen, len(against or ()))) as watch:
         report = validate_checkpoint(
             model,

@@ -8,8 +8,9 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.source import LocalSource
+from moesurgery.errors import RecipeError
 from moesurgery.plan.plan import Step
-from moesurgery.surgery.operation import operations
+from moesurgery.surgery.operation import find_operation
 from moesurgery.surgery.parameters import with_texts
 
 
@@ -53,8 +54,12 @@ def _places(step: Step) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Yield where in a step's parameters models and files are named, and how."""
     if step.places is not None:
         yield from step.places.items()
-    elif (operation := operations().get(step.operation)) is not None:
-        yield from ((path, text) for path, text, _ in operation.named(step.parameters))
+        return
+    try:
+        operation = find_operation(step.operation)
+    except RecipeError:
+        return  # a step of somebody's own, whose parameters are theirs
+    yield from ((path, text) for path, text, _ in operation.named(step.parameters))
 
 
 def _place(checkpoint: Checkpoint) -> Path | str:
