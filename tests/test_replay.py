@@ -70,9 +70,9 @@ def test_a_merge_is_replayed_on_all_that_were_merged(mixtrals: list[Path], ok: C
     assert ok("validate", out, *options, "--json").json["findings"] == []
     # One that was changed, one in another's place, one too few, one too many, one that is named wrongly.
     other = edited(mixtrals[1], tmp_path / "mixtral1")
-    assert found(out, *mixtrals[::2], other) == [
-        ("R03", "error", "is not what the recipe computes, from byte 0 on"),
-    ]
+    ((code, severity, message),) = found(out, *mixtrals[::2], other)
+    assert (code, severity) == ("R03", "error")
+    assert message.startswith("is not what the recipe computes, from byte ")
     assert codes(out, mixtrals[0], f"mixtral1={mixtrals[2]}", f"mixtral2={mixtrals[1]}") == {"R03"}
     assert found(out, *mixtrals[:2]) == [("R01", "error", "its recipe needs mixtral2, which was not given")]
     assert [m for _, _, m in found(out, *mixtrals, other)] == [f"it names no model for --against {other}"]
