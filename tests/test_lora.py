@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Result
+from tests.quantise import rewrite
 from tests.tiny import PROMPT, load, logits, read_tensors
 
 Cli = Callable[..., Result]
@@ -158,6 +160,65 @@ def test_extracting_gives_back_what_was_applied(family: str, models: Any, ok: Cl
     with torch.no_grad():
         torch.testing.assert_close(again(PROMPT).logits.float(), tuned, rtol=5e-3, atol=5e-3)
     torch.testing.assert_close(merged(ok, base, tmp_path / "extracted", tmp_path), tuned, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "phimoe", "granitemoe", "llama4_text", "nemotron_h"])
+def test_every_matrix_of_the_layers_is_where_peft_looks_for_it(
+    family: str, models: Any, ok: Cli, tmp_path: Path
+) -> None:
+    """Names, nesting and orientation are those in memory: dense layers, shared experts, routers, renamed modules."""
+    base = models(family)
+    generator = torch.Generator().manual_seed(4)
+    held = read_tensors(base)
+    matrices = {
+        n
+        for n, t in held.items()
+        if t.dim() in (2, 3) and re.search(r"layers\.\d.*(proj|gate|router|linear|w[123])", n)
+    }
+    if family == "nemotron_h":  # PEFT cannot adapt what its code takes without calling the module, nor this router
+        matrices = {n for n in matrices if not re.search(r"out_proj|gate\.weight|dt_proj", n)}
+    rewrite(
+        base,
+        tmp_path / "tuned",
+        {n: t + 0.05 * torch.randn(t.shape, generator=generator) if n in matrices else t for n, t in held.items()},
+        {},
+    )
+    found = ok("extract-lora", base, tmp_path / "tuned", "--rank", 64, "-o", tmp_path / "adapter", "--json").json
+    assert found["left"] == []
+    tuned = logits(load(tmp_path / "tuned"))
+    assert float((tuned - logits(load(base))).abs().max()) > 0.1
+    adapted = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(PROMPT).logits.float(), tuned, rtol=2e-3, atol=2e-3)
+    merged(ok, base, tmp_path / "adapter", tmp_path)
+    for name, value in read_tensors(tmp_path / "out").items():
+        torch.testing.assert_close(value, read_tensors(tmp_path / "tuned")[name], rtol=1e-4, atol=1e-4)
+
+
+def test_models_that_do_not_differ_have_no_adapter(models: Any, cli: Cli, tmp_path: Path) -> None:
+    result = cli("extract-lora", models("llama"), models("llama"), "--rank", 2, "-o", tmp_path / "adapter")
+    assert result.code == 2
+    assert "do not differ" in result.err
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_that_transformers_does_not_know(models: Any, ok: Cli, tmp_path: Path) -> None:
+    """It is in memory what it is in its files: every expert is a module of its own."""
+    base, tuned = (shutil.copytree(models("mixtral"), tmp_path / name) for name in ("base", "tuned"))
+    name = "model.layers.1.block_sparse_moe.experts.3.w2"
+    for path in (base, tuned):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "model_type": "sibyl", "architectures": ["Sibyl"]}))
+    for file in tuned.glob("*.safetensors"):
+        held = load_file(file)
+        if f"{name}.weight" in held:
+            held[f"{name}.weight"] += torch.outer(torch.arange(32.0), torch.arange(48.0))
+            save_file(held, file, metadata={"format": "pt"})
+    found = ok("extract-lora", base, tuned, "--rank", 1, "-o", tmp_path / "adapter", "--json").json
+    assert list(found["shares"]) == [f"{name}.weight"]
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert factors.keys() == {f"base_model.model.{name}.lora_{k}.weight" for k in "AB"}
 
 
 def test_the_factors_are_the_best_of_their_rank(models: Any, ok: Cli, tmp_path: Path) -> None:

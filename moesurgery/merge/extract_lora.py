@@ -1,8 +1,8 @@
 """A LoRA adapter out of two models: the best approximation of given rank to every difference, experts included.
 
 The truncated singular value decomposition of W' - W (Eckart and Young 1936), with the singular values shared evenly by
-the two factors. Experts become one pair of factors for all of a layer, as PEFT stores adapters on stacked parameters,
-under the names of the family's fused layout, which is how transformers 5 holds every model in memory.
+the two factors. PEFT adapts what transformers holds in memory, so both models are laid out there, layer by layer, and
+names, orientation and stacks of experts are those of transformers' own modules, whatever the checkpoints look like.
 """
 
 from __future__ import annotations
@@ -11,23 +11,29 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
-from moesurgery.errors import OutputError, RefusedError
+from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.merge.lora import CONFIG, WEIGHTS
-from moesurgery.merge.parts import Key, Parts
+from moesurgery.merge.parts import Parts
 from moesurgery.plan.expr import Expr
 from moesurgery.plan.reader import FileReader
 
 if TYPE_CHECKING:
     import torch
 
+    from moesurgery.measure.skeleton import Skeleton, Unit
+
 EXACT = 1024  # matrices with a side up to this get a full decomposition, others a randomised one
 OVERSAMPLED, POWER = 32, 6
+
+# PEFT 0.21 takes modules of these names for the experts of transformers 4 wherever they stand, and renames them.
+_RENAMED_BY_PEFT = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_USED_DIRECTLY = ("dt_proj", "out_proj")  # of Mamba mixers: their code takes these weights without calling the module
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,18 @@ class Extracted:
     nbytes: int
 
 
+class _Difference(NamedTuple):
+    """How two models differ in one parameter: [out, in] or [E, out, in], whatever its orientation in memory.
+
+    `kind` is how PEFT adapts it: as the weight of a linear module, as a parameter, or not at all.
+    """
+
+    name: str
+    kind: str
+    change: torch.Tensor
+    siblings: tuple[str, ...] = ()  # all parameters of its module, in order
+
+
 def extract_lora(
     base: Parts, tuned: Parts, rank: int, output: Path, *, progress: Callable[[int], None] = lambda count: None
 ) -> Extracted:
@@ -52,125 +70,75 @@ def extract_lora(
         raise OutputError(f"{output} exists", "choose another folder with -o")
     if base.paths != tuned.paths:
         raise RefusedError(f"{base.label} and {tuned.label} do not have the same tensors")
-    work = _Work(base, tuned, rank)
-    for group, keys in _groups(base).items():
-        work.extract(group, keys)
-        progress(sum(base.part(key).nbytes for key in keys))
+    made = _Adapter(rank)
+    for difference in _differences(base, tuned, progress):
+        made.add(difference)
+    if not made.pairs:
+        what = f"differ only in {', '.join(made.left[:3])}" if made.left else "do not differ"
+        raise RefusedError(f"{base.label} and {tuned.label} {what}: there is no matrix of a layer to adapt")
     partial = output.with_name(output.name + ".partial")
     partial.mkdir(parents=True)
     try:
-        tensors = {name: value.contiguous() for name, value in work.tensors.items()}
+        tensors = {name: value.contiguous() for name, value in made.tensors().items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(work.config(), indent=2) + "\n")
+        (partial / CONFIG).write_text(json.dumps(made.config(base.label), indent=2) + "\n")
         os.rename(partial, output)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{output} cannot be written: {error.strerror}") from None
-    return Extracted(work.shares, tuple(work.left), sum(v.nbytes for v in tensors.values()))
+    return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()))
 
 
-def _groups(parts: Parts) -> dict[tuple[int | None, str], list[Key]]:
-    """Return the parts by what becomes one pair of factors: a matrix, or the same projection of all experts."""
-    found: dict[tuple[int | None, str], list[Key]] = {}
-    for key in parts.home:
-        match = re.fullmatch(r"(?:.*/)?experts\.\d+\.(.*)", key.path)
-        name = re.sub(r"^(gate|up)\b", "gate_up", match[1]) if match else key.path
-        found.setdefault((key.layer, f"experts.{name}" if match else name), []).append(key)
-    return found
+class _Adapter:
+    """Factors by the name of the parameter that they are for."""
 
-
-class _Work:
-    def __init__(self, base: Parts, tuned: Parts, rank: int) -> None:
-        self.base, self.tuned, self.rank = base, tuned, rank
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.shares: dict[str, float] = {}
         self.left: list[str] = []
         self.modules: set[str] = set()
         self.parameters: dict[str, None] = {}
+        self.siblings: dict[str, tuple[str, ...]] = {}
+        self.layers = "model.layers"
 
-    def extract(self, group: tuple[int | None, str], keys: list[Key]) -> None:
-        holder, _ = self.base.home[keys[0]]
-        name = holder.name
-        changes = [self._difference(key) for key in keys]
-        if not any(bool(change.any()) for change in changes):
-            return
-        if any(change.dim() != 2 for change in changes) or group[0] is None:
-            self.left.append(name)
-            return
-        if group[1].startswith("experts."):
-            self._experts(keys, changes)
-            return
-        a, b, share = factors(changes[0], self.rank)
-        if group[1].startswith("router."):  # a parameter of a module of its own class, not a linear one
-            name = self._fused_name(keys[0]) or name
-            self.parameters[_relative(name)] = None
-        elif not name.endswith(".weight"):
-            self.left.append(name)
-            return
-        else:
-            self.modules.add(_relative(name.removesuffix(".weight")))
-        self._enter(name, a, b, share)
-
-    def _experts(self, keys: list[Key], changes: list[torch.Tensor]) -> None:
+    def add(self, difference: _Difference) -> None:
         import torch
 
-        name = self._fused_name(keys[0]) or self.base.home[keys[0]][0].name
-        per_expert: dict[int, list[torch.Tensor]] = {}
-        for key, change in zip(keys, changes, strict=True):
-            change = change.t() if "~io" in key.path else change
-            per_expert.setdefault(int(key.path.split("experts.")[1].split(".")[0]), []).append(change)
-        found = [factors(torch.cat(parts), self.rank) for _, parts in sorted(per_expert.items())]
+        name, kind, change, siblings = difference
+        if not bool(change.any()):
+            return
+        if kind == "none":
+            self.left.append(name)
+            return
+        found = [factors(matrix, self.rank) for matrix in (change if change.dim() == 3 else (change,))]
         a = torch.cat([a for a, _, _ in found])
         b = torch.stack([b for _, b, _ in found], dim=-1).flatten(1)
-        self.parameters[_relative(name)] = None
-        self._enter(name, a, b, sum(s for _, _, s in found) / len(found))
-
-    def _fused_name(self, key: Key) -> str | None:
-        own, others = self.base.names(key, key.layer)
-        family = self.base.anatomy.family
-        layouts = [la for la in family.layouts if la.kind == "fused"] if family else []
-        paths = [part.path for la in layouts for part in la.parts]
-        if key.path.startswith("router."):
-            moved = [m for la in layouts for m in la.moved]
-            for name in (own, *others):
-                if any(name.endswith(f".{new}.weight") or f".{new}" in name for _, new in moved):
-                    return name
-            return own
-        return next((name for name in (own, *others) if any(name.endswith(path) for path in paths)), None)
-
-    def _difference(self, key: Key) -> torch.Tensor:
-        first, second = self.base.part(key), self.tuned.part(key)
-        if first.shape != second.shape or not {first.dtype, second.dtype} <= PLAIN_FLOATS:
-            raise RefusedError(
-                f"{self.base.home[key][0].name} is {first.dtype} {list(first.shape)} in {self.base.label} and"
-                f" {second.dtype} {list(second.shape)} in {self.tuned.label}"
-            )
-        return _values(second) - _values(first)
-
-    def _enter(self, name: str, a: torch.Tensor, b: torch.Tensor, share: float) -> None:
         self.pairs[name] = a, b
-        self.shares[name] = share
+        self.shares[name] = sum(share for _, _, share in found) / len(found)
+        self.siblings[name] = siblings
+        self.layers = re.split(r"\.\d+\.", name, maxsplit=1)[0]
+        if kind == "module":
+            self.modules.add(_relative(name.removesuffix(".weight")))
+        else:
+            self.parameters[_relative(name)] = None
 
-    @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The factors under PEFT's names: of two parameters of one module, the first is wrapped inside the second."""
+        """The factors under PEFT's names: of several parameters of one module, the first is wrapped innermost."""
         found = {}
         for name, (a, b) in self.pairs.items():
-            module = name.removesuffix(".weight")
-            relative = _relative(name)
-            if relative in self.parameters and not name.endswith(".weight"):
-                module, _, last = name.rpartition(".")
-                others = [p for p in self.parameters if p.rpartition(".")[0] == relative.rpartition(".")[0]]
-                module += ".base_layer" if len(others) == 2 and "down" not in last and "output" not in last else ""
-            found[f"base_model.model.{module}.lora_A.weight"] = a
-            found[f"base_model.model.{module}.lora_B.weight"] = b
+            module, _, leaf = name.rpartition(".")
+            adapted = [p for p in self.siblings[name] if _relative(f"{module}.{p}") in self.parameters]
+            outside = len(adapted) - 1 - adapted.index(leaf) if leaf in adapted else 0
+            at = f"base_model.model.{module}" + ".base_layer" * outside
+            found[f"{at}.lora_A.weight"], found[f"{at}.lora_B.weight"] = a, b
         return found
 
-    def config(self) -> dict[str, Any]:
-        return {
+    def config(self, base: str) -> dict[str, Any]:
+        found: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base.label,
+            "base_model_name_or_path": base,
             "r": self.rank,
             "lora_alpha": self.rank,
             "lora_dropout": 0.0,
@@ -180,6 +148,97 @@ class _Work:
             "target_modules": sorted(self.modules),
             "target_parameters": list(self.parameters),
         }
+        if self.layers != "model.layers":  # a tower beside them may have modules of the same names
+            found["exclude_modules"] = rf"(?!{re.escape(self.layers)}\.\d+\.).*"
+        return found
+
+
+def _differences(base: Parts, tuned: Parts, progress: Callable[[int], None]) -> Iterator[_Difference]:
+    from moesurgery.measure.skeleton import Skeleton
+
+    dtype = _dtype(base, tuned)
+    try:
+        first, second = (Skeleton(parts.plan, "cpu", dtype) for parts in (base, tuned))
+    except (RefusedError, CheckpointError):
+        yield from _as_stored(base, tuned, progress)  # transformers has no class for it, so nothing is moved in memory
+        return
+    for unit in first.layers:
+        other = second.units[unit.path]
+        first.load(unit)
+        second.load(other)
+        yield from _of_unit(first, second, unit, moe=bool(base.anatomy.blocks))
+        first.free(unit)
+        second.free(other)
+        progress(unit.nbytes)
+    inside = {unit.path for unit in first.layers}
+    yield from _stored(base, tuned, [n for n, to in first.target.items() if first.unit_of(to).path not in inside])
+    yield from _stored(base, tuned, first.unused)
+
+
+def _of_unit(first: Skeleton, second: Skeleton, unit: Unit, *, moe: bool) -> Iterator[_Difference]:
+    """Yield the differences of one layer, as the modules that hold them want them."""
+    stored = set(first.target.values())
+    for path, module in unit.module.named_modules():
+        where = f"{unit.path}.{path}" if path else unit.path
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{where}.{leaf}"
+            change = second.tensor(name).float() - parameter.float()
+            kind = _kind(unit.module, path, module, leaf, moe)
+            if kind == "parameter" and change.dim() == 3 and getattr(module, "is_transposed", False):
+                change = change.transpose(1, 2)
+            yield _Difference(name, kind, change, tuple(module._parameters))
+        for leaf, buffer in module._buffers.items():
+            name = f"{where}.{leaf}"
+            if name in stored and buffer is not None:
+                yield _Difference(name, "none", second.tensor(name).float() - buffer.float())
+
+
+def _kind(root: Any, path: str, module: Any, leaf: str, moe: bool) -> str:
+    """Say how PEFT can adapt a parameter of a module: as a "module", as a "parameter", or "none"."""
+    import torch
+
+    value = module._parameters[leaf]
+    parent, _, own = path.rpartition(".")
+    if type(module) is torch.nn.Linear:  # a router may be of a class of its own, and return more than one tensor
+        if leaf != "weight" or (own in _USED_DIRECTLY and "Mamba" in type(root.get_submodule(parent)).__name__):
+            return "none"
+        return "parameter" if moe and own in _RENAMED_BY_PEFT else "module"
+    if isinstance(module, (torch.nn.Embedding, torch.nn.modules.conv._ConvNd)) or leaf.endswith("bias"):
+        return "none"
+    if value.dim() == 3:
+        return "parameter"
+    # What PEFT wraps around a module hides its buffers and modules, which the code around a router may ask for.
+    return "parameter" if value.dim() == 2 and not module._buffers and not module._modules else "none"
+
+
+def _as_stored(base: Parts, tuned: Parts, progress: Callable[[int], None]) -> Iterator[_Difference]:
+    """Yield the differences of models that are in memory what they are in their files."""
+    for difference in _stored(base, tuned, base.plan.tensors):
+        name = difference.name
+        matrix = difference.change.dim() == 2 and name.endswith(".weight") and base.tensors[name].layer is not None
+        yield difference._replace(kind="module" if matrix else "none")
+        progress(base.plan.tensors[name].nbytes)
+
+
+def _stored(base: Parts, tuned: Parts, names: Iterable[str]) -> Iterator[_Difference]:
+    """Yield the differences of tensors as they are in the files, which no adapter takes."""
+    for name in names:
+        first, second = base.plan.tensors[name], tuned.plan.tensors.get(name)
+        if second is None or first.shape != second.shape or not {first.dtype, second.dtype} <= PLAIN_FLOATS:
+            what = "is not there" if second is None else f"is {second.dtype} {list(second.shape)}"
+            raise RefusedError(
+                f"{name} is {first.dtype} {list(first.shape)} in {base.label}, and {what} in {tuned.label}",
+                "give both models the same layout: `moesurgery convert`",
+            )
+        yield _Difference(name, "none", _values(second) - _values(first), (name.rpartition(".")[2],))
+
+
+def _dtype(*models: Parts) -> str:
+    """Return torch's name for what holds all weights of the models as they are."""
+    kinds = {expr.dtype for parts in models for expr in parts.plan.tensors.values()} & PLAIN_FLOATS
+    return "bfloat16" if kinds == {"BF16"} else "float16" if kinds == {"F16"} else "float32"
 
 
 def factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:

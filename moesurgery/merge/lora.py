@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.scan import read_object
 from moesurgery.checkpoint.source import open_source
 from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.families.components import is_vision
 from moesurgery.merge.parts import Key, Parts
 from moesurgery.plan.arrays import rounded
 from moesurgery.plan.elementwise import cast
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?")
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)\.(.+)$")
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias")
+
+
+_ADAPTED_AS_THEY_STAND = ("llama4",)  # families whose experts are [in, out] without their module saying so
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ class _Names:
     def apply(self, pair: _Pair, adapter: Adapter, changed: dict[Key, Expr]) -> None:
         """Enter what a pair of factors makes of the parts that it is for."""
         module = pair.module.replace(".base_layer", "")
-        for name in self.inside.get(module, []):
+        for name in self._inside(module):
             keys = self.keys[name]
             if self.parts.part(keys[0]).dtype not in PLAIN_FLOATS or len(self.parts.part(keys[0]).shape) != 2:
                 continue
@@ -206,6 +212,40 @@ class _Names:
             f"{module} of the adapter {adapter.name} (A {list(pair.a.shape)}, B {list(pair.b.shape)}) fits no tensor of"
             f" {self.parts.label}"
         )
+
+    def _inside(self, module: str) -> list[str]:
+        """Return the names of the parameters in a module, by its own name or by what transformers calls it."""
+        found = self.inside.get(module) or self.inside.get(self._renamed(module))
+        if found is not None:
+            return found
+        stored = self._in_memory.get(f"{module}.weight")
+        return [stored] if stored is not None else []
+
+    def _renamed(self, module: str) -> str:
+        """Return what a module is called here that transformers holds under another prefix, as in a model with images.
+
+        Modules of a tower beside the language model are never taken for its own.
+        """
+        if is_vision(module.split(".")):
+            return module
+        in_layer = _IN_LAYER.search(module)
+        if in_layer is not None:
+            return self.parts.name_of(int(in_layer[1]), in_layer[2])
+        last = module.rpartition(".")[2]
+        outside = {name for name in self.inside if name.rpartition(".")[2] == last and not is_vision(name.split("."))}
+        return outside.pop() if len(outside) == 1 else module
+
+    @cached_property
+    def _in_memory(self) -> dict[str, str]:
+        """The stored name of every parameter that transformers only renames; none for a model that it does not know."""
+        from moesurgery.measure.skeleton import Skeleton
+
+        try:
+            targets = Skeleton(self.parts.plan, "cpu", "float32").target
+        except (CheckpointError, RefusedError):
+            return {}
+        count = Counter(targets.values())
+        return {target: name for name, target in targets.items() if count[target] == 1}
 
     def _one(self, pair: _Pair, adapter: Adapter, key: Key, changed: dict[Key, Expr]) -> bool:
         rank = pair.a.shape[0]
@@ -219,7 +259,12 @@ class _Names:
         return True
 
     def _all_experts(self, pair: _Pair, adapter: Adapter, keys: list[Key], changed: dict[Key, Expr]) -> bool:
-        """Apply one pair to the same projection of all experts, gate and up together."""
+        """Apply one pair to the same projection of all experts, gate and up together.
+
+        PEFT knows of most models with experts of [in, out] that they are so, and else adapts them as they stand.
+        """
+        family = self.parts.anatomy.family
+        as_they_stand = family is not None and family.name in _ADAPTED_AS_THEY_STAND
         roles = {key: key.path.split(".")[2].partition("~")[0] for key in keys}
         numbers = sorted({int(key.path.split(".")[1]) for key in keys})
         experts = len(numbers)
@@ -235,7 +280,7 @@ class _Names:
             b = reshape(columns(by_rank, number, number + 1), (out, rank))
             if roles[key] in ("gate", "up") and len(set(roles.values())) == 2:
                 b = Rows(b, 0, out // 2) if roles[key] == "gate" else Rows(b, out // 2, out)
-            left, right = (transpose(a), transpose(b)) if "~io" in key.path else (b, a)
+            left, right = (transpose(a), transpose(b)) if "~io" in key.path and not as_they_stand else (b, a)
             if part.shape != (left.shape[0], right.shape[1]):
                 return False
             found[key] = LowRank(part, left, right, factor)
