@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -686,7 +689,7 @@ def test_a_dry_run_writes_nothing(llamas: list[Path], ok: Cli, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_of_ones_own(llamas: list[Path], merge: Merge, cli: Cli, tmp_path: Path) -> None:
+def test_a_method_of_ones_own(llamas: list[Path], merge: Merge, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("""\
 from typing import Annotated
 from moesurgery import Param, merge_method
@@ -702,7 +705,58 @@ def largest(models, *, bias: Annotated[tuple[float, ...], Param("added to the ma
     a, b = (read_tensors(path) for path in llamas[:2])
     for name, value in found.items():
         assert torch.equal(value, torch.where(a[name].abs() >= b[name].abs(), a[name], b[name]))
-    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
-    result = cli("merge", tmp_path / "r.yaml", "--methods", tmp_path / "broken.py")
+
+
+BROKEN: dict[str, tuple[str, str]] = {
+    "no module": ("import nothing_of_that_name", "broken.py cannot be run: ModuleNotFoundError"),
+    "no method": ("x = 1", "broken.py registers no merge method"),
+    "a base unasked for": (
+        '@merge_method("broken")\ndef broken(models, base):\n    return base',
+        'broken takes a base: say base="required"',
+    ),
+    "an error": (
+        '@merge_method("broken")\ndef broken(models):\n    return models[7]',
+        "the merge method broken of {file} failed: IndexError: list index out of range",
+    ),
+    "another shape": (
+        '@merge_method("broken")\ndef broken(models):\n    return models[0].sum()',
+        "the method broken returned [] for [16, 12]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_with_a_method_of_ones_own(case: str, llamas: list[Path], cli: Cli, tmp_path: Path) -> None:
+    text, message = BROKEN[case]
+    (tmp_path / "broken.py").write_text(f"from moesurgery import merge_method\n\n{text}\n")
+    (tmp_path / "r.yaml").write_text(f"models: [{llamas[0]}]\nmerge_method: broken\n")
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out", "--methods", tmp_path / "broken.py")
     assert result.code == 2
-    assert "broken.py cannot be run: ModuleNotFoundError" in result.err
+    assert message.format(file=tmp_path / "broken.py") in result.err
+    assert "bug" not in result.err
+
+
+def test_a_method_of_a_package(llamas: list[Path], tmp_path: Path) -> None:
+    """It is found by its entry point, in a process of its own, and where it is missing the recipe says so."""
+    package, info = tmp_path / "site" / "mypackage", tmp_path / "site" / "mypackage-1.dist-info"
+    for folder in (package, info):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").write_text('''\
+from moesurgery import merge_method
+
+@merge_method("packaged", models=(1, 1), base="required")
+def packaged(models, base):
+    """The base less the model."""
+    return base - models[0]
+''')
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[moesurgery.merge_methods]\nmypackage = mypackage\n")
+    (tmp_path / "r.yaml").write_text(f"models: [{llamas[1]}]\nbase_model: {llamas[0]}\nmerge_method: packaged\n")
+    command = [sys.executable, "-m", "moesurgery", "merge", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "r.yaml:3: there is no merge method 'packaged'" in done.stderr
+    found = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run(command, env=found, check=True, capture_output=True)
+    a, b = (read_tensors(path) for path in llamas[:2])
+    assert all(torch.equal(value, a[name] - b[name]) for name, value in read_tensors(tmp_path / "out").items())

@@ -212,6 +212,18 @@ def test_a_method_of_ones_own_is_named_to_replay_it(mixtrals: list[Path], ok: Cl
     assert "which is another file than" in result.out
 
 
+def test_a_device_that_is_not_here_is_said(mixtrals: list[Path], ok: Cli, tmp_path: Path) -> None:
+    out = merged(ok, tmp_path, f"models: [{mixtrals[0]}, {mixtrals[1]}]\nmerge_method: karcher\n")
+    record = json.loads((out / "moesurgery.json").read_text())
+    record["recipe"]["steps"][0]["merge"]["device"] = "cuda:97"
+    (out / "moesurgery.json").write_text(json.dumps(record))
+    report = validate_checkpoint(out, against=mixtrals[:2])
+    assert report.errors == 0
+    assert [skip.reason for skip in report.not_checked if "R03" in skip.codes] == [
+        "it was merged on cuda:97, which is not here: its last bits are of that"
+    ]
+
+
 def test_nothing_that_the_record_alone_names_is_opened(
     mixtrals: list[Path], ok: Cli, tmp_path: Path, models: Any
 ) -> None:

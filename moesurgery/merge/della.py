@@ -41,7 +41,7 @@ def _ranks(rows: Array) -> Array:
     stable = {"kind": "stable"} if xp.__name__ == "numpy" else {"stable": True}
     order = xp.argsort(rows, **stable)
     ranks = xp.empty_like(rows)
-    numbers = xp.zeros_like(rows) + xp.asarray(range(rows.shape[-1]), dtype=rows.dtype, **_where(rows))
+    numbers = xp.zeros_like(rows) + xp.arange(rows.shape[-1], dtype=rows.dtype, **_where(rows))
     if xp.__name__ == "numpy":
         xp.put_along_axis(ranks, order, numbers, -1)
         return ranks

@@ -36,7 +36,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
-from moesurgery.errors import RecipeError
+from moesurgery.errors import RecipeError, RefusedError, SurgeryError
 from moesurgery.surgery.operation import did_you_mean
 from moesurgery.surgery.parameters import MISSING, Parameter, check, parameters_of
 
@@ -87,9 +87,26 @@ class Method:
     def wants_base(self) -> bool:
         return "base" in inspect.signature(self.function).parameters
 
+    @property
+    def built_in(self) -> bool:
+        return _is_own(self.function)
+
     def call(self, *arguments: Any, values: Mapping[str, Any]) -> Any:
-        """Call the function with parameters under their recipe names."""
-        return self.function(*arguments, **{self.parameters[name].name: value for name, value in values.items()})
+        """Call the function with parameters under their recipe names.
+
+        Raises RefusedError for whatever goes wrong in somebody's own.
+        """
+        named = {self.parameters[name].name: value for name, value in values.items()}
+        try:
+            return self.function(*arguments, **named)
+        except Exception as error:
+            if self.built_in or isinstance(error, SurgeryError):
+                raise
+            place = self.origin[0] if self.origin is not None else self.function.__module__
+            raise RefusedError(
+                f"the merge method {self.name} of {place} failed: {type(error).__name__}: {error}",
+                "MOESURGERY_DEBUG=1 shows where",
+            ) from error
 
 
 def per_model(parameter: Parameter) -> bool:
@@ -126,14 +143,19 @@ def merge_method(
     """Register a function as the merge method `name`: see `Method`. Functions of third parties get torch tensors."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        own = function.__module__.startswith(__package__ + ".")
-        wants_torch = torch if torch is not None else not own
+        if "base" in inspect.signature(function).parameters and base in ("none", "first"):
+            raise TypeError(f'{name} takes a base: say base="required" in @merge_method, or "optional"')
+        wants_torch = torch if torch is not None else not _is_own(function)
         _registered[name] = Method(
             name, function, kind, models, base, rows, axis, refuse, random, wants_torch, _origin_of(function)
         )
         return function
 
     return register
+
+
+def _is_own(function: Callable[..., Any]) -> bool:
+    return function.__module__.startswith(f"{__package__}.")
 
 
 _registered: dict[str, Method] = {}
