@@ -48,6 +48,8 @@ def test_bytes_config_and_function(layout: str, other_layout: str, models: Any, 
         ("mixtral", "qwen3_moe", (), "this is a mixtral, the source of experts a qwen3_moe"),
         ("mixtral", "mixtral", ("--experts", "9"), "has no expert 9: it has 0 to 7"),
         ("deepseek_v3", "deepseek_v3", (), "scores experts in 2 groups"),
+        ("longcat_flash", "longcat_flash", (), "identity experts of longcat_flash have the numbers after"),
+        ("nllb-moe", "nllb-moe", (), "has experts in two stacks"),
     ],
 )
 def test_what_is_refused(
@@ -58,11 +60,11 @@ def test_what_is_refused(
     assert message in result.err
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "granitemoe", "lfm2_moe"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "granitemoe", "lfm2_moe", "ernie4_5_moe"])
 def test_a_model_with_its_own_experts_twice_routes_to_either(family: str, models: Any, ok: Cli, tmp_path: Path) -> None:
     """With two copies of every expert and twice the top-k, each pair shares what one had: the same function."""
     model = models(family)
     ok("add-expert", model, "--source", model, "-o", tmp_path / "out")
-    top_k = read_config(model)["num_experts_per_tok"]
-    doubled = load(tmp_path / "out", num_experts_per_tok=2 * top_k)
+    key = "moe_k" if family == "ernie4_5_moe" else "num_experts_per_tok"
+    doubled = load(tmp_path / "out", **{key: 2 * read_config(model)[key]})
     torch.testing.assert_close(logits(doubled), logits(load(model)), rtol=1e-3, atol=1e-3)

@@ -14,6 +14,7 @@ from moesurgery.merge.parts import Key, Parts
 from moesurgery.plan.elementwise import cast
 from moesurgery.plan.expr import Expr, Rows, concat, reshape, take
 from moesurgery.plan.plan import Plan, Step, plan_of
+from moesurgery.plan.tensors import transpose
 from moesurgery.surgery.expert_axis import Entries, refuse_strays
 from moesurgery.surgery.expert_counts import check_blocks, with_expert_count
 from moesurgery.surgery.operation import operation
@@ -53,6 +54,10 @@ def add_expert(
             f"{_NAME}: the router of {family.name} scores experts in {anatomy.settings.groups[0]} groups by their"
             " numbers: more experts would move the old ones to other groups"
         )
+    if family.zero_experts and anatomy.settings.integer((family.zero_experts,)):
+        raise RefusedError(f"{_NAME}: the identity experts of {family.name} have the numbers after the last expert's")
+    if len({(block.root, block.container) for block in anatomy.main_blocks}) > 1:
+        raise RefusedError(f"{_NAME}: {family.name} has experts in two stacks, and the source's cannot be told apart")
     joined = _Joined(Parts(plan, plan.checkpoint.name), Parts(other, other.checkpoint.name), chosen, total)
     entries: Entries = {}
     for block in anatomy.blocks:
@@ -121,9 +126,12 @@ class _Joined:
 
     def _along(self, member: Member, expr: Expr, layer: int | None, path: str) -> Expr:
         key = Key(layer, path)
-        if member.axis != 0 or key not in self.theirs.home:
+        if key not in self.theirs.home:
             raise RefusedError(f"{_NAME}: {self.theirs.label} has nothing that fits {member.name}")
-        rows = take(self._alike(member, self.theirs.part(key)), list(self.chosen))
+        theirs = self._alike(member, self.theirs.part(key))
+        if member.axis == 1:
+            return transpose(concat([transpose(expr), take(transpose(theirs), list(self.chosen))]))
+        rows = take(theirs, list(self.chosen))
         after = [Rows(expr, self.total, expr.shape[0])] if expr.shape[0] > self.total else []
         return concat([Rows(expr, 0, self.total), rows, *after])
 
@@ -131,7 +139,9 @@ class _Joined:
         """Return the other model's expression in the dtype of ours; refuse another shape."""
         ours = self.ours.plan.tensors[member.name]
         part = self.ours.tensors[member.name].split or ours.shape
-        same = expr.shape[1:] == part[1:] and (member.part is None or expr.shape == part)
+        axis = member.axis or 0
+        elsewhere = [s[:axis] + s[axis + 1 :] for s in (expr.shape, part)]
+        same = elsewhere[0] == elsewhere[1] and (member.part is None or expr.shape == part)
         if not same or (expr.dtype != ours.dtype and not {expr.dtype, ours.dtype} <= PLAIN_FLOATS):
             raise RefusedError(
                 f"{_NAME}: {member.name} takes {ours.dtype} {list(part)}, {self.theirs.label} has {expr.dtype}"
