@@ -119,6 +119,8 @@ class Aligner:
             axis = self.other.member(theirs).axis or 0
             return self._router(expr, axis, ours.layer, theirs.layer) if self.experts else expr
         number, _, name = rest.partition(".")
+        if int(number) not in self.reference.experts(ours.layer):
+            return self.other.part(theirs)
         found = self._expert_part(int(number), name, ours.layer, theirs.layer)
         member = self.reference.member(ours)
         if not self.neurons or not has_neurons(member):

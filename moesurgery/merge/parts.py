@@ -80,6 +80,7 @@ class Parts:
         )
         self.prefix = counted.most_common(1)[0][0] if counted else ""
         self._rest = {name: rest for name, (prefix, rest) in split.items() if prefix == self.prefix}
+        self._by_expert: dict[int, dict[int, list[Key]]] = {}
         self._members = {m.name: (block, m) for block in self.anatomy.blocks for m in block.members}
 
     def _split(self, name: str, layer: int) -> tuple[str, str]:
@@ -127,12 +128,19 @@ class Parts:
         return holder.part(self.plan.tensors[holder.name], index)
 
     def experts(self, layer: int) -> dict[int, list[Key]]:
-        """Return the parts of each expert of a layer."""
-        found: dict[int, list[Key]] = {}
+        """Return the parts of each expert of a layer, without identity experts, of which some hold empty tensors."""
+        if layer in self._by_expert:
+            return self._by_expert[layer]
+        count = next((b.experts for b in self.anatomy.blocks if b.layer == layer and self._is_main(b)), 0)
+        found: dict[int, list[Key]] = {number: [] for number in range(count)}
+        self._by_expert[layer] = found
         for path in (path for holder in self.by_layer.get(layer, []) for path in holder.paths):
-            if path.startswith("experts."):
-                found.setdefault(int(path.split(".")[1]), []).append(Key(layer, path))
+            if path.startswith("experts.") and (number := int(path.split(".")[1])) < count:
+                found[number].append(Key(layer, path))
         return found
+
+    def _is_main(self, block: MoeBlock) -> bool:
+        return block.of is None and f"{block.root}{block.container}." == self.prefix
 
     def follows_experts(self, key: Key) -> bool:
         """Whether a part is one expert's, or has an entry of the router for each, of the main set of experts."""
