@@ -514,6 +514,25 @@ def test_filters_for_either_layout_work_on_both(
     assert torch.equal(found["lm_head.weight"], source["lm_head.weight"])
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_filters_mean_the_same_in_either_layout(
+    family: str, models: Any, merge: Merge, ok: Cli, tmp_path: Path
+) -> None:
+    """Names of experts are names of dense layers and shared experts too, and `up_proj` is a part of `gate_up_proj`."""
+    source = read_tensors(models(family))
+    recipe = "models: [{}]\nmerge_method: passthrough\nparameters: {{scale: [{{filter: {}, value: 3}}]}}\n"
+    for text in ("gate_proj", "up_proj", ".experts.1.", "mlp.experts.down_proj"):
+        found = merge(recipe.format(models(family), text))
+        merge(recipe.format(models(family, fused=True), text))
+        ok("convert", tmp_path / "out", "--layout", "per-expert", "-o", tmp_path / "hub", "--force")
+        wanted = {
+            n for n in source if text in n or (text == "mlp.experts.down_proj" and re.search(r"\.experts.*down", n))
+        }
+        assert wanted == {n for n, value in source.items() if not same_bits(found[n], value)}
+        for name, value in read_tensors(tmp_path / "hub").items():
+            assert same_bits(found[name], value), (text, name)
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_merges_with_all_its_tensors(family: str, models: Any, merge: Merge, tmp_path: Path) -> None:
     """Half of a model and half of itself is the model: names, layout, dtypes, and what transformers computes."""

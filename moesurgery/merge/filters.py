@@ -6,6 +6,7 @@ fused experts, and `mlp.experts.down_proj` on Mixtral as the Hub has it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from moesurgery.errors import RecipeError
@@ -16,21 +17,41 @@ from moesurgery.surgery.operation import did_you_mean
 
 
 class Filters:
-    """Matches filters with parts, knowing which of them are written for the checkpoint's own names."""
+    """Matches filters with parts, knowing which of them are written for the checkpoint's own names.
+
+    That is asked of experts, of routers and of all else apart: `gate_proj` may be a name of dense layers here, and of
+    experts in another layout. A name that a filter begins within a word of (`up_proj` in `gate_up_proj`) is meant only
+    where no layout has one that it begins.
+    """
 
     def __init__(self) -> None:
-        self._native: dict[tuple[int, str], bool] = {}
+        self._native: dict[tuple[int, str, str], bool] = {}
+        self._names: dict[tuple[int, str], tuple[set[str], set[str]]] = {}
 
     def matcher(self, parts: Parts, key: Key, layer: int | None) -> Callable[[str], bool]:
         """Return the function that tells whether a filter means a part; `layer` is the number in its name."""
 
         def matches(text: str) -> bool:
-            if (id(parts), text) not in self._native:
-                self._native[id(parts), text] = any(text in name for name in parts.plan.tensors)
             own, others = parts.names(key, layer)
-            return text in own or (not self._native[id(parts), text] and any(text in name for name in others))
+            if not others:
+                return text in own
+            return text in own if self._is_native(parts, key, text) else any(text in name for name in others)
 
         return matches
+
+    def _is_native(self, parts: Parts, key: Key, text: str) -> bool:
+        kind = parts.kind(key)
+        place = (id(parts), kind, text)
+        if place not in self._native:
+            if place[:2] not in self._names:
+                found = [parts.names(k, k.layer) for k in parts.home if parts.kind(k) == kind]
+                self._names[place[:2]] = {own for own, _ in found}, {name for _, others in found for name in others}
+            own, others = self._names[place[:2]]
+            begins = re.compile((r"(?<!\w)" if text[:1].isalnum() else "") + re.escape(text))
+            self._native[place] = any(map(begins.search, own)) or (
+                any(text in name for name in own) and not any(map(begins.search, others))
+            )
+        return self._native[place]
 
 
 def filters_of(stage: Stage) -> Iterator[tuple[str, int]]:

@@ -142,6 +142,11 @@ class Parts:
     def _is_main(self, block: MoeBlock) -> bool:
         return block.of is None and f"{block.root}{block.container}." == self.prefix
 
+    def kind(self, key: Key) -> str:
+        """Say what a part is of: "experts", "router" or, with everything else, "rest"."""
+        _, member = self._members.get(self.home[key][0].name, (None, None))
+        return "rest" if member is None else "router" if member.along is not None else "experts"
+
     def follows_experts(self, key: Key) -> bool:
         """Whether a part is one expert's, or has an entry of the router for each, of the main set of experts."""
         block, _ = self._members.get(self.home[key][0].name, (None, None))

@@ -80,12 +80,13 @@ def card_text(plan: Plan) -> str:
     """Return README.md: front matter for the Hub, then the steps in words and the recipe."""
     import yaml
 
-    parents = [c.source.identity.removeprefix("hf://").split("@")[0] for c in plan.sources]
-    hub = [p for c, p in zip(plan.sources, parents, strict=True) if c.source.identity.startswith("hf://")]
+    names = [name for name, _ in Parents(plan.sources)]
+    parents = [name.removeprefix("./").removeprefix("hf://").split("@")[0] for name in names]
+    hub = [parent for name, parent in zip(names, parents, strict=True) if name.startswith("hf://")]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["moe", "moesurgery"]}
     if hub:
         front["base_model"] = hub
-    if len(plan.sources) > 1:
+    if len(parents) > 1:
         front["base_model_relation"] = "merge"
         front["tags"].insert(0, "merge")
     lines = [
