@@ -91,14 +91,9 @@ class Recipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe file. Raises RecipeError with every mistake in it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(
-            f"{path} cannot be read: {reason}", "`moesurgery recipes ls` lists the recipes that ship"
-        ) from None
-    return parse_recipe(text, str(path))
+    from moesurgery.yaml_strict import recipe_text
+
+    return parse_recipe(recipe_text(path), str(path))
 
 
 def parse_recipe(text: str, origin: str = "recipe") -> Recipe:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from moesurgery.errors import RecipeError
 
 MAX_BYTES = 4_000_000
 MAX_DEPTH = 40
@@ -55,6 +58,17 @@ class Document:
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
+
+
+def recipe_text(path: str | Path) -> str:
+    """Return what a recipe file holds. Raises RecipeError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(
+            f"{path} cannot be read: {reason}", "`moesurgery recipes ls` lists the recipes that ship"
+        ) from None
 
 
 def parse(text: str) -> Document:

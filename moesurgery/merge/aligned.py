@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from moesurgery.errors import RefusedError
 from moesurgery.merge.parts import Key, Parts
 from moesurgery.plan.elementwise import cast
-from moesurgery.plan.expr import Expr, Reader, Rows, concat, stack
+from moesurgery.plan.expr import Expr, Reader, Rows, Unary, concat, stack
 from moesurgery.plan.solved import Reordered, Solution, Solved
 from moesurgery.plan.tensors import transpose
 from moesurgery.surgery.alignment import neuron_order
@@ -34,7 +34,7 @@ STEP = 1 << 20  # elements of an expert in memory at a time while it is summed u
 
 
 @dataclass(frozen=True)
-class Chosen(Expr):
+class Chosen(Unary):
     """The entry of the first axis of `of` that entry `index` of `order`, an I64 vector, names.
 
     `digest` stands for both in a plan's own digest: there is a `Chosen` for each of them, E times E if spelt out.
@@ -44,10 +44,6 @@ class Chosen(Expr):
     order: Expr = field(repr=False)
     index: int
     digest: str
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

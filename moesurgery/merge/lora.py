@@ -24,7 +24,7 @@ from moesurgery.families.components import is_vision
 from moesurgery.merge.parts import Key, Parts
 from moesurgery.plan.arrays import rounded
 from moesurgery.plan.elementwise import cast
-from moesurgery.plan.expr import Expr, Reader, Rows, Stored, reshape, torch_dtype
+from moesurgery.plan.expr import Expr, Reader, Rows, Stored, Unary, reshape, torch_dtype
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.tensors import columns, transpose
 
@@ -43,21 +43,12 @@ _ADAPTED_AS_THEY_STAND = ("llama4",)  # families whose experts are [in, out] wit
 
 
 @dataclass(frozen=True)
-class LowRank(Expr):
+class LowRank(Unary):
     """`of + factor * left @ right` of [m, n], [m, r] and [r, n], in float32, rounded to the dtype of `of`."""
 
-    of: Expr
     left: Expr
     right: Expr
     factor: float
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.of.shape
 
     @property
     def granule(self) -> int:

@@ -22,7 +22,7 @@ from moesurgery.errors import RecipeError
 from moesurgery.merge.stage import Stage
 from moesurgery.merge.stage_reader import StageReader
 from moesurgery.plan.plan import Plan
-from moesurgery.yaml_strict import parse_all
+from moesurgery.yaml_strict import parse_all, recipe_text
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,7 @@ class MergeRecipe:
 
 def load_merge_recipe(path: str | Path) -> MergeRecipe:
     """Read a recipe file. Raises RecipeError with every mistake in it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(
-            f"{path} cannot be read: {reason}", "`moesurgery recipes ls` lists recipes that ship"
-        ) from None
-    return parse_merge_recipe(text, str(path))
+    return parse_merge_recipe(recipe_text(path), str(path))
 
 
 def parse_merge_recipe(text: str, origin: str = "recipe") -> MergeRecipe:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.plan.arrays import rounded
-from moesurgery.plan.expr import Copy, Expr, Multiply, Piece, Reader, torch_dtype
+from moesurgery.plan.expr import Copy, Expr, Multiply, Piece, Reader, Unary, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,30 +19,7 @@ _F16_END = 65520.0  # what rounds to infinity from here
 
 
 @dataclass(frozen=True)
-class _Unary(Expr):
-    """An elementwise function of one expression."""
-
-    of: Expr
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.of.shape
-
-    @property
-    def granule(self) -> int:
-        return self.of.granule
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.of,)
-
-
-@dataclass(frozen=True)
-class Scale(_Unary):
+class Scale(Unary):
     """`of * factor`, rounded once to the stored dtype. Build with `scale`."""
 
     factor: float
@@ -76,7 +53,7 @@ def scale(of: Expr, factor: float) -> Expr:
 
 
 @dataclass(frozen=True)
-class Exponent(_Unary):
+class Exponent(Unary):
     """E8M0 exponents (as F8_E8M0 or U8) plus `shift`: an exact factor of 2**shift on what they scale."""
 
     shift: int
@@ -98,7 +75,7 @@ class Exponent(_Unary):
 
 
 @dataclass(frozen=True)
-class Cast(_Unary):
+class Cast(Unary):
     """`of` rounded to another floating dtype. Raises RefusedError for finite numbers that F16 cannot hold."""
 
     to: str

@@ -220,28 +220,18 @@ def _raw(of: Expr, start: int, stop: int, reader: Reader) -> memoryview:
 
 
 @dataclass(frozen=True)
-class Rows(Expr):
-    """Entries `start:stop` of the first axis of `of`."""
+class Unary(Expr):
+    """An expression of one other, with its dtype, shape and granule where it does not say otherwise."""
 
     of: Expr
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start <= self.stop <= self.of.shape[0]:
-            raise ValueError(f"rows {self.start}:{self.stop} of {self.of.shape}")
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
         return self.of.dtype
 
-    @cached_property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (self.stop - self.start, *self.of.shape[1:])
-
     @property
-    def row(self) -> int:
-        return element_count(self.of.shape[1:])
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.of.shape
 
     @property
     def granule(self) -> int:
@@ -250,6 +240,26 @@ class Rows(Expr):
     @property
     def inputs(self) -> tuple[Expr, ...]:
         return (self.of,)
+
+
+@dataclass(frozen=True)
+class Rows(Unary):
+    """Entries `start:stop` of the first axis of `of`."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= self.of.shape[0]:
+            raise ValueError(f"rows {self.start}:{self.stop} of {self.of.shape}")
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.stop - self.start, *self.of.shape[1:])
+
+    @property
+    def row(self) -> int:
+        return element_count(self.of.shape[1:])
 
     def pieces(self) -> Iterator[Piece]:
         return window(self.of.pieces(), self.start * self.row, self.stop * self.row, BITS[self.dtype])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.plan.expr import Expr, Reader, torch_dtype
+from moesurgery.plan.expr import Expr, Reader, Unary, torch_dtype
 from moesurgery.plan.tensors import Picked
 
 if TYPE_CHECKING:
@@ -83,19 +83,10 @@ class Solved(Expr):
 
 
 @dataclass(frozen=True)
-class Reordered(Expr):
+class Reordered(Unary):
     """The rows of `of` in the order that `order`, an I64 vector, turns out to be."""
 
-    of: Expr
     order: Expr
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.of.shape
 
     @property
     def granule(self) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, element_count
 from moesurgery.plan.arrays import decoded, rounded
-from moesurgery.plan.expr import Expr, Reader, torch_dtype
+from moesurgery.plan.expr import Expr, Reader, Unary, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,20 +74,15 @@ def _rows_granule(of: Expr) -> int:
 
 
 @dataclass(frozen=True)
-class Columns(Expr):
+class Columns(Unary):
     """Entries `start:stop` of the last axis of `of`."""
 
-    of: Expr
     start: int
     stop: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop <= self.of.shape[-1]:
             raise ValueError(f"columns {self.start}:{self.stop} of {self.of.shape}")
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
 
     @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -96,10 +91,6 @@ class Columns(Expr):
     @property
     def granule(self) -> int:
         return (self.stop - self.start) * _rows_granule(self.of)
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.of,)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         width, whole = self.stop - self.start, self.of.shape[-1]
@@ -172,14 +163,8 @@ def join_columns(parts: list[Expr]) -> Expr:
 
 
 @dataclass(frozen=True)
-class Transposed(Expr):
+class Transposed(Unary):
     """The last two axes of `of` exchanged, one matrix at a time."""
-
-    of: Expr
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
 
     @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -188,10 +173,6 @@ class Transposed(Expr):
     @property
     def granule(self) -> int:
         return math.lcm(self.of.granule, self.shape[-1] * self.shape[-2])
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.of,)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         matrices = self.of.evaluate(start, stop, reader).view(-1, *self.of.shape[-2:])
@@ -204,15 +185,10 @@ def transpose(of: Expr) -> Expr:
 
 
 @dataclass(frozen=True)
-class Picked(Expr):
+class Picked(Unary):
     """Rows of the first axis in any order, as for a permutation of neurons. For few, long runs use `expr.take`."""
 
-    of: Expr
     indices: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
 
     @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -226,10 +202,6 @@ class Picked(Expr):
     def granule(self) -> int:
         # A row of `of` that cannot be evaluated apart means evaluating all of it.
         return self.row if self.row % self.of.granule == 0 else self.numel
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.of,)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moesurgery.plan.drawn import Normal
-from moesurgery.plan.expr import Expr, Reader, torch_dtype
+from moesurgery.plan.expr import Expr, Reader, Unary, torch_dtype
 from moesurgery.plan.solved import Solution
 from moesurgery.plan.tensors import Picked
 
@@ -108,26 +108,12 @@ def _whole_rows(of: Expr) -> int:
 
 
 @dataclass(frozen=True)
-class _Changed(Expr):
+class _Changed(Unary):
     """A matrix of the dtype and shape of `of`."""
-
-    of: Expr
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.of.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.of.shape
 
     @property
     def granule(self) -> int:
         return _whole_rows(self.of)
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.of,)
 
 
 @dataclass(frozen=True)
