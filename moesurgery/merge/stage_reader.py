@@ -77,6 +77,14 @@ class StageReader:
         self.wrong += [self.document.twice(path, line) for path, line in repeated.items() if path not in self.anchors]
         return replace(found, warnings=tuple(self.warnings))
 
+    def complain(self, path: tuple[Any, ...], message: str) -> None:
+        """Enter what is wrong with the value at a path."""
+        self.wrong.append((self.document.line(path), message))
+
+    def warn(self, path: tuple[Any, ...], message: str) -> None:
+        """Enter what is odd about the value at a path."""
+        self.warnings.append((self.document.line(path), message))
+
     def find(self, name: Any) -> Method | None:
         line = self.document.line(("merge_method",))
         if not isinstance(name, str):
@@ -93,7 +101,7 @@ class StageReader:
         present = [key for key in ("models", "slices", "modules") if value.get(key) is not None]
         if len(present) != 1:
             what = " and ".join(present) or "none of them"
-            self.wrong.append((self.document.line(()), f"a recipe has `models:` or `slices:`; here is {what}"))
+            self.complain((), f"a recipe has `models:` or `slices:`; here is {what}")
             return None, ()
         if present != ["modules"]:
             return value, ()
@@ -106,7 +114,7 @@ class StageReader:
         path = ("modules", name)
         self.keys(body, path, ("models", "slices", "parameters"))
         if (body.get("models") is None) == (body.get("slices") is None):
-            self.wrong.append((self.document.line(path), "a module has either `models:` or `slices:`"))
+            self.complain(path, "a module has either `models:` or `slices:`")
             return None, ()
         return body, path
 
@@ -116,9 +124,7 @@ class StageReader:
 
     def slices(self, value: Any, path: tuple[Any, ...]) -> Iterator[Slice]:
         if not isinstance(value, list) or not value:
-            self.wrong.append(
-                (self.document.line(path), "slices is a list: - sources: [{model: …, layer_range: [0, 8]}]")
-            )
+            self.complain(path, "slices is a list: - sources: [{model: …, layer_range: [0, 8]}]")
             return
         for i, entry in enumerate(value):
             here = (*path, i)
@@ -128,7 +134,7 @@ class StageReader:
                 continue
             self.keys(entry, here, ("sources", "base_model", "parameters", "residual_weight"))
             if "residual_weight" in entry:
-                self.warnings.append((self.document.line((*here, "residual_weight")), "residual_weight has no effect"))
+                self.warn((*here, "residual_weight"), "residual_weight has no effect")
             inputs = tuple(
                 self.inputs(entry.get("sources"), (*here, "sources"), ("model", "layer_range", "parameters"))
             )
@@ -145,7 +151,7 @@ class StageReader:
 
     def inputs(self, value: Any, path: tuple[Any, ...], keys: tuple[str, ...]) -> Iterator[Input]:
         if not isinstance(value, list) or not value:
-            self.wrong.append((self.document.line(path), f"{path[-1]} is a list: - model: …"))
+            self.complain(path, f"{path[-1]} is a list: - model: …")
             return
         seen: set[tuple[str | None, Any]] = set()
         for i, entry in enumerate(value):
@@ -187,7 +193,7 @@ class StageReader:
             if all(part is not None for part in parts):
                 self.places[path] = "+".join(part for part in parts if part)
                 return self.places[path]
-        self.wrong.append((self.document.line(path), f"{path[-1]} is {value!r}, expected a path or org/name"))
+        self.complain(path, f"{path[-1]} is {value!r}, expected a path or org/name")
         return None
 
     def settings(self, holder: dict[str, Any], path: tuple[Any, ...], *, source: bool = False) -> dict[str, Setting]:
@@ -197,7 +203,7 @@ class StageReader:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            self.wrong.append((self.document.line(path), "parameters is a mapping: {weight: 0.5}"))
+            self.complain(path, "parameters is a mapping: {weight: 0.5}")
             return {}
         found = {}
         for name, given in value.items():
@@ -300,16 +306,14 @@ class StageReader:
             name = str(given).removeprefix("torch.")
             if name not in DTYPES:
                 hint = did_you_mean(name, DTYPES) or f"one of {', '.join(DTYPES)}"
-                self.wrong.append((self.document.line((key,)), f"{key} is {given!r}: {hint}"))
+                self.complain((key,), f"{key} is {given!r}: {hint}")
             found = DTYPES.get(name, found)
         return found
 
     def granularity(self, value: dict[str, Any]) -> Literal["expert", "tensor"]:
         given = value.get("granularity", "expert")
         if given not in ("expert", "tensor"):
-            self.wrong.append(
-                (self.document.line(("granularity",)), f"granularity is {given!r}: one of expert, tensor")
-            )
+            self.complain(("granularity",), f"granularity is {given!r}: one of expert, tensor")
             return "expert"
         return given  # type: ignore[no-any-return]
 
@@ -318,9 +322,7 @@ class StageReader:
         wanted = [] if given in (None, "none") else given if isinstance(given, list) else [given]
         for word in wanted:
             if word not in ("experts", "neurons"):
-                self.wrong.append(
-                    (self.document.line(("align",)), f"align is {word!r}: experts, neurons, [experts, neurons] or none")
-                )
+                self.complain(("align",), f"align is {word!r}: experts, neurons, [experts, neurons] or none")
                 return frozenset()
         return frozenset(wanted)
 
@@ -328,7 +330,7 @@ class StageReader:
         given = value.get(key)
         if given is None or type(given) is kind:
             return given
-        self.wrong.append((self.document.line((key,)), f"{key} is {given!r}, expected {what}"))
+        self.complain((key,), f"{key} is {given!r}, expected {what}")
         return None
 
 

@@ -18,29 +18,28 @@ class WishReader:
     def __init__(self, of: StageReader) -> None:
         self.of = of
 
-    def wrong(self, path: tuple[Any, ...], message: str) -> None:
-        self.of.wrong.append((self.of.document.line(path), message))
-
     def tokenizer(self, value: dict[str, Any]) -> TokenizerWish | None:
         source, given = value.get("tokenizer_source"), value.get("tokenizer")
         if source is not None and given is not None:
-            self.wrong(("tokenizer",), "give tokenizer or tokenizer_source, not both")
+            self.of.complain(("tokenizer",), "give tokenizer or tokenizer_source, not both")
         if given is None:
             model = self.tokenizer_source(source, ("tokenizer_source",)) if source is not None else None
             return TokenizerWish(model) if model is not None else None
         path = ("tokenizer",)
         if not isinstance(given, dict):
-            self.wrong(path, "tokenizer is a mapping: {source: union}")
+            self.of.complain(path, "tokenizer is a mapping: {source: union}")
             return None
         self.of.keys(given, path, ("source", "tokens", "pad_to_multiple_of"))
         model = self.tokenizer_source(given.get("source", "union"), (*path, "source"))
         multiple = given.get("pad_to_multiple_of")
         if multiple is not None and (type(multiple) is not int or multiple < 1):
-            self.wrong((*path, "pad_to_multiple_of"), f"pad_to_multiple_of is {multiple!r}, expected a whole number")
+            self.of.complain(
+                (*path, "pad_to_multiple_of"), f"pad_to_multiple_of is {multiple!r}, expected a whole number"
+            )
             multiple = None
         held = given.get("tokens") or {}
         if not isinstance(held, dict):
-            self.wrong((*path, "tokens"), "tokens is a mapping: {<token>: {source: MODEL}}")
+            self.of.complain((*path, "tokens"), "tokens is a mapping: {<token>: {source: MODEL}}")
             held = {}
         tokens = {str(token): self.token(wish, (*path, "tokens", token)) for token, wish in held.items()}
         return TokenizerWish(model or "base", tokens, multiple)
@@ -53,12 +52,12 @@ class WishReader:
         if wish is None or wish == {}:
             return None
         if not isinstance(wish, dict):
-            self.wrong(path, "a token is a mapping: {source: MODEL, force: true}")
+            self.of.complain(path, "a token is a mapping: {source: MODEL, force: true}")
             return None
         self.of.keys(wish, path, ("source", "force"))
         source, force = wish.get("source"), wish.get("force") or False
         if not isinstance(force, bool):
-            self.wrong((*path, "force"), f"force is {force!r}, expected true or false")
+            self.of.complain((*path, "force"), f"force is {force!r}, expected true or false")
         if source is None:
             return None
         if not (isinstance(source, dict) and "kind" in source):
@@ -68,13 +67,13 @@ class WishReader:
         if source["kind"] == "zero":
             return TokenSource(None, force=force)
         if source["kind"] != "model_token":
-            self.wrong((*path, "source"), f"kind is {source['kind']!r}: one of zero, model_token")
+            self.of.complain((*path, "source"), f"kind is {source['kind']!r}: one of zero, model_token")
             return None
         path = (*path, "source")
         model = self.of.reference(source.get("model"), (*path, "model"))
         text, number = source.get("token"), source.get("token_id")
         if (text is None) == (number is None) or type(text or "") is not str or type(number or 0) is not int:
-            self.wrong(path, "model_token takes the model and either token or token_id")
+            self.of.complain(path, "model_token takes the model and either token or token_id")
             return None
         return TokenSource(model, text, number, force)
 
@@ -83,5 +82,5 @@ class WishReader:
         known = ("auto", *TEMPLATES)
         if given is not None and given not in known and "{" not in given:
             hint = did_you_mean(given, known) or f"known: {', '.join(known)}"
-            self.wrong(("chat_template",), f"chat_template is {given!r}, no Jinja: {hint}")
+            self.of.complain(("chat_template",), f"chat_template is {given!r}, no Jinja: {hint}")
         return given
