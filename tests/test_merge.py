@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from moesurgery.validate.validate import validate_checkpoint
 from tests.conftest import ROOT, Result
 from tests.golden.models import tensors, write
+from tests.quantise import rewrite
 from tests.tiny import TINY, load, logits, read_config, read_tensors, same_bits
 
 Cli = Callable[..., Result]
@@ -593,6 +594,29 @@ merge_method: passthrough
     result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "no")
     assert result.code == 2
     assert "first_k_dense_replace" in result.err
+
+
+def test_layers_for_multi_token_prediction(models: Any, merge: Merge, cli: Cli, tmp_path: Path) -> None:
+    """They merge as they are; a new stack has none, and one model that has some does not merge with one without."""
+    plain = models("deepseek_v3")
+    held = read_tensors(plain)
+    beyond = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in held.items() if ".layers.1." in n}
+    rewrite(plain, tmp_path / "more", {**held, **beyond}, {"num_nextn_predict_layers": 1})
+    twin = shutil.copytree(tmp_path / "more", tmp_path / "twin")
+    found = merge(listed(tmp_path / "more", twin, weight=0.5) + "merge_method: linear\n")
+    assert found.keys() == {*held, *beyond}
+    (tmp_path / "r.yaml").write_text(listed(tmp_path / "more", plain, weight=0.5) + "merge_method: linear\n")
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "no")
+    assert result.code == 2
+    assert "`slices:` with all layers of both leave out the layers for multi-token prediction" in result.err
+    both = ", ".join(f"{{model: {path}, layer_range: [0, 2]}}" for path in (tmp_path / "more", plain))
+    text = f"slices: [{{sources: [{both}]}}]\nmerge_method: linear\nparameters: {{weight: 0.5}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "stack")
+    assert result.code == 0
+    assert "r.yaml:1: the layers for multi-token prediction (2 of more) are left out" in result.err
+    assert read_tensors(tmp_path / "stack").keys() == held.keys()
+    assert read_config(tmp_path / "stack")["num_nextn_predict_layers"] == 0
 
 
 def test_layers_of_several_models_keep_their_own_kind(models: Any, merge: Merge, cli: Cli, tmp_path: Path) -> None:

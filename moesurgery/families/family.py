@@ -193,6 +193,7 @@ TOP_K_KEYS = (
     "router_topk",
 )
 LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "encoder_layers")
+PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 DECODER_LAYERS_KEYS = ("num_decoder_layers", "decoder_layers")
 HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "dim")
 GROUPS_KEYS = ("n_group", "num_expert_group", "n_groups")

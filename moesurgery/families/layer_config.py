@@ -8,12 +8,14 @@ by period. `trait` reads all of them for one layer; `restacked` writes them for 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from moesurgery.errors import RefusedError
-from moesurgery.families.family import LAYERS_KEYS
+from moesurgery.families.family import LAYERS_KEYS, PREDICTION_KEYS
+from moesurgery.families.quantised import quantisation_config
 from moesurgery.families.settings import Settings, section
 
 # One entry per layer.
@@ -24,9 +26,13 @@ LISTS = (
     "hybrid_override_pattern",  # a string with a letter per layer
 )
 # Numbers of layers; `moe_layers_enum` as text, "3,4,5".
-NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "dense_layers", "moe_layers_enum")
-# The first so many layers.
-FIRST = ("first_k_dense_replace", "num_dense_layers")
+NUMBERS = (
+    *("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "dense_layers", "moe_layers_enum"),
+    "cross_attention_layers",
+)
+# The first so many layers, or the first that is not; the last that is.
+FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+LAST = ("moe_layer_end_index",)
 # By period; never rewritten, only checked.
 PERIODS = (
     *("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "moe_layer_interval"),
@@ -66,6 +72,7 @@ ALTERNATING = frozenset(
         *("qwen3_5_text", "qwen3_next", "qwen4_exp_text", "smollm3", "vaultgemma", "zamba"),
     )
 )
+_LISTED = re.compile(r"\b(?:layers|blocks|block|h)\.\d+\b")
 # Lists that may be as long as the model is deep, by chance.
 NOT_BY_LAYER = frozenset(
     ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "layer_tie_map", "layer_tie_exclude")
@@ -92,11 +99,11 @@ def trait(settings: Settings, layer: int) -> dict[str, Any]:
         for key in FIRST:
             if type(part.get(key)) is int:
                 found.setdefault(key, layer < part[key])
+        for key in LAST:
+            if type(part.get(key)) is int and part[key] >= 0:
+                found.setdefault(key, layer <= part[key])
         if part.get("use_sliding_window") is True and type(part.get("max_window_layers")) is int:
             found.setdefault("max_window_layers", layer >= part["max_window_layers"])
-        for key in ("moe_layer_start_index", "moe_layer_end_index"):
-            if type(part.get(key)) is int and part[key] >= 0:
-                found.setdefault(key, layer >= part[key] if "start" in key else layer <= part[key])
         for key in PERIODS:
             period = part.get(key)
             if type(period) is int and period > 1:
@@ -105,63 +112,106 @@ def trait(settings: Settings, layer: int) -> dict[str, Any]:
     return {key: value for key, value in found.items() if OVERRULED.get(key) not in found}
 
 
-def restacked(settings: Settings, sources: Sequence[int]) -> dict[str, Any]:
-    """Return the config of a model whose layer i is layer `sources[i]` of this one.
+class Origin(NamedTuple):
+    """Where a layer of a stack comes from: the settings of a model, and the layer's number in it."""
+
+    settings: Settings
+    layer: int
+
+
+def restacked(settings: Settings, origins: Sequence[Origin]) -> dict[str, Any]:
+    """Return the config of a model whose layers come from the layers `origins`, of this model or of others like it.
 
     Raises RefusedError for what the config cannot say of the new order.
     """
     config: dict[str, Any] = copy.deepcopy(dict(settings.config))
-    depth = settings.layers
+    moved = any(origin.layer != new for new, origin in enumerate(origins))
+    whole = not moved and len(origins) == settings.layers
+    if whole and all(origin.settings.config == settings.config for origin in origins):
+        return config
     by_code = ALTERNATING.intersection(str(part.get("model_type")) for part in settings.sections())
-    if by_code and ATTENTION.isdisjoint(trait(settings, 0)):
+    if moved and by_code and ATTENTION.isdisjoint(trait(settings, 0)):
         raise RefusedError(
             f"config.json does not say what attention each layer has; the code of {min(by_code)} then goes by number",
             "add layer_types to config.json",
+        )
+    if moved and (listed := _LISTED.search(str(quantisation_config(settings.config)))):
+        raise RefusedError(
+            f"quantization_config names {listed[0]}: it cannot follow a new order of layers",
+            "dequantise first with `moesurgery convert --dequantize`",
         )
     for path in dict.fromkeys((*settings.family.nested, ())):
         part = section(config, path)
         if not isinstance(part, MutableMapping) or not any(part.get(key) is not None for key in LAYERS_KEYS):
             continue
         for key, reason in BY_NUMBER.items():
-            if part.get(key):
+            if part.get(key) and not whole:
                 raise RefusedError(f"config.json: {key}: {reason}", "the order of its layers cannot change")
+        theirs = [section(origin.settings.config, path) or {} for origin in origins]
         for key, value in part.items():
-            part[key] = _moved(key, value, sources, depth)
+            layers = [(their.get(key), origin) for their, origin in zip(theirs, origins, strict=True)]
+            part[key] = _moved(key, value, layers, settings.layers)
         for key in LAYERS_KEYS:
             if part.get(key) is not None:
-                part[key] = len(sources)
+                part[key] = len(origins)
     after = replace(settings, config=config)
-    for new, old in enumerate(sources):
-        before, now = trait(settings, old), trait(after, new)
+    for new, origin in enumerate(origins):
+        before, now = trait(origin.settings, origin.layer), trait(after, new)
         for key in before.keys() | now.keys():
             if before.get(key) != now.get(key):
                 raise RefusedError(
                     f"config.json: {key} is {settings.first((key,))!r}, and cannot say of layer {new} what it says of"
-                    f" layer {old}, whose place it takes",
+                    f" layer {origin.layer}, which takes that place",
                     "choose an order in which layers of a kind stand where such layers stood",
                 )
     return config
 
 
-def _moved(key: str, value: Any, sources: Sequence[int], depth: int | None) -> Any:
-    """Return what one entry of the config becomes."""
-    if key in NUMBERS and (numbers := _numbers(value)) is not None:
-        moved = [new for new, old in enumerate(sources) if old in numbers]
+def _moved(key: str, value: Any, layers: Sequence[tuple[Any, Origin]], depth: int | None) -> Any:
+    """Return what one entry of the config becomes; `layers` has that entry of each layer's own model."""
+    if key in NUMBERS and _numbers(value) is not None:
+        moved = [new for new, (theirs, origin) in enumerate(layers) if origin.layer in (_numbers(theirs) or ())]
         return ",".join(map(str, moved)) if isinstance(value, str) else moved
     if key in FIRST and type(value) is int:
         # Of the layers that were among the first, those that still are; `restacked` checks the others.
-        return next((new for new, old in enumerate(sources) if old >= value), len(sources))
+        after = (new for new, (theirs, origin) in enumerate(layers) if type(theirs) is int and origin.layer >= theirs)
+        return next(after, len(layers))
+    if key in LAST and type(value) is int and value >= 0:
+        before = [new for new, (theirs, origin) in enumerate(layers) if type(theirs) is int and origin.layer <= theirs]
+        return max(before, default=0)
     if not isinstance(value, (list, str)) or len(value) != depth or key in NOT_BY_LAYER:
         return value
     if key in LISTS:
-        entries = [value[old] for old in sources]
+        entries = [_of_layer(key, theirs, origin) for theirs, origin in layers]
         return "".join(entries) if isinstance(value, str) else entries
-    if isinstance(value, list) and (depth or 0) > 1:
+    stays = len(layers) == depth and all(theirs == value for theirs, _ in layers)
+    stays = stays and all(origin.layer == new for new, (_, origin) in enumerate(layers))
+    if isinstance(value, list) and (depth or 0) > 1 and not stays:
         raise RefusedError(
             f"config.json: {key} has as many entries as there are layers, and it is not known whether they are theirs",
             "if they are, add the key to moesurgery/families/layer_config.py",
         )
     return value
+
+
+def _of_layer(key: str, values: Any, origin: Origin) -> Any:
+    if not isinstance(values, (list, str)) or len(values) <= origin.layer:
+        raise RefusedError(
+            f"config.json has {key}, an entry for each layer, and that of another model in the stack has none for its"
+            f" layer {origin.layer}",
+            "write the list into that config.json",
+        )
+    return copy.deepcopy(values[origin.layer])
+
+
+def without_prediction(settings: Settings) -> dict[str, Any]:
+    """Return the config of a model without its layers for multi-token prediction."""
+    config: dict[str, Any] = copy.deepcopy(dict(settings.config))
+    for path in dict.fromkeys((*settings.family.nested, ())):
+        part = section(config, path)
+        if isinstance(part, MutableMapping):
+            part.update({key: 0 for key in PREDICTION_KEYS if part.get(key)})
+    return config
 
 
 def _numbers(value: Any) -> set[int] | None:

@@ -89,6 +89,8 @@ class Placement:
         where = f"layer {theirs}: " if theirs is not None else ""
         if layer is None and missing == ["lm_head.weight"] and not extra:
             hint = "its output is tied to the embedding; `dense` models of both kinds do not merge"
+        elif layer is not None and layer >= self.sources.donor.layers:
+            hint = "`slices:` with all layers of both leave out the layers for multi-token prediction"
         else:
             hint = "only models with the same parts merge: the same number of experts, biases, shared experts"
         message = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which would be dropped"

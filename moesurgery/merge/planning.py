@@ -10,12 +10,12 @@ from typing import Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError, SurgeryError, at_line
+from moesurgery.families.layer_config import Origin, restacked, without_prediction
 from moesurgery.families.settings import Settings, with_value
 from moesurgery.merge.aligned import Aligner, not_aligned
 from moesurgery.merge.arguments import Arguments
 from moesurgery.merge.chat_templates import TEMPLATE, chat_template
 from moesurgery.merge.filters import check_filters
-from moesurgery.merge.layers import Origin, restacked
 from moesurgery.merge.merged import Merged
 from moesurgery.merge.parts import is_expert
 from moesurgery.merge.placement import Placement
@@ -70,8 +70,8 @@ class _Merger:
                 self.warnings.append(f"{self.origin}:{line}: align: {kept}")
         if self.stage.stacked and (extra := self.placement.left_out):
             self.warnings.append(
-                f"{self.origin}: the layers for multi-token prediction ({', '.join(map(str, extra))} of {donor.label})"
-                " are left out: they belong to the old stack"
+                f"{self.origin}:{self.stage.line_of('slices')}: the layers for multi-token prediction"
+                f" ({', '.join(map(str, extra))} of {donor.label}) are left out: they belong to the old stack"
             )
         tensors: dict[str, Expr] = {}
         home: dict[str, str] = {}
@@ -216,12 +216,12 @@ class _Merger:
         donor = self.sources.donor
         config = donor.plan.config
         if self.stage.stacked and donor.anatomy.settings.layers is not None:
-            places = [(self.sources.lead(index), offset) for index, offset, _ in self.placement.stack]
-            blocks = {id(lead.parts): {b.layer for b in lead.parts.anatomy.main_blocks} for lead, _ in places}
-            moe = [lead.first + offset in blocks[id(lead.parts)] for lead, offset in places]
+            leads = [(self.sources.lead(index), offset) for index, offset, _ in self.placement.stack]
+            origins = [Origin(lead.parts.anatomy.settings, lead.first + offset) for lead, offset in leads]
             with at_line(self.origin, self.stage.line_of("slices")):
-                origins = [Origin(lead.parts.anatomy.settings, lead.first + offset) for lead, offset in places]
-                config = restacked(donor.anatomy.settings, origins, moe)
+                config = restacked(donor.anatomy.settings, origins)
+            if self.placement.left_out:
+                config = without_prediction(Settings(donor.anatomy.settings.family, config))
         if self._tokenizer is not None:
             settings = Settings(donor.anatomy.settings.family, config)
             config = with_value(settings, ("vocab_size",), self._tokenizer.rows, "vocab_size")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,8 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import TIED, Anatomy
 from moesurgery.families.components import MTP
-from moesurgery.families.layer_config import restacked, trait
-from moesurgery.families.quantised import method, quantisation_config
+from moesurgery.families.layer_config import Origin, restacked, trait, without_prediction
+from moesurgery.families.quantised import method
 from moesurgery.families.stack import Stack, stack_of
 from moesurgery.plan.expr import Expr
 from moesurgery.plan.plan import Plan, Step, Table
@@ -37,7 +37,6 @@ Norms = Literal["kept", "shared"]
 Prediction = Literal["keep", "drop"]
 _NAME = "tie-blocks"
 _CODE = "modeling_tied.py"
-_PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 
 
 @operation(_NAME)
@@ -83,7 +82,7 @@ def tie_blocks(
         arrangement = arranged(scheme, stack.depth, group_size, init or "first")
     else:
         arrangement = mapped(blocks, stack.depth, init)
-    config = _config(plan, anatomy, stack, arrangement, prediction_layers)
+    config = _config(anatomy, arrangement, prediction_layers)
     apart = ["norm"] if norms == "kept" else []
     if relax is not None:
         apart = _apart_for_relaxing(plan, anatomy, stack)
@@ -217,25 +216,13 @@ def _form(forms: Mapping[str, Any], inside: str) -> str:
     return f"{forms[inside][0]} {list(forms[inside][1])}" if inside in forms else "absent"
 
 
-def _config(
-    plan: Plan, anatomy: Anatomy, stack: Stack, arrangement: Arrangement, prediction_layers: Prediction
-) -> dict[str, Any]:
+def _config(anatomy: Anatomy, arrangement: Arrangement, prediction_layers: Prediction) -> dict[str, Any]:
     """Return the config of the new stack, as a stock model."""
-    if arrangement.own == tuple(range(stack.depth)):
-        config = copy.deepcopy(dict(plan.config))
-    else:
-        listed = re.search(rf"\b{stack.container}\.\d+\b", str(quantisation_config(plan.config)))
-        if listed:
-            raise RefusedError(
-                f"{_NAME}: quantization_config names {listed[0]}: it cannot follow a new order of layers",
-                "dequantise first with `moesurgery convert --dequantize`",
-            )
-        config = restacked(anatomy.settings, arrangement.own)
-    if prediction_layers == "drop":
-        for key in _PREDICTION_KEYS:
-            if key in config:
-                config[key] = 0
-    return config
+    try:
+        config = restacked(anatomy.settings, [Origin(anatomy.settings, block) for block in arrangement.own])
+    except RefusedError as error:
+        raise RefusedError(f"{_NAME}: {error.message}", error.hint) from None
+    return without_prediction(replace(anatomy.settings, config=config)) if prediction_layers == "drop" else config
 
 
 def _tied_config(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.components import VISION
+from moesurgery.families.family import PREDICTION_KEYS
 from moesurgery.families.layers import moe_layers, positions, ranges
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.subject import Subject
 
 TIES = "layer_tie_map"
-_MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 # What a layer for multi-token prediction has and no other: DeepSeek-V3's names, which all others took over.
 _MTP_PARTS = frozenset(("eh_proj", "enorm", "hnorm", "shared_head"))
 _MOST_LAYERS = 100_000
@@ -42,7 +42,7 @@ def layers(subject: Subject) -> Outcome:
     sparse, found = moe_layers(settings), positions(settings, {block.layer for block in subject.anatomy.main_blocks})
     if sparse is not None and found and sparse & plain != found & plain:
         yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(found)}", CONFIG)
-    predicting = settings.first(_MTP_KEYS, 0)
+    predicting = settings.first(PREDICTION_KEYS, 0)
     leftover = sorted(n for n in mtp if n >= stated)[predicting if type(predicting) is int else 0 :]
     if leftover:
         message = f"holds layers for multi-token prediction that {CONFIG} does not name: {ranges(leftover)}"
