@@ -23,6 +23,7 @@ from moesurgery.surgery.operation import did_you_mean, find_operation, operation
 from moesurgery.surgery.parameters import schema_of
 
 if TYPE_CHECKING:
+    from moesurgery.merge.recipe import MergeRecipe
     from moesurgery.yaml_strict import Document
 
 KEYS = ("model", "steps", "max_shard_size")
@@ -96,12 +97,23 @@ def load_recipe(path: str | Path) -> Recipe:
     return parse_recipe(recipe_text(path), str(path))
 
 
+def load_any_recipe(path: str | Path) -> Recipe | MergeRecipe:
+    """Read a recipe file of operations or of a merge. Raises RecipeError with every mistake in it."""
+    from moesurgery.merge.recipe import is_merge_recipe, parse_merge_recipe
+    from moesurgery.yaml_strict import recipe_text
+
+    text = recipe_text(path)
+    return parse_merge_recipe(text, str(path)) if is_merge_recipe(text) else parse_recipe(text, str(path))
+
+
 def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
     """Read a recipe from text. Raises RecipeError with every mistake in it."""
     from moesurgery import mergekit_moe
     from moesurgery.yaml_strict import parse
 
     document = parse(text)
+    if isinstance(document.value, dict) and "merge_method" in document.value:
+        raise RecipeError(f"{origin} is the recipe of a merge", f"carry it out with `moesurgery merge {origin}`")
     wrong = list(document.problems)
     build = _build_mergekit if mergekit_moe.is_mergekit_moe(document.value) else _build
     recipe = build(document, wrong, origin) if not wrong or isinstance(document.value, dict) else None

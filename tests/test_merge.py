@@ -723,6 +723,28 @@ def test_the_bases_own_readme_does_not_pass_for_the_merges(llamas: list[Path], m
     assert llamas[1].name in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_recipes_of_either_kind_are_told_apart(llamas: list[Path], cli: Cli, tmp_path: Path) -> None:
+    merge, steps = tmp_path / "merge.yaml", tmp_path / "steps.yaml"
+    merge.write_text(listed(*llamas, weight=1) + "merge_method: linear\n")
+    steps.write_text(f"model: {llamas[0]}\nsteps: [convert: {{dtype: bfloat16}}]\n")
+    assert cli("recipes", "check", merge, steps).code == 0
+    for command, file, hint in (("run", merge, "merge"), ("merge", steps, "run")):
+        result = cli(command, file, "-o", tmp_path / "out")
+        assert result.code == 2
+        assert f"`moesurgery {hint} {file}`" in result.err
+
+
+def test_a_merge_is_measured_without_being_written(demo: Path, ok: Cli, tmp_path: Path) -> None:
+    other = shutil.copytree(demo, tmp_path / "other")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(listed(demo, other, weight=0.5) + "merge_method: linear\n")
+    text = tmp_path / "text.txt"
+    text.write_text("An expert is asked, and it answers. " * 40)
+    options = [text, "--limit", 1, "--window", 64, "--json"]
+    found = [ok("perplexity", model, *options).json for model in (demo, recipe)]
+    assert found[0]["domains"] == found[1]["domains"]
+
+
 def test_a_dry_run_writes_nothing(llamas: list[Path], ok: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(listed(*llamas, weight=1) + "merge_method: linear\n")
     result = ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out", "--dry-run", "--json").json

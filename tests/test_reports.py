@@ -236,7 +236,7 @@ def test_the_action_validates(demo: Path, tmp_path: Path, top_k: int, code: int)
 
 def test_the_hooks_name_commands_that_exist(cli: Cli, tmp_path: Path) -> None:
     hooks = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
-    good = sorted((ROOT / "recipes").glob("*.yaml"))
+    good = sorted((ROOT / "recipes").rglob("*.yaml"))
     pattern = re.compile(hooks["moesurgery-recipe"]["files"])
     assert all(pattern.search(path.relative_to(ROOT).as_posix()) for path in good)
     program, *words = hooks["moesurgery-recipe"]["entry"].split()

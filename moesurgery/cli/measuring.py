@@ -13,7 +13,7 @@ from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.cli.console import console
 from moesurgery.errors import RecipeError
 from moesurgery.plan.plan import Plan, plan_of
-from moesurgery.recipes import load_recipe
+from moesurgery.recipes import load_any_recipe
 
 if TYPE_CHECKING:
     from moesurgery.measure.engine import Engine
@@ -120,7 +120,7 @@ def described(texts: list[Path]) -> list[dict[str, str]]:
 def subject(reference: str) -> Plan:
     """Return the plan of a checkpoint, or of a recipe file, which is not written."""
     if reference.endswith((".yaml", ".yml")) and Path(reference).is_file():
-        plan = load_recipe(reference).plan()
+        plan = load_any_recipe(reference).plan()
         for step in plan.steps:
             console.note(f"{reference}: {step.operation}: {step.summary}")
         return plan

@@ -14,7 +14,7 @@ import typer
 from moesurgery.cli import writing
 from moesurgery.cli.console import console
 from moesurgery.errors import RecipeError
-from moesurgery.recipes import load_recipe, recipe_schema
+from moesurgery.recipes import load_any_recipe, load_recipe, recipe_schema
 from moesurgery.surgery.operation import did_you_mean
 
 recipes_app = typer.Typer(
@@ -116,7 +116,7 @@ def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files
     wrong = 0
     for file in files:
         try:
-            load_recipe(file)
+            load_any_recipe(file)
         except RecipeError as error:
             wrong += 1
             console.result(error.message)

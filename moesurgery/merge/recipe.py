@@ -54,11 +54,19 @@ def load_merge_recipe(path: str | Path) -> MergeRecipe:
     return parse_merge_recipe(recipe_text(path), str(path))
 
 
+def is_merge_recipe(text: str) -> bool:
+    """Whether a recipe is of a merge rather than of operations."""
+    return any(isinstance(found.value, dict) and "merge_method" in found.value for found in parse_all(text))
+
+
 def parse_merge_recipe(text: str, origin: str = "recipe") -> MergeRecipe:
     """Read a recipe from text. Raises RecipeError with every mistake in it."""
     wrong: list[tuple[int, str]] = []
     stages = []
-    for document in parse_all(text):
+    documents = parse_all(text)
+    if len(documents) == 1 and isinstance(documents[0].value, dict) and "steps" in documents[0].value:
+        raise RecipeError(f"{origin} is a recipe of operations", f"carry it out with `moesurgery run {origin}`")
+    for document in documents:
         reader = StageReader(document)
         stage = reader.stage() if not document.problems or isinstance(document.value, dict) else None
         wrong += document.problems + reader.wrong
