@@ -20,7 +20,8 @@ def merge_command(
     recipe: Annotated[Path, typer.Argument(help="A merge recipe, as for mergekit-yaml or mergekit-multi.")],
     flags: writing.WriterFlags,
     methods: Annotated[
-        list[Path] | None, typer.Option("--methods", help="A Python file with merge methods of your own; it is run.")
+        list[Path] | None,
+        typer.Option("--methods", metavar="FILE", help="A Python file with merge methods of your own; it is run."),
     ] = None,
     device: Annotated[
         str,

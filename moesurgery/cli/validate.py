@@ -42,7 +42,11 @@ def validate_command(
     ] = None,
     methods: Annotated[
         list[Path] | None,
-        typer.Option("--methods", help="With --against: a Python file with merge methods that it used; it is run."),
+        typer.Option(
+            "--methods",
+            metavar="FILE",
+            help="With --against: a Python file with merge methods that it used; it is run.",
+        ),
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", min=0.0, help="With --against: the KL in nats that forward allows.")
