@@ -11,8 +11,9 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import PROVENANCE, open_checkpoint
 from moesurgery.checkpoint.finding import Finding
+from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.scan import CONFIG
-from moesurgery.errors import CheckpointError, RecipeError, SurgeryError
+from moesurgery.errors import CheckpointError, RecipeError, RefusedError, SurgeryError
 from moesurgery.merge.tokenizers import TOKENIZER_FILES
 from moesurgery.plan.expr import Copy
 from moesurgery.plan.plan import Plan, plan_of
@@ -79,8 +80,8 @@ def _other_version(record: Mapping[str, Any]) -> str:
 
 def _present(device: str) -> bool:
     """Whether torch can compute on a device here."""
-    if device in ("", "cpu"):
-        return True
+    if device in ("", "cpu") or not device.startswith("cuda"):
+        return device in ("", "cpu")
     import torch
 
     try:
@@ -109,18 +110,28 @@ def _tensors(subject: Subject, plan: Plan, *, computed: bool) -> Iterator[Findin
                 continue
             if not computed and not all(isinstance(piece, Copy) for piece in expr.pieces()):
                 continue
-            for at, expected in recomputer.pieces(name, expr):
-                found = subject.source.read(info.file, info.start + at, len(expected))
-                subject.progress(len(found))
-                if found != expected:
-                    first = at + next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
-                    what = "differs from the reference" if code == "R02" else "is not what the recipe computes"
-                    yield finding(code, f"{what}, from byte {first:,} on", info.file, name)
-                    break
+            try:
+                first = _first_difference(subject, info, recomputer.pieces(name, expr))
+            except RefusedError as error:
+                yield finding(code, f"cannot be computed again: {error.message}", info.file, name, hint=error.hint)
+                continue
+            if first is not None:
+                what = "differs from the reference" if code == "R02" else "is not what the recipe computes"
+                yield finding(code, f"{what}, from byte {first:,} on", info.file, name)
     except CheckpointError as error:
         yield finding("S11", error.message, hint=error.hint)
     finally:
         recomputer.close()
+
+
+def _first_difference(subject: Subject, info: TensorInfo, pieces: Iterator[tuple[int, bytes]]) -> int | None:
+    """Return the first byte of a tensor that is not what was expected, None where all are."""
+    for at, expected in pieces:
+        found = subject.source.read(info.file, info.start + at, len(expected))
+        subject.progress(len(found))
+        if found != expected:
+            return at + next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
+    return None
 
 
 def _files(subject: Subject, plan: Plan) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ def validate_checkpoint(
     reference: str | Path,
     *,
     level: Level | None = None,
-    against: str | Path | Sequence[str | Path] = (),
+    against: str | Path | Sequence[str | Path] | None = None,
     tolerance: float | None = None,
     ignore: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
@@ -54,7 +54,7 @@ def validate_checkpoint(
     source = open_source(reference)
     chosen = level or ("values" if isinstance(source, LocalSource) else "config")
     levels: tuple[Level, ...] = LEVELS[: LEVELS.index(chosen) + 1]
-    references = (against,) if isinstance(against, (str, Path)) else tuple(against)
+    references = (against,) if isinstance(against, (str, Path)) else tuple(against or ())
     for each in references:
         Given(str(each))
     if references:
