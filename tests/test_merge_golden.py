@@ -1,4 +1,7 @@
-"""Every merge method against mergekit 0.1.5 on the same recipe: tests/golden/make.py recorded what that computes."""
+"""Every merge method against mergekit 0.1.5 on the same recipe: tests/golden/make.py recorded what that computes.
+
+With torch instead of numpy: tests/test_merge_device.py.
+"""
 
 from __future__ import annotations
 
@@ -103,17 +106,6 @@ def test_equal_to_mergekit(
             assert int(apart.max()) > 100
         else:
             assert int(apart.max()) <= 1, (name, int(apart.max()), int((apart > 1).sum()))
-
-
-@pytest.mark.parametrize("case", [*EXACT, *RANDOM])
-def test_torch_computes_what_numpy_does(case: str, places: dict[str, Path], ok: Cli, tmp_path: Path) -> None:
-    """`--device cpu` takes the path of `--device cuda`."""
-    text = {**EXACT, **RANDOM}[case]
-    numpy = merged(ok, places, "mixtral", text, tmp_path / "numpy")
-    other = merged(ok, places, "mixtral", text, tmp_path / "torch", "--device", "cpu")
-    assert numpy.keys() == other.keys()
-    for name, value in numpy.items():
-        assert int(roundings_apart(value, other[name]).max()) <= 1, name
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
