@@ -16,7 +16,7 @@ import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli import measuring
-from moesurgery.cli.collect import collect_stats, stats_path
+from moesurgery.cli.beside import Beside
 from moesurgery.cli.console import console
 from moesurgery.cli.writing import WriterFlags
 from moesurgery.errors import RecipeError, SurgeryError
@@ -25,8 +25,8 @@ from moesurgery.recipes import RecipeStep
 from moesurgery.surgery.operation import Operation, apply
 
 if TYPE_CHECKING:
+    from moesurgery.measure.refit import Options
     from moesurgery.measure.text import Domain
-    from moesurgery.measure.tokens import Tokens
 
 PARAMETER = "stats"
 NAMED = {"experts", "keep", "groups"}  # experts chosen by number: no statistics are needed
@@ -93,6 +93,12 @@ class Calibration:
         if self.refit != "none" and not self.text:
             raise RecipeError("--refit needs text to fit on", "give --text FILE")
 
+    @property
+    def options(self) -> Options:
+        from moesurgery.measure.refit import Options
+
+        return Options(self.refit, self.ridge, self.sweeps)  # type: ignore[arg-type]
+
     def run(self, seed: int) -> measuring.Run:
         return measuring.Run(self.window, None, seed, self.device, self.dtype)
 
@@ -120,52 +126,30 @@ def prepare(
     if given.heldout and not given.no_heldout:
         held_out = replace(run, limit=given.limit, seed=None).domains(plan.checkpoint, given.heldout)
     name = flags.output or Path(f"{plan.checkpoint.name}-{found.name}")
-    windows: Tokens | None = None
+    beside: Beside | None = None
     if given.text:
         keep = 0 if given.heldout or given.no_heldout else HELD_OUT_SHARE
         windows, kept = run.calibration(plan.checkpoint, given.text, given.tokens, keep)
         held_out = held_out or kept
+        beside = Beside(name, plan, windows, run, given.text, flags.force)
         if PARAMETER not in values and not values.keys() & NAMED:
-            target = stats_path(name.with_name(f"{name.name}.stats"), force=flags.force)
-            stats = collect_stats(plan, windows, run, given.text, *_asked(plan, found, values))
-            stats.save(target)
-            console.note(f"statistics of {windows.count:,} tokens are in {target}")
-            values[PARAMETER] = str(target)
+            values[PARAMETER] = str(beside.statistics(*_asked(plan, found, values)))
     steps = [RecipeStep(found.name, values)]
     edited = apply(plan, found.name, **values)
     plans = {"original": plan}
     if held_out:
         plans |= every_rule(plan, values) if found.name == "rescale" else {found.name: edited}
     if given.refit != "none":
-        assert windows is not None
-        folder = name.with_name(f"{name.name}.refit")
-        make_repair(plan, edited, windows, run, given, folder, force=flags.force)
-        steps.append(RecipeStep("refit", {"repair": str(folder)}))
-        plans[f"{values.get('scale', found.name)}, refit {given.refit}"] = apply(edited, "refit", repair=str(folder))
+        assert beside is not None
+        repair = str(beside.repair(edited, given.options))
+        steps.append(RecipeStep("refit", {"repair": repair}))
+        plans[f"{values.get('scale', found.name)}, refit {given.refit}"] = apply(edited, "refit", repair=repair)
     if not held_out:
         return Prepared(tuple(steps))
     measured = measure(plans, run, held_out)
     if not flags.as_json:
         show(measured, "rule" if found.name == "rescale" else "")
     return Prepared(tuple(steps), {"heldout": measured})
-
-
-def make_repair(
-    plan: Plan, edited: Plan, windows: Tokens, run: measuring.Run, given: Calibration, folder: Path, *, force: bool
-) -> None:
-    """Fit the edited model to the original, and leave the repair in a folder."""
-    from moesurgery.measure.refit import Options, refit
-    from moesurgery.measure.repair import RepairWriter
-
-    options = Options(given.refit, given.ridge, given.sweeps)  # type: ignore[arg-type]
-    original, other = run.engine(plan), run.engine(edited)
-    writer = RepairWriter(folder, force=force)
-    with console.progress("refitting", 2 * original.work(windows), of_bytes=False) as watch:
-        refit(original, other, windows, options, writer.add, watch.progress)
-    about: dict[str, Any] = {"kind": given.refit, "tokens": windows.count, "ridge": given.ridge, "sweeps": given.sweeps}
-    about |= {"text": measuring.described(given.text or []), "window": run.window, "seed": run.seed, "dtype": run.dtype}
-    writer.close(about)
-    console.note(f"the repair is in {folder}")
 
 
 def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -51,6 +51,10 @@ class Options:
     sweeps: int = 1
     minimum: float = 2
 
+    def described(self) -> dict[str, Any]:
+        """Return the options as a repair records them."""
+        return {"kind": self.kind, "ridge": self.ridge, "sweeps": self.sweeps}
+
 
 @dataclass
 class Fitted:

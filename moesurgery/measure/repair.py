@@ -26,14 +26,20 @@ FORMAT = "moesurgery refit 1"
 
 
 class RepairWriter:
-    """Writes a repair, block by block. Raises OutputError where the folder exists, unless `force`."""
+    """Writes a repair, block by block. Half a repair is begun again, a whole one with `force`.
+
+    Raises OutputError where the folder holds anything else.
+    """
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
         if folder.exists():
-            if not force or not (folder / INDEX).is_file():
+            ours = [folder / INDEX, *folder.glob("layer-*.safetensors")]
+            if not folder.is_dir() or set(folder.iterdir()) - set(ours):
+                raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
+            if ours[0].exists() and not force:
                 raise OutputError(f"{folder} exists", "use --force to replace a repair, or another -o")
-            for file in (folder / INDEX, *folder.glob("layer-*.safetensors")):
-                file.unlink()
+            for file in ours:
+                file.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.layers: list[dict[str, Any]] = []
