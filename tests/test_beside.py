@@ -1,4 +1,4 @@
-"""What calibrated commands leave beside their output: used again for the same, never replaced unasked for anything else."""
+"""What calibrated commands leave beside their output: used again for the same, never replaced unasked."""
 
 from __future__ import annotations
 
