@@ -72,7 +72,7 @@ def probe_command(
 
     stats = collect_stats(plan, windows, run, text, [], [])
     engine = Engine(plan, device=device, dtype=dtype, keep=KEEP_BYTES)
-    wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.blocks}
+    wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.routed}
     modes: Any = MODES[mode]
     with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:
         found = ablate(engine, windows, wanted, modes, watch.progress)

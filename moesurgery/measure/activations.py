@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
+from moesurgery.measure.adapters import adapter_of
 from moesurgery.measure.engine import ExpertsCall
 from moesurgery.measure.outputs import one_expert
 
@@ -20,6 +21,8 @@ _FORM = ("has_gate", "has_bias", "is_transposed", "down_proj")
 
 def activations(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
     """Return h [t, I], the input of an expert's down-projection, for inputs [t, H]."""
+    if (adapter := adapter_of(module)) is not None:
+        return adapter.activations(module, expert, hidden)
     name = "gate_up_proj" if module.has_gate else "up_proj"
     weight = getattr(module, name)[expert]
     up = hidden @ weight if module.is_transposed else hidden @ weight.T
@@ -30,6 +33,8 @@ def activations(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
 
 def down(module: Any, expert: int) -> torch.Tensor:
     """Return an expert's down-projection [H, I]: a view, to be changed in place."""
+    if (adapter := adapter_of(module)) is not None:
+        return adapter.down(module, expert)
     weight = module.down_proj[expert]
     return weight.T if module.is_transposed else weight  # type: ignore[no-any-return]
 
@@ -37,6 +42,8 @@ def down(module: Any, expert: int) -> torch.Tensor:
 def check_form(call: ExpertsCall) -> None:
     """Raise RefusedError unless the experts of this call are `down(activations)` plus a bias."""
     module, where = call.module, call.block.where
+    if adapter_of(module) is not None:
+        return  # which is made of these two halves
     problem = f"{type(call.module).__name__} has no activations that can be told from its down-projection"
     if not all(hasattr(module, name) for name in _FORM) or getattr(module, "has_post_expert_norm", False):
         raise RefusedError(f"{where}: {problem}", "use --refit expert, which needs outputs only")

@@ -96,7 +96,7 @@ def ablate(
 def work(engine: Engine, tokens: Tokens, wanted: Mapping[str, Sequence[int]], modes: int) -> int:
     """What the progress of `ablate` counts up to, in tokens times layers."""
     depth = {unit.path: len(engine.layers) - i for i, unit in enumerate(engine.layers)}
-    single = sum(len(wanted[b.where]) * depth[b.unit] for b in engine.blocks)
+    single = sum(len(wanted[b.where]) * depth[b.unit] for b in engine.routed)
     indices = set.intersection(*(set(experts) for experts in wanted.values()))
     return tokens.count * (modes * (single + len(indices) * len(engine.layers)) + len(engine.layers))
 
@@ -162,7 +162,7 @@ def takers(engine: Engine, tokens: Tokens) -> dict[str, list[list[tuple[int, int
     values, counts = torch.unique(tokens.ids, return_counts=True)
     occurs = dict(zip(values.tolist(), counts.tolist(), strict=True))
     found: dict[str, list[list[tuple[int, int, float]]]] = {}
-    for block in engine.blocks:
+    for block in engine.routed:
         sent, times = torch.unique(torch.cat(keys[block.where]), return_counts=True)
         experts, ids = sent // engine.vocabulary, sent % engine.vocabulary
         found[block.where] = []

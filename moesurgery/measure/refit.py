@@ -88,8 +88,9 @@ def refit(
     where = {b.where for b in original.blocks}
     if where != {b.where for b in edited.blocks} or len(original.layers) != len(edited.layers):
         raise RefusedError("refit: the edited model has other MoE layers than the original")
-    if any(b.experts is None for b in (*original.blocks, *edited.blocks)):
-        raise RefusedError(f"refit: the code of {edited.plan.anatomy.model_type} shows no routing")
+    for block in (*original.blocks, *edited.blocks):
+        if block.experts is None:
+            raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
     if options.kind == "down":
         _refuse_quantised(edited)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
