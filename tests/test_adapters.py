@@ -21,6 +21,7 @@ from tests.tiny import PROMPT, load, logits
 
 ADAPTED = ("llama4_text", "llama4", "jetmoe")
 BLOCKS = {"llama4_text": ".feed_forward", "llama4": ".feed_forward", "jetmoe": ".mlp"}
+LINEAR = torch.nn.functional.linear
 TEXT = torch.randint(3, 60, (6, 64), generator=torch.Generator().manual_seed(3))
 
 Said = dict[tuple[int, int], tuple[float, torch.Tensor]]  # (token, expert) -> weight, output without it
@@ -160,10 +161,9 @@ def test_the_probe(models: Any, model_type: str) -> None:
         masked, silent = load(path), load(path)
         block = blocks_of(masked, model_type)[where]
         linear = block.router.layer if model_type == "jetmoe" else block.router
-        weight = torch.nn.functional.linear
 
         def without(x: torch.Tensor, w: torch.Tensor, b: Any = None, router: Any = linear.weight) -> torch.Tensor:
-            out = weight(x, w, b)
+            out = LINEAR(x, w, b)
             if w is router:
                 out[:, 2] = -torch.inf
             return out

@@ -52,8 +52,8 @@ class Experts:
     """Where a model's module tree has one MoE block of the plan.
 
     `experts` is the path of the module that is called with (hidden [T, H], indices [T, k], weights [T, k]), or of
-    the block that an adapter reads (`adapters`); None where the family's code has neither, and `unread` says why. `router` and `correction` are paths of parameters. `path` is
-    the smallest module that holds all of it.
+    the block that an adapter reads (`adapters`); None where the family's code has neither, and `unread` says why.
+    `router` and `correction` are paths of parameters. `path` is the smallest module that holds all of it.
     """
 
     block: MoeBlock

@@ -138,7 +138,7 @@ def _from_statistics(
         raise RefusedError(f"rescale: no factor can be measured for {where}: {why}", "use --scale router or a number")
     if routing.on_input and scale == "gate":
         raise RefusedError(
-            f"rescale: {anatomy.settings.family.name}: gates say nothing about the size of the output: {routing.special}",
+            f"rescale: gates say nothing about the size of {anatomy.settings.family.name}'s output: {routing.special}",
             "use --scale measured or --scale norm-matched",
         )
     statistics = {"sha256": digest(path), **stats.about}
