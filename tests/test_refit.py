@@ -14,6 +14,7 @@ from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.measure.engine import Engine
 from moesurgery.measure.refit import Fitted, Options, refit
 from moesurgery.measure.repair import RepairWriter
+from moesurgery.measure.ridge import PATH, Change, solve
 from moesurgery.measure.tokens import Tokens, padded
 from moesurgery.plan.plan import Plan
 from tests.conftest import Result
@@ -83,7 +84,7 @@ def test_the_first_layer_by_torchs_solver(models: Any, tmp_path: Path) -> None:
     module, hidden, index, weights, _ = experts_of(load(tmp_path / "edited"))[where]
     parts = parts_of(module, hidden, index, weights)
     single = torch.linalg.lstsq(parts.sum(1).reshape(-1, 1), y.reshape(-1, 1)).solution.item()
-    assert repaired(path, kind="scalar")[0].factors == pytest.approx([single] * 6, rel=1e-4)
+    assert repaired(path, kind="scalar", ridge=0)[0].factors == pytest.approx([single] * 6, rel=1e-4)
     each = torch.linalg.lstsq(parts.transpose(1, 2).reshape(-1, 6), y.reshape(-1, 1)).solution[:, 0]
     assert repaired(path, kind="expert", ridge=1e-9)[0].factors == pytest.approx(each.tolist(), rel=1e-3)
     found = repaired(path, kind="down", ridge=1e-9, minimum=1)[0]
@@ -134,7 +135,7 @@ def test_the_written_model_has_the_errors_that_were_told(
 ) -> None:
     """Layer after layer on the repaired stream: all told errors are those between the two models' own outputs."""
     path = models(model_type, fused=fused)
-    fitted = repaired(path, kind=kind, minimum=1)
+    fitted = repaired(path, kind=kind, minimum=1, ridge=0.1)
     plan = apply(edit(path)[1], "refit", repair=save(fitted, tmp_path / "repair", kind))
     write_plan(plan, tmp_path / "out")
     original, after = experts_of(load(path)), experts_of(load(tmp_path / "out"))
@@ -154,7 +155,7 @@ def test_the_written_model_has_the_errors_that_were_told(
 
 def test_bfloat16_is_rounded_once(models: Any, tmp_path: Path) -> None:
     path = models("mixtral", dtype="bfloat16")
-    fitted = repaired(path, kind="down", minimum=1)
+    fitted = repaired(path, kind="down", minimum=1, ridge=0.1)
     write_plan(apply(edit(path)[1], "refit", repair=save(fitted, tmp_path / "repair")), tmp_path / "out")
     tensors = read_tensors(tmp_path / "out")
     for entry in fitted:
@@ -164,7 +165,7 @@ def test_bfloat16_is_rounded_once(models: Any, tmp_path: Path) -> None:
 
 def test_experts_with_few_tokens_are_left_alone(models: Any, tmp_path: Path) -> None:
     path = models("mixtral")
-    fitted = repaired(path, Tokens(TEXT[:2]), kind="down")
+    fitted = repaired(path, Tokens(TEXT[:2]), kind="down", ridge=0.1)
     skipped = {(f.where, e) for f in fitted for e in f.skipped}
     assert skipped == {(f.where, e) for f in fitted for e, count in enumerate(f.tokens) if count < 2 * 48}
     assert skipped
@@ -184,6 +185,58 @@ def test_padding_never_counts(models: Any) -> None:
     again = repaired(path, other, kind="down", minimum=0.1)
     for entry, same in zip(found, again, strict=True):
         assert entry.error_after == pytest.approx(same.error_after, rel=1e-6)
+
+
+# The ridge
+
+
+def sums(h: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums h h^T [2, I, I] and r h^T [2, O, I] of two halves of samples [2, N, …]."""
+    return h.transpose(1, 2) @ h, r.transpose(1, 2) @ h
+
+
+def test_the_ridge_is_the_one_that_serves_the_other_half_best() -> None:
+    """Against a loop over the path that fits each half by torch's solver and judges it on the samples of the other."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = set()
+    for noise in (0.01, 3.0, 30.0):
+        h = torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)
+        r = h @ torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        r = r + noise * torch.randn(r.shape, generator=generator, dtype=torch.float64)
+        gram, cross = sums(h, r)
+        scale = float(gram.sum(0).diagonal().mean())
+        errors = {}
+        for ridge in PATH:
+            fits = [torch.linalg.solve(gram[a] + ridge * scale * torch.eye(12), cross[a].T) for a in (0, 1)]
+            errors[ridge] = sum(float((r[1 - a] - h[1 - a] @ fits[a]).pow(2).sum()) for a in (0, 1))
+        best = min(errors, key=errors.__getitem__)
+        found = solve(gram, cross, None)
+        assert found.ridge == best
+        assert found.held_out == pytest.approx(errors[best] - float(r.pow(2).sum()))
+        both = torch.linalg.solve(gram.sum(0) + best * scale * torch.eye(12), cross.sum(0).T).T
+        assert found.change is not None
+        assert torch.allclose(found.change, both)
+        chosen.add(best)
+    assert len(chosen) > 1
+
+
+def test_nothing_is_changed_that_would_not_carry_over() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 20, 12, generator=generator, dtype=torch.float64)
+    gram, cross = sums(h, torch.randn(2, 20, 3, generator=generator, dtype=torch.float64))
+    assert solve(gram, cross, None) == Change(None, None, 0.0)
+    assert solve(gram, cross, 0.1).change is not None
+    gram[1], cross[1] = 0, 0  # one window alone: nothing to judge by
+    assert solve(gram, cross, None).change is None
+    assert solve(torch.zeros_like(gram), cross, 0.1).change is None
+
+
+@pytest.mark.parametrize("kind", ["scalar", "expert", "down"])
+def test_the_held_out_error_is_never_above_none(models: Any, kind: str) -> None:
+    for entry in repaired(models("mixtral"), kind=kind, minimum=1):
+        assert entry.error_held_out is not None
+        assert entry.error_after <= entry.error_held_out <= entry.error_before
+        assert all(ridge is None or ridge in PATH for ridge in entry.ridges)
 
 
 # What is refused
@@ -241,4 +294,5 @@ def test_refit_wants_text(demo: Path, cli: Cli) -> None:
     result = cli("drop-experts", demo, "--experts", 3, "--refit", "down")
     assert result.code == 2
     assert "give --text FILE" in result.err
+    assert "expected auto or a number" in cli("drop-experts", demo, "--experts", 3, "--ridge", "-1").err
     assert "expected one of" in cli("drop-experts", demo, "--experts", 3, "--refit", "all").err

@@ -7,6 +7,7 @@ operations what they cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ NAMED = {"experts", "keep", "groups"}  # experts chosen by number: no statistics
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
 KINDS = ("none", "scalar", "expert", "down")
-RIDGE = 0.1
+AUTO = "auto"
 
 _Texts = Annotated[
     list[Path] | None,
@@ -47,7 +48,10 @@ _Refit = Annotated[
     str,
     typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert or down."),
 ]
-_Ridge = Annotated[float, typer.Option("--ridge", min=0.0, help="How strongly --refit is drawn to no change.")]
+_Ridge = Annotated[
+    str,
+    typer.Option("--ridge", help="How strongly --refit is drawn to no change: a number, or auto, by held-out windows."),
+]
 _Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down goes over the experts.")]
 _Limit = Annotated[int, typer.Option("--limit", min=1, help="Windows per file of --heldout at most.")]
 _NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure the outcome.")]
@@ -55,7 +59,7 @@ _NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure t
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "text": (_Texts, None),
     "refit": (_Refit, "none"),
-    "ridge": (_Ridge, RIDGE),
+    "ridge": (_Ridge, AUTO),
     "sweeps": (_Sweeps, 1),
     "heldout": (_HeldOut, None),
     "limit": (_Limit, HELD_OUT_WINDOWS),
@@ -77,7 +81,7 @@ class Calibration:
 
     text: list[Path] | None = None
     refit: str = "none"
-    ridge: float = RIDGE
+    ridge: str = AUTO
     sweeps: int = 1
     heldout: list[Path] | None = None
     limit: int = HELD_OUT_WINDOWS
@@ -92,15 +96,26 @@ class Calibration:
             raise RecipeError(f"--refit is {self.refit!r}, expected one of {', '.join(KINDS)}")
         if self.refit != "none" and not self.text:
             raise RecipeError("--refit needs text to fit on", "give --text FILE")
+        if self.ridge != AUTO and _number(self.ridge) is None:
+            raise RecipeError(f"--ridge is {self.ridge!r}, expected {AUTO} or a number that is not negative")
 
     @property
     def options(self) -> Options:
         from moesurgery.measure.refit import Options
 
-        return Options(self.refit, self.ridge, self.sweeps)  # type: ignore[arg-type]
+        return Options(self.refit, _number(self.ridge), self.sweeps)  # type: ignore[arg-type]
 
     def run(self, seed: int) -> measuring.Run:
         return measuring.Run(self.window, None, seed, self.device, self.dtype)
+
+
+def _number(text: str) -> float | None:
+    """Return a number from zero on; None for any other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None
 
 
 @dataclass(frozen=True)

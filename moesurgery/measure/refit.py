@@ -9,10 +9,12 @@ original stream. Three kinds, each containing the one before it:
     down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
 
-Nothing is trained and no gradient is taken. docs/measure.md says where it helps and where it does not.
+Each solution is drawn to no change, by a ridge that is judged on windows it was not fitted on (`ridge`), so that
+what would not carry over to other text is left as it is. Nothing is trained and no gradient is taken.
+docs/measure.md says where it helps and where it does not.
 
 Memory beside the two models' streams: the hidden states of all tokens four times, and for `down` the activations
-of one expert and two square matrices of its width.
+of one expert and six square matrices of its width in float64.
 """
 
 from __future__ import annotations
@@ -25,42 +27,43 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.measure.activations import activations, check_form, down
 from moesurgery.measure.engine import Engine, ExpertsCall, Progress, Streams, Watch
-from moesurgery.measure.factors import per_expert
-from moesurgery.measure.outputs import spoken
+from moesurgery.measure.outputs import Spoken, spoken
+from moesurgery.measure.ridge import Change, solve
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.tokens import Tokens
 from moesurgery.plan.expr import torch_dtype
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 Kind = Literal["scalar", "expert", "down"]
-RIDGE = 0.1
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit. `ridge` times the mean diagonal draws a solution to where it began; `sweeps` go over the experts.
+    """How to fit. `ridge` times the mean diagonal draws a solution to no change; None finds it on held-out windows.
 
-    `down` leaves an expert alone that saw fewer than `minimum` times as many tokens as it has neurons.
+    `sweeps` go over the experts. `down` leaves an expert alone that saw fewer than `minimum` times as many tokens as
+    it has neurons.
     """
 
     kind: Kind = "down"
-    ridge: float = RIDGE
+    ridge: float | None = None
     sweeps: int = 1
     minimum: float = 2
 
     def described(self) -> dict[str, Any]:
         """Return the options as a repair records them."""
-        return {"kind": self.kind, "ridge": self.ridge, "sweeps": self.sweeps}
+        return {"kind": self.kind, "ridge": "auto" if self.ridge is None else self.ridge, "sweeps": self.sweeps}
 
 
 @dataclass
 class Fitted:
     """The repair of one block: factors [E] (scalar, expert), or down-projections [H, I] by expert as they are stored.
 
-    `error_before` and `error_after` are sum |y - y'|^2 / sum |y|^2 over the calibration tokens.
+    `error_before` and `error_after` are sum |y - y'|^2 / sum |y|^2 over the calibration tokens; `error_held_out` is
+    what the ridge was found by, the error of each half of the windows under what the other half gives. `ridges` has
+    the ridge of each solution, None for no change.
     """
 
     where: str
@@ -68,8 +71,10 @@ class Fitted:
     down: dict[int, torch.Tensor] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    ridges: list[float | None] = field(default_factory=list)
     error_before: float = 0.0
     error_after: float = 0.0
+    error_held_out: float | None = None
 
 
 def refit(
@@ -152,79 +157,115 @@ def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _fit(streams: Streams, block: Experts, targets: list[torch.Tensor], options: Options) -> Fitted:
     """Fit one block on the stream as it stands at its door."""
-    import numpy as np
     import torch
 
     calls: list[ExpertsCall] = []
     streams.rehearse(Watch(experts=lambda call: calls.append(call) if call.block.where == block.where else None))
     experts = block.block.experts
-    gram, cross = np.zeros((experts, experts)), np.zeros(experts)
+    device = targets[0].device
+    gram = torch.zeros(2, experts, experts, dtype=torch.float64, device=device)
+    cross = torch.zeros(2, experts, dtype=torch.float64, device=device)
     total = 0.0
     residuals: list[torch.Tensor] = []  # y - sum g f of each call, padding left as zero
-    counts = np.zeros(experts, dtype=np.int64)
+    counts = torch.zeros(experts, dtype=torch.long, device=device)
     for call, target in zip(calls, targets, strict=True):
         residual = torch.zeros_like(target, dtype=torch.float32)
+        half = call.window % 2
         for part in spoken(call, experts, {"": (call.index, call.weights)}):
             wanted = target[part.rows].float()
             residual[part.rows] = wanted - part.routed("")
             total += float(wanted.double().pow(2).sum())
-            chosen, weights = part.chosen[""], part.weights[""]
-            index = part.index.clamp(min=0)
-            along = (part.outputs @ wanted[..., None])[..., 0] * weights
-            cross += _binned(index[chosen], along[chosen], experts)
-            products = part.products * weights[:, :, None] * weights[:, None, :]
-            both = chosen[:, :, None] & chosen[:, None, :]
-            pairs = index[:, :, None] * experts + index[:, None, :]
-            gram += _binned(pairs[both], products[both], experts**2).reshape(experts, experts)
-            counts += torch.bincount(index[chosen], minlength=experts).cpu().numpy()
+            counts += torch.bincount(part.index[part.chosen[""]], minlength=experts)
+            if options.kind != "down":
+                _add_products(gram, cross, part, half[part.rows], wanted)
         residuals.append(residual)
     total = max(total, 1e-30)
     fitted = Fitted(block.where, tokens=counts.tolist(), error_before=_energy(residuals) / total)
     if options.kind == "down":
-        check_form(calls[0])
-        dtype = torch_dtype(streams.engine.plan.tensors[block.block.named("down")[0].name].dtype)
-        for _ in range(options.sweeps):
-            for expert in range(experts):
-                if counts[expert] < options.minimum * down(calls[0].module, expert).shape[1]:
-                    fitted.skipped = sorted({*fitted.skipped, expert})
-                else:
-                    fitted.down[expert] = _refit_expert(calls, residuals, expert, options.ridge, dtype)
+        changes = _fit_down(streams, calls, residuals, options, fitted)
         fitted.error_after = _energy(residuals) / total
-        return fitted
-    if options.kind == "scalar":
-        factors = np.full(experts, cross.sum() / gram.sum() if gram.sum() > 0 else 1.0)
     else:
-        factors = per_expert(gram, cross, options.ridge)
-    fitted.factors = [float(f) for f in factors]
-    fitted.error_after = float(total - 2 * factors @ cross + factors @ gram @ factors) / total
+        ones = torch.ones(experts, 1, dtype=torch.float64, device=device)
+        missing = cross - (gram @ ones)[..., 0]
+        if options.kind == "scalar":
+            change = solve(gram.sum((1, 2), keepdim=True), missing.sum(1).view(2, 1, 1), options.ridge)
+        else:
+            change = solve(gram, missing[:, None], options.ridge)
+        changes = [change]
+        step = torch.zeros(experts, dtype=torch.float64, device=device)
+        if change.change is not None:
+            step += change.change[0]
+        fitted.factors = (1 + step).tolist()
+        fitted.error_after = fitted.error_before + float(step @ gram.sum(0) @ step - 2 * step @ missing.sum(0)) / total
+    fitted.ridges = [change.ridge for change in changes]
+    if options.ridge is None:
+        fitted.error_held_out = fitted.error_before + sum(c.held_out or 0.0 for c in changes) / total
     return fitted
 
 
-def _binned(index: torch.Tensor, values: torch.Tensor, bins: int) -> np.ndarray:
+def _add_products(
+    gram: torch.Tensor, cross: torch.Tensor, part: Spoken, half: torch.Tensor, wanted: torch.Tensor
+) -> None:
+    """Add g_i g_j <f_i, f_j> to gram [2, E, E] and g_i <f_i, y> to cross [2, E]."""
+    experts = cross.shape[-1]
+    chosen, weights, index = part.chosen[""], part.weights[""], part.index
+    along = (part.outputs @ wanted[..., None])[..., 0] * weights
+    cross += _binned((half[:, None] * experts + index)[chosen], along[chosen], 2 * experts).view(2, -1)
+    products = part.products * weights[:, :, None] * weights[:, None, :]
+    both = chosen[:, :, None] & chosen[:, None, :]
+    pairs = (half[:, None, None] * experts + index[:, :, None]) * experts + index[:, None, :]
+    gram += _binned(pairs[both], products[both], 2 * experts**2).view(2, experts, experts)
+
+
+def _binned(index: torch.Tensor, values: torch.Tensor, bins: int) -> torch.Tensor:
     import torch
 
-    found: np.ndarray = torch.bincount(index, values.double(), minlength=bins).cpu().numpy()
-    return found
+    return torch.bincount(index, values.double(), minlength=bins)
 
 
 def _energy(values: Sequence[torch.Tensor]) -> float:
     return sum(float(v.double().pow(2).sum()) for v in values)
 
 
-def _refit_expert(
-    calls: Sequence[ExpertsCall], residuals: Sequence[torch.Tensor], expert: int, ridge: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """Solve for one expert's down-projection, in place, and bring the residuals up to date. Return it in `dtype`.
+def _fit_down(
+    streams: Streams, calls: Sequence[ExpertsCall], residuals: Sequence[torch.Tensor], options: Options, fitted: Fitted
+) -> list[Change]:
+    """Fit the down-projections of a block in place, one after the other, and return what was found for each."""
+    block = calls[0].block
+    check_form(calls[0])
+    dtype = torch_dtype(streams.engine.plan.tensors[block.block.named("down")[0].name].dtype)
+    changes = []
+    for _ in range(options.sweeps):
+        for expert in range(block.block.experts):
+            if fitted.tokens[expert] < options.minimum * down(calls[0].module, expert).shape[1]:
+                fitted.skipped = sorted({*fitted.skipped, expert})
+                continue
+            change, weight = _refit_expert(calls, residuals, expert, options.ridge, dtype)
+            changes.append(change)
+            if weight is not None:
+                fitted.down[expert] = weight
+    return changes
 
-    W = W_e + D, with D minimising sum |r - D g h|^2 + lambda |D|^2, r being what is still missing.
+
+def _refit_expert(
+    calls: Sequence[ExpertsCall],
+    residuals: Sequence[torch.Tensor],
+    expert: int,
+    ridge: float | None,
+    dtype: torch.dtype,
+) -> tuple[Change, torch.Tensor | None]:
+    """Solve for one expert's down-projection, in place, and bring the residuals up to date.
+
+    W = W_e + D, with D minimising sum |r - D g h|^2 + lambda |D|^2, r being what is still missing. Returns what
+    `solve` found, and W in `dtype`, None where it stays.
     """
     import torch
 
     module = calls[0].module
     weight = down(module, expert)
     width = weight.shape[1]
-    gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros(weight.shape[0], width, dtype=torch.float64, device=weight.device)
+    gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
+    cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
     parts = []
     for call, residual in zip(calls, residuals, strict=True):
         hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
@@ -233,14 +274,18 @@ def _refit_expert(
             token, slot = token[call.real[token]], slot[call.real[token]]
         h = activations(module, expert, hidden[token]).float()
         h = h * call.weights.reshape(len(hidden), -1)[token, slot].float()[:, None]
-        gram += (h.T @ h).double()
-        cross += (residual[token].T @ h).double()
+        half = (call.window % 2)[token]
+        for part in (0, 1):
+            mine = h[half == part]
+            gram[part] += (mine.T @ mine).double()
+            cross[part] += (residual[token[half == part]].T @ mine).double()
         parts.append((token, h))
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    change = torch.linalg.solve(gram, cross.T).T
-    stored: torch.Tensor = (weight.double() + change).to(dtype)
+    found = solve(gram, cross, ridge)
+    if found.change is None:
+        return found, None
+    stored: torch.Tensor = (weight.double() + found.change).to(dtype)
     change = stored.to(weight.dtype) - weight  # what rounding leaves of it
     weight += change
     for (token, h), residual in zip(parts, residuals, strict=True):
         residual[token] -= h @ change.float().T
-    return stored
+    return found, stored

@@ -58,8 +58,10 @@ class RepairWriter:
                 "file": file,
                 "tokens": fitted.tokens,
                 "skipped": fitted.skipped,
+                "ridges": fitted.ridges,
                 "error_before": fitted.error_before,
                 "error_after": fitted.error_after,
+                "error_held_out": fitted.error_held_out,
             }
         )
 

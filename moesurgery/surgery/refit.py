@@ -20,6 +20,7 @@ from moesurgery.surgery.parameters import Param
 from moesurgery.surgery.scaling import scaled_output
 
 _NAME = "refit"
+_HEADER = ("layer", "fitted", "error before", "after", "on held-out windows")
 
 
 @operation(_NAME)
@@ -57,7 +58,9 @@ def refit(
             changed |= _with_down(block, plan.tensors, down)
             fitted = len(down)
         skipped += len(layer["skipped"])
-        rows.append((where, str(fitted), f"{layer['error_before']:.4f}", f"{layer['error_after']:.4f}"))
+        held_out = layer.get("error_held_out")
+        errors = (layer["error_before"], layer["error_after"], *([] if held_out is None else [held_out]))
+        rows.append((where, str(fitted), *(f"{error:.4f}" for error in errors)))
     kind = found.about["kind"]
     notes = []
     if skipped:
@@ -68,7 +71,9 @@ def refit(
         f"{len(changed)} tensors repaired by least squares ({kind}, {found.about['tokens']:,} tokens)",
         report={**found.about, "layers": list(found.layers.values())},
         notes=tuple(notes),
-        tables=(Table(("layer", "fitted", "error before", "error after"), tuple(rows)),),
+        tables=(
+            Table(("layer", "fitted", "error before", "after", "on held-out windows")[: len(rows[0])], tuple(rows)),
+        ),
     )
     return plan.edited(step, tensors=plan.with_tensors(changed))
 
