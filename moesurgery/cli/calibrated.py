@@ -33,7 +33,7 @@ PARAMETER = "stats"
 NAMED = {"experts", "keep", "groups"}  # experts chosen by number: no statistics are needed
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
-KINDS = ("none", "scalar", "expert", "down")
+KINDS = ("none", "scalar", "expert", "down", "all")
 AUTO = "auto"
 
 _Texts = Annotated[
@@ -46,13 +46,13 @@ _HeldOut = Annotated[
 ]
 _Refit = Annotated[
     str,
-    typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert or down."),
+    typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert, down or all."),
 ]
 _Ridge = Annotated[
     str,
     typer.Option("--ridge", help="How strongly --refit is drawn to no change: a number, or auto, by held-out windows."),
 ]
-_Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down goes over the experts.")]
+_Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down and all go over the experts.")]
 _Limit = Annotated[int, typer.Option("--limit", min=1, help="Windows per file of --heldout at most.")]
 _NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure the outcome.")]
 

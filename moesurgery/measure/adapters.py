@@ -1,8 +1,8 @@
 """MoE blocks whose code calls no module with chosen experts and their weights, read as if it did.
 
 An adapter says which experts the block's own router chose and with what weights, and computes what given experts
-add from the block's own parameters. Its `activations` and `down` are the two halves of an expert, as in
-`measure.activations`.
+add from the block's own parameters: what an expert reads, its first projection, its gate and its down-projection,
+as in `measure.activations`.
 
 * Llama 4 multiplies what an expert reads by its score, runs every expert on every token, those that were not chosen
   on zeros, and adds what they say. So an expert is f(score(x) x), a function of the token alone, and its weight is 1.
@@ -33,8 +33,14 @@ class Adapter(Protocol):
     def routing(self, block: Any, hidden: torch.Tensor) -> Routing:
         """Return the experts [T, k] that the block's router chooses for hidden states [T, H], and weights [T, k]."""
 
-    def activations(self, block: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the input [t, I] of an expert's down-projection, for what the block reads [t, H]."""
+    def reads(self, block: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what an expert's first projection is given [t, H], for what the block reads [t, H]."""
+
+    def first(self, block: Any, expert: int) -> torch.Tensor:
+        """Return an expert's first projection [2 I, H]: a view, to be changed in place."""
+
+    def gated(self, block: Any, said: torch.Tensor) -> torch.Tensor:
+        """Return the input [t, I] of the down-projection, for what the first projection says [t, 2 I]."""
 
     def down(self, block: Any, expert: int) -> torch.Tensor:
         """Return an expert's down-projection [H, I]: a view, to be changed in place."""
@@ -51,10 +57,15 @@ class _Llama4:
         index = logits.topk(block.top_k, dim=1).indices
         return index, torch.ones_like(index, dtype=hidden.dtype)
 
-    def activations(self, block: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    def reads(self, block: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         logits = hidden @ block.router.weight[expert]
-        read = hidden * logits.float().sigmoid().to(hidden.dtype)[:, None]
-        gate, up = (read @ block.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        return hidden * logits.float().sigmoid().to(hidden.dtype)[:, None]  # type: ignore[no-any-return]
+
+    def first(self, block: Any, expert: int) -> torch.Tensor:
+        return block.experts.gate_up_proj[expert].T  # type: ignore[no-any-return]
+
+    def gated(self, block: Any, said: torch.Tensor) -> torch.Tensor:
+        gate, up = said.chunk(2, dim=-1)
         return up * block.experts.act_fn(gate)  # type: ignore[no-any-return]
 
     def down(self, block: Any, expert: int) -> torch.Tensor:
@@ -75,8 +86,14 @@ class _JetMoe:
         weights[order] = gates
         return index.view(len(hidden), -1), weights.view(len(hidden), -1)
 
-    def activations(self, block: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = (hidden @ block.input_linear.weight[expert].T).chunk(2, dim=-1)
+    def reads(self, block: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def first(self, block: Any, expert: int) -> torch.Tensor:
+        return block.input_linear.weight[expert]  # type: ignore[no-any-return]
+
+    def gated(self, block: Any, said: torch.Tensor) -> torch.Tensor:
+        gate, up = said.chunk(2, dim=-1)
         return block.activation(gate) * up  # type: ignore[no-any-return]
 
     def down(self, block: Any, expert: int) -> torch.Tensor:
@@ -102,6 +119,7 @@ def routed(block: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch
     out = torch.zeros_like(hidden)
     for expert in index.unique().tolist():
         token, slot = torch.where(index == expert)
-        said = adapter.activations(block, expert, hidden[token]) @ adapter.down(block, expert).T
-        out.index_add_(0, token, said * weights[token, slot, None])
+        said = adapter.reads(block, expert, hidden[token]) @ adapter.first(block, expert).T
+        output = adapter.gated(block, said) @ adapter.down(block, expert).T
+        out.index_add_(0, token, output * weights[token, slot, None])
     return out

@@ -8,13 +8,15 @@ original stream. Three kinds, each containing the one before it:
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
     down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
+    all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
 
 Each solution is drawn to no change, by a ridge that is judged on windows it was not fitted on (`ridge`), so that
 what would not carry over to other text is left as it is. Nothing is trained and no gradient is taken.
 docs/measure.md says where it helps and where it does not.
 
-Memory beside the two models' streams: the hidden states of all tokens four times, and for `down` the activations
-of one expert and six square matrices of its width in float64.
+Memory beside the two models' streams: the hidden states of all tokens four times. For `down` also the activations of
+one expert and six square matrices of its width in float64; for `all` those activations seven times and an expert's
+weights fifteen times.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.measure.activations import activations, check_form, down
+from moesurgery.measure.activations import check_form, down
 from moesurgery.measure.engine import Engine, ExpertsCall, Progress, Streams, Watch
+from moesurgery.measure.expert_fit import Matrices, check_names, fit_expert
 from moesurgery.measure.outputs import Spoken, spoken
 from moesurgery.measure.ridge import Change, solve
 from moesurgery.measure.skeleton import Experts
@@ -36,15 +39,16 @@ from moesurgery.plan.expr import torch_dtype
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["scalar", "expert", "down"]
+Kind = Literal["scalar", "expert", "down", "all"]
+MATRICES = ("down", "all")
 
 
 @dataclass(frozen=True)
 class Options:
     """How to fit. `ridge` times the mean diagonal draws a solution to no change; None finds it on held-out windows.
 
-    `sweeps` go over the experts. `down` leaves an expert alone that saw fewer than `minimum` times as many tokens as
-    it has neurons.
+    `sweeps` go over the experts. `down` and `all` leave an expert alone that saw fewer than `minimum` times as many
+    tokens as it has neurons.
     """
 
     kind: Kind = "down"
@@ -59,7 +63,7 @@ class Options:
 
 @dataclass
 class Fitted:
-    """The repair of one block: factors [E] (scalar, expert), or down-projections [H, I] by expert as they are stored.
+    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
 
     `error_before` and `error_after` are sum |y - y'|^2 / sum |y|^2 over the calibration tokens; `error_held_out` is
     what the ridge was found by, the error of each half of the windows under what the other half gives. `ridges` has
@@ -68,7 +72,7 @@ class Fitted:
 
     where: str
     factors: list[float] | None = None
-    down: dict[int, torch.Tensor] = field(default_factory=dict)
+    matrices: dict[int, Matrices] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     ridges: list[float | None] = field(default_factory=list)
@@ -96,8 +100,8 @@ def refit(
     for block in (*original.blocks, *edited.blocks):
         if block.experts is None:
             raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
-    if options.kind == "down":
-        _refuse_quantised(edited)
+    if options.kind in MATRICES:
+        _refuse_quantised(edited, options.kind)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
     said: dict[str, list[torch.Tensor]] = {}
     factors: dict[str, torch.Tensor] = {}
@@ -134,9 +138,10 @@ def refit(
                 streams.close()
 
 
-def _refuse_quantised(edited: Engine) -> None:
+def _refuse_quantised(edited: Engine, kind: Kind) -> None:
     for block in edited.blocks:
-        for member in block.block.named("down"):
+        roles = ("down",) if kind == "down" else ("down", "gate", "up", "gate_up")
+        for member in (member for role in roles for member in block.block.named(role)):
             if edited.plan.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
                 raise RefusedError(
                     f"refit: {member.name} is quantised: a fitted weight has no scale",
@@ -176,13 +181,13 @@ def _fit(streams: Streams, block: Experts, targets: list[torch.Tensor], options:
             residual[part.rows] = wanted - part.routed("")
             total += float(wanted.double().pow(2).sum())
             counts += torch.bincount(part.index[part.chosen[""]], minlength=experts)
-            if options.kind != "down":
+            if options.kind not in MATRICES:
                 _add_products(gram, cross, part, half[part.rows], wanted)
         residuals.append(residual)
     total = max(total, 1e-30)
     fitted = Fitted(block.where, tokens=counts.tolist(), error_before=_energy(residuals) / total)
-    if options.kind == "down":
-        changes = _fit_down(streams, calls, residuals, options, fitted)
+    if options.kind in MATRICES:
+        changes = _fit_matrices(streams, calls, residuals, options, fitted)
         fitted.error_after = _energy(residuals) / total
     else:
         ones = torch.ones(experts, 1, dtype=torch.float64, device=device)
@@ -227,65 +232,24 @@ def _energy(values: Sequence[torch.Tensor]) -> float:
     return sum(float(v.double().pow(2).sum()) for v in values)
 
 
-def _fit_down(
+def _fit_matrices(
     streams: Streams, calls: Sequence[ExpertsCall], residuals: Sequence[torch.Tensor], options: Options, fitted: Fitted
 ) -> list[Change]:
-    """Fit the down-projections of a block in place, one after the other, and return what was found for each."""
-    block = calls[0].block
+    """Fit the experts of a block in place, one after the other, and return how each change was found."""
+    block, plan = calls[0].block.block, streams.engine.plan
     check_form(calls[0])
-    dtype = torch_dtype(streams.engine.plan.tensors[block.block.named("down")[0].name].dtype)
+    if options.kind == "all":
+        check_names(plan, calls[0])
+    dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
     changes = []
     for _ in range(options.sweeps):
-        for expert in range(block.block.experts):
+        for expert in range(block.experts):
             if fitted.tokens[expert] < options.minimum * down(calls[0].module, expert).shape[1]:
                 fitted.skipped = sorted({*fitted.skipped, expert})
                 continue
-            change, weight = _refit_expert(calls, residuals, expert, options.ridge, dtype)
+            whole = options.kind == "all"
+            matrices, change = fit_expert(expert, calls, residuals, options.ridge, dtype, whole=whole)
             changes.append(change)
-            if weight is not None:
-                fitted.down[expert] = weight
+            if matrices:
+                fitted.matrices[expert] = matrices
     return changes
-
-
-def _refit_expert(
-    calls: Sequence[ExpertsCall],
-    residuals: Sequence[torch.Tensor],
-    expert: int,
-    ridge: float | None,
-    dtype: torch.dtype,
-) -> tuple[Change, torch.Tensor | None]:
-    """Solve for one expert's down-projection, in place, and bring the residuals up to date.
-
-    W = W_e + D, with D minimising sum |r - D g h|^2 + lambda |D|^2, r being what is still missing. Returns what
-    `solve` found, and W in `dtype`, None where it stays.
-    """
-    import torch
-
-    module = calls[0].module
-    weight = down(module, expert)
-    width = weight.shape[1]
-    gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
-    parts = []
-    for call, residual in zip(calls, residuals, strict=True):
-        hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
-        token, slot = torch.where(call.index.reshape(len(hidden), -1) == expert)
-        if call.real is not None:
-            token, slot = token[call.real[token]], slot[call.real[token]]
-        h = activations(module, expert, hidden[token]).float()
-        h = h * call.weights.reshape(len(hidden), -1)[token, slot].float()[:, None]
-        half = (call.window % 2)[token]
-        for part in (0, 1):
-            mine = h[half == part]
-            gram[part] += (mine.T @ mine).double()
-            cross[part] += (residual[token[half == part]].T @ mine).double()
-        parts.append((token, h))
-    found = solve(gram, cross, ridge)
-    if found.change is None:
-        return found, None
-    stored: torch.Tensor = (weight.double() + found.change).to(dtype)
-    change = stored.to(weight.dtype) - weight  # what rounding leaves of it
-    weight += change
-    for (token, h), residual in zip(parts, residuals, strict=True):
-        residual[token] -= h @ change.float().T
-    return found, stored
