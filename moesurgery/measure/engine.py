@@ -162,13 +162,13 @@ class Streams:
             raise RefusedError(f"batches take different ways through the model: {', '.join(waiting)}")
         return next(iter(waiting.values()), None)
 
-    def rehearse(self, watch: Watch) -> list[Any]:
-        """Send all streams through the unit they wait at under another watch, leave them at its door, and return
-        what the unit returns for each."""
+    def rehearse(self, watch: Watch, count: int | None = None) -> list[Any]:
+        """Send all streams, or the first `count`, through the unit they wait at under another watch, leave them at its
+        door, and return what the unit returns for each."""
         unit = self.unit
         assert unit is not None
         with self.engine.loaded(unit):
-            return [self.engine._go(stream, watch) for stream in self.streams]
+            return [self.engine._go(stream, watch) for stream in self.streams[:count]]
 
     def step(self, progress: Progress = lambda count: None) -> None:
         """Take all streams through the unit they wait at, to the next door."""

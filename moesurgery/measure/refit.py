@@ -1,8 +1,9 @@
-"""Repair an edited model by least squares, layer by layer, so that each MoE block says what the original said.
+"""Repair an edited model by least squares, layer by layer, so that its stream is what the original's was.
 
 The original and the edited model run side by side on the same tokens. At each layer, the edited block sees its
-own stream, with all layers before it already repaired; the target y is the original block's output on the
-original stream. Three kinds, each containing the one before it:
+own stream, with all layers before it already repaired. What it should add is y, such that the layer's output becomes
+the original's: so it also makes up for what the layers before it left undone. Where a model does not simply add the
+routed output to its stream, y is the output of the original block. Four kinds, each containing the one before it:
 
     scalar   one factor on the block's output
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
@@ -35,6 +36,7 @@ from moesurgery.measure.ridge import Change, solve
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.tokens import Tokens
 from moesurgery.plan.expr import torch_dtype
+from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +67,10 @@ class Options:
 class Fitted:
     """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
 
-    `error_before` and `error_after` are sum |y - y'|^2 / sum |y|^2 over the calibration tokens; `error_held_out` is
-    what the ridge was found by, the error of each half of the windows under what the other half gives. `ridges` has
-    the ridge of each solution, None for no change.
+    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being what the edited block
+    adds, over the sum of squares of what the original block added; `error_held_out` is what the ridge was found by,
+    the error of each half of the windows under what the other half gives. `ridges` has the ridge of each solution,
+    None for no change.
     """
 
     where: str
@@ -124,9 +127,13 @@ def refit(
             reference.to_layer(layer)
             repaired.to_layer(layer)
             reference.step(progress)
+            outputs = [stream.last for stream in reference.streams]
             with edited.loaded(unit, pin=True):
                 for block in (b for b in edited.blocks if b.unit == unit.path):
-                    fitted = _fit(repaired, block, said.pop(block.where), options)
+                    originals = said.pop(block.where)
+                    calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+                    total = max(_energy([_real(y, call) for y, call in zip(originals, calls, strict=True)]), 1e-30)
+                    fitted = _fit(edited.plan, block, calls, missing, total, options)
                     if fitted.factors is not None:
                         factors[block.where] = _tensor(fitted.factors, edited)
                     done(fitted)
@@ -160,61 +167,128 @@ def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return factors[index.clamp(max=len(factors) - 1)]
 
 
-def _fit(streams: Streams, block: Experts, targets: list[torch.Tensor], options: Options) -> Fitted:
-    """Fit one block on the stream as it stands at its door."""
+def _missing(
+    streams: Streams,
+    block: Experts,
+    others: Callable[[ExpertsCall], Any],
+    originals: Sequence[torch.Tensor],
+    outputs: Sequence[Any],
+) -> tuple[list[ExpertsCall], list[torch.Tensor]]:
+    """Return a block's calls on the stream as it stands at its door, and what is missing of what each adds [T, H].
+
+    `originals` is what the original block added, `outputs` what the original layer returned. Padding is zero.
+    """
+    calls: list[ExpertsCall] = []
+    said: list[torch.Tensor] = []
+
+    def listen(call: ExpertsCall) -> Any:
+        if call.block.where != block.where:
+            return others(call)
+        calls.append(call)
+        said.append(call.run())
+        return said[-1]
+
+    found = streams.rehearse(Watch(experts=listen))
+    share = _share(streams, block, said[0], found[0])
+    missing = []
+    for i, call in enumerate(calls):
+        if share is None:
+            left = (originals[i] - said[i].view_as(originals[i])).float()
+        else:
+            left = (_hidden(outputs[i]).float() - _hidden(found[i]).float()).view_as(originals[i]) / share
+        if call.real is not None:
+            left[~call.real] = 0
+        missing.append(left)
+    return calls, missing
+
+
+def _real(values: torch.Tensor, call: ExpertsCall) -> torch.Tensor:
+    """Return the rows [t, …] of a call's values that are no padding."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if call.real is None else rows[call.real]
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Return the hidden states among what a layer returns."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _share(streams: Streams, block: Experts, said: torch.Tensor, output: Any) -> float | None:
+    """Return the number that multiplies a block's routed output on its way into the layer's output; None where it is
+    not simply added. Found by having the experts of the first batch say everything twice."""
+
+    def twice(call: ExpertsCall) -> Any:
+        return 2 * call.run() if call.block.where == block.where else None
+
+    (changed,) = streams.rehearse(Watch(experts=twice), 1)
+    if _hidden(output).numel() != said.numel():
+        return None
+    change = (_hidden(changed).float() - _hidden(output).float()).flatten()
+    added = said.float().flatten()
+    share = float(change @ added / added.pow(2).sum().clamp(min=1e-30))
+    return share if share > 0 and (change - share * added).norm() <= 0.1 * change.norm() else None
+
+
+def _fit(
+    plan: Plan,
+    block: Experts,
+    calls: Sequence[ExpertsCall],
+    missing: Sequence[torch.Tensor],
+    total: float,
+    options: Options,
+) -> Fitted:
+    """Fit one block for its calls. `missing` is brought up to date where matrices are fitted."""
     import torch
 
-    calls: list[ExpertsCall] = []
-    streams.rehearse(Watch(experts=lambda call: calls.append(call) if call.block.where == block.where else None))
     experts = block.block.experts
-    device = targets[0].device
-    gram = torch.zeros(2, experts, experts, dtype=torch.float64, device=device)
-    cross = torch.zeros(2, experts, dtype=torch.float64, device=device)
-    total = 0.0
-    residuals: list[torch.Tensor] = []  # y - sum g f of each call, padding left as zero
-    counts = torch.zeros(experts, dtype=torch.long, device=device)
-    for call, target in zip(calls, targets, strict=True):
-        residual = torch.zeros_like(target, dtype=torch.float32)
-        half = call.window % 2
-        for part in spoken(call, experts, {"": (call.index, call.weights)}):
-            wanted = target[part.rows].float()
-            residual[part.rows] = wanted - part.routed("")
-            total += float(wanted.double().pow(2).sum())
-            counts += torch.bincount(part.index[part.chosen[""]], minlength=experts)
-            if options.kind not in MATRICES:
-                _add_products(gram, cross, part, half[part.rows], wanted)
-        residuals.append(residual)
-    total = max(total, 1e-30)
-    fitted = Fitted(block.where, tokens=counts.tolist(), error_before=_energy(residuals) / total)
+    index = torch.cat([_real(call.index, call).flatten() for call in calls])
+    counts = torch.bincount(index[index < experts], minlength=experts)
+    fitted = Fitted(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
     if options.kind in MATRICES:
-        changes = _fit_matrices(streams, calls, residuals, options, fitted)
-        fitted.error_after = _energy(residuals) / total
+        changes = _fit_matrices(plan, calls, missing, options, fitted)
+        fitted.error_after = _energy(missing) / total
     else:
-        ones = torch.ones(experts, 1, dtype=torch.float64, device=device)
-        missing = cross - (gram @ ones)[..., 0]
-        if options.kind == "scalar":
-            change = solve(gram.sum((1, 2), keepdim=True), missing.sum(1).view(2, 1, 1), options.ridge)
-        else:
-            change = solve(gram, missing[:, None], options.ridge)
-        changes = [change]
-        step = torch.zeros(experts, dtype=torch.float64, device=device)
-        if change.change is not None:
-            step += change.change[0]
-        fitted.factors = (1 + step).tolist()
-        fitted.error_after = fitted.error_before + float(step @ gram.sum(0) @ step - 2 * step @ missing.sum(0)) / total
+        changes = [_fit_factors(calls, missing, options, fitted)]
+        fitted.error_after /= total
     fitted.ridges = [change.ridge for change in changes]
     if options.ridge is None:
         fitted.error_held_out = fitted.error_before + sum(c.held_out or 0.0 for c in changes) / total
     return fitted
 
 
+def _fit_factors(
+    calls: Sequence[ExpertsCall], missing: Sequence[torch.Tensor], options: Options, fitted: Fitted
+) -> Change:
+    """Fit the factors of a block, and return how their change from 1 was found."""
+    import torch
+
+    experts, device = calls[0].block.block.experts, missing[0].device
+    gram = torch.zeros(2, experts, experts, dtype=torch.float64, device=device)
+    cross = torch.zeros(2, experts, dtype=torch.float64, device=device)
+    for call, left in zip(calls, missing, strict=True):
+        half = call.window % 2
+        for part in spoken(call, experts, {"": (call.index, call.weights)}):
+            _add_products(gram, cross, part, half[part.rows], left[part.rows])
+    if options.kind == "scalar":
+        change = solve(gram.sum((1, 2), keepdim=True), cross.sum(1).view(2, 1, 1), options.ridge)
+    else:
+        change = solve(gram, cross[:, None], options.ridge)
+    step = torch.zeros(experts, dtype=torch.float64, device=device)
+    if change.change is not None:
+        step += change.change[0]
+    fitted.factors = (1 + step).tolist()
+    fitted.error_after = _energy(missing) + float(step @ gram.sum(0) @ step - 2 * step @ cross.sum(0))
+    return change
+
+
 def _add_products(
-    gram: torch.Tensor, cross: torch.Tensor, part: Spoken, half: torch.Tensor, wanted: torch.Tensor
+    gram: torch.Tensor, cross: torch.Tensor, part: Spoken, half: torch.Tensor, missing: torch.Tensor
 ) -> None:
-    """Add g_i g_j <f_i, f_j> to gram [2, E, E] and g_i <f_i, y> to cross [2, E]."""
+    """Add g_i g_j <f_i, f_j> to gram [2, E, E] and g_i <f_i, missing> to cross [2, E]."""
     experts = cross.shape[-1]
     chosen, weights, index = part.chosen[""], part.weights[""], part.index
-    along = (part.outputs @ wanted[..., None])[..., 0] * weights
+    along = (part.outputs @ missing[..., None])[..., 0] * weights
     cross += _binned((half[:, None] * experts + index)[chosen], along[chosen], 2 * experts).view(2, -1)
     products = part.products * weights[:, :, None] * weights[:, None, :]
     both = chosen[:, :, None] & chosen[:, None, :]
@@ -233,10 +307,10 @@ def _energy(values: Sequence[torch.Tensor]) -> float:
 
 
 def _fit_matrices(
-    streams: Streams, calls: Sequence[ExpertsCall], residuals: Sequence[torch.Tensor], options: Options, fitted: Fitted
+    plan: Plan, calls: Sequence[ExpertsCall], missing: Sequence[torch.Tensor], options: Options, fitted: Fitted
 ) -> list[Change]:
     """Fit the experts of a block in place, one after the other, and return how each change was found."""
-    block, plan = calls[0].block.block, streams.engine.plan
+    block = calls[0].block.block
     check_form(calls[0])
     if options.kind == "all":
         check_names(plan, calls[0])
@@ -248,7 +322,7 @@ def _fit_matrices(
                 fitted.skipped = sorted({*fitted.skipped, expert})
                 continue
             whole = options.kind == "all"
-            matrices, change = fit_expert(expert, calls, residuals, options.ridge, dtype, whole=whole)
+            matrices, change = fit_expert(expert, calls, missing, options.ridge, dtype, whole=whole)
             changes.append(change)
             if matrices:
                 fitted.matrices[expert] = matrices
