@@ -117,11 +117,7 @@ def _losses(
     try:
         for watch in watches:
             runs.append(engine.start(tokens, watch, resume=resume, batch=size))
-        for layer, unit in enumerate(engine.layers):
-            if resume is not None and layer < resume.layer:
-                continue
-            for run in runs:
-                run.to_layer(layer)
+        while (unit := runs[0].unit) is not None and runs[0].passed < len(engine.layers):
             with engine.loaded(unit, pin=True):
                 for run in runs:
                     run.step(progress)
