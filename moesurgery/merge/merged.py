@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-DOT_RUN = 4096
+DOT_RUN = 4096  # shorter than what BLAS would share out to threads of its own, which are slower here than one
 
 _host = Host()
 
@@ -175,12 +175,14 @@ def combine(unit: Unit, coefficients: Callable[[np.ndarray], np.ndarray], axis: 
         return chunk.models if unit.base_input is None else chunk.deltas
 
     def combined(chunk: Chunk, factors: np.ndarray) -> Array:
-        found = vectors(chunk)
-        total = None
-        for i, vector in enumerate(found):
-            factor = float(factors[i]) if factors.ndim == 1 else unit.engine.given(_shaped(factors[..., i], axis))
-            total = vector * factor if total is None else total + vector * factor
-        return total if unit.base_input is None else total + chunk.base
+        total, *others = vectors(chunk)  # used for the last time, so changed in place
+        for i, vector in enumerate((total, *others)):
+            vector *= float(factors[i]) if factors.ndim == 1 else unit.engine.given(_shaped(factors[..., i], axis))
+        for vector in others:
+            total += vector
+        if unit.base_input is not None:
+            total += chunk.base
+        return total
 
     if axis == "rows":
         return lambda chunk: combined(chunk, coefficients(_gram(unit, vectors(chunk), -1)))
@@ -208,13 +210,14 @@ def _gram(unit: Unit, vectors: list[Array], axis: int | None) -> np.ndarray:
 
 
 def _inner(first: Array, second: Array) -> float:
-    """Return the inner product: short runs in float32, their sum in float64.
+    """Return the inner product: short runs in float32, their sum in float64."""
+    import numpy as np
 
-    Runs are shorter than what BLAS would share out to threads of its own, which are slower here than one.
-    """
-    if len(first) <= DOT_RUN or getattr(first, "is_cuda", False):
+    whole = len(first) // DOT_RUN * DOT_RUN
+    if not isinstance(first, np.ndarray) or not whole:
         return float(first @ second)
-    return sum(float(first[i : i + DOT_RUN] @ second[i : i + DOT_RUN]) for i in range(0, len(first), DOT_RUN))
+    runs = first[:whole].reshape(-1, 1, DOT_RUN) @ second[:whole].reshape(-1, DOT_RUN, 1)
+    return float(runs.sum(dtype=np.float64)) + float(first[whole:] @ second[whole:])
 
 
 def _shaped(factors: np.ndarray, axis: str | None) -> np.ndarray:
