@@ -2,9 +2,9 @@
 
     python benchmarks/streaming_memory.py [FOLDER]
 
-Writes the model (random weights, a shard per layer), then runs `perplexity` and `collect` in processes of their own.
-Prints the largest resident set of each (VmHWM: Linux) beside the size of a layer in float32 and of the hidden
-states. docs/measure.md has the figures.
+Writes the model (random weights, a shard per layer), then runs each command that runs models in a process of its own:
+`perplexity`, `collect`, the repairs and `probe`. Prints the largest resident set of each (VmHWM: Linux) beside the size
+of a layer in float32 and of the hidden states. docs/performance.md has the figures.
 """
 
 from __future__ import annotations
@@ -36,10 +36,32 @@ CONFIG = {
     "torch_dtype": "bfloat16",
     "bos_token_id": 0,
 }
-MEASURE = """
+COMMAND = """
 import sys
 from moesurgery.cli import main
 code = main(sys.argv[1:])
+"""
+# A repair of two layers: with the number of layers only its time grows. Experts are fitted however few tokens they see.
+REPAIR = """
+import sys
+from moesurgery import apply, open_checkpoint, plan_of
+from moesurgery.cli.measuring import Run
+from moesurgery.measure.refit import Options, refit
+model, text, window, kind = sys.argv[1:]
+plan, run, done = plan_of(open_checkpoint(model)), Run(int(window)), []
+class Enough(Exception): pass
+def take(fitted):
+    done.append(fitted)
+    if len(done) == 2:
+        raise Enough
+edited = apply(plan, "drop-experts", experts=[1, 6])
+tokens, _ = run.calibration(plan.checkpoint, [text], 1 << 20)
+try:
+    refit(run.engine(plan), run.engine(edited), tokens, Options(kind, minimum=0), take)
+except Enough:
+    code = 0
+"""
+PEAK = """
 line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("peak", int(line.split()[1]) * 1024, file=sys.stderr)
 sys.exit(code)
@@ -81,9 +103,9 @@ def write(folder: Path) -> int:
     return total
 
 
-def peak(*arguments: object) -> int:
+def peak(script: str, *arguments: object) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script + PEAK, *map(str, arguments)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -103,11 +125,17 @@ def main() -> None:
         f"model {total / 1e9:.2f} GB; a layer in float32 {layer / 1e6:.0f} MB; hidden states {hidden / 1e6:.0f} MB",
         flush=True,
     )
-    for name, arguments in {
-        "perplexity": ["perplexity", model, text, "--quiet"],
-        "collect": ["collect", model, "--text", text, "-o", place / "stats", "--force", "--quiet"],
-    }.items():
-        found = peak(*arguments)
+    calibrated = ["--text", text, "--window", WINDOW, "--quiet", "--force", "-o", place / "out"]
+    measured: dict[str, tuple[str, list[object]]] = {
+        "perplexity": (COMMAND, ["perplexity", model, text, "--quiet"]),
+        "collect": (COMMAND, ["collect", model, *calibrated]),
+        "collect --top-k 3": (COMMAND, ["collect", model, *calibrated, "--top-k", 3]),
+        # There are as many passes as layers, and a layer is read once for all its experts: few tokens will do.
+        "probe": (COMMAND, ["probe", model, *calibrated, "--tokens", 32, "--window", 32, "--mode", "mask", "--no-png"]),
+        **{f"--refit {kind}": (REPAIR, [model, text, WINDOW, kind]) for kind in ("scalar", "expert", "down", "all")},
+    }
+    for name, (script, arguments) in measured.items():
+        found = peak(script, *arguments)
         left = (found - layer - hidden) / 1e6
         print(f"{name}: peak {found / 1e6:.0f} MB, {left:.0f} MB beside one layer and the hidden states", flush=True)
     if len(sys.argv) < 2:

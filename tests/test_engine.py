@@ -45,8 +45,8 @@ def calls_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
     return found
 
 
-# Families whose code hands no chosen experts to a module: they can be run, but their routing is not seen.
-UNSEEN = {"jetmoe", "llama4", "llama4_text", "doge"}
+# Families whose code hands no chosen experts to a module: what is read of them is in test_adapters.py.
+ADAPTED = {"jetmoe", "llama4", "llama4_text", "doge"}
 ENCODER_DECODERS = {"switch_transformers", "nllb-moe"}
 CASES = [(t, False) for t in ROWS if t not in ENCODER_DECODERS] + [(t, True) for t in TINY]
 
@@ -68,7 +68,10 @@ def test_logits_and_routing_are_those_of_transformers(models: Any, model_type: s
     alone = [logits(reference, window) for window in PROMPT.split(1)] if model_type == "doge" else [logits(reference)]
     assert (torch.cat(found) - torch.cat(alone)).abs().max() < 1e-5
     assert engine.skeleton.unused == []
-    assert len(seen) == (0 if model_type in UNSEEN else len(engine.blocks))
+    assert len(seen) == len(engine.routed)
+    assert len(engine.routed) == len(engine.blocks) or model_type in ("jetmoe", "doge")
+    if model_type in ADAPTED:
+        return
     expected = calls_of(reference)
     for name, calls in seen.items():
         hidden, index, weights = expected[name]

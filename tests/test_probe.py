@@ -160,3 +160,10 @@ def test_the_command(probed: tuple[Path, list[object]], ok: Cli, cli: Cli) -> No
     assert again.code == 2
     assert "--force" in again.err
     assert "expected one of mask, zero, both" in cli(*arguments, "--mode", "kill").err
+
+
+def test_token_ids_need_no_tokenizer(models: Any, tmp_path: Path, ok: Any) -> None:
+    (tmp_path / "ids.jsonl").write_text(json.dumps(PROMPT.flatten().tolist()))
+    options = ["--text", tmp_path / "ids.jsonl", "--window", 16, "--tokens", 32, "--mode", "zero", "--json"]
+    document = ok("probe", models("mixtral"), *options).json
+    assert {t["text"][:6] for e in document["layers"][0]["experts"] for t in e["takes"]} == {"token "}

@@ -7,6 +7,7 @@ operations what they cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli import measuring
-from moesurgery.cli.collect import collect_stats, stats_path
+from moesurgery.cli.beside import Beside
 from moesurgery.cli.console import console
 from moesurgery.cli.writing import WriterFlags
 from moesurgery.errors import RecipeError, SurgeryError
@@ -25,15 +26,15 @@ from moesurgery.recipes import RecipeStep
 from moesurgery.surgery.operation import Operation, apply
 
 if TYPE_CHECKING:
+    from moesurgery.measure.refit import Options
     from moesurgery.measure.text import Domain
-    from moesurgery.measure.tokens import Tokens
 
 PARAMETER = "stats"
 NAMED = {"experts", "keep", "groups"}  # experts chosen by number: no statistics are needed
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
-KINDS = ("none", "scalar", "expert", "down")
-RIDGE = 0.1
+KINDS = ("none", "scalar", "expert", "down", "all")
+AUTO = "auto"
 
 _Texts = Annotated[
     list[Path] | None,
@@ -45,17 +46,20 @@ _HeldOut = Annotated[
 ]
 _Refit = Annotated[
     str,
-    typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert or down."),
+    typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert, down or all."),
 ]
-_Ridge = Annotated[float, typer.Option("--ridge", min=0.0, help="How strongly --refit is drawn to no change.")]
-_Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down goes over the experts.")]
+_Ridge = Annotated[
+    str,
+    typer.Option("--ridge", help="How strongly --refit is drawn to no change: a number, or auto, by held-out windows."),
+]
+_Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down and all go over the experts.")]
 _Limit = Annotated[int, typer.Option("--limit", min=1, help="Windows per file of --heldout at most.")]
 _NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure the outcome.")]
 
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "text": (_Texts, None),
     "refit": (_Refit, "none"),
-    "ridge": (_Ridge, RIDGE),
+    "ridge": (_Ridge, AUTO),
     "sweeps": (_Sweeps, 1),
     "heldout": (_HeldOut, None),
     "limit": (_Limit, HELD_OUT_WINDOWS),
@@ -77,7 +81,7 @@ class Calibration:
 
     text: list[Path] | None = None
     refit: str = "none"
-    ridge: float = RIDGE
+    ridge: str = AUTO
     sweeps: int = 1
     heldout: list[Path] | None = None
     limit: int = HELD_OUT_WINDOWS
@@ -92,9 +96,26 @@ class Calibration:
             raise RecipeError(f"--refit is {self.refit!r}, expected one of {', '.join(KINDS)}")
         if self.refit != "none" and not self.text:
             raise RecipeError("--refit needs text to fit on", "give --text FILE")
+        if self.ridge != AUTO and _number(self.ridge) is None:
+            raise RecipeError(f"--ridge is {self.ridge!r}, expected {AUTO} or a number that is not negative")
+
+    @property
+    def options(self) -> Options:
+        from moesurgery.measure.refit import Options
+
+        return Options(self.refit, _number(self.ridge), self.sweeps)  # type: ignore[arg-type]
 
     def run(self, seed: int) -> measuring.Run:
         return measuring.Run(self.window, None, seed, self.device, self.dtype)
+
+
+def _number(text: str) -> float | None:
+    """Return a number from zero on; None for any other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None
 
 
 @dataclass(frozen=True)
@@ -120,52 +141,30 @@ def prepare(
     if given.heldout and not given.no_heldout:
         held_out = replace(run, limit=given.limit, seed=None).domains(plan.checkpoint, given.heldout)
     name = flags.output or Path(f"{plan.checkpoint.name}-{found.name}")
-    windows: Tokens | None = None
+    beside: Beside | None = None
     if given.text:
         keep = 0 if given.heldout or given.no_heldout else HELD_OUT_SHARE
         windows, kept = run.calibration(plan.checkpoint, given.text, given.tokens, keep)
         held_out = held_out or kept
+        beside = Beside(name, plan, windows, run, given.text, flags.force)
         if PARAMETER not in values and not values.keys() & NAMED:
-            target = stats_path(name.with_name(f"{name.name}.stats"), force=flags.force)
-            stats = collect_stats(plan, windows, run, given.text, *_asked(plan, found, values))
-            stats.save(target)
-            console.note(f"statistics of {windows.count:,} tokens are in {target}")
-            values[PARAMETER] = str(target)
+            values[PARAMETER] = str(beside.statistics(*_asked(plan, found, values)))
     steps = [RecipeStep(found.name, values)]
     edited = apply(plan, found.name, **values)
     plans = {"original": plan}
     if held_out:
         plans |= every_rule(plan, values) if found.name == "rescale" else {found.name: edited}
     if given.refit != "none":
-        assert windows is not None
-        folder = name.with_name(f"{name.name}.refit")
-        make_repair(plan, edited, windows, run, given, folder, force=flags.force)
-        steps.append(RecipeStep("refit", {"repair": str(folder)}))
-        plans[f"{values.get('scale', found.name)}, refit {given.refit}"] = apply(edited, "refit", repair=str(folder))
+        assert beside is not None
+        repair = str(beside.repair(edited, given.options))
+        steps.append(RecipeStep("refit", {"repair": repair}))
+        plans[f"{values.get('scale', found.name)}, refit {given.refit}"] = apply(edited, "refit", repair=repair)
     if not held_out:
         return Prepared(tuple(steps))
     measured = measure(plans, run, held_out)
     if not flags.as_json:
         show(measured, "rule" if found.name == "rescale" else "")
     return Prepared(tuple(steps), {"heldout": measured})
-
-
-def make_repair(
-    plan: Plan, edited: Plan, windows: Tokens, run: measuring.Run, given: Calibration, folder: Path, *, force: bool
-) -> None:
-    """Fit the edited model to the original, and leave the repair in a folder."""
-    from moesurgery.measure.refit import Options, refit
-    from moesurgery.measure.repair import RepairWriter
-
-    options = Options(given.refit, given.ridge, given.sweeps)  # type: ignore[arg-type]
-    original, other = run.engine(plan), run.engine(edited)
-    writer = RepairWriter(folder, force=force)
-    with console.progress("refitting", 2 * original.work(windows), of_bytes=False) as watch:
-        refit(original, other, windows, options, writer.add, watch.progress)
-    about: dict[str, Any] = {"kind": given.refit, "tokens": windows.count, "ridge": given.ridge, "sweeps": given.sweeps}
-    about |= {"text": measuring.described(given.text or []), "window": run.window, "seed": run.seed, "dtype": run.dtype}
-    writer.close(about)
-    console.note(f"the repair is in {folder}")
 
 
 def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> tuple[list[int], list[int]]:

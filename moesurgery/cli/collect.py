@@ -48,7 +48,9 @@ def collect_command(
     `drop-experts`, `merge-experts`. The table says how far two halves of the text agree on who matters.
     """
     console.quiet = quiet
-    target = stats_path(output, force=force)
+    target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
     plan = measuring.subject(model)
     run = measuring.Run(window, None, seed, device, dtype)
     run.check()
@@ -74,14 +76,6 @@ def collect_command(
         console.result(f"experts with outputs far above all others: {named}")
 
 
-def stats_path(output: Path, *, force: bool) -> Path:
-    """Return the file that `-o` names; raise OutputError where it is there already."""
-    target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
-    return target
-
-
 def collect_stats(
     plan: Plan, windows: Tokens, run: measuring.Run, text: list[Path], top_k: list[int], keep: list[int]
 ) -> Stats:
@@ -91,8 +85,7 @@ def collect_stats(
     engine = run.engine(plan)
     with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
         stats = collect(engine, windows, top_k, keep, watch.progress)
-    stats.about["text"] = measuring.described(text)
-    stats.about |= {"window": run.window, "seed": run.seed, "dtype": run.dtype}
+    stats.about |= measuring.calibrated_on(plan, windows, run, text)
     return stats
 
 

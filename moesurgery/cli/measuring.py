@@ -12,6 +12,7 @@ import typer
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.cli.console import console
 from moesurgery.errors import RecipeError
+from moesurgery.plan.fingerprint import fingerprint
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipes import load_any_recipe
 
@@ -108,6 +109,20 @@ class Run:
 
         start = start_token(checkpoint.config)
         return [read_domain(path, tokenizer, start, self.window, self.limit, self.seed) for path in texts]
+
+
+def calibrated_on(plan: Plan, windows: Tokens, run: Run, texts: list[Path]) -> dict[str, Any]:
+    """Return all that decides what is measured on calibration text, for provenance: see `beside.differences`."""
+    return {
+        "model": plan.checkpoint.source.identity,
+        "fingerprint": fingerprint(plan),
+        "text": described(texts),
+        "tokens": windows.count,
+        "window": run.window,
+        "seed": run.seed,
+        "dtype": run.dtype,
+        "token_ids": windows.digest,
+    }
 
 
 def described(texts: list[Path]) -> list[dict[str, str]]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from moesurgery.measure.stats import BlockStats, Stats
 
 TOKENS = 4096
-KEEP_BYTES = 1 << 30  # the embedding is asked for again and again
 MODES = {"mask": ["mask"], "zero": ["zero"], "both": ["mask", "zero"]}
 
 
@@ -67,23 +66,21 @@ def probe_command(
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
 
     from moesurgery.measure.criteria import scores
-    from moesurgery.measure.engine import Engine
     from moesurgery.measure.probe import ablate, screened, takers, work
 
     stats = collect_stats(plan, windows, run, text, [], [])
-    engine = Engine(plan, device=device, dtype=dtype, keep=KEEP_BYTES)
-    wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.blocks}
+    engine = run.engine(plan)
+    wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.routed}
     modes: Any = MODES[mode]
     with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:
         found = ablate(engine, windows, wanted, modes, watch.progress)
-    from moesurgery.measure.text import load_tokenizer
+    from moesurgery.measure.text import TOKENIZER, load_tokenizer
 
-    tokenizer = load_tokenizer(plan.checkpoint)
+    # Text that was given as token ids needs no tokenizer.
+    known = TOKENIZER in plan.checkpoint.file_sizes
+    shown = load_tokenizer(plan.checkpoint).decode if known else lambda ids: f"token {ids[0]}"
     taken = {
-        where: [
-            [{"text": tokenizer.decode([t]), "count": n, "share": share} for t, n, share in expert]
-            for expert in experts
-        ]
+        where: [[{"text": shown([t]), "count": n, "share": share} for t, n, share in expert] for expert in experts]
         for where, experts in takers(engine, windows).items()
     }
     document = _document(plan.checkpoint.name, stats, found, taken, modes)

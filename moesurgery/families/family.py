@@ -91,6 +91,7 @@ class Routing:
     `knob`: the config number that multiplies exactly the routed sum, with its default.
     `after`: what normalises the result: "routed" (a factor has no effect), "joint" (routed and shared
     together: a factor only moves their ratio).
+    `on_input`: the weight multiplies what an expert reads instead of what it says.
     `fixed_top_k`: the model code ignores the config's top-k and uses this one.
     `special`: class E, and why the even-gates rule does not apply.
     `no_estimate`: why the gates cannot be estimated from embeddings and routers, where the rule does apply.
@@ -107,6 +108,7 @@ class Routing:
     knob: str | None = None
     knob_default: float | None = None
     after: Literal["routed", "joint"] | None = None
+    on_input: bool = False
     fixed_top_k: int | None = None
     special: str | None = None
     no_estimate: str | None = None

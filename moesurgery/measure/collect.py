@@ -10,6 +10,7 @@ from moesurgery.families.settings import Settings
 from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Progress, Watch
 from moesurgery.measure.outputs import Routing, Spoken, spoken
 from moesurgery.measure.recon import best_kept
+from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.stats import BlockStats, Stats, as_numpy, empty_sums
 from moesurgery.measure.tokens import Tokens
 from moesurgery.measure.twin import Twin
@@ -77,6 +78,7 @@ def collect(
         "model": engine.plan.checkpoint.source.identity,
         "model_type": engine.plan.anatomy.model_type,
         "blocks": [block.where for block in blocks],
+        "unread": {block.where: block.unread for block in engine.blocks if block.experts is None},
         "top_k": top_k,
         "other_top_k": others,
         "recon": list(keep),
@@ -86,17 +88,15 @@ def collect(
     return Stats({b.where: BlockStats(b.where, as_numpy(sums[b.where])) for b in blocks}, about)
 
 
-def check_routing(engine: Engine, operation: str) -> list[Any]:
-    """Return the MoE blocks; raise RefusedError where there are none or their routing cannot be seen."""
+def check_routing(engine: Engine, operation: str) -> list[Experts]:
+    """Return the MoE blocks whose routing is seen; raise RefusedError where there are none."""
     engine.plan.anatomy.require_family(operation)
-    for block in engine.blocks:
-        if block.experts is None:
-            raise RefusedError(
-                f"{operation}: {block.where}: the code of {engine.plan.anatomy.model_type} has no module that is"
-                " called with chosen experts and their weights, so its routing cannot be seen",
-                "perplexity and compare work",
-            )
-    return engine.blocks
+    if not engine.routed:
+        unread = engine.blocks[0]
+        raise RefusedError(
+            f"{operation}: {unread.where}: its routing cannot be read: {unread.unread}", "perplexity and compare work"
+        )
+    return engine.routed
 
 
 def with_top_k(engine: Engine, top_k: int) -> Plan:

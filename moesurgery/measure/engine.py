@@ -22,6 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
+from moesurgery.measure.adapters import adapter_of, routed
 from moesurgery.measure.coroutine import Coroutine, current
 from moesurgery.measure.router_tap import RouterTap
 from moesurgery.measure.skeleton import Experts, Skeleton, Unit
@@ -46,7 +47,8 @@ _here = threading.local()  # the stream that a thread runs
 class ExpertsCall:
     """One call of a block's `experts` module: T tokens of one batch.
 
-    hidden [T, H], index [T, k] and weights [T, k] are its inputs: the routing that the model itself computed.
+    hidden [T, H], index [T, k] and weights [T, k] are its inputs: the routing that the model itself computed. Where
+    the code has no such module, `adapters` read the block as if it had, and `module` is the block.
     `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding. `run()` computes
     the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
     """
@@ -160,13 +162,13 @@ class Streams:
             raise RefusedError(f"batches take different ways through the model: {', '.join(waiting)}")
         return next(iter(waiting.values()), None)
 
-    def rehearse(self, watch: Watch) -> list[Any]:
-        """Send all streams through the unit they wait at under another watch, leave them at its door, and return
-        what the unit returns for each."""
+    def rehearse(self, watch: Watch, count: int | None = None) -> list[Any]:
+        """Send all streams, or the first `count`, through the unit they wait at under another watch, leave them at its
+        door, and return what the unit returns for each."""
         unit = self.unit
         assert unit is not None
         with self.engine.loaded(unit):
-            return [self.engine._go(stream, watch) for stream in self.streams]
+            return [self.engine._go(stream, watch) for stream in self.streams[:count]]
 
     def step(self, progress: Progress = lambda count: None) -> None:
         """Take all streams through the unit they wait at, to the next door."""
@@ -232,6 +234,11 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.skeleton.device
+
+    @property
+    def routed(self) -> list[Experts]:
+        """The MoE blocks whose routing can be seen."""
+        return [block for block in self.blocks if block.experts is not None]
 
     @property
     def vocabulary(self) -> int:
@@ -391,19 +398,28 @@ class Engine:
         active = self._active
         if active is None or (active.watch.experts is None and not active.banned.get(block.where)):
             return forward(*args, **kwargs)
-        hidden, index, weights = [*args, *kwargs.values()]
+        adapter = adapter_of(module)
+        given = [*args, *kwargs.values()]
+        if adapter is None:
+            hidden, index, weights = given
+        else:
+            hidden = given[0].reshape(-1, given[0].shape[-1])
+            index, weights = adapter.routing(module, hidden)
         if any(bool((index == e).any()) for e in active.banned.get(block.where, ())):
             raise RefusedError(f"{block.where}: its router does not choose by logits, so an expert cannot be masked")
         if active.watch.experts is None:
             return forward(*args, **kwargs)
 
         def run(*changed: Any) -> Any:
-            return forward(*(changed or (hidden, index, weights)))
+            chosen = changed or (hidden, index, weights)
+            return forward(*chosen) if adapter is None else routed(module, *chosen)
 
         logits = self._tap.logits.get(block.where) if self._tap else None
         call = ExpertsCall(block, module, active.tokens, active.first, hidden, index, weights, logits, run)
         result = active.watch.experts(call)
-        return call.run() if result is None else result
+        if result is None:
+            return forward(*args, **kwargs)
+        return result if adapter is None else adapter.returned(module, given[0], result)
 
 
 @dataclass(frozen=True)

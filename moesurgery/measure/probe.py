@@ -96,7 +96,7 @@ def ablate(
 def work(engine: Engine, tokens: Tokens, wanted: Mapping[str, Sequence[int]], modes: int) -> int:
     """What the progress of `ablate` counts up to, in tokens times layers."""
     depth = {unit.path: len(engine.layers) - i for i, unit in enumerate(engine.layers)}
-    single = sum(len(wanted[b.where]) * depth[b.unit] for b in engine.blocks)
+    single = sum(len(wanted[b.where]) * depth[b.unit] for b in engine.routed)
     indices = set.intersection(*(set(experts) for experts in wanted.values()))
     return tokens.count * (modes * (single + len(indices) * len(engine.layers)) + len(engine.layers))
 
@@ -117,11 +117,7 @@ def _losses(
     try:
         for watch in watches:
             runs.append(engine.start(tokens, watch, resume=resume, batch=size))
-        for layer, unit in enumerate(engine.layers):
-            if resume is not None and layer < resume.layer:
-                continue
-            for run in runs:
-                run.to_layer(layer)
+        while (unit := runs[0].unit) is not None and runs[0].passed < len(engine.layers):
             with engine.loaded(unit, pin=True):
                 for run in runs:
                     run.step(progress)
@@ -162,7 +158,7 @@ def takers(engine: Engine, tokens: Tokens) -> dict[str, list[list[tuple[int, int
     values, counts = torch.unique(tokens.ids, return_counts=True)
     occurs = dict(zip(values.tolist(), counts.tolist(), strict=True))
     found: dict[str, list[list[tuple[int, int, float]]]] = {}
-    for block in engine.blocks:
+    for block in engine.routed:
         sent, times = torch.unique(torch.cat(keys[block.where]), return_counts=True)
         experts, ids = sent // engine.vocabulary, sent % engine.vocabulary
         found[block.where] = []

@@ -1,18 +1,23 @@
-"""Repair an edited model by least squares, layer by layer, so that each MoE block says what the original said.
+"""Repair an edited model by least squares, layer by layer, so that its stream is what the original's was.
 
 The original and the edited model run side by side on the same tokens. At each layer, the edited block sees its
-own stream, with all layers before it already repaired; the target y is the original block's output on the
-original stream. Three kinds, each containing the one before it:
+own stream, with all layers before it already repaired. What it should add is y, such that the layer's output becomes
+the original's: so it also makes up for what the layers before it left undone. Where a model does not simply add the
+routed output to its stream, y is the output of the original block. Four kinds, each containing the one before it:
 
     scalar   one factor on the block's output
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
     down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
+    all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
 
-Nothing is trained and no gradient is taken. docs/measure.md says where it helps and where it does not.
+Each solution is drawn to no change, by a ridge that is judged on windows it was not fitted on (`ridge`), so that
+what would not carry over to other text is left as it is. Nothing is trained and no gradient is taken.
+docs/measure.md says where it helps and where it does not.
 
-Memory beside the two models' streams: the hidden states of all tokens four times, and for `down` the activations
-of one expert and two square matrices of its width.
+Memory beside the two models' streams: the hidden states of all tokens four times. For `down` also the activations of
+one expert and six square matrices of its width in float64; for `all` those activations seven times and an expert's
+weights fifteen times.
 """
 
 from __future__ import annotations
@@ -23,49 +28,60 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.measure.activations import activations, check_form, down
+from moesurgery.measure.activations import check_form, down
 from moesurgery.measure.engine import Engine, ExpertsCall, Progress, Streams, Watch
-from moesurgery.measure.factors import per_expert
-from moesurgery.measure.outputs import spoken
+from moesurgery.measure.expert_fit import Matrices, check_names, fit_expert
+from moesurgery.measure.outputs import Spoken, spoken
+from moesurgery.measure.ridge import Change, solve
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.tokens import Tokens
 from moesurgery.plan.expr import torch_dtype
+from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
-Kind = Literal["scalar", "expert", "down"]
-RIDGE = 0.1
+Kind = Literal["scalar", "expert", "down", "all"]
+MATRICES = ("down", "all")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit. `ridge` times the mean diagonal draws a solution to where it began; `sweeps` go over the experts.
+    """How to fit. `ridge` times the mean diagonal draws a solution to no change; None finds it on held-out windows.
 
-    `down` leaves an expert alone that saw fewer than `minimum` times as many tokens as it has neurons.
+    `sweeps` go over the experts. `down` and `all` leave an expert alone that saw fewer than `minimum` times as many
+    tokens as it has neurons.
     """
 
     kind: Kind = "down"
-    ridge: float = RIDGE
+    ridge: float | None = None
     sweeps: int = 1
     minimum: float = 2
+
+    def described(self) -> dict[str, Any]:
+        """Return the options as a repair records them."""
+        return {"kind": self.kind, "ridge": "auto" if self.ridge is None else self.ridge, "sweeps": self.sweeps}
 
 
 @dataclass
 class Fitted:
-    """The repair of one block: factors [E] (scalar, expert), or down-projections [H, I] by expert as they are stored.
+    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
 
-    `error_before` and `error_after` are sum |y - y'|^2 / sum |y|^2 over the calibration tokens.
+    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being what the edited block
+    adds, over the sum of squares of what the original block added; `error_held_out` is what the ridge was found by,
+    the error of each half of the windows under what the other half gives. `ridges` has the ridge of each solution,
+    None for no change.
     """
 
     where: str
     factors: list[float] | None = None
-    down: dict[int, torch.Tensor] = field(default_factory=dict)
+    matrices: dict[int, Matrices] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    ridges: list[float | None] = field(default_factory=list)
     error_before: float = 0.0
     error_after: float = 0.0
+    error_held_out: float | None = None
 
 
 def refit(
@@ -84,10 +100,11 @@ def refit(
     where = {b.where for b in original.blocks}
     if where != {b.where for b in edited.blocks} or len(original.layers) != len(edited.layers):
         raise RefusedError("refit: the edited model has other MoE layers than the original")
-    if any(b.experts is None for b in (*original.blocks, *edited.blocks)):
-        raise RefusedError(f"refit: the code of {edited.plan.anatomy.model_type} shows no routing")
-    if options.kind == "down":
-        _refuse_quantised(edited)
+    for block in (*original.blocks, *edited.blocks):
+        if block.experts is None:
+            raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
+    if options.kind in MATRICES:
+        _refuse_quantised(edited, options.kind)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
     said: dict[str, list[torch.Tensor]] = {}
     factors: dict[str, torch.Tensor] = {}
@@ -110,9 +127,13 @@ def refit(
             reference.to_layer(layer)
             repaired.to_layer(layer)
             reference.step(progress)
+            outputs = [stream.last for stream in reference.streams]
             with edited.loaded(unit, pin=True):
                 for block in (b for b in edited.blocks if b.unit == unit.path):
-                    fitted = _fit(repaired, block, said.pop(block.where), options)
+                    originals = said.pop(block.where)
+                    calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+                    total = max(_energy([_real(y, call) for y, call in zip(originals, calls, strict=True)]), 1e-30)
+                    fitted = _fit(edited.plan, block, calls, missing, total, options)
                     if fitted.factors is not None:
                         factors[block.where] = _tensor(fitted.factors, edited)
                     done(fitted)
@@ -124,9 +145,10 @@ def refit(
                 streams.close()
 
 
-def _refuse_quantised(edited: Engine) -> None:
+def _refuse_quantised(edited: Engine, kind: Kind) -> None:
     for block in edited.blocks:
-        for member in block.block.named("down"):
+        roles = ("down",) if kind == "down" else ("down", "gate", "up", "gate_up")
+        for member in (member for role in roles for member in block.block.named(role)):
             if edited.plan.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
                 raise RefusedError(
                     f"refit: {member.name} is quantised: a fitted weight has no scale",
@@ -145,97 +167,163 @@ def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return factors[index.clamp(max=len(factors) - 1)]
 
 
-def _fit(streams: Streams, block: Experts, targets: list[torch.Tensor], options: Options) -> Fitted:
-    """Fit one block on the stream as it stands at its door."""
-    import numpy as np
+def _missing(
+    streams: Streams,
+    block: Experts,
+    others: Callable[[ExpertsCall], Any],
+    originals: Sequence[torch.Tensor],
+    outputs: Sequence[Any],
+) -> tuple[list[ExpertsCall], list[torch.Tensor]]:
+    """Return a block's calls on the stream as it stands at its door, and what is missing of what each adds [T, H].
+
+    `originals` is what the original block added, `outputs` what the original layer returned. Padding is zero.
+    """
+    calls: list[ExpertsCall] = []
+    said: list[torch.Tensor] = []
+
+    def listen(call: ExpertsCall) -> Any:
+        if call.block.where != block.where:
+            return others(call)
+        calls.append(call)
+        said.append(call.run())
+        return said[-1]
+
+    found = streams.rehearse(Watch(experts=listen))
+    share = _share(streams, block, said[0], found[0])
+    missing = []
+    for i, call in enumerate(calls):
+        if share is None:
+            left = (originals[i] - said[i].view_as(originals[i])).float()
+        else:
+            left = (_hidden(outputs[i]).float() - _hidden(found[i]).float()).view_as(originals[i]) / share
+        if call.real is not None:
+            left[~call.real] = 0
+        missing.append(left)
+    return calls, missing
+
+
+def _real(values: torch.Tensor, call: ExpertsCall) -> torch.Tensor:
+    """Return the rows [t, …] of a call's values that are no padding."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if call.real is None else rows[call.real]
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Return the hidden states among what a layer returns."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _share(streams: Streams, block: Experts, said: torch.Tensor, output: Any) -> float | None:
+    """Return the number that multiplies a block's routed output on its way into the layer's output; None where it is
+    not simply added. Found by having the experts of the first batch say everything twice."""
+
+    def twice(call: ExpertsCall) -> Any:
+        return 2 * call.run() if call.block.where == block.where else None
+
+    (changed,) = streams.rehearse(Watch(experts=twice), 1)
+    if _hidden(output).numel() != said.numel():
+        return None
+    change = (_hidden(changed).float() - _hidden(output).float()).flatten()
+    added = said.float().flatten()
+    share = float(change @ added / added.pow(2).sum().clamp(min=1e-30))
+    return share if share > 0 and (change - share * added).norm() <= 0.1 * change.norm() else None
+
+
+def _fit(
+    plan: Plan,
+    block: Experts,
+    calls: Sequence[ExpertsCall],
+    missing: Sequence[torch.Tensor],
+    total: float,
+    options: Options,
+) -> Fitted:
+    """Fit one block for its calls. `missing` is brought up to date where matrices are fitted."""
     import torch
 
-    calls: list[ExpertsCall] = []
-    streams.rehearse(Watch(experts=lambda call: calls.append(call) if call.block.where == block.where else None))
     experts = block.block.experts
-    gram, cross = np.zeros((experts, experts)), np.zeros(experts)
-    total = 0.0
-    residuals: list[torch.Tensor] = []  # y - sum g f of each call, padding left as zero
-    counts = np.zeros(experts, dtype=np.int64)
-    for call, target in zip(calls, targets, strict=True):
-        residual = torch.zeros_like(target, dtype=torch.float32)
-        for part in spoken(call, experts, {"": (call.index, call.weights)}):
-            wanted = target[part.rows].float()
-            residual[part.rows] = wanted - part.routed("")
-            total += float(wanted.double().pow(2).sum())
-            chosen, weights = part.chosen[""], part.weights[""]
-            index = part.index.clamp(min=0)
-            along = (part.outputs @ wanted[..., None])[..., 0] * weights
-            cross += _binned(index[chosen], along[chosen], experts)
-            products = part.products * weights[:, :, None] * weights[:, None, :]
-            both = chosen[:, :, None] & chosen[:, None, :]
-            pairs = index[:, :, None] * experts + index[:, None, :]
-            gram += _binned(pairs[both], products[both], experts**2).reshape(experts, experts)
-            counts += torch.bincount(index[chosen], minlength=experts).cpu().numpy()
-        residuals.append(residual)
-    total = max(total, 1e-30)
-    fitted = Fitted(block.where, tokens=counts.tolist(), error_before=_energy(residuals) / total)
-    if options.kind == "down":
-        check_form(calls[0])
-        dtype = torch_dtype(streams.engine.plan.tensors[block.block.named("down")[0].name].dtype)
-        for _ in range(options.sweeps):
-            for expert in range(experts):
-                if counts[expert] < options.minimum * down(calls[0].module, expert).shape[1]:
-                    fitted.skipped = sorted({*fitted.skipped, expert})
-                else:
-                    fitted.down[expert] = _refit_expert(calls, residuals, expert, options.ridge, dtype)
-        fitted.error_after = _energy(residuals) / total
-        return fitted
-    if options.kind == "scalar":
-        factors = np.full(experts, cross.sum() / gram.sum() if gram.sum() > 0 else 1.0)
+    index = torch.cat([_real(call.index, call).flatten() for call in calls])
+    counts = torch.bincount(index[index < experts], minlength=experts)
+    fitted = Fitted(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
+    if options.kind in MATRICES:
+        changes = _fit_matrices(plan, calls, missing, options, fitted)
+        fitted.error_after = _energy(missing) / total
     else:
-        factors = per_expert(gram, cross, options.ridge)
-    fitted.factors = [float(f) for f in factors]
-    fitted.error_after = float(total - 2 * factors @ cross + factors @ gram @ factors) / total
+        changes = [_fit_factors(calls, missing, options, fitted)]
+        fitted.error_after /= total
+    fitted.ridges = [change.ridge for change in changes]
+    if options.ridge is None:
+        fitted.error_held_out = fitted.error_before + sum(c.held_out or 0.0 for c in changes) / total
     return fitted
 
 
-def _binned(index: torch.Tensor, values: torch.Tensor, bins: int) -> np.ndarray:
+def _fit_factors(
+    calls: Sequence[ExpertsCall], missing: Sequence[torch.Tensor], options: Options, fitted: Fitted
+) -> Change:
+    """Fit the factors of a block, and return how their change from 1 was found."""
     import torch
 
-    found: np.ndarray = torch.bincount(index, values.double(), minlength=bins).cpu().numpy()
-    return found
+    experts, device = calls[0].block.block.experts, missing[0].device
+    gram = torch.zeros(2, experts, experts, dtype=torch.float64, device=device)
+    cross = torch.zeros(2, experts, dtype=torch.float64, device=device)
+    for call, left in zip(calls, missing, strict=True):
+        half = call.window % 2
+        for part in spoken(call, experts, {"": (call.index, call.weights)}):
+            _add_products(gram, cross, part, half[part.rows], left[part.rows])
+    if options.kind == "scalar":
+        change = solve(gram.sum((1, 2), keepdim=True), cross.sum(1).view(2, 1, 1), options.ridge)
+    else:
+        change = solve(gram, cross[:, None], options.ridge)
+    step = torch.zeros(experts, dtype=torch.float64, device=device)
+    if change.change is not None:
+        step += change.change[0]
+    fitted.factors = (1 + step).tolist()
+    fitted.error_after = _energy(missing) + float(step @ gram.sum(0) @ step - 2 * step @ cross.sum(0))
+    return change
+
+
+def _add_products(
+    gram: torch.Tensor, cross: torch.Tensor, part: Spoken, half: torch.Tensor, missing: torch.Tensor
+) -> None:
+    """Add g_i g_j <f_i, f_j> to gram [2, E, E] and g_i <f_i, missing> to cross [2, E]."""
+    experts = cross.shape[-1]
+    chosen, weights, index = part.chosen[""], part.weights[""], part.index
+    along = (part.outputs @ missing[..., None])[..., 0] * weights
+    cross += _binned((half[:, None] * experts + index)[chosen], along[chosen], 2 * experts).view(2, -1)
+    products = part.products * weights[:, :, None] * weights[:, None, :]
+    both = chosen[:, :, None] & chosen[:, None, :]
+    pairs = (half[:, None, None] * experts + index[:, :, None]) * experts + index[:, None, :]
+    gram += _binned(pairs[both], products[both], 2 * experts**2).view(2, experts, experts)
+
+
+def _binned(index: torch.Tensor, values: torch.Tensor, bins: int) -> torch.Tensor:
+    import torch
+
+    return torch.bincount(index, values.double(), minlength=bins)
 
 
 def _energy(values: Sequence[torch.Tensor]) -> float:
     return sum(float(v.double().pow(2).sum()) for v in values)
 
 
-def _refit_expert(
-    calls: Sequence[ExpertsCall], residuals: Sequence[torch.Tensor], expert: int, ridge: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """Solve for one expert's down-projection, in place, and bring the residuals up to date. Return it in `dtype`.
-
-    W = W_e + D, with D minimising sum |r - D g h|^2 + lambda |D|^2, r being what is still missing.
-    """
-    import torch
-
-    module = calls[0].module
-    weight = down(module, expert)
-    width = weight.shape[1]
-    gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros(weight.shape[0], width, dtype=torch.float64, device=weight.device)
-    parts = []
-    for call, residual in zip(calls, residuals, strict=True):
-        hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
-        token, slot = torch.where(call.index.reshape(len(hidden), -1) == expert)
-        if call.real is not None:
-            token, slot = token[call.real[token]], slot[call.real[token]]
-        h = activations(module, expert, hidden[token]).float()
-        h = h * call.weights.reshape(len(hidden), -1)[token, slot].float()[:, None]
-        gram += (h.T @ h).double()
-        cross += (residual[token].T @ h).double()
-        parts.append((token, h))
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    change = torch.linalg.solve(gram, cross.T).T
-    stored: torch.Tensor = (weight.double() + change).to(dtype)
-    change = stored.to(weight.dtype) - weight  # what rounding leaves of it
-    weight += change
-    for (token, h), residual in zip(parts, residuals, strict=True):
-        residual[token] -= h @ change.float().T
-    return stored
+def _fit_matrices(
+    plan: Plan, calls: Sequence[ExpertsCall], missing: Sequence[torch.Tensor], options: Options, fitted: Fitted
+) -> list[Change]:
+    """Fit the experts of a block in place, one after the other, and return how each change was found."""
+    block = calls[0].block.block
+    check_form(calls[0])
+    if options.kind == "all":
+        check_names(plan, calls[0])
+    dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
+    changes = []
+    for _ in range(options.sweeps):
+        for expert in range(block.experts):
+            if fitted.tokens[expert] < options.minimum * down(calls[0].module, expert).shape[1]:
+                fitted.skipped = sorted({*fitted.skipped, expert})
+                continue
+            whole = options.kind == "all"
+            matrices, change = fit_expert(expert, calls, missing, options.ridge, dtype, whole=whole)
+            changes.append(change)
+            if matrices:
+                fitted.matrices[expert] = matrices
+    return changes

@@ -1,8 +1,8 @@
 """A repair on disk: what `refit` found for each MoE block, ready to be written into a checkpoint.
 
-A folder with `refit.json` (what was fitted, on what, and how well) and, where down-projections were fitted, a
-safetensors file per block: tensor "e" is expert e's down-projection as [I, H], a row per neuron. Blocks are written
-one by one, so that none stays in memory; `refit.json` comes last, so a folder without it is half a repair.
+A folder with `refit.json` (what was fitted, on what, and how well) and, where weights were fitted, a safetensors file
+per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others. Blocks are written one
+by one, so that none stays in memory; `refit.json` comes last, so a folder without it is half a repair.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ FORMAT = "moesurgery refit 1"
 
 
 class RepairWriter:
-    """Writes a repair, block by block. Raises OutputError where the folder exists, unless `force`."""
+    """Writes a repair, block by block. Half a repair is begun again, a whole one with `force`.
+
+    Raises OutputError where the folder holds anything else.
+    """
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
         if folder.exists():
-            if not force or not (folder / INDEX).is_file():
+            ours = [folder / INDEX, *folder.glob("layer-*.safetensors")]
+            if not folder.is_dir() or set(folder.iterdir()) - set(ours):
+                raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
+            if ours[0].exists() and not force:
                 raise OutputError(f"{folder} exists", "use --force to replace a repair, or another -o")
-            for file in (folder / INDEX, *folder.glob("layer-*.safetensors")):
-                file.unlink()
+            for file in ours:
+                file.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.layers: list[dict[str, Any]] = []
@@ -42,9 +48,10 @@ class RepairWriter:
         from safetensors.torch import save_file
 
         file = None
-        if fitted.down:
+        if fitted.matrices:
             file = f"layer-{len(self.layers):03}.safetensors"
-            save_file({str(e): w.T.contiguous().cpu() for e, w in fitted.down.items()}, self.folder / file)
+            tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
+            save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, self.folder / file)
         self.layers.append(
             {
                 "layer": fitted.where,
@@ -52,8 +59,10 @@ class RepairWriter:
                 "file": file,
                 "tokens": fitted.tokens,
                 "skipped": fitted.skipped,
+                "ridges": fitted.ridges,
                 "error_before": fitted.error_before,
                 "error_after": fitted.error_after,
+                "error_held_out": fitted.error_held_out,
             }
         )
 
@@ -70,8 +79,8 @@ class Repair:
     about: Mapping[str, Any]
     layers: Mapping[str, Mapping[str, Any]]
 
-    def down(self, where: str) -> dict[int, Expr]:
-        """Return the fitted down-projections [I, H] of a block, by expert; none where only factors were fitted."""
+    def matrices(self, where: str) -> dict[int, dict[str, Expr]]:
+        """Return the fitted matrices [out, in] of a block, by expert and role; none where only factors were fitted."""
         file = self.layers[where]["file"]
         if file is None:
             return {}
@@ -79,7 +88,11 @@ class Repair:
         if size is None:
             raise CheckpointError(f"{self.source.identity}/{file} is missing", "make the repair again")
         header = read_header(file, size, lambda start, length: self.source.read(file, start, length))
-        return {int(info.name): Stored(self.source, info) for info in header.tensors}
+        found: dict[int, dict[str, Expr]] = {}
+        for info in header.tensors:
+            expert, _, role = info.name.partition(".")
+            found.setdefault(int(expert), {})[role] = Stored(self.source, info)
+        return found
 
 
 def open_repair(folder: str | Path) -> Repair:

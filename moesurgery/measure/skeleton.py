@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import MoeBlock, model_type_of
 from moesurgery.families.components import is_vision
+from moesurgery.measure.adapters import UNREAD, adapter_of
 from moesurgery.measure.lazy import LazyTensor, evaluate_into
 from moesurgery.measure.model_config import load_config
 from moesurgery.plan.dequantise import dequantised
@@ -50,9 +51,9 @@ class _Group:
 class Experts:
     """Where a model's module tree has one MoE block of the plan.
 
-    `experts` is the path of the module that is called with (hidden [T, H], indices [T, k], weights [T, k]);
-    None where the family's code has no such module. `router` and `correction` are paths of parameters. `path` is
-    the smallest module that holds all of it.
+    `experts` is the path of the module that is called with (hidden [T, H], indices [T, k], weights [T, k]), or of
+    the block that an adapter reads (`adapters`); None where the family's code has neither, and `unread` says why.
+    `router` and `correction` are paths of parameters. `path` is the smallest module that holds all of it.
     """
 
     block: MoeBlock
@@ -61,6 +62,7 @@ class Experts:
     experts: str | None
     router: str | None
     correction: str | None
+    unread: str = ""
 
     @property
     def where(self) -> str:
@@ -285,9 +287,20 @@ class Skeleton:
         correction = next((self.target.get(m.name) for m in block.named("correction_bias")), None)
         unit = self.unit_of(owner).path
         path = found or owner
+        unread = "" if found else self._unread(owner, unit)
         while path != unit and router is not None and not router.startswith(path + "."):
             path = path.rpartition(".")[0]
-        return Experts(block, unit, path, found, router, correction)
+        return Experts(block, unit, path, found, router, correction, unread)
+
+    def _unread(self, path: str, unit: str) -> str:
+        """Return why no module on the way from `path` up to `unit` shows a routing."""
+        kind = type(self.model.get_submodule(path)).__name__
+        while path and path != unit:
+            path = path.rpartition(".")[0]
+            kind = type(self.model.get_submodule(path)).__name__
+            if kind in UNREAD:
+                return UNREAD[kind]
+        return f"{kind} calls no module with chosen experts and their weights"
 
 
 def _placeholder(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -305,9 +318,11 @@ def _placeholder(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _takes_routing(module: Any) -> bool:
-    """Whether a module is called with hidden states, chosen experts and their weights."""
+    """Whether a module is called with hidden states, chosen experts and their weights, or can be read as if it were."""
     import inspect
 
+    if adapter_of(module) is not None:
+        return True
     names = list(inspect.signature(type(module).forward).parameters)
     return len(names) == 4 and type(module).__name__.endswith("Experts")
 

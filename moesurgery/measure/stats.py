@@ -98,9 +98,14 @@ class Stats:
         """The numbers of experts to keep for which there is a choice by reconstruction."""
         return [int(r) for r in self.about.get("recon", ())]
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The MoE blocks that have no statistics, each with the reason why."""
+        return dict(self.about.get("unread", {}))
+
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
-        blocks = {block.where: block.experts for block in anatomy.main_blocks}
+        blocks = {block.where: block.experts for block in anatomy.main_blocks if block.where not in self.unread}
         found = {where: block.experts for where, block in self.blocks.items()}
         problem = None
         if anatomy.model_type != self.about["model_type"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,12 @@ class Tokens:
     def count(self) -> int:
         """The number of real tokens."""
         return int(self.mask.sum()) if self.mask is not None else self.ids.numel()
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of the ids, padding aside: equal for equal windows however they were come by."""
+        ids = self.ids if self.mask is None else self.ids.masked_fill(~self.mask, -1)
+        return hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.cpu().numpy().tobytes()).hexdigest()
 
     def rows(self, start: int, stop: int) -> Tokens:
         return Tokens(self.ids[start:stop], self.mask[start:stop] if self.mask is not None else None)

@@ -33,10 +33,10 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
             )
     found: list[tuple[str, Expr]] = []
     try:
-        matrices = [_matrices(of_expert) for of_expert in tensors_by_expert(block, tensors)]
+        matrices = [matrices_of(of_expert) for of_expert in tensors_by_expert(block, tensors)]
         for part in target.parts:
             name = f"{block.layer_path}.{part.path}"
-            stored = [_as_stored(part, of_expert) for of_expert in matrices]
+            stored = [as_stored(part, of_expert) for of_expert in matrices]
             if "#" in part.path:
                 found += [(f"{name.replace('#', str(e))}.weight", expr) for e, expr in enumerate(stored)]
             else:
@@ -47,7 +47,7 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
     return {first: found, **{name: [] for name in others}}
 
 
-def _matrices(of_expert: list[tuple[Member, Expr]]) -> dict[str, Expr]:
+def matrices_of(of_expert: list[tuple[Member, Expr]]) -> dict[str, Expr]:
     """Return gate, up and down of one expert, each [out, in]. Raises ValueError where gate and up differ in width."""
     found: dict[str, Expr] = {}
     for member, expr in of_expert:
@@ -72,7 +72,7 @@ def _matrices(of_expert: list[tuple[Member, Expr]]) -> dict[str, Expr]:
     return found
 
 
-def _as_stored(part: Part, matrices: Mapping[str, Expr]) -> Expr:
+def as_stored(part: Part, matrices: Mapping[str, Expr]) -> Expr:
     """Return one projection of one expert as a layout stores it."""
     if part.role != "gate_up":
         matrix = matrices[part.role]

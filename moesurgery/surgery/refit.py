@@ -1,4 +1,4 @@
-"""Write a repair into a model: factors on experts' outputs, or fitted down-projections.
+"""Write a repair into a model: factors on experts' outputs, or fitted matrices.
 
 The repair itself is made by running the original and the edited model side by side (`measure.refit`); what is
 written is an ordinary checkpoint of the same shape.
@@ -11,16 +11,18 @@ from typing import Annotated
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.families.anatomy import MoeBlock
+from moesurgery.families.anatomy import Member, MoeBlock
 from moesurgery.plan.elementwise import cast
 from moesurgery.plan.expr import Expr
 from moesurgery.plan.plan import Plan, Step, Table
-from moesurgery.surgery.neurons import expert_tensors, from_neuron_rows, restacked
+from moesurgery.surgery.layouts import as_stored
+from moesurgery.surgery.neurons import expert_tensors, restacked
 from moesurgery.surgery.operation import operation
 from moesurgery.surgery.parameters import Param
 from moesurgery.surgery.scaling import scaled_output
 
 _NAME = "refit"
+_HEADER = ("layer", "fitted", "error before", "after", "on held-out windows")
 
 
 @operation(_NAME)
@@ -31,8 +33,8 @@ def refit(
 ) -> Plan:
     """Write a least-squares repair into the experts of an edited model.
 
-    `--refit scalar|expert|down` of other commands makes the repair and adds this step; by itself it applies one that
-    is there already.
+    `--refit scalar|expert|down|all` of other commands makes the repair and adds this step; by itself it applies one
+    that is there already.
     """
     from moesurgery.measure.repair import open_repair
 
@@ -54,11 +56,13 @@ def refit(
             fitted = len(set(layer["factors"]))
         else:
             _check_count(block, len(layer["tokens"]))
-            down = found.down(where)
-            changed |= _with_down(block, plan.tensors, down)
-            fitted = len(down)
+            matrices = found.matrices(where)
+            changed |= _with_matrices(block, plan.tensors, matrices)
+            fitted = len(matrices)
         skipped += len(layer["skipped"])
-        rows.append((where, str(fitted), f"{layer['error_before']:.4f}", f"{layer['error_after']:.4f}"))
+        held_out = layer.get("error_held_out")
+        errors = (layer["error_before"], layer["error_after"], *([] if held_out is None else [held_out]))
+        rows.append((where, str(fitted), *(f"{error:.4f}" for error in errors)))
     kind = found.about["kind"]
     notes = []
     if skipped:
@@ -69,7 +73,9 @@ def refit(
         f"{len(changed)} tensors repaired by least squares ({kind}, {found.about['tokens']:,} tokens)",
         report={**found.about, "layers": list(found.layers.values())},
         notes=tuple(notes),
-        tables=(Table(("layer", "fitted", "error before", "error after"), tuple(rows)),),
+        tables=(
+            Table(("layer", "fitted", "error before", "after", "on held-out windows")[: len(rows[0])], tuple(rows)),
+        ),
     )
     return plan.edited(step, tensors=plan.with_tensors(changed))
 
@@ -82,29 +88,33 @@ def _check_count(block: MoeBlock, count: int) -> None:
         )
 
 
-def _with_down(block: MoeBlock, tensors: Mapping[str, Expr], down: Mapping[int, Expr]) -> dict[str, Expr]:
-    """Return the down-projections of a block with those of some experts replaced; `down` has them as [I, H]."""
+def _with_matrices(
+    block: MoeBlock, tensors: Mapping[str, Expr], fitted: Mapping[int, Mapping[str, Expr]]
+) -> dict[str, Expr]:
+    """Return the changed tensors of a block, some experts having fitted matrices [out, in] by role."""
     changed: dict[str, Expr] = {}
-    experts: dict[str, list[Expr]] = {}
+    stacked: dict[str, list[Expr]] = {}
     for expert in range(block.experts):
+        matrices = fitted.get(expert, {})
         for member, expr in expert_tensors(block, tensors, expert):
-            if member.role != "down" or member.stem.bias:
-                continue
-            if expert in down:
-                if tensors[member.name].dtype not in PLAIN_FLOATS:
-                    raise RefusedError(f"{_NAME}: {member.name} is quantised", "dequantise it first")
-                fitted = cast(from_neuron_rows(member, down[expert]), expr.dtype)
-                if fitted.shape != expr.shape:
-                    raise RefusedError(
-                        f"{_NAME}: {member.name} is {list(expr.shape)} for an expert, the repair {list(fitted.shape)}"
-                    )
-                expr = fitted
-            if member.expert is not None:
-                if expert in down:
-                    changed[member.name] = expr
-            else:
-                experts.setdefault(member.name, []).append(expr)
-    for member in block.named("down"):
-        if member.name in experts and down:
-            changed[member.name] = restacked(member, experts[member.name])
-    return changed
+            assert member.part is not None
+            new = expr
+            if not member.stem.bias and ("gate" if member.role == "gate_up" else member.role) in matrices:
+                new = _fitted(member, expr, as_stored(member.part, matrices))
+                changed[member.name] = new
+            if member.expert is None:
+                stacked.setdefault(member.name, []).append(new)
+    return changed | {
+        m.name: restacked(m, stacked[m.name]) for m in block.members if m.name in changed.keys() & stacked
+    }
+
+
+def _fitted(member: Member, stored: Expr, new: Expr) -> Expr:
+    """Return a fitted matrix in the dtype that it is stored in."""
+    if stored.dtype not in PLAIN_FLOATS:
+        raise RefusedError(f"{_NAME}: {member.name} is quantised", "dequantise it first")
+    if new.shape != stored.shape:
+        raise RefusedError(
+            f"{_NAME}: {member.name} is {list(stored.shape)} for an expert, the repair {list(new.shape)}"
+        )
+    return cast(new, stored.dtype)

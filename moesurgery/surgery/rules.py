@@ -132,6 +132,15 @@ def _from_statistics(
 
     stats = load_stats(path)
     stats.check(anatomy, "rescale")
+    routing = anatomy.settings.family.routing
+    if stats.unread and scale in DATA_RULES:
+        where, why = next(iter(stats.unread.items()))
+        raise RefusedError(f"rescale: no factor can be measured for {where}: {why}", "use --scale router or a number")
+    if routing.on_input and scale == "gate":
+        raise RefusedError(
+            f"rescale: gates say nothing about the size of {anatomy.settings.family.name}'s output: {routing.special}",
+            "use --scale measured or --scale norm-matched",
+        )
     statistics = {"sha256": digest(path), **stats.about}
     if top_k == stats.top_k:
         return {rule: {b.where: 1.0 for b in anatomy.blocks} for rule in DATA_RULES}, statistics
@@ -143,6 +152,8 @@ def _from_statistics(
         )
     found: dict[str, dict[str, Factor]] = {}
     for rule in DATA_RULES:
+        if stats.unread or (routing.on_input and rule == "gate"):
+            continue
         factors: dict[str, Factor] = {w: RULES[rule](block, top_k) for w, block in stats.blocks.items()}
         # Prediction layers are not run: they get the mean of what the others get.
         mean = float(np.mean([f for factor in factors.values() for f in spread(factor)]))

@@ -43,8 +43,9 @@ OWN: tuple[Family, ...] = (
         along=routers("feed_forward.router"),
         shared=("feed_forward.shared_expert",),
         routing=Routing(
-            score="other",
+            score="sigmoid",
             renormalised=False,
+            on_input=True,
             special="the gate multiplies the expert's input, before the activation",
         ),
         experts_key="num_local_experts",

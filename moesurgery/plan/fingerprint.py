@@ -1,0 +1,26 @@
+"""What tells a plan's model from another: where it is stored does not matter, what it holds does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from moesurgery.checkpoint.digest import sampled_digest
+from moesurgery.plan.plan import Plan
+
+
+def fingerprint(plan: Plan) -> str:
+    """Return a SHA-256 of the plan's config, of samples of its source shards (`checkpoint.digest`) and of its edits.
+
+    A copy of a checkpoint has the fingerprint of the checkpoint. An edited plan's also depends on where its
+    sources are.
+    """
+    found = hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode())
+    for checkpoint in plan.sources:
+        for header in checkpoint.headers:
+            sample = sampled_digest(checkpoint.source, header.file, header.file_size)
+            found.update(f"{header.file} {header.digest} {sample}\n".encode())
+    untouched = set(plan.untouched())
+    for name, expr in plan.tensors.items():
+        found.update(f"{name} {'' if name in untouched else repr(expr)}\n".encode())
+    return found.hexdigest()
