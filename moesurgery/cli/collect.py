@@ -33,6 +33,10 @@ def collect_command(
         list[int] | None,
         typer.Option("--recon", min=1, help="Also find which of this many experts reproduce each layer best; repeat."),
     ] = None,
+    every_expert: Annotated[
+        bool,
+        typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
+    ] = False,
     window: measuring.Window = 512,
     tokens: measuring.CalibrationTokens = measuring.TOKENS,
     seed: measuring.CalibrationSeed = 0,
@@ -48,12 +52,12 @@ def collect_command(
     `drop-experts`, `merge-experts`. The table says how far two halves of the text agree on who matters.
     """
     console.quiet = quiet
-    target = stats_path(output, force=force)
+    target = output_file(output, force=force)
     plan = measuring.subject(model)
     run = measuring.Run(window, None, seed, device, dtype)
     run.check()
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
-    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [])
+    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert)
     stats.save(target)
     document = _document(stats, target)
     target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
@@ -74,8 +78,8 @@ def collect_command(
         console.result(f"experts with outputs far above all others: {named}")
 
 
-def stats_path(output: Path, *, force: bool) -> Path:
-    """Return the file that `-o` names; raise OutputError where it is there already."""
+def output_file(output: Path, *, force: bool) -> Path:
+    """Return the safetensors file that `-o` names; raise OutputError where it is there already."""
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
@@ -83,14 +87,20 @@ def stats_path(output: Path, *, force: bool) -> Path:
 
 
 def collect_stats(
-    plan: Plan, windows: Tokens, run: measuring.Run, text: list[Path], top_k: list[int], keep: list[int]
+    plan: Plan,
+    windows: Tokens,
+    run: measuring.Run,
+    text: list[Path],
+    top_k: list[int],
+    keep: list[int],
+    every_expert: bool = False,
 ) -> Stats:
     """Collect statistics with a progress bar, and note what they were collected on."""
     from moesurgery.measure.collect import collect
 
     engine = run.engine(plan)
     with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
-        stats = collect(engine, windows, top_k, keep, watch.progress)
+        stats = collect(engine, windows, top_k, keep, watch.progress, every_expert=every_expert)
     stats.about["text"] = measuring.described(text)
     stats.about |= {"window": run.window, "seed": run.seed, "dtype": run.dtype}
     return stats
