@@ -91,9 +91,9 @@ def open_fits(path: str | Path) -> Fits:
         header = read_header(
             file.name, file.stat().st_size, lambda start, length: source.read(file.name, start, length)
         )
-        if header.metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is no fit of groups", hint)
-        about = json.loads(header.metadata["about"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path} cannot be read as a fit of groups: {error}", hint) from None
+    if header.metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no fit of groups", hint)
+    about = json.loads(header.metadata["about"])
     return Fits(source, about, {info.name: info for info in header.tensors})

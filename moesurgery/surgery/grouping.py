@@ -29,6 +29,7 @@ from moesurgery.surgery.expert_counts import check_blocks, check_groups, check_r
 
 Groups = list[list[int]] | dict[LayerKey, list[list[int]]] | None
 Group = Literal["router-rows", "msmoe", "reap-centroid", "hc"]
+By = Literal["frequency", "soft-frequency", "ean", "reap", "reap-sum"]
 Weights = Literal["equal", "router-norm", "usage", "reap"]
 Align = Literal["none", "weights", "activations"]
 Router = Literal["dominant", "mean", "lse"]
@@ -37,7 +38,7 @@ NAME = "merge-experts"
 DEFAULT_GROUP: Group = "msmoe"  # where there are statistics; docs/surgery.md has the table
 LARGEST = 16  # members of a group around a REAP centroid: C in arXiv 2604.04356
 EVERY_EXPERT = ("reap-centroid", "hc")  # these compare what experts say to all tokens
-_CENTROIDS: Mapping[str | None, Criterion] = {"msmoe": "frequency", "reap-centroid": "reap"}
+_CENTROIDS: Mapping[str | None, By] = {"msmoe": "frequency", "reap-centroid": "reap"}  # as published
 _MEASURED_WEIGHTS: Mapping[str, Criterion] = {"usage": "frequency", "reap": "reap"}
 
 
@@ -45,12 +46,13 @@ _MEASURED_WEIGHTS: Mapping[str, Criterion] = {"usage": "frequency", "reap": "rea
 class Merger:
     """Groups of experts by block, in the order of the new experts; the share of each member; how they are joined.
 
-    `group` says how the groups were made: None where they were named.
+    `group` and `by` say how the groups were made, where they were not named.
     """
 
     groups: Mapping[str, list[list[int]]]
     shares: Mapping[str, list[list[float]]]
     group: Group | None
+    by: By | None
     weights: Weights | list[float]
     align: Align
     router: Router
@@ -78,6 +80,7 @@ def merger(
     groups: Groups = None,
     to: int | None = None,
     group: Group | None = None,
+    by: By | None = None,
     weights: Weights | list[float] | None = None,
     align: Align | None = None,
     router: Router | None = None,
@@ -107,11 +110,15 @@ def merger(
                 f"{NAME}: there are {total} experts in each layer, fewer than {to}", "choose a lower --to"
             )
         check_remaining(anatomy, NAME, to)
+    if by is not None and group not in _CENTROIDS:
+        raise RecipeError(f"{NAME}: --by {by} ranks experts for {' and '.join(map(str, _CENTROIDS))} only")
+    by = by or _CENTROIDS.get(group)
     _check_statistics(group, weights, seen, stats)
     if to is not None and group is not None:
         protected = _protected(seen) if protect_super else {}
         chosen = {
-            b.where: _groups_of(plan, b, group, to, _seen(seen, b), protected.get(b.where, [])) for b in anatomy.blocks
+            b.where: _groups_of(plan, b, group, by, to, _seen(seen, b), protected.get(b.where, []))
+            for b in anatomy.blocks
         }
     else:
         chosen = _named(anatomy, groups)
@@ -127,10 +134,11 @@ def merger(
         chosen,
         shares,
         group,
+        by,
         weights,
         align or ("activations" if fitted else "none"),
         router or "dominant",
-        _notes(anatomy, group, to, seen, protected),
+        _notes(anatomy, by, to, seen, protected),
         {} if seen is None else seen.about,
     )
 
@@ -209,7 +217,13 @@ def _named(anatomy: Anatomy, groups: Any) -> dict[str, list[list[int]]]:
 
 
 def _groups_of(
-    plan: Plan, block: MoeBlock, group: Group, count: int, seen: BlockStats | None, alone: Sequence[int]
+    plan: Plan,
+    block: MoeBlock,
+    group: Group,
+    by: By | None,
+    count: int,
+    seen: BlockStats | None,
+    alone: Sequence[int],
 ) -> list[list[int]]:
     """Divide the experts of a block into `count` groups, the one that stands for the others first in each.
 
@@ -225,7 +239,7 @@ def _groups_of(
     from moesurgery.measure import likeness
     from moesurgery.measure.criteria import scores
 
-    standing = scores(seen, _CENTROIDS.get(group, "frequency")).tolist()
+    standing = scores(seen, by or "frequency").tolist()
     if group == "hc":
         found = clusters(likeness.mean_outputs(seen), count, parts, alone)
         return [sorted(members, key=lambda e: (-standing[e], e)) for members in found]
@@ -241,8 +255,8 @@ def _check_room(block: MoeBlock, group: Group, count: int, parts: int, alone: Se
         kept = sum(e // size == part for e in alone)
         if kept < size and wanted <= kept:
             raise RefusedError(
-                f"{NAME}: {block.where} has {kept} experts that stay alone, for outputs far above all others', and only"
-                f" {wanted} of {size} are to remain",
+                f"{NAME}: {block.where} leaves {kept} of {size} experts alone, for outputs far above all others',"
+                f" and only {wanted} are to remain",
                 "choose a higher --to, or let them be merged with --no-protect-super",
             )
         if group == "reap-centroid" and (wanted - kept) * LARGEST < size - kept:
@@ -263,7 +277,9 @@ def _numbers(plan: Plan, block: MoeBlock, weights: Weights | list[float], seen: 
         from moesurgery.measure.criteria import scores
 
         numbers: list[float] = scores(seen, _MEASURED_WEIGHTS[weights]).tolist()
-        return numbers
+        # Nothing is known of an expert that no token came to: it counts less than any other, but not nothing.
+        least = min((number for number in numbers if number > 0), default=2.0) / 2
+        return [number if number > 0 else least for number in numbers]
     if len(weights) != block.experts or min(weights) < 0:
         raise RefusedError(
             f"{NAME}: weights has {len(weights)} numbers, the least {min(weights, default=0):g};"
@@ -286,15 +302,15 @@ def _shares(block: MoeBlock, group: Sequence[int], numbers: Sequence[float]) -> 
 
 
 def _notes(
-    anatomy: Anatomy, group: Group | None, to: int | None, seen: Stats | None, protected: Mapping[str, Sequence[int]]
+    anatomy: Anatomy, by: By | None, to: int | None, seen: Stats | None, protected: Mapping[str, Sequence[int]]
 ) -> tuple[str, ...]:
     if seen is None:
         return ()
     notes = []
-    if group in _CENTROIDS and to is not None and to < anatomy.experts:
+    if by is not None and to is not None and to < anatomy.experts:
         from moesurgery.measure.criteria import agreement
 
-        share = agreement(seen, _CENTROIDS[group], 1 - to / anatomy.experts)["overlap"]
+        share = agreement(seen, by, 1 - to / anatomy.experts)["overlap"]
         notes.append(f"two halves of the text agree on {100 * share:.0f} % of the experts that join others")
     if protected:
         notes.append(protected_note(protected))

@@ -22,7 +22,7 @@ from moesurgery.plan.values import values_of
 from moesurgery.surgery.alignment import neuron_order
 from moesurgery.surgery.expert_axis import Entries, along_experts, refuse_strays, renamed_modules
 from moesurgery.surgery.expert_counts import equal_count, with_expert_count
-from moesurgery.surgery.grouping import NAME, Align, Group, Groups, Merger, Router, Weights, merger
+from moesurgery.surgery.grouping import NAME, Align, By, Group, Groups, Merger, Router, Weights, merger
 from moesurgery.surgery.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked
 from moesurgery.surgery.operation import operation
 from moesurgery.surgery.parameters import Param
@@ -42,6 +42,13 @@ def merge_experts(
         Param(
             "how --to groups: router-rows (the default without statistics); or by statistics: msmoe (the default with"
             " them), reap-centroid, hc"
+        ),
+    ] = None,
+    by: Annotated[
+        By | None,
+        Param(
+            "which experts the others join in msmoe (frequency unless said) and reap-centroid (reap): the highest by"
+            " frequency, soft-frequency, ean, reap or reap-sum"
         ),
     ] = None,
     weights: Annotated[
@@ -90,6 +97,7 @@ def merge_experts(
         groups=groups,
         to=to,
         group=group,
+        by=by,
         weights=weights,
         align=align,
         router=router,
@@ -108,9 +116,12 @@ def merge_experts(
         modules.update(renamed_modules(block, merge.dominant))
     tensors, home = plan.substituted(entries)
     config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
-    given = {"groups": groups, "to": to, "group": found.group, "stats": stats, "fit": fit}
+    given = {"groups": groups, "to": to, "stats": stats, "fit": fit}
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    parameters |= {"weights": found.weights, "align": found.align, "router": found.router}
+    how: dict[str, Any] = {"group": found.group} if found.group else {}
+    how |= {"by": found.by} if found.by else {}
+    how |= {"weights": found.weights, "align": found.align, "router": found.router}
+    parameters |= how
     if stats is not None:
         parameters["protect_super"] = protect_super
     layers = [
@@ -120,7 +131,7 @@ def merge_experts(
         NAME,
         parameters,
         f"{total} experts merged into {remaining} in each of {len(anatomy.blocks)} layers",
-        report={"experts": remaining, "old_experts": total, "layers": layers}
+        report={"experts": remaining, "old_experts": total, "layers": layers, **how}
         | ({"statistics": dict(found.statistics)} if found.statistics else {})
         | ({"fit": dict(fits.about)} if fits else {}),
         notes=(*found.notes, *_notes(anatomy, found, remaining)),
