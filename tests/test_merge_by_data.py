@@ -1,4 +1,4 @@
-"""Merging experts by what they do: groups, neuron orders, router rows, against loops over what transformers computes."""
+"""Merging experts by what they do: groups, neuron orders, router rows, against loops over transformers' own numbers."""
 
 from __future__ import annotations
 
