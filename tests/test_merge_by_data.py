@@ -368,6 +368,12 @@ def test_routers_without_a_log_sum_exp(models: Any, tmp_path: Path) -> None:
     assert "--router dominant" in str(caught.value.hint)
 
 
+def test_experts_without_activations_to_be_seen(models: Any, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="no activations that can be told") as caught:
+        fit_of(models("muse_spark"), tmp_path / "fit.safetensors", groups=[[0, 1]], align="activations")
+    assert "--align weights" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("parameters", "error", "message", "hint"),
     [

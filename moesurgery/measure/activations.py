@@ -34,12 +34,12 @@ def down(module: Any, expert: int) -> torch.Tensor:
     return weight.T if module.is_transposed else weight  # type: ignore[no-any-return]
 
 
-def check_form(call: ExpertsCall) -> None:
-    """Raise RefusedError unless the experts of this call are `down(activations)` plus a bias."""
+def check_form(call: ExpertsCall, hint: str = "use --refit expert, which needs outputs only") -> None:
+    """Raise RefusedError, with a hint, unless the experts of this call are `down(activations)` plus a bias."""
     module, where = call.module, call.block.where
     problem = f"{type(call.module).__name__} has no activations that can be told from its down-projection"
     if not all(hasattr(module, name) for name in _FORM) or getattr(module, "has_post_expert_norm", False):
-        raise RefusedError(f"{where}: {problem}", "use --refit expert, which needs outputs only")
+        raise RefusedError(f"{where}: {problem}", hint)
     expert = int(call.index.reshape(-1)[0])
     if not 0 <= expert < len(module.down_proj):
         return
@@ -49,4 +49,4 @@ def check_form(call: ExpertsCall) -> None:
     if module.has_bias:
         found = found + module.down_proj_bias[expert]
     if not bool((found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-6):
-        raise RefusedError(f"{where}: {problem}", "use --refit expert, which needs outputs only")
+        raise RefusedError(f"{where}: {problem}", hint)

@@ -94,7 +94,7 @@ def _fit(plan: Plan, calls: Sequence[ExpertsCall], merger: Merger) -> GroupFit:
     ]
     fit = GroupFit(block.where)
     if merger.align == "activations":
-        check_form(calls[0])
+        check_form(calls[0], "use --align weights, which needs none")
         for group, dominant in groups:
             for expert in group:
                 if expert != dominant:
