@@ -54,14 +54,15 @@ _HOME = {
     "open_checkpoint": "moesurgery.checkpoint.checkpoint",
     "operation": "moesurgery.surgery.operation",
     "plan_of": "moesurgery.plan.plan",
-    "recognise": "moesurgery.families.anatomy",
+    "recognise": "moesurgery.families.recognition",
     "write_plan": "moesurgery.write.job",
 }
 
 if TYPE_CHECKING:
     from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
     from moesurgery.errors import SurgeryError
-    from moesurgery.families.anatomy import Anatomy, recognise
+    from moesurgery.families.anatomy import Anatomy
+    from moesurgery.families.recognition import recognise
     from moesurgery.measure.params import count_params
     from moesurgery.merge.method import merge_method
     from moesurgery.merge.recipe import load_merge_recipe

@@ -6,6 +6,9 @@ any other exception is a bug of ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SurgeryError(Exception):
     """Base of all expected failures: `message` says what and where, `hint` what to type next."""
@@ -34,3 +37,14 @@ class RecipeError(SurgeryError):
 
 class OutputError(SurgeryError):
     """The output cannot be written: it exists, the disk is full, the path is an input."""
+
+
+@contextmanager
+def at_line(origin: str, line: int) -> Iterator[None]:
+    """Say in what is raised within where in a recipe it comes from; line 0 is a command line, and is not said."""
+    try:
+        yield
+    except SurgeryError as error:
+        if line:
+            error.message = f"{origin}:{line}: {error.message}"
+        raise

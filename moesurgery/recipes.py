@@ -15,14 +15,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moesurgery import mergekit_moe
-from moesurgery.errors import RecipeError, SurgeryError
+from moesurgery.errors import RecipeError, at_line
 from moesurgery.plan.plan import Plan, plan_of
-from moesurgery.surgery.operation import did_you_mean, operations, problems
+from moesurgery.surgery.operation import did_you_mean, find_operation, operations, problems
 from moesurgery.surgery.parameters import schema_of
-from moesurgery.yaml_strict import Document, parse
+
+if TYPE_CHECKING:
+    from moesurgery.yaml_strict import Document
 
 KEYS = ("model", "steps", "max_shard_size")
 _SIZE = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*")
@@ -57,14 +58,9 @@ class Recipe:
 
     def apply(self, plan: Plan) -> Plan:
         """Apply all steps to a plan."""
-        found = operations()
         for step in self.steps:
-            try:
-                plan = found[step.operation].function(plan, **step.parameters)
-            except SurgeryError as error:
-                if step.line:
-                    error.message = f"{self.origin}:{step.line}: {error.message}"
-                raise
+            with at_line(self.origin, step.line):
+                plan = find_operation(step.operation).function(plan, **step.parameters)
         plan = self.finish(plan) if self.finish else plan
         return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
 
@@ -78,7 +74,7 @@ class Recipe:
             )
         step = self.steps[at[0]]
         step = replace(step, parameters={**step.parameters, **values})
-        if wrong := problems(operations()[operation], step.parameters):
+        if wrong := problems(find_operation(operation), step.parameters):
             raise RecipeError("\n".join(problem.message for problem in wrong), f"see `moesurgery {operation} --help`")
         return replace(self, steps=(*self.steps[: at[0]], step, *self.steps[at[0] + 1 :]))
 
@@ -107,6 +103,9 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
     """Read a recipe from text. Raises RecipeError with every mistake in it."""
+    from moesurgery import mergekit_moe
+    from moesurgery.yaml_strict import parse
+
     document = parse(text)
     wrong = list(document.problems)
     build = _build_mergekit if mergekit_moe.is_mergekit_moe(document.value) else _build
@@ -140,6 +139,8 @@ def _build(document: Document, wrong: list[tuple[int, str]], origin: str) -> Rec
 
 
 def _build_mergekit(document: Document, wrong: list[tuple[int, str]], origin: str) -> Recipe | None:
+    from moesurgery import mergekit_moe
+
     found = mergekit_moe.read(document, wrong)
     if found is None:
         return None
@@ -151,8 +152,7 @@ def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tupl
     if not isinstance(value, list):
         wrong.append((document.line(("steps",)), "steps is missing or not a list: `steps: [rescale: {top_k: 3}]`"))
         return ()
-    found = []
-    known = operations()
+    steps = []
     for i, entry in enumerate(value):
         line = document.line(("steps", i))
         if isinstance(entry, str):
@@ -162,17 +162,18 @@ def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tupl
             continue
         ((name, parameters),) = entry.items()
         parameters = {} if parameters is None else parameters
-        if name not in known:
-            hint = did_you_mean(str(name), known) or f"known: {', '.join(known)}"
-            wrong.append((line, f"there is no operation {name!r}: {hint}"))
+        try:
+            found = find_operation(str(name))
+        except RecipeError as error:
+            wrong.append((line, f"{error.message}: {error.hint}"))
             continue
         if not isinstance(parameters, dict):
             wrong.append((line, f"{name}: its parameters are a mapping: `- {name}: {{…}}`"))
             continue
-        for problem in problems(known[name], {str(k): v for k, v in parameters.items()}):
+        for problem in problems(found, {str(k): v for k, v in parameters.items()}):
             wrong.append((document.line(("steps", i, name, *problem.path)), problem.message))
-        found.append(RecipeStep(name, parameters, line))
-    return tuple(found)
+        steps.append(RecipeStep(name, parameters, line))
+    return tuple(steps)
 
 
 def parse_size(value: Any) -> int:

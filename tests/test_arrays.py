@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from moesurgery.plan.arrays import decoded, encoded, rounded
-from moesurgery.plan.expr import Rows, cast, reshape, scale, stack
+from moesurgery.plan.drawn import Normal, Uniform
+from moesurgery.plan.elementwise import cast, scale
+from moesurgery.plan.expr import Rows, reshape, stack
 from moesurgery.plan.reader import FileReader
-from moesurgery.plan.tensors import Filled, Normal, Uniform, Values, columns, transpose
+from moesurgery.plan.tensors import Filled, Values, columns, transpose
 from tests.test_expr import stored
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -107,7 +109,8 @@ import sys
 from pathlib import Path
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
-from moesurgery.plan.expr import Stored, cast, scale, stack
+from moesurgery.plan.elementwise import cast, scale
+from moesurgery.plan.expr import Stored, stack
 from moesurgery.plan.reader import FileReader
 source = LocalSource(Path({str(tmp_path)!r}))
 (file,) = source.files()

@@ -32,7 +32,7 @@ def process(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def commands() -> list[str]:
-    return sorted(c.name or "" for c in app.registered_commands)
+    return sorted(c.name or "" for c in app().registered_commands)
 
 
 @pytest.mark.parametrize("command", ["--help", "--version"])
@@ -65,6 +65,29 @@ def test_no_torch_where_no_arithmetic_needs_it(arguments: list[str], demo: Path,
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_command_imports_no_other() -> None:
+    program = (
+        "import sys\nfrom moesurgery.cli import main\nassert main(['drop-experts', '--help']) == 0\n"
+        "names = {name.removeprefix('moesurgery.') for name in sys.modules}\n"
+        "assert 'surgery.drop_experts' in names\n"
+        "assert not {'surgery.upcycle', 'surgery.tie_blocks', 'cli.probe', 'cli.validate', 'merge.recipe'} & names"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "moesurgery", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"moesurgery {moesurgery.__version__}")
+
+
+def test_a_wrong_command_is_answered_with_the_nearest() -> None:
+    done = process("resclae", "model")
+    assert done.returncode == 2
+    assert "'rescale'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_version() -> None:

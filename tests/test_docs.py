@@ -29,7 +29,7 @@ def test_generated_pages_are_up_to_date() -> None:
 
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    for command in app.registered_commands:
+    for command in app().registered_commands:
         assert f"`{command.name}" in readme, command.name
 
 

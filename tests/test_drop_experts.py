@@ -252,8 +252,8 @@ def test_blocks_of_rows_are_experts_too() -> None:
     from moesurgery.families.anatomy import Member, MoeBlock
     from moesurgery.families.family import Part
     from moesurgery.families.quantised import Stem
+    from moesurgery.plan.drawn import Normal
     from moesurgery.plan.reader import FileReader
-    from moesurgery.plan.tensors import Normal
     from moesurgery.surgery.expert_axis import along_experts
 
     expr = Normal(1.0, 3, "F32", (4 * 6, 5))

@@ -13,22 +13,8 @@ from safetensors.torch import save_file
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import RefusedError
-from moesurgery.plan.expr import (
-    Cast,
-    Copy,
-    Exponent,
-    Expr,
-    Multiply,
-    Rows,
-    Scale,
-    Stored,
-    cast,
-    concat,
-    reshape,
-    scale,
-    stack,
-    take,
-)
+from moesurgery.plan.elementwise import Cast, Exponent, Scale, cast, scale
+from moesurgery.plan.expr import Copy, Expr, Multiply, Rows, Stored, concat, reshape, stack, take
 from moesurgery.plan.multiply import Multiplier
 from moesurgery.plan.reader import FileReader, as_bytes
 from moesurgery.plan.tensors import transpose

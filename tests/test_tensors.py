@@ -8,21 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesurgery.plan.expr import Expr, reshape, scale
+from moesurgery.plan.drawn import Normal, random_key
+from moesurgery.plan.elementwise import scale
+from moesurgery.plan.expr import Expr, reshape
 from moesurgery.plan.reader import FileReader
-from moesurgery.plan.tensors import (
-    Applied,
-    Filled,
-    Linear,
-    Normal,
-    Picked,
-    Transposed,
-    columns,
-    join_columns,
-    mean,
-    random_key,
-    transpose,
-)
+from moesurgery.plan.tensors import Applied, Filled, Linear, Picked, Transposed, columns, join_columns, mean, transpose
 from tests.test_expr import stored
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError
-from moesurgery.plan.expr import scale
+from moesurgery.plan.elementwise import scale
 from moesurgery.surgery.upcycling.design import Design
 from moesurgery.surgery.upcycling.mixture import Mixture
 from moesurgery.write.job import WriteOptions

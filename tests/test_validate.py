@@ -89,7 +89,7 @@ def test_every_command_writes_what_validate_lets_pass() -> None:
         assert re.search(r"validate.*level.*forward", (ROOT / "tests" / file).read_text())
     writers = {
         command.name or ""
-        for command in app.registered_commands
+        for command in app().registered_commands
         if command.callback is not None and "max_shard_size" in inspect.signature(command.callback).parameters
     }
     assert writers <= set(operations()) | OTHERS

@@ -25,7 +25,7 @@ import moesurgery
 from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
-from moesurgery.write import job
+from moesurgery.write.folder import claim
 from moesurgery.write.shard import Watch
 from tests.conftest import ROOT, Result
 from tests.tiny import read_tensors, same_bits
@@ -95,6 +95,14 @@ def test_same_input_same_bytes(plan: Plan, tmp_path: Path) -> None:
     write_plan(plan, tmp_path / "a", WriteOptions(jobs=1))
     write_plan(plan, tmp_path / "b", WriteOptions(jobs=4, durable=False))
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_no_fsync_waits_for_nothing(durable: bool, plan: Plan, tmp_path: Path, monkeypatch: Any) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_plan(plan, tmp_path / "out", WriteOptions(durable=durable))
+    assert bool(synced) == durable
 
 
 def test_file_modes_follow_the_umask(plan: Plan, tmp_path: Path) -> None:
@@ -275,7 +283,7 @@ def test_a_changed_input_does_not_resume(demo: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_output(plan: Plan, tmp_path: Path) -> None:
-    lock = job._claim(tmp_path / "out.partial", "someone else", force=False)
+    lock = claim(tmp_path / "out.partial", "someone else", force=False)
     try:
         with pytest.raises(OutputError, match="another process"):
             write_plan(plan, tmp_path / "out")

@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from moesurgery.cli.app import app
 
-        code = app(args=arguments, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        code = app(given[0] if given else "")(args=arguments, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except SurgeryError as error:

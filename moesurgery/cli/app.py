@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 import moesurgery
-from moesurgery.cli import (
-    collect,
-    count_params,
-    diff,
-    extract_lora,
-    families,
-    inspect,
-    merge,
-    perplexity,
-    probe,
-    recipes,
-    validate,
-)
-from moesurgery.cli.operations import command_for
-from moesurgery.surgery.operation import operations
+from moesurgery.surgery.operation import BUILT_IN, find_operation, operations
 
-app = typer.Typer(
-    help="Surgery on Mixture-of-Experts checkpoints. No model is ever loaded to edit it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich help forces ANSI codes into CI logs
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# The module of this package where each command is; the operations stand between the two.
+_LOOKING = {"count-params": "count_params", "inspect": "inspect", "families": "families"}
+_OTHERS = {
+    "merge": "merge",
+    "extract-lora": "extract_lora",
+    "run": "recipes",
+    "perplexity": "perplexity",
+    "compare": "perplexity",
+    "validate": "validate",
+    "diff": "diff",
+    "collect": "collect",
+    "probe": "probe",
+    "schema": "recipes",
+    "recipes": "recipes",
+}
+_MODULES = {**_LOOKING, **_OTHERS}
+
+
+def app(first: str = "") -> typer.Typer:
+    """Return the application: all of it, or with the one command that is its `first` argument.
+
+    Importing every command takes longer than a small job does.
+    """
+    made = typer.Typer(
+        help="Surgery on Mixture-of-Experts checkpoints. No model is ever loaded to edit it.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich help forces ANSI codes into CI logs
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_root)
+    known = first in BUILT_IN or first in _MODULES
+    for name in [first] if known else [*_LOOKING, *operations(), *_OTHERS]:
+        if name == "recipes":
+            made.add_typer(import_module("moesurgery.cli.recipes").recipes_app, name=name)
+        else:
+            made.command(name)(_function(name))
+    return made
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name not in _MODULES:
+        from moesurgery.cli.operations import command_for
+
+        return command_for(find_operation(name))
+    function: Callable[..., Any] = getattr(
+        import_module(f"moesurgery.cli.{_MODULES[name]}"), f"{name.replace('-', '_')}_command"
+    )
+    return function
 
 
 def _version(value: bool) -> None:
@@ -38,28 +68,9 @@ def _version(value: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
-def root(
+def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
-
-
-app.command("count-params")(count_params.count_params_command)
-app.command("inspect")(inspect.inspect_command)
-app.command("families")(families.families_command)
-for _found in operations().values():
-    app.command(_found.name)(command_for(_found))
-app.command("merge")(merge.merge_command)
-app.command("extract-lora")(extract_lora.extract_lora_command)
-app.command("run")(recipes.run_command)
-app.command("perplexity")(perplexity.perplexity_command)
-app.command("compare")(perplexity.compare_command)
-app.command("validate")(validate.validate_command)
-app.command("diff")(diff.diff_command)
-app.command("collect")(collect.collect_command)
-app.command("probe")(probe.probe_command)
-app.command("schema")(recipes.schema_command)
-app.add_typer(recipes.recipes_app, name="recipes")

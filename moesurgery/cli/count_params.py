@@ -11,8 +11,8 @@ from moesurgery.cli.console import console, human_bytes, human_count
 from moesurgery.cli.operations import Model
 from moesurgery.cli.writing import Json
 from moesurgery.errors import RecipeError
-from moesurgery.families.anatomy import recognise
 from moesurgery.families.components import MAIN_COMPONENTS, VISION
+from moesurgery.families.recognition import recognise
 from moesurgery.measure.params import Counts, count_params
 from moesurgery.measure.roofline import ACCELERATORS, Roofline, roofline
 

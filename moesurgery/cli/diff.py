@@ -10,7 +10,7 @@ import typer
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli.console import console
 from moesurgery.cli.writing import Json, Quiet
-from moesurgery.families.anatomy import template_of
+from moesurgery.families.places import template_of
 from moesurgery.text import one_line
 from moesurgery.validate.difference import Difference, TensorDifference, diff_checkpoints
 

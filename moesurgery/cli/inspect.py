@@ -12,11 +12,13 @@ from moesurgery.cli.console import console, human_bytes
 from moesurgery.cli.operations import Model
 from moesurgery.cli.writing import Json
 from moesurgery.errors import CheckpointError
-from moesurgery.families.anatomy import Anatomy, MoeBlock, recognise, template_of
+from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
 from moesurgery.families.layers import ranges
 from moesurgery.families.overview import CLASSES, overview
+from moesurgery.families.places import template_of
 from moesurgery.families.quantised import method
+from moesurgery.families.recognition import recognise
 from moesurgery.families.routing import routing_class
 from moesurgery.families.settings import keys_present
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -17,12 +17,13 @@ from moesurgery.errors import RecipeError
 from moesurgery.plan.expr import Copy
 from moesurgery.plan.plan import Plan
 from moesurgery.recipes import parse_size
-from moesurgery.validate.formats import text
-from moesurgery.validate.report import Report, as_json
-from moesurgery.validate.validate import validate_checkpoint
 from moesurgery.write.card import config_changes
-from moesurgery.write.job import WriteOptions, Written, bytes_needed, check_output, write_plan
+from moesurgery.write.folder import check_output
+from moesurgery.write.job import WriteOptions, Written, bytes_needed, write_plan
 from moesurgery.write.layout import companion_tasks, shard_tasks
+
+if TYPE_CHECKING:
+    from moesurgery.validate.report import Report
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; named after model and operation by default.")
@@ -136,17 +137,23 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
             **(more or {}),
         }
         if report is not None:
+            from moesurgery.validate.report import as_json
+
             document["validation"] = as_json(report)
         console.json(document)
     else:
         _say_written(output, written)
         if report is not None:
+            from moesurgery.validate.formats import text
+
             console.result(text(report))
     if report is not None and report.failed():
         raise typer.Exit(1)
 
 
 def _validated(output: Path, nbytes: int) -> Report:
+    from moesurgery.validate.validate import validate_checkpoint
+
     with console.progress("validating", nbytes) as watch:
         return validate_checkpoint(output, progress=watch.progress)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from moesurgery.families.architectures import require_architecture
 from moesurgery.families.architectures.architecture import SIZES, TRAITS, Architecture
+from moesurgery.families.layer_traits import Layers
 from moesurgery.families.rewrites import (
     FOLD_EMBEDDING,
     INTERLEAVE,
@@ -27,7 +28,6 @@ from moesurgery.families.rewrites import (
     ZERO_BIAS,
     Rewrite,
 )
-from moesurgery.families.traits import Layers
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moesurgery.families.traits import Rotary
-from moesurgery.plan.expr import Expr, Rows, reshape, scale
+from moesurgery.families.rope import Rotary
+from moesurgery.plan.elementwise import scale
+from moesurgery.plan.expr import Expr, Rows, reshape
 from moesurgery.plan.tensors import Filled, Linear, columns, join_columns
 
 Tensors = list[tuple[str, Expr]]

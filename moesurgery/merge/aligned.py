@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from moesurgery.errors import RefusedError
 from moesurgery.merge.parts import Key, Parts
-from moesurgery.plan.expr import Expr, Reader, Rows, cast, concat, stack
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr, Reader, Rows, concat, stack
 from moesurgery.plan.solved import Reordered, Solution, Solved
 from moesurgery.surgery.alignment import neuron_order
 from moesurgery.surgery.neurons import from_neuron_rows, has_neurons, neuron_rows

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from moesurgery.errors import RecipeError
 from moesurgery.merge.parts import Key, Parts
-from moesurgery.merge.recipe import Stage
 from moesurgery.merge.setting import Settings
+from moesurgery.merge.stage import Stage
 from moesurgery.surgery.operation import did_you_mean
 
 

@@ -21,7 +21,8 @@ from moesurgery.checkpoint.source import open_source
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.merge.parts import Key, Parts
 from moesurgery.plan.arrays import rounded
-from moesurgery.plan.expr import Expr, Reader, Rows, Stored, cast, reshape, torch_dtype
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr, Reader, Rows, Stored, reshape, torch_dtype
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.tensors import columns, transpose
 

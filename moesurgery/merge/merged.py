@@ -175,12 +175,14 @@ def combine(unit: Unit, coefficients: Callable[[np.ndarray], np.ndarray], axis: 
         return chunk.models if unit.base_input is None else chunk.deltas
 
     def combined(chunk: Chunk, factors: np.ndarray) -> Array:
-        found = vectors(chunk)
-        total = None
-        for i, vector in enumerate(found):
-            factor = float(factors[i]) if factors.ndim == 1 else unit.engine.given(_shaped(factors[..., i], axis))
-            total = vector * factor if total is None else total + vector * factor
-        return total if unit.base_input is None else total + chunk.base
+        total, *others = vectors(chunk)  # used for the last time, so changed in place
+        for i, vector in enumerate((total, *others)):
+            vector *= float(factors[i]) if factors.ndim == 1 else unit.engine.given(_shaped(factors[..., i], axis))
+        for vector in others:
+            total += vector
+        if unit.base_input is not None:
+            total += chunk.base
+        return total
 
     if axis == "rows":
         return lambda chunk: combined(chunk, coefficients(_gram(unit, vectors(chunk), -1)))

@@ -10,7 +10,7 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.families.quantised import method as quantisation_method
 from moesurgery.merge.lora import adapted
 from moesurgery.merge.parts import Parts
-from moesurgery.merge.recipe import DTYPES
+from moesurgery.merge.stage import DTYPES
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan, plan_of
 

@@ -52,14 +52,19 @@ def summed(
         factors = [w * b / a if a else w for w, b, a in zip(weight, before, after, strict=True)]
 
     def merged(chunk: Chunk) -> Array:
-        found = []
-        for i, delta in enumerate(chunk.deltas):
+        parts = chunk.deltas  # made for this, and changed in place
+        for i, delta in enumerate(parts):
             kept = keep(chunk, i)
-            found.append((delta if kept is None else delta * kept) * float(factors[i]))
-        total = _elected(found, weight, normalize) if elect else _total(found)
+            if kept is not None:
+                delta *= kept
+            delta *= float(factors[i])
+        total = _elected(parts, weight, normalize) if elect else _total(parts)
         if normalize and not elect:
-            total = total / _divisor(sum(weight))
-        return chunk.base + (total if lambda_ == 1 else total * lambda_)
+            total /= _divisor(sum(weight))
+        if lambda_ != 1:
+            total *= lambda_
+        total += chunk.base
+        return total
 
     return merged
 
@@ -73,7 +78,9 @@ def _magnitudes(chunk: Chunk, keep: Keep) -> np.ndarray:
         size = abs(delta)
         kept = keep(chunk, i)
         found[0, i] = float(size.sum())
-        found[1, i] = found[0, i] if kept is None else float((size * kept).sum())
+        if kept is not None:
+            size *= kept
+        found[1, i] = found[0, i] if kept is None else float(size.sum())
     return found
 
 

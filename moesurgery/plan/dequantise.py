@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.families.quantised import Companion, bits_that_fit, method, quantisation_config, take_apart
-from moesurgery.plan.expr import Expr, Reader, cast
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr, Reader
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.tensors import transpose
 

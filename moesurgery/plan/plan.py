@@ -13,7 +13,8 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.families.anatomy import Anatomy, recognise
+from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.recognition import recognise
 from moesurgery.plan.expr import Expr, Stored
 
 

@@ -11,7 +11,8 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
 from moesurgery.merge.parts import Key, Parts
-from moesurgery.plan.expr import Expr, Rows, cast, concat, reshape, take
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr, Rows, concat, reshape, take
 from moesurgery.plan.plan import Plan, Step, plan_of
 from moesurgery.surgery.expert_axis import Entries, refuse_strays
 from moesurgery.surgery.expert_counts import check_blocks, with_expert_count

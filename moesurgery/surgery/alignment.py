@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Member
-from moesurgery.plan.expr import Expr, cast
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr
 from moesurgery.plan.solved import Solution, Solved
 from moesurgery.plan.tensors import join_columns
 from moesurgery.surgery.neurons import has_neurons, neuron_rows

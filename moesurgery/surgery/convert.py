@@ -12,7 +12,7 @@ from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.family import Layout
 from moesurgery.families.quantised import method, without_quantisation
 from moesurgery.plan.dequantise import dequantised
-from moesurgery.plan.expr import cast
+from moesurgery.plan.elementwise import cast
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.surgery.expert_axis import Entries
 from moesurgery.surgery.layouts import moved_name, relaid

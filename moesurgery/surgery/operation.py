@@ -24,15 +24,15 @@ from moesurgery.errors import RecipeError
 from moesurgery.plan.plan import Plan
 from moesurgery.surgery.parameters import Misfit, Parameter, check, parameters_of
 
-# The modules of this package that define operations, in the order in which `--help` shows them.
-_BUILT_IN = (
+# The operations of this package, each in the module of its name, in the order in which `--help` shows them.
+BUILT_IN = (
     "rescale",
-    "drop_experts",
-    "merge_experts",
-    "add_expert",
+    "drop-experts",
+    "merge-experts",
+    "add-expert",
     "upcycle",
-    "to_dense",
-    "tie_blocks",
+    "to-dense",
+    "tie-blocks",
     "convert",
     "refit",
 )
@@ -77,15 +77,22 @@ def operations() -> Mapping[str, Operation]:
     global _loaded
     if not _loaded:
         _loaded = True
-        for module in _BUILT_IN:
-            import_module(f"moesurgery.surgery.{module}")
+        for name in BUILT_IN:
+            _load(name)
         for entry in entry_points(group="moesurgery.operations"):
             entry.load()
-    return _registered
+    return {name: _registered[name] for name in dict.fromkeys((*BUILT_IN, *_registered))}
+
+
+def _load(name: str) -> None:
+    import_module(f"moesurgery.surgery.{name.replace('-', '_')}")
 
 
 def find_operation(name: str) -> Operation:
-    """Return the operation `name`; raise RecipeError with the nearest name."""
+    """Return the operation `name`, importing no other if it is built in; raise RecipeError with the nearest name."""
+    if name in BUILT_IN:
+        _load(name)
+        return _registered[name]
     known = operations()
     if name not in known:
         raise RecipeError(f"there is no operation {name!r}", did_you_mean(name, known) or f"known: {', '.join(known)}")

@@ -12,7 +12,8 @@ from typing import Annotated
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import MoeBlock
-from moesurgery.plan.expr import Expr, cast
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.surgery.neurons import expert_tensors, from_neuron_rows, restacked
 from moesurgery.surgery.operation import operation

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Member, MoeBlock
-from moesurgery.plan.expr import Exponent, Expr, Rows, concat, scale
+from moesurgery.plan.elementwise import Exponent, scale
+from moesurgery.plan.expr import Expr, Rows, concat
 
 EXPONENT_TYPES = frozenset({"F8_E8M0", "U8"})
 

@@ -16,7 +16,8 @@ from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
 from moesurgery.families.components import MTP
 from moesurgery.families.dense import MOE_KEYS, PAIRS, DensePair, pairs_of
-from moesurgery.plan.expr import Expr, Rows, concat, scale
+from moesurgery.plan.elementwise import scale
+from moesurgery.plan.expr import Expr, Rows, concat
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.tensors import join_columns, mean
 from moesurgery.plan.values import values_of

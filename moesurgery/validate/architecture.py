@@ -15,7 +15,8 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
-from moesurgery.families.anatomy import model_type_of, template_of
+from moesurgery.families.anatomy import model_type_of
+from moesurgery.families.places import template_of
 from moesurgery.families.quantised import method, packed_bits, take_apart
 from moesurgery.measure.model_config import load_config
 from moesurgery.validate.check import NotChecked, Outcome, check, finding

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, INTEGERS, PLAIN_FLOATS
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
-from moesurgery.families.anatomy import template_of
+from moesurgery.families.places import template_of
 from moesurgery.families.quantised import method, quantisation_config, take_apart
 from moesurgery.validate.check import Outcome, and_more, check, finding
 from moesurgery.validate.subject import Subject

@@ -8,8 +8,9 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
-from moesurgery.families.anatomy import MoeBlock, template_of
+from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.components import NORM
+from moesurgery.families.places import template_of
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.subject import Subject
 from moesurgery.validate.vocabulary import embedding_of, head_of

@@ -12,7 +12,8 @@ from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.scan import CONFIG, MAX_CONFIG_BYTES, Scan, read_object
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import CheckpointError
-from moesurgery.families.anatomy import Anatomy, MoeBlock, recognise
+from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.recognition import recognise
 
 
 @dataclass

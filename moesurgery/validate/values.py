@@ -11,9 +11,10 @@ from moesurgery.checkpoint.dtypes import element_count
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.errors import CheckpointError
-from moesurgery.families.anatomy import Member, model_type_of, template_of
+from moesurgery.families.anatomy import Member, model_type_of
 from moesurgery.families.components import EMBEDDING, HEAD, NORM, OTHER, ROUTED, ROUTER, VISION
 from moesurgery.families.layers import ranges
+from moesurgery.families.places import template_of
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.statistics import BLOCK, FORMATS, SHORTEST_RUN, Span, Statistics, survey
 from moesurgery.validate.subject import Subject

@@ -7,13 +7,12 @@ files, config and the index are written, the directory is renamed, and only then
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import moesurgery
-from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE
+from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE, Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
@@ -31,17 +30,9 @@ from moesurgery.plan.expr import Compute
 from moesurgery.plan.plan import Plan
 from moesurgery.write import copying
 from moesurgery.write.card import CARD, card_text, provenance
+from moesurgery.write.folder import check_output, claim, publish
 from moesurgery.write.layout import companion_tasks, shard_tasks
 from moesurgery.write.shard import WORK, Manner, ShardTask, Watch, disk_error, done, write_shard
-
-# What `--force` may replace: the files of which a checkpoint consists.
-_CHECKPOINT_SUFFIXES = frozenset(
-    (
-        *(".safetensors", ".json", ".md", ".txt", ".jinja", ".model", ".py", ".bin", ".pt", ".pth", ".gguf"),
-        *(".yaml", ".yml", ".tiktoken", ".vocab"),
-    )
-)
-_CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ def write_plan(
     tasks = [*shard_tasks(plan), *companion_tasks(plan)]
     identity = plan_id(plan, tasks)
     partial = output.with_name(output.name + ".partial")
-    lock = _claim(partial, identity, force=options.force)
+    lock = claim(partial, identity, force=options.force)
     try:
         todo = [task for task in tasks if not done(partial, task.name, identity)]
         workers, threads = _workers(options, todo)
@@ -105,49 +96,12 @@ def write_plan(
         _run(todo, partial, identity, manner, watch, workers, make_executor)
         try:
             nbytes = _finish(plan, tasks, partial, options)
-            _publish(partial, output, force=options.force)
+            publish(partial, output, force=options.force, durable=options.durable)
         except OSError as error:
             raise disk_error(error, partial) from error
     finally:
         os.close(lock)
     return Written(output, len(tasks), nbytes, len(tasks) - len(todo))
-
-
-def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
-    """Refuse an output that exists, or that is or contains an input. It may lie inside one: `cd model; rescale`."""
-    for checkpoint in plan.sources:
-        if isinstance(checkpoint.source, LocalSource):
-            root = checkpoint.source.root.resolve()
-            if root.is_relative_to(output.resolve()):
-                raise OutputError(
-                    f"the output {output} is or contains the input {root}", "choose another folder with -o"
-                )
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
-    if not output.exists():
-        if not output.parent.is_dir():
-            raise OutputError(f"{output.parent} does not exist", f"make it first: mkdir -p {output.parent}")
-        return
-    if not any(output.iterdir()):
-        return
-    if not force:
-        raise OutputError(
-            f"{output} exists and is not empty", "choose another folder with -o, or replace it with --force"
-        )
-    _check_replaceable(output)
-
-
-def _check_replaceable(output: Path) -> None:
-    """Refuse to delete what is no part of a checkpoint."""
-    for path in output.rglob("*"):
-        known = path.suffix.lower() in _CHECKPOINT_SUFFIXES or path.name in _CHECKPOINT_NAMES
-        ours = output / WORK in (path, *path.parents) and not path.is_symlink()
-        folder = path.is_dir() and any(path.iterdir())  # of an adapter, or of shards that an index names so
-        if not ours and (path.is_symlink() or not (folder or (path.is_file() and known))):
-            raise OutputError(
-                f"--force would delete {path}, which is no part of a checkpoint",
-                "move it away, or choose another folder",
-            )
 
 
 def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
@@ -167,60 +121,6 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
         # The bytes of a whole shard are already named by its header above.
         digest.update(b"whole\n" if task.whole else repr(task.entries).encode())
     return digest.hexdigest()
-
-
-def _claim(partial: Path, identity: str, *, force: bool) -> int:
-    """Make or take over the working directory; return a locked descriptor that keeps others out."""
-    if partial.is_symlink() or (partial.exists() and not (partial / WORK).is_dir() and any(partial.iterdir())):
-        raise OutputError(
-            f"{partial} exists and is no unfinished job of ours", "move it away, or choose another folder"
-        )
-    record = partial / WORK / "plan"
-    try:
-        (partial / WORK).mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial / WORK / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise disk_error(error, partial) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise OutputError(f"another process is writing {partial}", "wait for it, or choose another folder") from None
-    try:
-        found = record.read_text() if record.exists() else None
-        if found is not None and found != identity:
-            if not force:
-                raise OutputError(
-                    f"{partial} holds an unfinished job of another recipe or of changed inputs",
-                    "finish that job, delete the folder, or start over with --force",
-                )
-            _empty(partial, keep=WORK)
-            _empty(partial / WORK, keep="lock")
-        for stale in (partial / WORK).rglob("*.tmp"):
-            _remove(stale)
-        _write_text(record.with_suffix(".new"), identity)
-        os.replace(record.with_suffix(".new"), record)
-    except OSError as error:
-        os.close(lock)
-        raise disk_error(error, partial) from error
-    except OutputError:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _empty(folder: Path, *, keep: str) -> None:
-    for path in folder.iterdir():
-        if path.name != keep:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Delete a file, a link or a folder; what a killed process left may be any of them."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _workers(options: WriteOptions, tasks: list[ShardTask]) -> tuple[int, int]:
@@ -325,16 +225,13 @@ def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
     return previous
 
 
-def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
+def _write_bytes(path: Path, content: Iterable[bytes], *, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        file.writelines(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOptions) -> int:
@@ -343,26 +240,28 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     with ThreadPoolExecutor(options.jobs or min(os.cpu_count() or 1, 8)) as pool:
         outputs = list(pool.map(lambda task: _check_shard(partial, task, checksum=options.checksums), tasks))
     _remove_leftovers(partial, {task.name for task in tasks})
-    source_files = plan.checkpoint.source
-    for file in plan.checkpoint.side_files:
+    source = plan.checkpoint
+
+    def write(file: str, content: bytes | Iterator[bytes]) -> None:
+        _write_bytes(partial / file, [content] if isinstance(content, bytes) else content, durable=options.durable)
+
+    for file in source.side_files:
         if (file == CARD and options.card) or file in plan.files:
             continue
-        _carry(source_files, file, plan.checkpoint.file_sizes[file], partial / file)
+        write(file, _side_file(source, file))
     for file, content in plan.files.items():
         if content is not None:
-            _write_bytes(partial / file, content)
-    if plan.config == plan.checkpoint.config:
-        _carry(source_files, CONFIG, plan.checkpoint.file_sizes[CONFIG], partial / CONFIG)
-    else:
-        _write_text(partial / CONFIG, write_json(plan.config))
-    if options.card or CARD not in plan.checkpoint.side_files or plan.files.get(CARD, b"") is None:
-        _write_text(partial / CARD, card_text(plan))
+            write(file, content)
+    write(CONFIG, _side_file(source, CONFIG) if plan.config == source.config else write_json(plan.config).encode())
+    if options.card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
+        write(CARD, card_text(plan).encode())
     outputs.append({"file": CONFIG, "sha256": hashlib.sha256((partial / CONFIG).read_bytes()).hexdigest()})
-    _write_text(partial / PROVENANCE, write_json(provenance(plan, outputs)))
+    write(PROVENANCE, write_json(provenance(plan, outputs)).encode())
     shards = [task for task in tasks if task.name not in plan.companions]
     if shards[0].name != SINGLE or len(shards) > 1:
-        _write_text(partial / INDEX, write_json(_index(plan, shards)))
-    copying.sync_directory(partial)
+        write(INDEX, write_json(_index(plan, shards)).encode())
+    if options.durable:
+        copying.sync_directory(partial)
     return total
 
 
@@ -398,30 +297,7 @@ def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _carry(source: Any, file: str, size: int, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "wb") as out:
-        for start in range(0, size, 8 << 20):
-            out.write(source.read(file, start, min(8 << 20, size - start)))
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _publish(partial: Path, output: Path, *, force: bool) -> None:
-    """Give the finished directory its name. Killed at any point, it is whole under one name or the other."""
-    replaced: Path | None = None
-    if output.exists() and any(output.iterdir()):
-        if not force:
-            raise OutputError(
-                f"{output} appeared while {partial} was written", f"mv {partial} to a place of your choice"
-            )
-        _check_replaceable(output)  # again: hours may have passed
-        replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
-        os.rename(output, replaced)
-    elif output.exists():
-        output.rmdir()
-    os.rename(partial, output)
-    copying.sync_directory(output.parent)
-    shutil.rmtree(output / WORK)
-    if replaced is not None:
-        shutil.rmtree(replaced)
+def _side_file(checkpoint: Checkpoint, file: str) -> Iterator[bytes]:
+    size = checkpoint.file_sizes[file]
+    for start in range(0, size, 8 << 20):
+        yield checkpoint.source.read(file, start, min(8 << 20, size - start))

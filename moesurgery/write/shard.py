@@ -126,7 +126,8 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
             raise KeyboardInterrupt
         size = temporary.stat().st_size
         os.replace(temporary, directory / task.name)
-        copying.sync_directory(directory)
+        if manner.durable:
+            copying.sync_directory(directory)
         _write_manifest(directory, task.name, plan_id, size, durable=manner.durable)
         return size
     except OSError as error:
@@ -150,8 +151,9 @@ def _write_manifest(directory: Path, name: str, plan_id: str, size: int, *, dura
     temporary = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
     with open(temporary, "w") as file:
         json.dump({"plan": plan_id, "size": size, "boot": None if durable else boot_id()}, file)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -9,20 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moesurgery.families.architectures.architecture import MLP, Architecture, Ffn, Moe
-from moesurgery.families.traits import (
-    AllFull,
-    Always,
-    Choice,
-    Codec,
-    Config,
-    Derived,
-    Key,
-    LayerTypes,
-    MixedLayers,
-    Rope,
-    even_head_dim,
-    heads,
-)
+from moesurgery.families.layer_traits import AllFull, LayerTypes, MixedLayers
+from moesurgery.families.rope import Rope
+from moesurgery.families.traits import Always, Choice, Codec, Config, Derived, Key, even_head_dim, heads
 
 # Traits
 

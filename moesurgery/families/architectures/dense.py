@@ -41,18 +41,9 @@ from moesurgery.families.architectures.common import (
     tokens,
     wide,
 )
-from moesurgery.families.traits import (
-    Always,
-    Choice,
-    Derived,
-    Key,
-    LayerTypes,
-    MixedLayers,
-    OneWindow,
-    QueryScaling,
-    Rope,
-    RopeFlags,
-)
+from moesurgery.families.layer_traits import LayerTypes, MixedLayers, OneWindow, RopeFlags
+from moesurgery.families.rope import QueryScaling, Rope
+from moesurgery.families.traits import Always, Choice, Derived, Key
 
 DENSE: tuple[Architecture, ...] = (
     dense("llama", "LlamaForCausalLM", ALL_BIASES),

@@ -40,16 +40,9 @@ from moesurgery.families.architectures.common import (
     tokens,
     wide,
 )
-from moesurgery.families.traits import (
-    Always,
-    Choice,
-    Key,
-    LayerTypes,
-    MixedLayers,
-    OneWindow,
-    Rope,
-    RopeFlags,
-)
+from moesurgery.families.layer_traits import LayerTypes, MixedLayers, OneWindow, RopeFlags
+from moesurgery.families.rope import Rope
+from moesurgery.families.traits import Always, Choice, Key
 
 SHARED_EXPERTS = Shared("mlp.shared_experts", count="n_shared_experts")
 GATED_EXPERT = Shared("mlp.shared_expert", gate="mlp.shared_expert_gate", width="shared_expert_intermediate_size")

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from moesurgery.families.architectures.architecture import Moe, Shared
 from moesurgery.families.family import Layout
-from moesurgery.plan.expr import Expr, Rows, cast, concat, scale, stack
-from moesurgery.plan.tensors import Filled, columns, join_columns, random_key, transpose
+from moesurgery.plan.drawn import random_key
+from moesurgery.plan.elementwise import cast, scale
+from moesurgery.plan.expr import Expr, Rows, concat, stack
+from moesurgery.plan.tensors import Filled, columns, join_columns, transpose
 from moesurgery.surgery.upcycling.dense import Ffn
 from moesurgery.surgery.upcycling.design import Design
 from moesurgery.surgery.upcycling.neurons import NeuronColumns, NeuronRows, Noisy, Redrawn, partition

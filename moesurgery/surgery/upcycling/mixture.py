@@ -10,7 +10,8 @@ from moesurgery.errors import RefusedError
 from moesurgery.families.architectures.architecture import Moe
 from moesurgery.families.family import Layout, Part
 from moesurgery.families.pairs import Conversion, Pair
-from moesurgery.plan.expr import Expr, cast
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr
 from moesurgery.plan.tensors import Filled
 from moesurgery.surgery.upcycling import routers
 from moesurgery.surgery.upcycling.dense import DenseModel

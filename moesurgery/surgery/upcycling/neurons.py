@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from moesurgery.plan.drawn import Normal
 from moesurgery.plan.expr import Expr, Reader, torch_dtype
 from moesurgery.plan.solved import Solution
-from moesurgery.plan.tensors import Normal, Picked
+from moesurgery.plan.tensors import Picked
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.plan.drawn import Normal, Uniform, random_key
 from moesurgery.plan.expr import Expr, Rows, concat
 from moesurgery.plan.plan import Table
-from moesurgery.plan.tensors import Filled, Normal, Uniform, Values, random_key
+from moesurgery.plan.tensors import Filled, Values
 from moesurgery.surgery.operation import did_you_mean
 from moesurgery.surgery.upcycling.dense import DenseModel
 from moesurgery.surgery.upcycling.design import Design

@@ -14,7 +14,8 @@ from typing import Annotated, Any, TypedDict
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.plan.expr import Expr, cast
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr
 from moesurgery.plan.plan import plan_of
 from moesurgery.plan.tensors import mean
 from moesurgery.surgery.parameters import Param
