@@ -27,6 +27,7 @@ from moesurgery.measure.tokens import Tokens, padded
 from moesurgery.surgery import grouping
 from moesurgery.surgery.clustering import around_centroids
 from tests.conftest import Result
+from tests.quantise import make_fp8
 from tests.test_collect import Seen, assert_close
 from tests.test_drop_experts import with_prediction_layer
 from tests.test_merge_experts import EXPERTS, with_experts, with_permuted_copy
@@ -214,6 +215,18 @@ def test_shares_follow_the_statistics(models: Any, tmp_path: Path, weights: Any,
         assert layer["shares"][layer["groups"].index([2, 5, 6])] == pytest.approx(list(numbers / numbers.sum()))
 
 
+@pytest.mark.parametrize("by", ["frequency", "soft-frequency", "ean", "reap", "reap-sum"])
+def test_which_experts_others_join(models: Any, tmp_path: Path, by: str) -> None:
+    path = models("mixtral")
+    stats, file = stats_of(path, tmp_path / "s")
+    plan = plan_of(open_checkpoint(path))
+    for group in ("msmoe", "reap-centroid"):
+        parameters = {"to": 3, "group": group, "by": by, "stats": file, "protect_super": False}
+        for layer in apply(plan, "merge-experts", **parameters).steps[0].report["layers"]:
+            highest = np.argsort(-scores(stats.blocks[layer["layer"]], by))[:3]  # type: ignore[arg-type]
+            assert {g[0] for g in layer["groups"]} == set(highest.tolist())
+
+
 # Neurons
 
 
@@ -382,6 +395,7 @@ def test_experts_without_activations_to_be_seen(models: Any, tmp_path: Path) -> 
         ({"to": 4, "align": "activations"}, RecipeError, "--align activations needs", "--align weights"),
         ({"to": 4, "router": "lse"}, RecipeError, "--router lse needs", "--router dominant"),
         ({"groups": [[0, 1]], "group": "hc"}, RecipeError, "makes groups", "one of them"),
+        ({"to": 4, "by": "reap"}, RecipeError, "--by reap ranks experts", "--group msmoe"),
         ({"to": 4, "group": "hc", "stats": "routed"}, RefusedError, "to all tokens", "--every-expert"),
         ({"to": 4, "group": "reap-centroid", "stats": "routed"}, RefusedError, "to all tokens", "--group msmoe"),
     ],
@@ -454,6 +468,21 @@ def test_text_is_enough(demo: Path, tmp_path: Path, ok: Cli, texts: list[object]
     (tmp_path / "r.yaml").write_text(json.dumps({"model": str(demo), "steps": record["recipe"]["steps"]}))
     ok("run", tmp_path / "r.yaml", "-o", tmp_path / "b")
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_what_is_refused_is_refused_before_anything_is_run(models: Any, tmp_path: Path, cli: Cli) -> None:
+    make_fp8(models("deepseek_v3"), tmp_path / "fp8")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"input_ids": SEEN[0].tolist()}))
+    for model, arguments, message in (
+        (tmp_path / "fp8", ["--to", 4], "quantised"),
+        (models("mixtral"), ["--to", 9], "fewer than 9"),
+        (models("deepseek_v3"), ["--to", 4, "--router", "lse"], "scores experts by sigmoid"),
+    ):
+        text = ["--text", tmp_path / "text.jsonl", "--window", 16, "-o", tmp_path / "out"]
+        result = cli("merge-experts", model, *arguments, *text)
+        assert result.code == 2
+        assert message in result.err
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_defaults_with_text_and_what_is_told(demo: Path, tmp_path: Path, ok: Cli, texts: list[object]) -> None:

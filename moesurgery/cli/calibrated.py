@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
-from moesurgery.cli import measuring
+from moesurgery.cli import group_fit, measuring
 from moesurgery.cli.collect import collect_stats, output_file
 from moesurgery.cli.console import console
 from moesurgery.cli.writing import WriterFlags
 from moesurgery.errors import RecipeError, SurgeryError
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipes import RecipeStep
-from moesurgery.surgery.grouping import DEFAULT_GROUP, EVERY_EXPERT, Merger, merger
-from moesurgery.surgery.grouping import NAME as MERGE
 from moesurgery.surgery.operation import Operation, apply
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from moesurgery.measure.tokens import Tokens
 
 PARAMETER = "stats"
-FIT = "fit"
+MERGE = "merge-experts"
 NAMED = {"experts", "keep"}  # experts chosen by number: no statistics are needed
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
@@ -129,24 +127,23 @@ def prepare(
         keep = 0 if given.heldout or given.no_heldout else HELD_OUT_SHARE
         windows, kept = run.calibration(plan.checkpoint, given.text, given.tokens, keep)
         held_out = held_out or kept
+        if found.name == MERGE:
+            group_fit.check_merge(plan, values)
         if PARAMETER not in values and not values.keys() & NAMED:
             target = output_file(name.with_name(f"{name.name}.stats"), force=flags.force)
             stats = collect_stats(plan, windows, run, given.text, **_asked(plan, found, values))
             stats.save(target)
             console.note(f"statistics of {windows.count:,} tokens are in {target}")
             values[PARAMETER] = str(target)
-        if found.name == MERGE and FIT not in values:
-            merge = merger(plan, **values, fitted=True)
-            if merge.needs_fit:
-                target = output_file(name.with_name(f"{name.name}.fit"), force=flags.force)
-                make_fit(plan, merge, windows, run, given, target)
-                values[FIT] = str(target)
+        if found.name == MERGE:
+            fit = name.with_name(f"{name.name}.fit")
+            values = group_fit.with_fit(plan, values, windows, run, given.text, fit, force=flags.force)
     steps = [RecipeStep(found.name, values)]
     edited = apply(plan, found.name, **values)
     plans = {"original": plan}
     if held_out:
         plans |= every_rule(plan, values) if found.name == "rescale" else {found.name: edited}
-        plans |= the_drop(plan, values) if found.name == MERGE else {}
+        plans |= group_fit.the_drop(plan, values) if found.name == MERGE else {}
     if given.refit != "none":
         assert windows is not None
         folder = name.with_name(f"{name.name}.refit")
@@ -174,53 +171,17 @@ def make_repair(
     with console.progress("refitting", 2 * original.work(windows), of_bytes=False) as watch:
         refit(original, other, windows, options, writer.add, watch.progress)
     about: dict[str, Any] = {"kind": given.refit, "tokens": windows.count, "ridge": given.ridge, "sweeps": given.sweeps}
-    writer.close(about | _provenance(run, given))
+    writer.close(about | run.about(given.text or []))
     console.note(f"the repair is in {folder}")
-
-
-def make_fit(plan: Plan, merge: Merger, windows: Tokens, run: measuring.Run, given: Calibration, target: Path) -> None:
-    """Find how the experts of each group go together, and leave it in a file."""
-    from moesurgery.measure.fits import save_fits
-    from moesurgery.measure.group_fit import fit_groups
-
-    engine = run.engine(plan)
-    with console.progress("fitting groups", engine.work(windows), of_bytes=False) as watch:
-        fits = fit_groups(engine, windows, merge, watch.progress)
-    about = {"model": plan.checkpoint.source.identity, "tokens": windows.count, **_provenance(run, given)}
-    save_fits(target, fits, merge, about)
-    console.note(f"how the experts of each group go together is in {target}")
-
-
-def _provenance(run: measuring.Run, given: Calibration) -> dict[str, Any]:
-    """Return the text that something was fitted on, and how it was run."""
-    return {
-        "text": measuring.described(given.text or []),
-        "window": run.window,
-        "seed": run.seed,
-        "dtype": run.dtype,
-    }
 
 
 def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an operation needs beyond the usual sums, as parameters of `collect_stats`."""
-    grouped = "to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT
     return {
         "top_k": [values["top_k"]] if "top_k" in found.parameters else [],
         "keep": [plan.anatomy.experts - values.get("count", 0)] if values.get("by") == "recon" else [],
-        "every_expert": found.name == MERGE and grouped,
+        "every_expert": found.name == MERGE and group_fit.compares_all(values),
     }
-
-
-def the_drop(plan: Plan, values: Mapping[str, Any]) -> dict[str, Plan]:
-    """Return the plan that drops as many experts as a merge takes away, by the same statistics, where it can be had."""
-    if "to" not in values or PARAMETER not in values:
-        return {}
-    count = plan.anatomy.experts - values["to"]
-    try:
-        return {"drop-experts": apply(plan, "drop-experts", count=count, stats=values[PARAMETER])}
-    except SurgeryError as error:
-        console.note(f"dropping {count} experts is not measured: {error.message}")
-        return {}
 
 
 def every_rule(plan: Plan, values: Mapping[str, Any]) -> dict[str, Plan]:

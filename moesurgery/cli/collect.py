@@ -101,8 +101,7 @@ def collect_stats(
     engine = run.engine(plan)
     with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
         stats = collect(engine, windows, top_k, keep, watch.progress, every_expert=every_expert)
-    stats.about["text"] = measuring.described(text)
-    stats.about |= {"window": run.window, "seed": run.seed, "dtype": run.dtype}
+    stats.about |= run.about(text)
     return stats
 
 

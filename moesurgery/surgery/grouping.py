@@ -111,7 +111,10 @@ def merger(
             )
         check_remaining(anatomy, NAME, to)
     if by is not None and group not in _CENTROIDS:
-        raise RecipeError(f"{NAME}: --by {by} ranks experts for {' and '.join(map(str, _CENTROIDS))} only")
+        raise RecipeError(
+            f"{NAME}: --by {by} ranks experts that others join, which only {' and '.join(map(str, _CENTROIDS))} have",
+            "add --group msmoe",
+        )
     by = by or _CENTROIDS.get(group)
     _check_statistics(group, weights, seen, stats)
     if to is not None and group is not None:

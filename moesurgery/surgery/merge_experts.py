@@ -14,7 +14,8 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
 from moesurgery.measure.fits import Fits, open_fits
-from moesurgery.plan.expr import Expr, Rows, cast, concat, reshape
+from moesurgery.plan.elementwise import cast
+from moesurgery.plan.expr import Expr, Rows, concat, reshape
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.solved import Reordered
 from moesurgery.plan.tensors import Linear
