@@ -445,27 +445,29 @@ def test_fits_of_another_merge(models: Any, tmp_path: Path) -> None:
 # The command
 
 
-@pytest.fixture(scope="module")
-def texts() -> list[object]:
-    from tests.conftest import DEMO
+@pytest.fixture
+def texts(tmp_path: Path) -> list[object]:
+    """Calibration text of 512 tokens and a little to measure on, as token ids."""
+    for name, ids in (("text", TEXT[:6]), ("heldout", TEXT[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in ids))
+    calibration: list[object] = ["--text", tmp_path / "text.jsonl", "--window", 64, "--tokens", 512]
+    return [*calibration, "--heldout", tmp_path / "heldout.jsonl"]
 
-    options: list[object] = ["--text", DEMO.parent / "calibration-code.txt", "--window", 64, "--tokens", 1024]
-    return [*options, "--heldout", DEMO.parent / "heldout-code.txt", "--limit", 4]
 
-
-def test_text_is_enough(demo: Path, tmp_path: Path, ok: Cli, texts: list[object]) -> None:
+def test_text_is_enough(models: Any, tmp_path: Path, ok: Cli, texts: list[object]) -> None:
     """Statistics, fit, what it costs beside dropping, the checkpoint and a recipe that makes it again."""
+    path = models("mixtral")
     options = ["--to", 6, "--group", "reap-centroid", "--router", "lse", "--refit", "scalar", *texts]
-    document = ok("merge-experts", demo, *options, "-o", tmp_path / "a", "--json").json
+    document = ok("merge-experts", path, *options, "-o", tmp_path / "a", "--json").json
     nats = document["heldout"]["nats"]
     assert nats.keys() == {"original", "merge-experts", "drop-experts", "merge-experts, refit scalar"}
     assert [step["operation"] for step in document["steps"]] == ["merge-experts", "refit"]
-    assert document["steps"][0]["report"]["fit"]["tokens"] == 1024
+    assert document["steps"][0]["report"]["fit"]["tokens"] == 512
     assert read_config(tmp_path / "a")["num_local_experts"] == 6
-    measured = ok("perplexity", tmp_path / "a", texts[7], "--window", 64, "--limit", 4, "--json").json
+    measured = ok("perplexity", tmp_path / "a", tmp_path / "heldout.jsonl", "--window", 64, "--json").json
     assert measured["domains"][0]["nats"] == pytest.approx(nats["merge-experts, refit scalar"], abs=1e-4)
     record = json.loads((tmp_path / "a" / "moesurgery.json").read_text())
-    (tmp_path / "r.yaml").write_text(json.dumps({"model": str(demo), "steps": record["recipe"]["steps"]}))
+    (tmp_path / "r.yaml").write_text(json.dumps({"model": str(path), "steps": record["recipe"]["steps"]}))
     ok("run", tmp_path / "r.yaml", "-o", tmp_path / "b")
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
@@ -485,8 +487,9 @@ def test_what_is_refused_is_refused_before_anything_is_run(models: Any, tmp_path
         assert not list(tmp_path.glob("out*"))
 
 
-def test_defaults_with_text_and_what_is_told(demo: Path, tmp_path: Path, ok: Cli, texts: list[object]) -> None:
-    out = ok("merge-experts", demo, "--to", 4, *texts, "-o", tmp_path / "a").out
+def test_defaults_with_text_and_what_is_told(models: Any, tmp_path: Path, ok: Cli, texts: list[object]) -> None:
+    path = models("mixtral")
+    out = ok("merge-experts", path, "--to", 4, *texts, "-o", tmp_path / "a").out
     assert "drop-experts" in out
     assert "collapse" in out
     assert "agree on" in out
@@ -497,7 +500,6 @@ def test_defaults_with_text_and_what_is_told(demo: Path, tmp_path: Path, ok: Cli
         "align": "activations",
         "router": "dominant",
     }
-    again = ok(
-        "merge-experts", demo, "--to", 4, "--stats", tmp_path / "a.stats.safetensors", "--dry-run", "--json"
-    ).json
+    stats = tmp_path / "a.stats.safetensors"
+    again = ok("merge-experts", path, "--to", 4, "--stats", stats, "--dry-run", "--json").json
     assert again["steps"][0]["report"]["align"] == "none"  # nothing was run to match neurons by
