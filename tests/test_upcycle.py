@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -458,3 +460,16 @@ def test_to_dense_gives_a_file_back_byte_for_byte(llama: Path, tmp_path: Path, o
     ok("to-dense", tmp_path / "moe", "--expert", 0, "--to", "llama", "-o", tmp_path / "dense")
     file = "model.safetensors"
     assert (tmp_path / "dense" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_proved(llama: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    program = (
+        "import sys\nfrom moesurgery.cli import main\n"
+        f"assert main(['upcycle', {str(llama)!r}, '--experts', '4', '-o', {str(tmp_path / 'out')!r}]) == 2\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "exists and is not empty" in done.stderr

@@ -6,7 +6,6 @@ reports them all. It reads no path outside the checkpoint and trusts no length b
 
 from __future__ import annotations
 
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from moesurgery.checkpoint.header import Header, TensorInfo, scan_header
 from moesurgery.checkpoint.source import LocalSource, Source, is_contained
 from moesurgery.checkpoint.strict_json import parse_json, repeated_keys
 from moesurgery.errors import CheckpointError
+from moesurgery.machine import cores
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -268,7 +268,7 @@ def _read_headers(scan: Scan, files: list[str]) -> None:
     if len(files) < 2:
         found = [header_of(file) for file in files]
     else:
-        workers = 2 * (os.cpu_count() or 1) if isinstance(scan.source, LocalSource) else 16
+        workers = 2 * cores() if isinstance(scan.source, LocalSource) else 16
         with ThreadPoolExecutor(min(workers, len(files))) as pool:
             found = list(pool.map(header_of, files))
     for file, header in zip(files, found, strict=True):

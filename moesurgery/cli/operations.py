@@ -53,6 +53,8 @@ def command_for(found: Operation) -> Callable[..., None]:
         recipe = recipe_of(found, model, values)
         console.quiet = flags.quiet
         measured: Mapping[str, Any] = {}
+        if not flags.print_recipe:
+            writing.check_early(flags)
         if len(recipe.steps) == 1:
             prepared = prepare(found, recipe.model or ".", recipe.steps[0].parameters, calibration, flags)
             recipe, measured = replace(recipe, steps=prepared.steps), prepared.measured

@@ -18,7 +18,7 @@ from moesurgery.plan.expr import Copy
 from moesurgery.plan.plan import Plan
 from moesurgery.recipes import parse_size
 from moesurgery.write.card import config_changes
-from moesurgery.write.folder import check_output
+from moesurgery.write.folder import check_output, check_place
 from moesurgery.write.job import WriteOptions, Written, bytes_needed, write_plan
 from moesurgery.write.layout import companion_tasks, shard_tasks
 
@@ -92,6 +92,7 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
     if flags.print_recipe:
         console.result(recipe.to_yaml().rstrip())
         return
+    check_early(flags)
     plan = recipe.plan()
     for step in plan.steps:
         for warning in step.warnings:
@@ -149,6 +150,12 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
             console.result(text(report))
     if report is not None and report.failed():
         raise typer.Exit(1)
+
+
+def check_early(flags: WriterFlags) -> None:
+    """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
+    if flags.output is not None:
+        check_place(Path(os.path.abspath(flags.output)), force=flags.force)
 
 
 def _validated(output: Path, nbytes: int) -> Report:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-DOT_RUN = 4096
+DOT_RUN = 4096  # shorter than what BLAS would share out to threads of its own, which are slower here than one
 
 _host = Host()
 
@@ -210,13 +210,14 @@ def _gram(unit: Unit, vectors: list[Array], axis: int | None) -> np.ndarray:
 
 
 def _inner(first: Array, second: Array) -> float:
-    """Return the inner product: short runs in float32, their sum in float64.
+    """Return the inner product: short runs in float32, their sum in float64."""
+    import numpy as np
 
-    Runs are shorter than what BLAS would share out to threads of its own, which are slower here than one.
-    """
-    if len(first) <= DOT_RUN or getattr(first, "is_cuda", False):
+    whole = len(first) // DOT_RUN * DOT_RUN
+    if not isinstance(first, np.ndarray) or not whole:
         return float(first @ second)
-    return sum(float(first[i : i + DOT_RUN] @ second[i : i + DOT_RUN]) for i in range(0, len(first), DOT_RUN))
+    runs = first[:whole].reshape(-1, 1, DOT_RUN) @ second[:whole].reshape(-1, DOT_RUN, 1)
+    return float(runs.sum(dtype=np.float64)) + float(first[whole:] @ second[whole:])
 
 
 def _shaped(factors: np.ndarray, axis: str | None) -> np.ndarray:

@@ -19,7 +19,7 @@ from moesurgery.plan.expr import Expr, Reader, Stored, torch_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-STEP = 1 << 15  # elements: the temporaries of a chunk then stay in the second-level cache
+STEP = 1 << 18  # elements: threads that finish small parts too often wait for each other at the interpreter's lock
 DEVICE_STEP = 1 << 22  # on an accelerator each operation must be worth its start
 RANDOM_BLOCK = 1 << 15
 SAMPLE_RUNS, SAMPLE_RUN = 128, 512  # what `Unit.cuts` looks at before it reads everything

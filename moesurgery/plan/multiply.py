@@ -14,7 +14,7 @@ from moesurgery.plan.arrays import round_to_bf16
 if TYPE_CHECKING:
     import numpy as np
 
-CHUNK = 1 << 16  # elements: the two temporaries then stay in the second-level cache
+CHUNK = 1 << 18  # elements: smaller parts make threads wait for each other at the interpreter's lock
 
 _PLAIN = {"F64": ("<f8", "<f8"), "F32": ("<f4", "<f4"), "F16": ("<f2", "<f4")}
 

@@ -71,7 +71,8 @@ def embedding_sample(plan: Plan, anatomy: Anatomy, seed: int, rows: int) -> np.n
         stride = vocabulary / RUNS
         draws = np.random.default_rng(seed).random(RUNS)
         starts = [int(i * stride + draws[i] * (stride - length)) for i in range(RUNS)]
-        with ThreadPoolExecutor(8) as pool:
+        remote = any(stored.source.local(stored.info.file) is None for stored in embedding.stored())
+        with ThreadPoolExecutor(8 if remote else 1) as pool:  # on a disk, threads take longer to meet than to read
             sample = np.concatenate(list(pool.map(lambda s: values_of(embedding, (s, s + length)), starts)))
     return np.asarray(sample[np.any(sample != 0, axis=1)])
 

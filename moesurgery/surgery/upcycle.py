@@ -26,7 +26,6 @@ from moesurgery.surgery.upcycling.sources import (
     parameters_without_paths,
 )
 
-SHARD_BYTES = 5_000_000_000  # experts make shards grow: none larger than this, or than the source's largest
 RouterKind = Literal["random", "uniform", "zero", "hidden", "hidden_avg", "cheap_embed"]
 
 
@@ -208,12 +207,7 @@ def _finished(mixture: Mixture, proof: bool) -> Plan:
     )
     made = base.plan.edited(step, tensors=tensors, config=mixture.config(), home=home)
     others = [d.plan.checkpoint for d in branches(base, mixture.all_sources()) if d is not base]
-    largest = max((h.file_size for h in base.plan.checkpoint.headers), default=0)
-    made = replace(
-        made,
-        sources=(*base.plan.sources, *others),
-        max_shard_size=base.plan.max_shard_size or max(SHARD_BYTES, largest),
-    )
+    made = replace(made, sources=(*base.plan.sources, *others))
     return _measured(made, base.plan, given["text"] or [], verify=given["verify"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -15,6 +14,7 @@ from moesurgery.families.anatomy import Member, model_type_of
 from moesurgery.families.components import EMBEDDING, HEAD, NORM, OTHER, ROUTED, ROUTER, VISION
 from moesurgery.families.layers import ranges
 from moesurgery.families.places import template_of
+from moesurgery.machine import cores
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.statistics import BLOCK, FORMATS, SHORTEST_RUN, Span, Statistics, survey
 from moesurgery.validate.subject import Subject
@@ -49,7 +49,7 @@ def survey_of(subject: Subject) -> list[Judged]:
         member = members.get(name)
         count = experts[name] if member is not None and member.part is not None and member.axis == 0 else 0
         spans += _spans(info, count)
-    threads = min(4, os.cpu_count() or 1)
+    threads = min(4, cores())
     found = survey(subject.source, spans, subject.progress, threads)
     component = subject.anatomy.component
     return [

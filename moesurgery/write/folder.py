@@ -36,6 +36,11 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
                 raise OutputError(
                     f"the output {output} is or contains the input {root}", "choose another folder with -o"
                 )
+    check_place(output, force=force)
+
+
+def check_place(output: Path, *, force: bool = False) -> None:
+    """Refuse an output that exists, or has nowhere to be: what can be said before anything is planned."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
     if not output.exists():

@@ -26,6 +26,7 @@ from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import OutputError
+from moesurgery.machine import cores
 from moesurgery.plan.expr import Compute
 from moesurgery.plan.plan import Plan
 from moesurgery.write import copying
@@ -125,7 +126,7 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
 
 def _workers(options: WriteOptions, tasks: list[ShardTask]) -> tuple[int, int]:
     """Divide the threads: shards in parallel, and threads in each (writes to one file take turns)."""
-    jobs = options.jobs or min(os.cpu_count() or 1, 8)
+    jobs = options.jobs or min(cores(), 8)
     workers = max(1, min(jobs, len(tasks)))
     return workers, max(1, jobs // workers)
 
@@ -237,7 +238,7 @@ def _write_bytes(path: Path, content: Iterable[bytes], *, durable: bool) -> None
 def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOptions) -> int:
     """Check every shard, then write side files, config, card, provenance, and last the index."""
     total = sum(task.data_bytes for task in tasks)
-    with ThreadPoolExecutor(options.jobs or min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(options.jobs or min(cores(), 8)) as pool:
         outputs = list(pool.map(lambda task: _check_shard(partial, task, checksum=options.checksums), tasks))
     _remove_leftovers(partial, {task.name for task in tasks})
     source = plan.checkpoint

@@ -8,14 +8,21 @@ from moesurgery.plan.plan import Plan
 from moesurgery.plan.reader import PAGE
 from moesurgery.write.shard import ShardTask
 
+SHARD_BYTES = 5_000_000_000  # where experts make shards grow: none larger than this, or than the source's largest
+
 
 def shard_tasks(plan: Plan) -> list[ShardTask]:
     """Divide a plan into shards.
 
-    Boundaries and order follow the source unless the plan says how large a shard may be. A shard of which
-    every tensor is unchanged becomes a copy of the whole file.
+    Boundaries and order follow the source unless the plan says how large a shard may be: a filesystem can share
+    blocks with one source shard only, since the data of another begins elsewhere in the page. A shard of which every
+    tensor is unchanged becomes a copy of the whole file.
     """
-    groups = _by_size(plan, plan.max_shard_size) if plan.max_shard_size else _by_home(plan)
+    if plan.max_shard_size:
+        groups = _cut(plan, [name for group in _by_home(plan) for name in group], plan.max_shard_size)
+    else:
+        limit = max(SHARD_BYTES, *(header.file_size for header in plan.checkpoint.headers), 0)
+        groups = [part for group in _by_home(plan) for part in _cut(plan, group, limit)]
     names = _names(plan, groups)
     return [_task(plan, name, group) for name, group in zip(names, groups, strict=True)]
 
@@ -33,18 +40,18 @@ def _by_home(plan: Plan) -> list[list[str]]:
     return [groups[file] for file in sorted(groups, key=lambda f: order.get(f, len(order)))]
 
 
-def _by_size(plan: Plan, limit: int) -> list[list[str]]:
-    groups: list[list[str]] = [[]]
+def _cut(plan: Plan, names: list[str], limit: int) -> list[list[str]]:
+    """Return `names` in parts of at most `limit` bytes, or of one tensor that is larger."""
+    parts: list[list[str]] = [[]]
     size = 0
-    for group in _by_home(plan):
-        for name in group:
-            nbytes = plan.tensors[name].nbytes
-            if groups[-1] and size + nbytes > limit:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += nbytes
-    return groups
+    for name in names:
+        nbytes = plan.tensors[name].nbytes
+        if parts[-1] and size + nbytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += nbytes
+    return parts
 
 
 def _names(plan: Plan, groups: list[list[str]]) -> list[str]:

@@ -101,7 +101,7 @@ class Mixture:
         tensors: dict[str, Expr] = {}
         home: dict[str, str] = {}
         late: dict[str, Expr] = {}
-        done: set[int] = set()
+        places: dict[int, dict[str, dict[str, Expr]]] = {}  # of each layer: what stands where each tensor stood
 
         def add(found: Mapping[str, Expr], to: dict[str, Expr], file: str) -> None:
             to.update(found)
@@ -110,12 +110,15 @@ class Mixture:
         for name in plan.tensors:
             if name in others:
                 add(self._rewritten(name, others[name]), tensors, plan.home[name])
-            elif name in base.layer_of and base.layer_of[name] not in done:
+            elif name in base.layer_of:
                 layer = base.layer_of[name]
-                done.add(layer)
-                copies, new = self._layer(layer, None if rows is None else rows[layer])
-                add(copies, tensors, plan.home[name])
-                add(new, late, plan.home[name])
+                if layer not in places:
+                    copies, new = self._layer(layer, None if rows is None else rows[layer])
+                    places[layer] = {}
+                    for copy, expr in copies.items():
+                        places[layer].setdefault(self._place(expr) or name, {})[copy] = expr
+                    add(new, late, plan.home[name])
+                add(places[layer].get(name, {}), tensors, plan.home[name])
         tensors.update(late)
         if self.given["dtype"]:
             tensors = as_type(tensors, DTYPES[self.given["dtype"]])
@@ -126,6 +129,12 @@ class Mixture:
                 tensors[name] = Filled(0.0, "F32", shape)
                 home[name] = home[f"{base.prefix}{i}.{self.pair.target.router.path}"]
         return tensors, home
+
+    def _place(self, expr: Expr) -> str | None:
+        """Return the tensor of the base's FFNs from which a copy is taken."""
+        source = self.base.plan.checkpoint.source
+        names = (stored.info.name for stored in expr.stored() if stored.source == source)
+        return next((name for name in names if name in self.base.layer_of), None)
 
     def _rewritten(self, name: str, expr: Expr) -> dict[str, Expr]:
         found = [(name, expr)]
