@@ -394,7 +394,7 @@ def test_experts_without_activations_to_be_seen(models: Any, tmp_path: Path) -> 
         ({"to": 4, "weights": "usage"}, RecipeError, "--weights usage needs statistics", "--text"),
         ({"to": 4, "align": "activations"}, RecipeError, "--align activations needs", "--align weights"),
         ({"to": 4, "router": "lse"}, RecipeError, "--router lse needs", "--router dominant"),
-        ({"groups": [[0, 1]], "group": "hc"}, RecipeError, "makes groups", "one of them"),
+        ({"groups": [[0, 1]], "group": "hc"}, RecipeError, "how to make groups", "leave it out"),
         ({"to": 4, "by": "reap"}, RecipeError, "--by reap ranks experts", "--group msmoe"),
         ({"to": 4, "group": "hc", "stats": "routed"}, RefusedError, "to all tokens", "--every-expert"),
         ({"to": 4, "group": "reap-centroid", "stats": "routed"}, RefusedError, "to all tokens", "--group msmoe"),
@@ -494,8 +494,9 @@ def test_defaults_with_text_and_what_is_told(models: Any, tmp_path: Path, ok: Cl
     assert "collapse" in out
     assert "agree on" in out
     step = json.loads((tmp_path / "a" / "moesurgery.json").read_text())["steps"][0]
-    assert {key: step["report"][key] for key in ("group", "weights", "align", "router")} == {
-        "group": "msmoe",
+    assert {key: step["report"][key] for key in ("group", "by", "weights", "align", "router")} == {
+        "group": "reap-centroid",
+        "by": "reap-sum",
         "weights": "usage",
         "align": "activations",
         "router": "dominant",

@@ -35,7 +35,8 @@ Align = Literal["none", "weights", "activations"]
 Router = Literal["dominant", "mean", "lse"]
 
 NAME = "merge-experts"
-DEFAULT_GROUP: Group = "msmoe"  # where there are statistics; docs/surgery.md has the table
+DEFAULT_GROUP: Group = "reap-centroid"  # where every expert was run; docs/surgery.md has the table
+DEFAULT_BY: By = "reap-sum"
 LARGEST = 16  # members of a group around a REAP centroid: C in arXiv 2604.04356
 EVERY_EXPERT = ("reap-centroid", "hc")  # these compare what experts say to all tokens
 _CENTROIDS: Mapping[str | None, By] = {"msmoe": "frequency", "reap-centroid": "reap"}  # as published
@@ -98,24 +99,16 @@ def merger(
     total = check_blocks(anatomy, NAME)
     if (groups is None) == (to is None):
         raise RecipeError(f"{NAME} needs one of groups and to", f"as in `moesurgery {NAME} MODEL --to {total // 2}`")
-    if groups is not None and group is not None:
-        raise RecipeError(f"{NAME}: --group {group} makes groups, and --groups names them", "give one of them")
     seen = _statistics(anatomy, stats)
+    group, by = _way(groups is not None, group, by, seen)
     weights = weights or ("equal" if seen is None else "usage")
     protected: Mapping[str, list[int]] = {}
     if to is not None:
-        group = group or ("router-rows" if seen is None else DEFAULT_GROUP)
         if to > total:
             raise RefusedError(
                 f"{NAME}: there are {total} experts in each layer, fewer than {to}", "choose a lower --to"
             )
         check_remaining(anatomy, NAME, to)
-    if by is not None and group not in _CENTROIDS:
-        raise RecipeError(
-            f"{NAME}: --by {by} ranks experts that others join, which only {' and '.join(map(str, _CENTROIDS))} have",
-            "add --group msmoe",
-        )
-    by = by or _CENTROIDS.get(group)
     _check_statistics(group, weights, seen, stats)
     if to is not None and group is not None:
         protected = _protected(seen) if protect_super else {}
@@ -144,6 +137,25 @@ def merger(
         _notes(anatomy, by, to, seen, protected),
         {} if seen is None else seen.about,
     )
+
+
+def _way(named: bool, group: Group | None, by: By | None, seen: Stats | None) -> tuple[Group | None, By | None]:
+    """Return how groups are made, and by what the experts are ranked that others join."""
+    if named:
+        if group is not None or by is not None:
+            asked = f"--group {group}" if group else f"--by {by}"
+            raise RecipeError(f"{NAME}: {asked} says how to make groups, and --groups names them", "leave it out")
+        return None, None
+    if group is None:
+        group = "router-rows" if seen is None else "msmoe"
+        if seen is not None and seen.every_expert:
+            group, by = DEFAULT_GROUP, by or DEFAULT_BY
+    if by is not None and group not in _CENTROIDS:
+        raise RecipeError(
+            f"{NAME}: --by {by} ranks experts that others join, which only {' and '.join(map(str, _CENTROIDS))} have",
+            "add --group msmoe",
+        )
+    return group, by or _CENTROIDS.get(group)
 
 
 def _statistics(anatomy: Anatomy, stats: str | None) -> Stats | None:

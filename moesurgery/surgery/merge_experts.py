@@ -41,15 +41,15 @@ def merge_experts(
     group: Annotated[
         Group | None,
         Param(
-            "how --to groups: router-rows (the default without statistics); or by statistics: msmoe (the default with"
-            " them), reap-centroid, hc"
+            "how --to groups: router-rows (the default without statistics); or by statistics: reap-centroid (the"
+            " default with text), msmoe, hc"
         ),
     ] = None,
     by: Annotated[
         By | None,
         Param(
-            "which experts the others join in msmoe (frequency unless said) and reap-centroid (reap): the highest by"
-            " frequency, soft-frequency, ean, reap or reap-sum"
+            "which experts the others join in reap-centroid and msmoe: the highest by reap-sum, reap, frequency,"
+            " soft-frequency or ean"
         ),
     ] = None,
     weights: Annotated[
