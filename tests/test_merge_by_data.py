@@ -493,7 +493,8 @@ def test_defaults_with_text_and_what_is_told(models: Any, tmp_path: Path, ok: Cl
     assert "drop-experts" in out
     assert "collapse" in out
     assert "agree on" in out
-    step = json.loads((tmp_path / "a" / "moesurgery.json").read_text())["steps"][0]
+    step, repair = json.loads((tmp_path / "a" / "moesurgery.json").read_text())["steps"]
+    assert repair["report"]["kind"] == "down"
     assert {key: step["report"][key] for key in ("group", "by", "weights", "align", "router")} == {
         "group": "reap-centroid",
         "by": "reap-sum",

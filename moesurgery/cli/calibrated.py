@@ -46,8 +46,12 @@ _HeldOut = Annotated[
     typer.Option("--heldout", help="Text to measure the outcome on; a quarter of --text is kept for it by default."),
 ]
 _Refit = Annotated[
-    str,
-    typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert or down."),
+    str | None,
+    typer.Option(
+        "--refit",
+        help="Repair the outcome by least squares on --text: none, scalar, expert or down."
+        " [default: none; down for merge-experts]",
+    ),
 ]
 _Ridge = Annotated[float, typer.Option("--ridge", min=0.0, help="How strongly --refit is drawn to no change.")]
 _Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down goes over the experts.")]
@@ -56,7 +60,7 @@ _NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure t
 
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "text": (_Texts, None),
-    "refit": (_Refit, "none"),
+    "refit": (_Refit, None),
     "ridge": (_Ridge, RIDGE),
     "sweeps": (_Sweeps, 1),
     "heldout": (_HeldOut, None),
@@ -78,7 +82,7 @@ class Calibration:
     """The options above, as they were given."""
 
     text: list[Path] | None = None
-    refit: str = "none"
+    refit: str | None = None
     ridge: float = RIDGE
     sweeps: int = 1
     heldout: list[Path] | None = None
@@ -90,10 +94,14 @@ class Calibration:
     device: str = "cpu"
 
     def check(self) -> None:
-        if self.refit not in KINDS:
+        if self.refit not in (None, *KINDS):
             raise RecipeError(f"--refit is {self.refit!r}, expected one of {', '.join(KINDS)}")
-        if self.refit != "none" and not self.text:
+        if self.refit not in (None, "none") and not self.text:
             raise RecipeError("--refit needs text to fit on", "give --text FILE")
+
+    def repair(self, operation: str) -> str:
+        """Return which repair an operation gets: a merge, which costs more than a drop, gets one unless told not to."""
+        return self.refit or ("down" if operation == MERGE and self.text else "none")
 
     def run(self, seed: int) -> measuring.Run:
         return measuring.Run(self.window, None, seed, self.device, self.dtype)
@@ -144,12 +152,13 @@ def prepare(
     if held_out:
         plans |= every_rule(plan, values) if found.name == "rescale" else {found.name: edited}
         plans |= group_fit.the_drop(plan, values) if found.name == MERGE else {}
-    if given.refit != "none":
+    kind = given.repair(found.name)
+    if kind != "none":
         assert windows is not None
         folder = name.with_name(f"{name.name}.refit")
-        make_repair(plan, edited, windows, run, given, folder, force=flags.force)
+        make_repair(kind, plan, edited, windows, run, given, folder, force=flags.force)
         steps.append(RecipeStep("refit", {"repair": str(folder)}))
-        plans[f"{values.get('scale', found.name)}, refit {given.refit}"] = apply(edited, "refit", repair=str(folder))
+        plans[f"{values.get('scale', found.name)}, refit {kind}"] = apply(edited, "refit", repair=str(folder))
     if not held_out:
         return Prepared(tuple(steps))
     measured = measure(plans, run, held_out)
@@ -159,18 +168,26 @@ def prepare(
 
 
 def make_repair(
-    plan: Plan, edited: Plan, windows: Tokens, run: measuring.Run, given: Calibration, folder: Path, *, force: bool
+    kind: str,
+    plan: Plan,
+    edited: Plan,
+    windows: Tokens,
+    run: measuring.Run,
+    given: Calibration,
+    folder: Path,
+    *,
+    force: bool,
 ) -> None:
     """Fit the edited model to the original, and leave the repair in a folder."""
     from moesurgery.measure.refit import Options, refit
     from moesurgery.measure.repair import RepairWriter
 
-    options = Options(given.refit, given.ridge, given.sweeps)  # type: ignore[arg-type]
+    options = Options(kind, given.ridge, given.sweeps)  # type: ignore[arg-type]
     original, other = run.engine(plan), run.engine(edited)
     writer = RepairWriter(folder, force=force)
     with console.progress("refitting", 2 * original.work(windows), of_bytes=False) as watch:
         refit(original, other, windows, options, writer.add, watch.progress)
-    about: dict[str, Any] = {"kind": given.refit, "tokens": windows.count, "ridge": given.ridge, "sweeps": given.sweeps}
+    about: dict[str, Any] = {"kind": kind, "tokens": windows.count, "ridge": given.ridge, "sweeps": given.sweeps}
     writer.close(about | run.about(given.text or []))
     console.note(f"the repair is in {folder}")
 
