@@ -37,7 +37,7 @@ class Beside:
     text: list[Path]
     force: bool
 
-    def statistics(self, top_k: Sequence[int], recon: Sequence[int]) -> Path:
+    def statistics(self, top_k: Sequence[int], recon: Sequence[int], every_expert: bool) -> Path:
         """Return the statistics file, collected now or by an earlier run of the same.
 
         Raises OutputError where the file there is of something else.
@@ -47,9 +47,10 @@ class Beside:
         target = self.output.with_name(f"{self.output.name}.stats{SUFFIX}")
         if target.exists() and not self.force:
             stats = load_stats(target)
-            differs = differences(stats.about, self._about)
+            differs = differences(stats.about, self.about)
             differs += [f"no sums for top-k {k}" for k in top_k if k not in (stats.top_k, *stats.top_ks)]
             differs += [f"no choice of {r} experts by reconstruction" for r in recon if r not in stats.recon]
+            differs += ["nothing of experts that were not chosen"] if every_expert and not stats.every_expert else []
             if differs:
                 raise OutputError(
                     f"{target} holds statistics of something else: {'; '.join(differs)}",
@@ -57,7 +58,7 @@ class Beside:
                 )
             console.note(f"statistics of {self.windows.count:,} tokens in {target} are used again")
             return target
-        stats = collect_stats(self.plan, self.windows, self.run, self.text, list(top_k), list(recon))
+        stats = collect_stats(self.plan, self.windows, self.run, self.text, list(top_k), list(recon), every_expert)
         stats.save(target)
         console.note(f"statistics of {self.windows.count:,} tokens are in {target}")
         return target
@@ -71,7 +72,7 @@ class Beside:
         from moesurgery.measure.repair import INDEX, RepairWriter, open_repair
 
         folder = self.output.with_name(f"{self.output.name}.refit")
-        about = self._about | {"edited": fingerprint(edited), **options.described()}
+        about = self.about | {"edited": fingerprint(edited), **options.described()}
         if (folder / INDEX).exists() and not self.force:
             differs = differences(open_repair(folder).about, about)
             if differs:
@@ -90,7 +91,8 @@ class Beside:
         return folder
 
     @property
-    def _about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
+        """What decides all that is measured on the calibration windows."""
         return measuring.calibrated_on(self.plan, self.windows, self.run, self.text)
 
 

@@ -1,8 +1,9 @@
 """Options of operations that take statistics: collect them first, and measure the outcome before anything is written.
 
 `rescale MODEL --top-k 3 --scale measured --text F` is `collect MODEL --top-k 3 --text F -o S` followed by
-`rescale MODEL --top-k 3 --scale measured --stats S`. On held-out text, `rescale` measures every rule, other
-operations what they cost.
+`rescale MODEL --top-k 3 --scale measured --stats S`. `merge-experts` runs the model a second time, when it is known
+which experts go together, and leaves what it found of them in a file of its own. On held-out text, `rescale` measures
+every rule, other operations what they cost, and `merge-experts` what dropping as many experts would.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
-from moesurgery.cli import measuring
+from moesurgery.cli import group_fit, measuring
 from moesurgery.cli.beside import Beside
 from moesurgery.cli.console import console
 from moesurgery.cli.writing import WriterFlags
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from moesurgery.measure.text import Domain
 
 PARAMETER = "stats"
-NAMED = {"experts", "keep", "groups"}  # experts chosen by number: no statistics are needed
+MERGE = "merge-experts"
+NAMED = {"experts", "keep"}  # experts chosen by number: no statistics are needed
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
 KINDS = ("none", "scalar", "expert", "down", "all")
@@ -45,8 +47,12 @@ _HeldOut = Annotated[
     typer.Option("--heldout", help="Text to measure the outcome on; a quarter of --text is kept for it by default."),
 ]
 _Refit = Annotated[
-    str,
-    typer.Option("--refit", help="Repair the outcome by least squares on --text: none, scalar, expert, down or all."),
+    str | None,
+    typer.Option(
+        "--refit",
+        help="Repair the outcome by least squares on --text: none, scalar, expert, down or all."
+        " [default: none; down for merge-experts]",
+    ),
 ]
 _Ridge = Annotated[
     str,
@@ -58,7 +64,7 @@ _NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure t
 
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "text": (_Texts, None),
-    "refit": (_Refit, "none"),
+    "refit": (_Refit, None),
     "ridge": (_Ridge, AUTO),
     "sweeps": (_Sweeps, 1),
     "heldout": (_HeldOut, None),
@@ -80,7 +86,7 @@ class Calibration:
     """The options above, as they were given."""
 
     text: list[Path] | None = None
-    refit: str = "none"
+    refit: str | None = None
     ridge: str = AUTO
     sweeps: int = 1
     heldout: list[Path] | None = None
@@ -92,18 +98,19 @@ class Calibration:
     device: str = "cpu"
 
     def check(self) -> None:
-        if self.refit not in KINDS:
+        if self.refit not in (None, *KINDS):
             raise RecipeError(f"--refit is {self.refit!r}, expected one of {', '.join(KINDS)}")
-        if self.refit != "none" and not self.text:
+        if self.refit not in (None, "none") and not self.text:
             raise RecipeError("--refit needs text to fit on", "give --text FILE")
         if self.ridge != AUTO and _number(self.ridge) is None:
             raise RecipeError(f"--ridge is {self.ridge!r}, expected {AUTO} or a number that is not negative")
 
-    @property
-    def options(self) -> Options:
+    def options(self, operation: str) -> Options | None:
+        """Return how to repair: a merge, which costs more than a drop, is repaired unless told not to be."""
         from moesurgery.measure.refit import Options
 
-        return Options(self.refit, _number(self.ridge), self.sweeps)  # type: ignore[arg-type]
+        kind = self.refit or ("down" if operation == MERGE and self.text else "none")
+        return None if kind == "none" else Options(kind, _number(self.ridge), self.sweeps)  # type: ignore[arg-type]
 
     def run(self, seed: int) -> measuring.Run:
         return measuring.Run(self.window, None, seed, self.device, self.dtype)
@@ -146,19 +153,25 @@ def prepare(
         keep = 0 if given.heldout or given.no_heldout else HELD_OUT_SHARE
         windows, kept = run.calibration(plan.checkpoint, given.text, given.tokens, keep)
         held_out = held_out or kept
+        if found.name == MERGE:
+            group_fit.check_merge(plan, values)
         beside = Beside(name, plan, windows, run, given.text, flags.force)
         if PARAMETER not in values and not values.keys() & NAMED:
-            values[PARAMETER] = str(beside.statistics(*_asked(plan, found, values)))
+            values[PARAMETER] = str(beside.statistics(**_asked(plan, found, values)))
+        if found.name == MERGE:
+            values = group_fit.with_fit(beside, values)
     steps = [RecipeStep(found.name, values)]
     edited = apply(plan, found.name, **values)
     plans = {"original": plan}
     if held_out:
         plans |= every_rule(plan, values) if found.name == "rescale" else {found.name: edited}
-    if given.refit != "none":
+        plans |= group_fit.the_drop(plan, values) if found.name == MERGE else {}
+    options = given.options(found.name)
+    if options is not None:
         assert beside is not None
-        repair = str(beside.repair(edited, given.options))
+        repair = str(beside.repair(edited, options))
         steps.append(RecipeStep("refit", {"repair": repair}))
-        plans[f"{values.get('scale', found.name)}, refit {given.refit}"] = apply(edited, "refit", repair=repair)
+        plans[f"{values.get('scale', found.name)}, refit {options.kind}"] = apply(edited, "refit", repair=repair)
     if not held_out:
         return Prepared(tuple(steps))
     measured = measure(plans, run, held_out)
@@ -167,11 +180,13 @@ def prepare(
     return Prepared(tuple(steps), {"heldout": measured})
 
 
-def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Return the top-k and the numbers of experts to keep for which an operation needs sums of their own."""
-    top_k = [values["top_k"]] if "top_k" in found.parameters else []
-    recon = [plan.anatomy.experts - values.get("count", 0)] if values.get("by") == "recon" else []
-    return top_k, recon
+def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an operation needs beyond the usual sums, as parameters of `Beside.statistics`."""
+    return {
+        "top_k": [values["top_k"]] if "top_k" in found.parameters else [],
+        "recon": [plan.anatomy.experts - values.get("count", 0)] if values.get("by") == "recon" else [],
+        "every_expert": found.name == MERGE and group_fit.compares_all(values),
+    }
 
 
 def every_rule(plan: Plan, values: Mapping[str, Any]) -> dict[str, Plan]:

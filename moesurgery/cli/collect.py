@@ -33,6 +33,10 @@ def collect_command(
         list[int] | None,
         typer.Option("--recon", min=1, help="Also find which of this many experts reproduce each layer best; repeat."),
     ] = None,
+    every_expert: Annotated[
+        bool,
+        typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
+    ] = False,
     window: measuring.Window = 512,
     tokens: measuring.CalibrationTokens = measuring.TOKENS,
     seed: measuring.CalibrationSeed = 0,
@@ -55,7 +59,7 @@ def collect_command(
     run = measuring.Run(window, None, seed, device, dtype)
     run.check()
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
-    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [])
+    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert)
     stats.save(target)
     document = _document(stats, target)
     target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
@@ -77,14 +81,20 @@ def collect_command(
 
 
 def collect_stats(
-    plan: Plan, windows: Tokens, run: measuring.Run, text: list[Path], top_k: list[int], keep: list[int]
+    plan: Plan,
+    windows: Tokens,
+    run: measuring.Run,
+    text: list[Path],
+    top_k: list[int],
+    keep: list[int],
+    every_expert: bool = False,
 ) -> Stats:
     """Collect statistics with a progress bar, and note what they were collected on."""
     from moesurgery.measure.collect import collect
 
     engine = run.engine(plan)
     with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
-        stats = collect(engine, windows, top_k, keep, watch.progress)
+        stats = collect(engine, windows, top_k, keep, watch.progress, every_expert=every_expert)
     stats.about |= measuring.calibrated_on(plan, windows, run, text)
     return stats
 

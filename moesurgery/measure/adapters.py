@@ -117,7 +117,7 @@ def routed(block: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch
 
     adapter = _ADAPTERS[type(block).__name__]
     out = torch.zeros_like(hidden)
-    for expert in index.unique().tolist():
+    for expert in sorted(set(index.reshape(-1).tolist())):
         token, slot = torch.where(index == expert)
         said = adapter.reads(block, expert, hidden[token]) @ adapter.first(block, expert).T
         output = adapter.gated(block, said) @ adapter.down(block, expert).T

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import RefusedError
 from moesurgery.families.settings import Settings
 from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Progress, Watch
-from moesurgery.measure.outputs import Routing, Spoken, spoken
+from moesurgery.measure.outputs import Routing, Spoken, one_expert, spoken
 from moesurgery.measure.recon import best_kept
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.stats import BlockStats, Stats, as_numpy, empty_sums
@@ -28,11 +28,14 @@ def collect(
     other_top_k: Sequence[int] = (),
     keep: Sequence[int] = (),
     progress: Progress = lambda count: None,
+    *,
+    every_expert: bool = False,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
-    Raises RefusedError for a family whose code shows no routing.
+    With `every_expert`, also what each expert says to tokens that are not routed to it. Raises RefusedError for a
+    family whose code shows no routing.
     """
     import torch
 
@@ -63,6 +66,8 @@ def collect(
             routings[f"@{k}"] = twin.routing(around)
         sums = sums_of(call)
         add(sums, call, routings, engine.plan.anatomy.settings)
+        if every_expert:
+            add_every_expert(sums, call, engine.plan.anatomy.settings)
         if call.first == 0:
             for r in keep:
                 kept = torch.tensor(best_kept(engine, around, call, r))
@@ -82,6 +87,7 @@ def collect(
         "top_k": top_k,
         "other_top_k": others,
         "recon": list(keep),
+        "every_expert": every_expert,
         "tokens": tokens.count,
         "windows": len(tokens),
     }
@@ -149,6 +155,25 @@ def _add_routing(sums: dict[str, Any], part: Spoken, half: torch.Tensor, name: s
     products = (part.products * weights[:, :, None] * weights[:, None, :])[both].double()
     found = torch.bincount(key[both], weights=products, minlength=2 * experts**2)
     sums["gram" + name] += found.view(2, experts, experts).cpu()
+
+
+def add_every_expert(sums: dict[str, Any], call: ExpertsCall, settings: Settings) -> None:
+    """Add what every expert says to every token of a call, also where it was not chosen."""
+    import torch
+
+    experts, width = call.block.block.experts, call.hidden.shape[-1]
+    hidden = call.hidden.reshape(-1, width)
+    logits = call.logits[:, :experts].float() if call.logits is not None else None
+    if call.real is not None:
+        hidden, logits = hidden[call.real], logits[call.real] if logits is not None else None
+    for name in ("output_all", "gated_all") if logits is not None else ("output_all",):
+        sums.setdefault(name, torch.zeros(experts, width, dtype=torch.float64))
+    for expert in range(experts):
+        outputs = one_expert(call, expert, hidden).float()
+        sums["output_all"][expert] += outputs.double().sum(0).cpu()
+        if logits is not None:
+            share = shares(logits, settings.score)[:, expert]
+            sums["gated_all"][expert] += (outputs * share[:, None]).double().sum(0).cpu()
 
 
 def _add_logits(sums: dict[str, Any], logits: torch.Tensor, half: torch.Tensor, real: torch.Tensor, score: str) -> None:

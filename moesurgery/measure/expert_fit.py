@@ -146,6 +146,8 @@ def _fit_all(
     if found.added is not None:
         added = torch.empty_like(found.added)
         added[order] = found.added
-        for part, residual, share in zip(mine, residuals, added.split([len(p.token) for p in mine]), strict=True):
+        for part, residual, share in zip(
+            mine, residuals, torch.split(added, [len(p.token) for p in mine]), strict=True
+        ):
             residual[part.token] -= share
     return found.matrices, found.change

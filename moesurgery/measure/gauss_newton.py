@@ -38,13 +38,13 @@ def arrangement(module: Any, expert: int) -> Arrange:
 
     rows, width = first(module, expert).shape[0], down(module, expert).shape[1]
     if rows == width:
-        return lambda values: values.unflatten(-1, (1, width))
+        return lambda values: values[..., None, :]
     with torch.enable_grad():
         said = torch.ones(1, rows, device=down(module, expert).device, requires_grad=True)
         (slope,) = torch.autograd.grad(gated(module, said)[0, 1], said)
     if slope[0, width + 1] != 0 or width < 3:
-        return lambda values: values.unflatten(-1, (2, width))
-    return lambda values: values.unflatten(-1, (width, 2)).transpose(-1, -2)
+        return lambda values: values.reshape(*values.shape[:-1], 2, width)
+    return lambda values: values.reshape(*values.shape[:-1], width, 2).transpose(-1, -2)
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Linearised:
         """Return what a change adds to the weighted output [t, H]."""
         ahead, below = self.natural(change)
         inner = sum((self.read @ part.T) * self.slope[:, i] for i, part in enumerate(ahead))
-        return self.weight * (inner @ self.down.T + self.h @ below.T)
+        said: torch.Tensor = self.weight * (inner @ self.down.T + self.h @ below.T)
+        return said
 
     def pulls(self, missing: torch.Tensor) -> list[torch.Tensor]:
         """Return the adjoint: the change along which `missing` [t, H] is made up for fastest."""

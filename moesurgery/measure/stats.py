@@ -2,7 +2,7 @@
 
 Sums over the calibration tokens, for each MoE block with E experts and hidden size H. g is the weight that
 multiplies an expert's output f, after all that the router does; y is the routed output, the sum of g f over the
-chosen experts. All but `output` come twice, for even and odd windows ([2, ...]): what differs between the halves
+chosen experts. All but [E, H] come twice, for even and odd windows ([2, ...]): what differs between the halves
 is noise. Names and shapes:
 
     tokens [2]              tokens seen
@@ -21,6 +21,11 @@ and for each other top-k m that was asked for, with the routing at top-k m and y
     gram@m, gate2@m, mass@m as above, cross@m [2, E]: sum of g_i <f_i, y>
 
 and for each number of experts r that was asked for: recon@r [E], 1 for the r experts to keep (`recon.py`).
+
+With every expert run on every token, which costs E / top-k times as much:
+
+    output_all              [E, H]: sum of f over all tokens, wherever they are routed
+    gated_all               [E, H]: sum of p f over all tokens, p the share of the router's scores as in `probability`
 
 docs/measure.md has the formulas that use them.
 """
@@ -41,10 +46,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMAT = "moesurgery statistics 1"
+WHOLE = frozenset({"output", "output_all", "gated_all"})  # [E, H]: kept once, in float32
 
 
 def _halved(name: str) -> bool:
-    return name != "output" and not name.startswith("recon@")
+    return name not in WHOLE and not name.startswith("recon@")
 
 
 @dataclass
@@ -103,6 +109,11 @@ class Stats:
         """The MoE blocks that have no statistics, each with the reason why."""
         return dict(self.about.get("unread", {}))
 
+    @property
+    def every_expert(self) -> bool:
+        """Whether every expert was run on every token: `output_all` and `gated_all` are there."""
+        return bool(self.about.get("every_expert"))
+
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
         blocks = {block.where: block.experts for block in anatomy.main_blocks if block.where not in self.unread}
@@ -131,7 +142,7 @@ class Stats:
 
         target = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
         arrays = {
-            f"{where}/{name}": np.ascontiguousarray(values, np.float32 if name == "output" else np.float64)
+            f"{where}/{name}": np.ascontiguousarray(values, np.float32 if name in WHOLE else np.float64)
             for where, block in self.blocks.items()
             for name, values in block.sums.items()
         }

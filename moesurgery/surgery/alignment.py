@@ -19,6 +19,7 @@ from moesurgery.plan.tensors import join_columns
 from moesurgery.surgery.neurons import has_neurons, neuron_rows
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 BLOCK = 1024  # rows of the similarity matrix made at a time: no second float32 copy of an expert
@@ -29,11 +30,12 @@ def neuron_order(reference: list[tuple[Member, Expr]], other: list[tuple[Member,
 
     Nothing is read now. One order serves all tensors of the expert: it is computed once, when one of them is written.
     """
-    first, second = (_features(expert) for expert in (reference, other))
+    first, second = (neuron_features(expert) for expert in (reference, other))
     return Solved(Solution(matched_rows, (first, second)), 0, "I64", (first.shape[0],))
 
 
-def _features(expert: list[tuple[Member, Expr]]) -> Expr:
+def neuron_features(expert: list[tuple[Member, Expr]]) -> Expr:
+    """Return all weights of each neuron [I, F]: its rows of gate and up, its column of down, its biases."""
     found = [neuron_rows(member, expr) for member, expr in expert if has_neurons(member)]
     same = len({expr.dtype for expr in found}) == 1
     return join_columns(found if same else [cast(expr, "F32") for expr in found])
@@ -44,18 +46,35 @@ def matched_rows(reference: torch.Tensor, other: torch.Tensor) -> tuple[torch.Te
 
     O(I^3) in the worst case, and 8 I^2 bytes: 2 s and 0.1 GB for I = 4096. Raises RefusedError for NaN or infinity.
     """
-    import numpy as np
     import torch
-    from scipy.optimize import linear_sum_assignment
 
     # The norms of the rows are the same in every order, so the inner products decide.
-    similarity = np.empty((len(reference), len(other)))
-    turned = other.float().t()
-    for start in range(0, len(reference), BLOCK):
-        similarity[start : start + BLOCK] = (reference[start : start + BLOCK].float() @ turned).numpy()
+    return (torch.from_numpy(assigned(products(reference, other))),)
+
+
+def products(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+    """Return the inner products [I, J] of the rows of two matrices, in float64 from float32."""
+    import numpy as np
+
+    found = np.empty((len(first), len(second)))
+    turned = second.float().t()
+    for start in range(0, len(first), BLOCK):
+        found[start : start + BLOCK] = (first[start : start + BLOCK].float() @ turned).numpy()
+    return found
+
+
+def assigned(similarity: np.ndarray) -> np.ndarray:
+    """Return for each row of `similarity` [I, I] a column of its own, so that the sum is the greatest.
+
+    Raises RefusedError for NaN or infinity.
+    """
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
     if not np.isfinite(similarity).all():
         raise RefusedError(
             "the neurons of two experts cannot be matched: their weights hold NaN, infinity or huge numbers",
             "`moesurgery validate` finds them; --align none does not look at them",
         )
-    return (torch.from_numpy(linear_sum_assignment(similarity, maximize=True)[1]),)
+    found: np.ndarray = linear_sum_assignment(similarity, maximize=True)[1]
+    return found

@@ -148,11 +148,19 @@ def ranking(
         notes.append(f"two halves of the text agree on {100 * share:.0f} % of what is given up by {by}")
     protected = super_experts(found) if protect_super else {}
     if protected:
-        named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in protected.items())
-        notes.append(f"protected, for outputs far above all others' ({named}); --no-protect-super lets them go")
+        notes.append(protected_note(protected))
     if others := [where for where in ranked if where not in found.blocks]:
-        notes.append(f"{', '.join(others)}: not run, so ranked by router-norm")
+        notes.append(not_run_note(others))
     return Ranking(ranked, protected, tuple(notes), {"sha256": digest(stats), **found.about})
+
+
+def protected_note(protected: Mapping[str, Sequence[int]]) -> str:
+    named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in protected.items())
+    return f"protected, for outputs far above all others' ({named}); --no-protect-super lets them go"
+
+
+def not_run_note(blocks: Sequence[str]) -> str:
+    return f"{', '.join(blocks)}: not run, so experts were chosen by their router rows"
 
 
 def lowest(anatomy: Anatomy, scores: Sequence[float], count: int) -> list[int]:

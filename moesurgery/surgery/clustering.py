@@ -1,32 +1,73 @@
-"""Experts that their router can hardly tell apart, without data: clusters of router rows.
+"""Experts divided into groups: by the distance of what is known of each, or around the ones that matter most.
 
-Two experts get logits that differ by (w_i - w_j) x, so the distance of their router rows says how differently
-tokens are sent to them (STUN, arXiv 2409.06211, clusters by it). Average linkage, as HC-SMoE, arXiv 2410.08589,
-uses on outputs: no starting point, so nothing is left to chance.
+Average linkage, as HC-SMoE (arXiv 2410.08589) uses it on outputs, has no starting point, so nothing is left to
+chance. Around centroids, as M-SMoE (arXiv 2310.01334) and REAM (arXiv 2604.04356) do it, the experts with the
+highest score stay apart and take the others to themselves.
+
+Both divide the experts of each of the router's `parts` alike, and leave the experts in `alone` by themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def clusters(rows: np.ndarray, count: int, parts: int = 1) -> list[list[int]]:
-    """Divide experts into `count` clusters by their router rows [E, H], `count / parts` in each of `parts` groups.
+def clusters(rows: np.ndarray, count: int, parts: int = 1, alone: Collection[int] = ()) -> list[list[int]]:
+    """Divide experts into `count` clusters by the distance of their `rows` [E, F], `count / parts` in each part.
 
     Each cluster is ascending, and so are the clusters by their first member.
     """
     from scipy.cluster.hierarchy import cut_tree, linkage
 
-    size, wanted = len(rows) // parts, count // parts
-    found: list[list[int]] = []
-    for part in range(parts):
-        members = rows[part * size : (part + 1) * size]
-        labels = cut_tree(linkage(members, "average"), wanted)[:, 0] if size > 1 else [0]
+    found = [[expert] for expert in sorted(alone)]
+    for members, wanted in _divided(len(rows), count, parts, alone):
+        labels = cut_tree(linkage(rows[members], "average"), wanted)[:, 0] if len(members) > 1 else [0]
         by_label: dict[int, list[int]] = {}
-        for index, label in enumerate(labels):
-            by_label.setdefault(int(label), []).append(part * size + index)
+        for expert, label in zip(members, labels, strict=True):
+            by_label.setdefault(int(label), []).append(expert)
         found += by_label.values()
     return sorted(found)
+
+
+def around_centroids(
+    scores: Sequence[float],
+    likeness: np.ndarray,
+    count: int,
+    parts: int = 1,
+    alone: Collection[int] = (),
+    largest: int | None = None,
+) -> list[list[int]]:
+    """Divide experts into `count` groups, each around one of those with the highest `scores` [E].
+
+    Every other expert joins the centroid that it is most like (`likeness` [E, E]). With `largest`, it is the
+    centroids that choose: the one with the highest score takes those most like it until its group has that many
+    members, then the next one. The centroid is the first of its group; groups are in the order of their least member.
+    """
+    found = [[expert] for expert in sorted(alone)]
+    for members, wanted in _divided(len(scores), count, parts, alone):
+        order = sorted(members, key=lambda e: (-scores[e], e))
+        groups, others = [[centroid] for centroid in order[:wanted]], order[wanted:]
+        if largest is None:
+            for other in others:
+                max(groups, key=lambda group, o=other: likeness[group[0], o]).append(other)  # type: ignore[misc]
+        else:
+            for group in groups:
+                others.sort(key=lambda e, c=group[0]: (-likeness[c, e], e))  # type: ignore[misc]
+                group += others[: largest - 1]
+                del others[: largest - 1]
+        found += groups
+    return sorted(found, key=min)
+
+
+def _divided(experts: int, count: int, parts: int, alone: Collection[int]) -> Iterator[tuple[list[int], int]]:
+    """Yield the experts of each part that are not alone, and into how many groups they are to be divided."""
+    size = experts // parts
+    for part in range(parts):
+        everyone = range(part * size, (part + 1) * size)
+        members = [expert for expert in everyone if expert not in alone]
+        if members:
+            yield members, count // parts - (size - len(members))

@@ -1,45 +1,35 @@
 """Make one expert of several: the mean of their weights, with their neurons matched first if asked.
 
-Without data this is a blunt instrument: weights are averaged, not functions, and published comparisons find it
-behind dropping on generation (REAP, arXiv 2510.13999). docs/surgery.md has figures. What a merge keeps exactly:
-experts that are copies of each other, and, aligned, copies with their neurons in another order.
+Weights are averaged, not functions, and published comparisons find merging behind dropping on generation (REAP, arXiv
+2510.13999). docs/surgery.md has figures. What a merge keeps exactly: experts that are copies of each other, and,
+aligned, copies with their neurons in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
+from moesurgery.measure.fits import Fits, open_fits
+from moesurgery.plan.elementwise import cast
 from moesurgery.plan.expr import Expr, Rows, concat, reshape
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.solved import Reordered
 from moesurgery.plan.tensors import Linear
+from moesurgery.plan.values import values_of
 from moesurgery.surgery.alignment import neuron_order
-from moesurgery.surgery.choosing import LayerKey, check_indices, per_block, router_rows, scores_of
-from moesurgery.surgery.clustering import clusters
 from moesurgery.surgery.expert_axis import Entries, along_experts, refuse_strays, renamed_modules
-from moesurgery.surgery.expert_counts import (
-    check_blocks,
-    check_groups,
-    check_remaining,
-    equal_count,
-    with_expert_count,
-)
+from moesurgery.surgery.expert_counts import equal_count, with_expert_count
+from moesurgery.surgery.grouping import NAME, Align, By, Group, Groups, Merger, Router, Weights, merger
 from moesurgery.surgery.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked
 from moesurgery.surgery.operation import operation
 from moesurgery.surgery.parameters import Param
 
-Groups = list[list[int]] | dict[LayerKey, list[list[int]]] | None
-Weights = Literal["equal", "router-norm"]
-Align = Literal["none", "weights"]
-Router = Literal["dominant", "mean"]
-_NAME = "merge-experts"
 
-
-@operation(_NAME)
+@operation(NAME)
 def merge_experts(
     plan: Plan,
     *,
@@ -47,71 +37,140 @@ def merge_experts(
         Groups,
         Param("experts to merge, as '[[0, 5], [2, 3, 7]]', in every layer or per layer; others stay as they are"),
     ] = None,
-    to: Annotated[
-        int | None, Param("merge down to this many experts per layer, clustered by their router rows", minimum=1)
+    to: Annotated[int | None, Param("merge down to this many experts per layer, grouped by --group", minimum=1)] = None,
+    group: Annotated[
+        Group | None,
+        Param(
+            "how --to groups: router-rows (the default without statistics); or by statistics: reap-centroid (the"
+            " default with text), msmoe, hc"
+        ),
+    ] = None,
+    by: Annotated[
+        By | None,
+        Param(
+            "which experts the others join in reap-centroid and msmoe: the highest by reap-sum, reap, frequency,"
+            " soft-frequency or ean"
+        ),
     ] = None,
     weights: Annotated[
-        Weights | list[float],
-        Param("share of each expert in the mean: equal, router-norm, or a list with a number for each expert"),
-    ] = "equal",
-    align: Annotated[Align, Param("match the neurons of merged experts first: none, or by their weights")] = "none",
+        Weights | list[float] | None,
+        Param(
+            "share of each expert in the mean: equal (the default without statistics), router-norm, a list with a"
+            " number for each expert; or by statistics: usage (the default with them), reap"
+        ),
+    ] = None,
+    align: Annotated[
+        Align | None,
+        Param(
+            "match the neurons of merged experts first: none (the default without text), by their weights, or by their"
+            " activations on text (the default with it)"
+        ),
+    ] = None,
     router: Annotated[
-        Router, Param("router row of a merged expert: that of its dominant member, or the mean of all")
-    ] = "dominant",
+        Router | None,
+        Param(
+            "router row of a merged expert: that of its dominant member (the default), the mean of all, or lse, fitted"
+            " on text to the log-sum-exp of all"
+        ),
+    ] = None,
+    stats: Annotated[
+        str | None, Param("statistics from `moesurgery collect`, for what needs data", metavar="FILE", reads="file")
+    ] = None,
+    fit: Annotated[
+        str | None,
+        Param(
+            "neuron orders and router rows that --text made, for --align activations and --router lse",
+            metavar="FILE",
+            reads="file",
+        ),
+    ] = None,
+    protect_super: Annotated[
+        bool, Param("leave an expert alone whose output is far above all others' (needs statistics)")
+    ] = True,
 ) -> Plan:
     """Merge experts into fewer: the mean of their weights, one router row for each group.
 
     Give `groups` or `to`. The dominant member of a group is the one with the largest share, the first named where
-    shares are equal; in a cluster, the one with the longest router row. Needs no data, and shows it: measure
-    what it costs before you use the result.
+    shares are equal; where groups are made, the one that they are made around, or else the one with the longest router
+    row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
+    measure what it costs before you use the result.
     """
+    found = merger(
+        plan,
+        groups=groups,
+        to=to,
+        group=group,
+        by=by,
+        weights=weights,
+        align=align,
+        router=router,
+        stats=stats,
+        protect_super=protect_super,
+        fitted=fit is not None,
+    )
+    fits = _fits(found, fit)
     anatomy = plan.anatomy
-    anatomy.require_family(_NAME)
-    total = check_blocks(anatomy, _NAME)
-    if (groups is None) == (to is None):
-        raise RecipeError(f"{_NAME} needs one of groups and to", f"as in `moesurgery {_NAME} MODEL --to {total // 2}`")
-    if to is not None:
-        if to > total:
-            raise RefusedError(
-                f"{_NAME}: there are {total} experts in each layer, fewer than {to}", "choose a lower --to"
-            )
-        check_remaining(anatomy, _NAME, to)
-    chosen = _clustered(plan, anatomy, to) if to is not None else _named(anatomy, groups)
-    remaining = equal_count(_NAME, chosen)
-    check_remaining(anatomy, _NAME, remaining)
-    check_groups(anatomy, _NAME, {where: [min(group) for group in found] for where, found in chosen.items()})
-
+    total, remaining = anatomy.experts, equal_count(NAME, found.groups)
     entries: Entries = {}
     modules: dict[str, str | None] = {}
-    layers = []
     for block in anatomy.blocks:
-        numbers = _weights(plan, block, weights)
-        shares = [_shares(block, group, numbers) for group in chosen[block.where]]
-        merge = _Merge(block, plan.tensors, chosen[block.where], shares, align, router)
+        merge = _Merge(block, plan.tensors, found, fits)
         entries.update(merge.entries())
         modules.update(renamed_modules(block, merge.dominant))
-        layers.append({"layer": block.where, "groups": chosen[block.where], "shares": shares})
     tensors, home = plan.substituted(entries)
     config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
+    given = {"groups": groups, "to": to, "stats": stats, "fit": fit}
+    parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    how: dict[str, Any] = {"group": found.group} if found.group else {}
+    how |= {"by": found.by} if found.by else {}
+    how |= {"weights": found.weights, "align": found.align, "router": found.router}
+    parameters |= how
+    if stats is not None:
+        parameters["protect_super"] = protect_super
+    layers = [
+        {"layer": where, "groups": groups, "shares": found.shares[where]} for where, groups in found.groups.items()
+    ]
     step = Step(
-        _NAME,
-        {key: value for key, value in {"groups": groups, "to": to}.items() if value is not None}
-        | {"weights": weights, "align": align, "router": router},
+        NAME,
+        parameters,
         f"{total} experts merged into {remaining} in each of {len(anatomy.blocks)} layers",
-        report={"experts": remaining, "old_experts": total, "layers": layers},
-        notes=_notes(anatomy, total, remaining),
-        tables=(_table(chosen),),
+        report={"experts": remaining, "old_experts": total, "layers": layers, **how}
+        | ({"statistics": dict(found.statistics)} if found.statistics else {})
+        | ({"fit": dict(fits.about)} if fits else {}),
+        notes=(*found.notes, *_notes(anatomy, found, remaining)),
+        tables=(_table(found.groups),),
     )
     return plan.edited(step, tensors=tensors, home=home, config=config)
 
 
-def _notes(anatomy: Anatomy, total: int, remaining: int) -> tuple[str, ...]:
+def _fits(found: Merger, fit: str | None) -> Fits | None:
+    """Return the fit that a merge needs. Raises RecipeError without one, RefusedError for one of other groups."""
+    if not found.needs_fit:
+        return None
+    if fit is None:
+        asked = "--align activations" if found.align == "activations" else "--router lse"
+        raise RecipeError(
+            f"{NAME}: {asked} needs to see the model run on text",
+            "give --text FILE, or use --align weights and --router dominant",
+        )
+    fits = open_fits(fit)
+    fits.check(found, fit)
+    return fits
+
+
+def _notes(anatomy: Anatomy, found: Merger, remaining: int) -> tuple[str, ...]:
+    total = anatomy.experts
     if remaining == total:
         return ()
     notes = [
-        "weights were averaged without data: unless the experts were near copies, dropping usually costs less;"
-        " compare `moesurgery perplexity` of both"
+        "weights are averaged, not functions: unless the experts are near copies, dropping usually costs less; compare"
+        " `moesurgery perplexity` of both"
     ]
+    if total - remaining > total / 4:
+        notes.append(
+            "more than a quarter of the experts: published merges collapse from here on, on generation first"
+            " (HC-SMoE on Qwen3-30B-A3B: perplexity 15.8 at a quarter, 174.7 at a half; GSM8K .008 at a half)"
+        )
     top_k = anatomy.settings.top_k
     if top_k is not None and top_k > 1:
         notes.append(
@@ -130,83 +189,18 @@ def _table(chosen: Mapping[str, Sequence[Sequence[int]]]) -> Table:
     return Table(("layer", "merged", "alone"), tuple(rows))
 
 
-def _named(anatomy: Anatomy, groups: Any) -> dict[str, list[list[int]]]:
-    """Return the groups of each block, experts that no group names alone, in the order of their first members."""
-    given = per_block(anatomy, _NAME, groups)
-    found = {}
-    for block in anatomy.blocks:
-        named = [group for group in given.get(block.where, []) if group]
-        flat = [expert for group in named for expert in group]
-        check_indices(_NAME, block, flat)
-        if anatomy.settings.groups is not None:
-            size = block.experts // anatomy.settings.groups[0]
-            for group in named:
-                if len({expert // size for expert in group}) > 1:
-                    raise RefusedError(
-                        f"{_NAME}: {block.where} is routed in groups of {size} experts, and {group} are of several",
-                        "merge experts of one group",
-                    )
-        alone = [[expert] for expert in range(block.experts) if expert not in flat]
-        found[block.where] = sorted([*named, *alone], key=min)
-    return found
-
-
-def _clustered(plan: Plan, anatomy: Anatomy, count: int) -> dict[str, list[list[int]]]:
-    """Return clusters of each block's experts, the member with the longest router row first in each."""
-    parts = anatomy.settings.groups[0] if anatomy.settings.groups else 1
-    found = {}
-    for block in anatomy.blocks:
-        lengths = scores_of(plan, block, "router-norm", 0)
-        groups = clusters(router_rows(plan, block), count, parts)
-        found[block.where] = [sorted(group, key=lambda e: (-lengths[e], e)) for group in groups]
-    return found
-
-
-def _weights(plan: Plan, block: MoeBlock, weights: Weights | list[float]) -> list[float]:
-    """Return a number for each expert, to which its share in a mean is proportional."""
-    if weights == "equal":
-        return [1.0] * block.experts
-    if weights == "router-norm":
-        return scores_of(plan, block, "router-norm", 0)
-    if len(weights) != block.experts or min(weights) < 0:
-        raise RefusedError(
-            f"{_NAME}: weights has {len(weights)} numbers, the least {min(weights, default=0):g};"
-            f" {block.where} has {block.experts} experts",
-            "give one number, not negative, for each expert",
-        )
-    return [float(weight) for weight in weights]
-
-
-def _shares(block: MoeBlock, group: Sequence[int], weights: Sequence[float]) -> list[float]:
-    """Return the share of each member of a group; they add up to one."""
-    if len(group) == 1:
-        return [1.0]
-    total = sum(weights[expert] for expert in group)
-    if total <= 0:
-        raise RefusedError(
-            f"{_NAME}: the weights of experts {list(group)} of {block.where} are all zero", "use --weights equal"
-        )
-    return [weights[expert] / total for expert in group]
-
-
 class _Merge:
-    """The merge of one block: `groups` of experts, and the `shares` of their members."""
+    """The merge of one block. Where it was not run, and so has no fit, weights and dominant members decide."""
 
-    def __init__(
-        self,
-        block: MoeBlock,
-        tensors: Mapping[str, Expr],
-        groups: Sequence[Sequence[int]],
-        shares: Sequence[Sequence[float]],
-        align: Align,
-        router: Router,
-    ) -> None:
-        self.block, self.tensors, self.groups, self.shares = block, tensors, groups, shares
-        self.align, self.router = align, router
-        self.dominant = [
-            group[max(range(len(group)), key=lambda i: (share[i], -i))]
-            for group, share in zip(groups, shares, strict=True)
-        ]
+    def __init__(self, block: MoeBlock, tensors: Mapping[str, Expr], found: Merger, fits: Fits | None) -> None:
+        self.block, self.tensors = block, tensors
+        self.groups, self.shares = found.groups[block.where], found.shares[block.where]
+        self.dominant = found.dominant[block.where]
+        self.align, self.router, self.fits = found.align, found.router, fits
+        if fits is None or block.where not in fits.blocks:
+            self.fits = None
+            self.align = "weights" if self.align == "activations" else self.align
+            self.router = "dominant" if self.router == "lse" else self.router
 
     def entries(self) -> Entries:
         """Return what takes the place of the block's tensors."""
@@ -232,7 +226,7 @@ class _Merge:
         for member in self.block.members:
             if self.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
                 raise RefusedError(
-                    f"{_NAME}: {member.name} is quantised ({self.tensors[member.name].dtype}): there is no exact mean",
+                    f"{NAME}: {member.name} is quantised ({self.tensors[member.name].dtype}): there is no exact mean",
                     "dequantise first with `moesurgery convert --dequantize`",
                 )
 
@@ -243,9 +237,12 @@ class _Merge:
         if len(group) == 1:
             return reference
         parts = {expert: expert_tensors(self.block, self.tensors, expert) for expert in group}
-        orders = {}
+        others = [expert for expert in group if expert != self.dominant[number]]
+        orders: dict[int, Expr] = {}
         if self.align == "weights":
-            orders = {e: neuron_order(reference, parts[e]) for e in group if e != self.dominant[number]}
+            orders = {expert: neuron_order(reference, parts[expert]) for expert in others}
+        elif self.align == "activations" and self.fits is not None:
+            orders = {expert: self.fits.order(self.block.where, expert) for expert in others}
         found = []
         for at, (member, expr) in enumerate(reference):
             terms = [
@@ -265,32 +262,42 @@ class _Merge:
         return restacked(member, experts)
 
     def _along(self, member: Member) -> Expr:
-        """Return a router tensor: the entries of the dominant members, or the means of all."""
+        """Return a router tensor: the entries of the dominant members, the means of all, or fitted ones."""
         expr = self.tensors[member.name]
         if self.router == "dominant" or expr.dtype not in PLAIN_FLOATS:
             return along_experts(self.block, member, expr, self.dominant)
+        if self.router == "lse" and member.role not in ("router", "router_bias"):
+            chosen = self._highest(expr) if member.role == "correction_bias" else self.dominant
+            return along_experts(self.block, member, expr, chosen)
         axis = member.axis or 0
         length, before, rest = expr.shape[axis], expr.shape[:axis], expr.shape[axis + 1 :]
         if element_count(before) != 1:
             raise RefusedError(
-                f"{_NAME}: {member.name} has its experts along axis {axis} of {list(expr.shape)}",
+                f"{NAME}: {member.name} has its experts along axis {axis} of {list(expr.shape)}",
                 "use --router dominant",
             )
         flat = reshape(expr, (length, *rest))
-        rows = [
-            _mean([(Rows(flat, e, e + 1), share) for e, share in zip(group, shares, strict=True)])
-            for group, shares in zip(self.groups, self.shares, strict=True)
-        ]
+        rows = [self._row(member, flat, number) for number in range(len(self.groups))]
         if length > self.block.experts:  # entries after the experts stay
             rows.append(Rows(flat, self.block.experts, length))
         joined = concat(rows)
         return reshape(joined, (*before, *joined.shape))
 
+    def _row(self, member: Member, flat: Expr, number: int) -> Expr:
+        """Return the entry of one new expert in a router tensor whose first axis is that of the experts."""
+        group, shares = self.groups[number], self.shares[number]
+        if len(group) == 1:
+            return Rows(flat, group[0], group[0] + 1)
+        if self.router == "lse" and self.fits is not None:
+            return cast(self.fits.row(self.block.where, member.role, number), flat.dtype)
+        return Linear(tuple((Rows(flat, e, e + 1), share) for e, share in zip(group, shares, strict=True)), flat.dtype)
+
+    def _highest(self, bias: Expr) -> list[int]:
+        """Return the member of each group with the highest selection bias: a group is chosen where any of them was."""
+        values = values_of(bias).reshape(-1)
+        return [max(group, key=lambda e: values[e]) for group in self.groups]
+
 
 def _rows(member: Member, expr: Expr, order: Expr | None) -> Expr:
     rows = neuron_rows(member, expr)
     return rows if order is None else Reordered(rows, order)
-
-
-def _mean(terms: list[tuple[Expr, float]]) -> Expr:
-    return terms[0][0] if len(terms) == 1 else Linear(tuple(terms), terms[0][0].dtype)

@@ -1,0 +1,75 @@
+"""What `merge-experts` with text does beyond other commands: a second run for its groups, and the drop beside it.
+
+`merge-experts MODEL --to 6 --text F` is `collect MODEL --text F -o S`, a run that looks at the groups which these
+statistics give (`measure.group_fit`), and `merge-experts MODEL --to 6 --stats S --fit FILE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moesurgery.cli.beside import Beside, differences
+from moesurgery.cli.collect import SUFFIX
+from moesurgery.cli.console import console
+from moesurgery.errors import OutputError, SurgeryError
+from moesurgery.plan.plan import Plan
+from moesurgery.surgery.grouping import DEFAULT_GROUP, EVERY_EXPERT, NAME, merger
+from moesurgery.surgery.operation import apply
+
+
+def check_merge(plan: Plan, values: Mapping[str, Any]) -> None:
+    """Raise what the merge would be refused for whatever the text says, before anything is run."""
+    apply(plan, NAME, **_given(values, "groups", "to"))
+    merger(plan, **_given(values, "groups", "to", "router"))
+
+
+def compares_all(values: Mapping[str, Any]) -> bool:
+    """Whether the groups are made by what every expert says to every token."""
+    return "to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT
+
+
+def with_fit(beside: Beside, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a merge with the fit that it needs, made now or by an earlier run of the same.
+
+    Raises OutputError where the fit beside the output is of something else.
+    """
+    from moesurgery.measure.fits import open_fits, save_fits
+    from moesurgery.measure.group_fit import fit_groups
+
+    merge = merger(beside.plan, **{name: value for name, value in values.items() if name != "fit"}, fitted=True)
+    if "fit" in values or not merge.needs_fit:
+        return dict(values)
+    target = beside.output.with_name(f"{beside.output.name}.fit{SUFFIX}")
+    if target.exists() and not beside.force:
+        fits = open_fits(target)
+        differs = differences(fits.about, beside.about) or fits.differences(merge)
+        if differs:
+            raise OutputError(
+                f"{target} holds a fit of something else: {'; '.join(differs)}",
+                "use --force to fit again, or another -o",
+            )
+        console.note(f"how the experts of each group go together is used again from {target}")
+        return {**values, "fit": str(target)}
+    engine = beside.run.engine(beside.plan)
+    with console.progress("fitting groups", engine.work(beside.windows), of_bytes=False) as watch:
+        found = fit_groups(engine, beside.windows, merge, watch.progress)
+    save_fits(target, found, merge, beside.about)
+    console.note(f"how the experts of each group go together is in {target}")
+    return {**values, "fit": str(target)}
+
+
+def the_drop(plan: Plan, values: Mapping[str, Any]) -> dict[str, Plan]:
+    """Return the plan that drops as many experts as a merge takes away, by the same statistics, where it can be had."""
+    if "to" not in values or "stats" not in values:
+        return {}
+    count = plan.anatomy.experts - values["to"]
+    try:
+        return {"drop-experts": apply(plan, "drop-experts", count=count, stats=values["stats"])}
+    except SurgeryError as error:
+        console.note(f"dropping {count} experts is not measured: {error.message}")
+        return {}
+
+
+def _given(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
