@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import math
 from collections.abc import Callable
 from itertools import combinations
@@ -343,10 +344,11 @@ def test_a_repair_never_makes_what_it_fits_worse(models: Any, tmp_path: Path, mo
     edited = apply(plan, "merge-experts", to=4, stats=stats)
     for kind in ("scalar", "expert", "down"):
         found: list[Fitted] = []
-        refit(Engine(plan), Engine(edited, keep=0), Tokens(TEXT), Options(kind, minimum=1), found.append)  # type: ignore[arg-type]
+        options = Options(kind, ridge=0.01, minimum=1)  # type: ignore[arg-type]
+        refit(Engine(plan), Engine(edited, keep=0), Tokens(TEXT), options, found.append)
         assert all(f.error_after < f.error_before for f in found)
         if kind == "down":
-            assert any(f.down for f in found)
+            assert any(f.matrices for f in found)
 
 
 # What is not run
@@ -466,10 +468,36 @@ def test_text_is_enough(models: Any, tmp_path: Path, ok: Cli, texts: list[object
     assert read_config(tmp_path / "a")["num_local_experts"] == 6
     measured = ok("perplexity", tmp_path / "a", tmp_path / "heldout.jsonl", "--window", 64, "--json").json
     assert measured["domains"][0]["nats"] == pytest.approx(nats["merge-experts, refit scalar"], abs=1e-4)
-    record = json.loads((tmp_path / "a" / "moesurgery.json").read_text())
-    (tmp_path / "r.yaml").write_text(json.dumps({"model": str(path), "steps": record["recipe"]["steps"]}))
+    (merge, repair) = json.loads((tmp_path / "a" / "moesurgery.json").read_text())["recipe"]["steps"]
+    for parameters, name in (
+        (merge["merge-experts"], "stats"),
+        (merge["merge-experts"], "fit"),
+        (repair["refit"], "repair"),
+    ):
+        assert "/" not in parameters[name]  # provenance tells nothing of this machine
+        parameters[name] = str(tmp_path / parameters[name])
+    (tmp_path / "r.yaml").write_text(json.dumps({"model": str(path), "steps": [merge, repair]}))
     ok("run", tmp_path / "r.yaml", "-o", tmp_path / "b")
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_what_lies_beside_is_used_again(models: Any, tmp_path: Path, ok: Cli, cli: Cli, texts: list[object]) -> None:
+    path, out = models("mixtral"), tmp_path / "a"
+    options = ["--to", 6, "--router", "lse", "--refit", "none", "--no-heldout", *texts, "-o", out]
+    ok("merge-experts", path, *options)
+    first, fit = digest(out), (tmp_path / "a.fit.safetensors").read_bytes()
+    shutil.rmtree(out)
+    assert ok("merge-experts", path, *options).err.count("used again") == 2
+    assert digest(out) == first
+    shutil.rmtree(out)
+    for other, said in (
+        (["--group", "msmoe"], "a.fit.safetensors holds a fit of something else: it has [["),
+        (["--seed", 1], "a.stats.safetensors holds statistics of something else: seed 0, now 1"),
+    ):
+        result = cli("merge-experts", path, *options, *other)
+        assert result.code == 2
+        assert said in result.err
+        assert (tmp_path / "a.fit.safetensors").read_bytes() == fit
 
 
 def test_what_is_refused_is_refused_before_anything_is_run(models: Any, tmp_path: Path, cli: Cli) -> None:
