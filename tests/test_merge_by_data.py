@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import math
+import shutil
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -492,7 +492,7 @@ def test_what_lies_beside_is_used_again(models: Any, tmp_path: Path, ok: Cli, cl
     shutil.rmtree(out)
     for other, said in (
         (["--group", "msmoe"], "a.fit.safetensors holds a fit of something else: it has [["),
-        (["--seed", 1], "a.stats.safetensors holds statistics of something else: seed 0, now 1"),
+        (["--window", 32], "a.stats.safetensors holds statistics of something else: window 64, now 32"),
     ):
         result = cli("merge-experts", path, *options, *other)
         assert result.code == 2
