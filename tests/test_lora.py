@@ -126,6 +126,24 @@ def test_an_adapted_model_merges_as_if_it_had_been_written(models: Any, ok: Cli,
     assert record["inputs"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_with_its_adapter_alone(models: Any, ok: Cli, tmp_path: Path) -> None:
+    """The shape of the recipes that write "lorablated" models."""
+    base = models("llama")
+    with_adapter(base, tmp_path / "adapter", target_modules=ATTENTION)
+    merged(ok, base, tmp_path / "adapter", tmp_path)
+    written = read_tensors(tmp_path / "out")
+    model = f"{base}+{tmp_path / 'adapter'}"
+    (tmp_path / "r.yaml").write_text(
+        f"base_model: {model}\nmerge_method: task_arithmetic\nparameters: {{normalize: false}}\n"
+        f"slices: [{{sources: [{{layer_range: [0, 2], model: {model}, parameters: {{weight: 1.0}}}}]}}]\n"
+    )
+    ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out", "--force")
+    found = read_tensors(tmp_path / "out")
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], value) for name, value in written.items())
+
+
 def test_what_does_not_fit_is_refused(models: Any, cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
