@@ -805,8 +805,10 @@ def test_recipes_of_either_kind_are_told_apart(llamas: list[Path], cli: Cli, tmp
     merge, steps = tmp_path / "merge.yaml", tmp_path / "steps.yaml"
     merge.write_text(listed(*llamas, weight=1) + "merge_method: linear\n")
     steps.write_text(f"model: {llamas[0]}\nsteps: [convert: {{dtype: bfloat16}}]\n")
+    upcycle = tmp_path / "upcycle.yaml"
+    upcycle.write_text(f"base_model: {llamas[0]}\ngate_mode: random\nexperts: [{{source_model: {llamas[1]}}}]\n")
     assert cli("recipes", "check", merge, steps).code == 0
-    for command, file, hint in (("run", merge, "merge"), ("merge", steps, "run")):
+    for command, file, hint in (("run", merge, "merge"), ("merge", steps, "run"), ("merge", upcycle, "run")):
         result = cli(command, file, "-o", tmp_path / "out")
         assert result.code == 2
         assert f"`moesurgery {hint} {file}`" in result.err
