@@ -164,6 +164,27 @@ def test_what_does_not_fit_is_refused(models: Any, cli: Cli, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
+def test_adapters_that_belong_to_a_changed_base(begun: str, models: Any, ok: Cli, cli: Cli, tmp_path: Path) -> None:
+    """PEFT takes the first components out of the base before it trains some kinds, and again when it loads them."""
+    base, adapter = models("llama"), tmp_path / "adapter"
+    rank = {"r": 4} if begun == "orthogonal" else {}
+    wrapped = peft.get_peft_model(
+        load(base), peft.LoraConfig(**{"r": 3, **rank}, target_modules=["q_proj"], init_lora_weights=begun)
+    )
+    wrapped.save_pretrained(adapter)
+    taken = load(base).model.layers[0].self_attn.q_proj.weight
+    left = wrapped.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    if torch.equal(taken, left):
+        merged(ok, base, adapter, tmp_path)
+        return
+    (tmp_path / "r.yaml").write_text(f"models: [{{model: {base}+{adapter}}}]\nmerge_method: passthrough\n")
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    assert result.code == 2
+    assert f"r.yaml:1: adapter has init_lora_weights '{begun}'" in result.err
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "gpt_oss"])
 def test_extracting_gives_back_what_was_applied(family: str, models: Any, ok: Cli, tmp_path: Path) -> None:
     """PEFT itself loads the adapter onto the base, and gets the function of the tuned model."""
