@@ -146,6 +146,21 @@ def digest_of_tensors(path: Path) -> dict[str, bytes]:
     }
 
 
+def test_keep_takes_how_many_or_which(models: Any, tmp_path: Path, ok: Cli, cli: Cli) -> None:
+    path = models("mixtral")
+    random = ["--by", "random", "--seed", 3]
+    ok("drop-experts", path, "--count", 2, *random, "-o", tmp_path / "count")
+    printed = ok("drop-experts", path, "--keep", 6, *random, "--print-recipe").out
+    assert "keep: 6" in printed
+    (tmp_path / "r.yaml").write_text(printed)
+    ok("run", tmp_path / "r.yaml", "-o", tmp_path / "number")
+    assert digest_of_tensors(tmp_path / "number") == digest_of_tensors(tmp_path / "count")
+    assert "fewer than 9" in cli("drop-experts", path, "--keep", 9, "-o", tmp_path / "out").err
+    result = cli("drop-experts", path, "--keep", "[6]", "-o", tmp_path / "out")
+    assert result.code == 2
+    assert "1 expert" in result.err
+
+
 @pytest.mark.parametrize("parameters", [{"experts": []}, {"count": 0}, {"keep": list(range(8))}])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_dropping_none_is_byte_identical(

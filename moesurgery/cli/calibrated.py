@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 PARAMETER = "stats"
 MERGE = "merge-experts"
-NAMED = {"experts", "keep"}  # experts chosen by number: no statistics are needed
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
 KINDS = ("none", "scalar", "expert", "down", "all")
@@ -157,7 +156,7 @@ def prepare(
             group_fit.check_merge(plan, values)
         check_possible(plan, found, values)
         beside = Beside(name, plan, windows, run, given.text, flags.force)
-        if PARAMETER not in values and not values.keys() & NAMED:
+        if PARAMETER not in values and not _names_experts(values):
             values[PARAMETER] = str(beside.statistics(**_asked(plan, found, values)))
         if found.name == MERGE:
             values = group_fit.with_fit(beside, values)
@@ -184,16 +183,22 @@ def prepare(
 def check_possible(plan: Plan, found: Operation, values: Mapping[str, Any]) -> None:
     """Refuse what no statistics could make possible before the model runs over any text."""
     if found.name == "drop-experts":
-        apply(plan, found.name, **{k: v for k, v in values.items() if k in (*NAMED, "count")}, by="random")
+        apply(plan, found.name, **{k: v for k, v in values.items() if k in ("experts", "keep", "count")}, by="random")
     elif found.name == "rescale" and "top_k" in values:
         apply(plan, found.name, top_k=values["top_k"], scale="none")
 
 
+def _names_experts(values: Mapping[str, Any]) -> bool:
+    """Whether experts are chosen by their numbers, so that no statistics are needed."""
+    return "experts" in values or not isinstance(values.get("keep", 0), int)
+
+
 def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an operation needs beyond the usual sums, as parameters of `Beside.statistics`."""
+    by_recon = values.get("by") == "recon"
     return {
         "top_k": [values["top_k"]] if "top_k" in found.parameters else [],
-        "recon": [plan.anatomy.experts - values.get("count", 0)] if values.get("by") == "recon" else [],
+        "recon": [values.get("keep", plan.anatomy.experts - values.get("count", 0))] if by_recon else [],
         "every_expert": found.name == MERGE and group_fit.compares_all(values),
     }
 

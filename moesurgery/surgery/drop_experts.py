@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from moesurgery.errors import RecipeError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.surgery.choosing import (
@@ -44,13 +44,18 @@ def drop_experts(
     experts: Annotated[
         Choice, Param("experts to drop in every MoE layer, as 3,5; or per layer, as '{0: [3], 1: [6]}'")
     ] = None,
-    keep: Annotated[Choice, Param("experts to keep, in every layer or per layer; the others are dropped")] = None,
+    keep: Annotated[
+        int | Choice,
+        Param(
+            "how many experts per layer to keep, chosen by --by; or which, as 0,1,4 or per layer, as '{0: [3], 1: [6]}'"
+        ),
+    ] = None,
     count: Annotated[int | None, Param("drop this many experts per layer, chosen by --by", minimum=0)] = None,
     by: Annotated[
         Criterion | None,
         Param(
-            "how --count chooses: router-norm (the default without statistics) or random; or by statistics: reap-sum"
-            " (the default with them), reap, frequency, soft-frequency, ean, gram, recon"
+            "how --count, or a number for --keep, chooses: router-norm (the default without statistics) or random; or by"
+            " statistics: reap-sum (the default with them), reap, frequency, soft-frequency, ean, gram, recon"
         ),
     ] = None,
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
@@ -74,6 +79,13 @@ def drop_experts(
         raise RecipeError(
             f"{_NAME} needs one of experts, keep and count", f"as in `moesurgery {_NAME} MODEL --experts 3`"
         )
+    given = {"experts": experts, "keep": keep, "count": count}
+    if isinstance(keep, int):
+        if keep > total:
+            raise RefusedError(
+                f"{_NAME}: there are {total} experts in each layer, fewer than {keep}", "choose a lower --keep"
+            )
+        count, keep = total - keep, None
     ranked: Ranking | None = None
     if count is not None:
         check_remaining(anatomy, _NAME, total - count)
@@ -95,7 +107,6 @@ def drop_experts(
     tensors, home = plan.substituted(entries)
     config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
 
-    given = {"experts": experts, "keep": keep, "count": count}
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if count is not None:
         parameters["by"] = by

@@ -272,11 +272,16 @@ def schema_of(annotation: Any, param: Param | None = None) -> dict[str, Any]:
 
 
 def from_text(parameter: Parameter, text: str) -> Any:
-    """Read a value from a command line: a YAML scalar or flow value, `3,5` for a list. Raises ValueError."""
+    """Read a value from a command line: a YAML scalar or flow value, `3,5` for a list. Raises ValueError.
+
+    Where one number may be meant, `3` is that, and `[3]` the list.
+    """
     from moesurgery.yaml_strict import parse_text
 
     kinds = [get_origin(c) or c for c in _choices(parameter.annotation)]
     candidates: list[Any] = []
+    if int in kinds:
+        candidates.append(parse_text(text))
     if list in kinds and not text.lstrip().startswith(("[", "{")):
         candidates.append([parse_text(part) for part in text.split(",") if part.strip()])
     candidates.append(parse_text(text))
