@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,12 +188,13 @@ def report_steps(plan: Plan, flags: WriterFlags) -> None:
 
 def default_name(plan: Plan) -> str:
     """Name an output after the model and what was done: `Mixtral-8x7B-rescale-k3`."""
-    words = [plan.checkpoint.name]
+    model = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", plan.checkpoint.name)).lstrip("-")
+    words = [model or "model"]
     for step in plan.steps[:3]:
         words.append(step.operation)
         if "top_k" in step.parameters:
             words.append(f"k{step.parameters['top_k']}")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
+    return "-".join(words)
 
 
 def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:

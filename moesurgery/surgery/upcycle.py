@@ -76,7 +76,7 @@ def upcycle(
     ] = 0.0,
     noise: Annotated[float, Param("noise on the experts, in standard deviations of each tensor", minimum=0)] = 0.0,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, Param("type of all weights; the source's by default")
+        Literal["float32", "bfloat16", "float16"] | None, Param("type of all weights, if not the source's")
     ] = None,
     seed: Annotated[int, Param("seed of everything random", minimum=0)] = 0,
     proof: Annotated[bool, Param("prove the rewrite on a shrunk clone")] = True,

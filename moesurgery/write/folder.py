@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -43,9 +44,15 @@ def check_place(output: Path, *, force: bool = False) -> None:
     """Refuse an output that exists, or has nowhere to be: what can be said before anything is planned."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
+    if output.exists() and output.samefile(os.curdir):
+        raise OutputError(
+            f"{output} is the folder you are in, and an output takes the place of its folder",
+            f"go up first: cd .., then -o {shlex.quote(output.name)}",
+        )
     if not output.exists():
         if not output.parent.is_dir():
-            raise OutputError(f"{output.parent} does not exist", f"make it first: mkdir -p {output.parent}")
+            command = f"mkdir -p {shlex.quote(str(output.parent))}"
+            raise OutputError(f"{output.parent} does not exist", f"make it first: {command}")
         return
     if not any(output.iterdir()):
         return
