@@ -91,7 +91,7 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
     """Plan a recipe, then print, weigh or write it, as the flags say. `more` joins the JSON answer."""
     console.quiet = flags.quiet
     if flags.print_recipe:
-        console.result(recipe.to_yaml().rstrip())
+        print_recipe(recipe, as_json=flags.as_json)
         return
     check_early(flags)
     plan = recipe.plan()
@@ -151,6 +151,18 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
             console.result(text(report))
     if report is not None and report.failed():
         raise typer.Exit(1)
+
+
+def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
+    """Print a recipe as YAML, or what the YAML says as JSON."""
+    text = recipe.to_yaml()
+    if not as_json:
+        console.result(text.rstrip())
+        return
+    from moesurgery.yaml_strict import parse_all
+
+    documents = [document.value for document in parse_all(text)]  # a merge may have several stages
+    console.json({"schema_version": 1, "recipe": documents[0] if len(documents) == 1 else documents})
 
 
 def check_early(flags: WriterFlags) -> None:
