@@ -60,6 +60,15 @@ def test_a_folder_of_models_gets_a_hint(demo: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(demo.parent)
     assert "model" in (caught.value.hint or "")
+    assert caught.value.message == f"{demo.parent.name} has no config.json"
+
+
+def test_the_folder_of_a_hub_cache_gets_a_hint(demo: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "0123abc"
+    shutil.copytree(demo, snapshot)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "models--acme--tiny")
+    assert "snapshots/0123abc" in (caught.value.hint or "")
 
 
 def test_missing_shard(copy: Path) -> None:

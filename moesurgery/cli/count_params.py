@@ -101,9 +101,7 @@ def _show(identity: str, counts: Counts, *, headers_only: bool) -> None:
     form = f", stored as {counts.quantisation}" if counts.quantisation else ""
     console.result(f"in memory   {human_bytes(counts.memory_bytes)} as stored{form}")
     if headers_only:
-        console.result(
-            "counted by headers: some shards end before their data does, so nothing can be written from them"
-        )
+        console.result("counted by headers: some shards end before their data does, so no edit can be written")
 
 
 def _show_layers(counts: Counts) -> None:
