@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -75,6 +76,20 @@ def test_missing_shard(copy: Path) -> None:
     (copy / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
         open_checkpoint(copy)
+
+
+def test_a_shard_without_the_right_to_read_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def forbidden(path: Path, flags: int, *more: int) -> int:
+        if str(path).endswith("model-00002-of-00003.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    with pytest.raises(CheckpointError, match="Permission denied") as caught:
+        open_checkpoint(copy)
+    assert caught.value.hint == "ask for the right to read it"
 
 
 def test_truncated_shard(copy: Path) -> None:

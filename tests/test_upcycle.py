@@ -220,6 +220,9 @@ def test_router_rows_from_a_file(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="neither a kind of router nor a file") as caught:
         upcycled(llama, tmp_path / "out2", experts=4, router="randon")
     assert caught.value.hint == "did you mean 'random'?"
+    (tmp_path / "rows.yaml").write_text("layers.0: 1")
+    with pytest.raises(RecipeError, match="cannot be read as router rows"):
+        upcycled(llama, tmp_path / "out2", experts=4, router=str(tmp_path / "rows.yaml"))
 
 
 # What is refused

@@ -222,6 +222,27 @@ def test_a_missing_parent_is_said(plan: Plan, tmp_path: Path) -> None:
     assert (caught.value.hint or "").endswith(f"mkdir -p '{tmp_path}/no such'")
 
 
+def test_a_place_without_the_right_to_write_is_said_at_once(
+    demo: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    result = cli("rescale", demo, "--top-k", 3, "-o", tmp_path / "out", "--dry-run")
+    assert (result.code, result.out) == (2, "")
+    assert f"{tmp_path} may not be written to" in result.err
+
+
+def test_a_place_without_the_right_to_look_is_said(
+    demo: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_symlink", forbidden)
+    result = cli("rescale", demo, "--top-k", 3, "-o", tmp_path / "out")
+    assert result.code == 2
+    assert f"cannot write {tmp_path}/out: Permission denied" in result.err
+
+
 def test_the_folder_one_is_in_is_refused(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
