@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.architectures.architecture import Moe
+from moesurgery.families.dense import MOE_KEYS
 from moesurgery.families.family import Layout, Part
 from moesurgery.families.pairs import Conversion, Pair
 from moesurgery.plan.elementwise import cast
@@ -215,7 +216,9 @@ class Mixture:
     def config(self) -> dict[str, Any]:
         design, moe, base = self.design, self.moe, self.base
         width = base.layers[0].width
-        config = {k: v for k, v in self.conversion.config.items() if k != "auto_map"}
+        # Left-overs of a mixture in a dense config, which it does not read, the new type would.
+        stale = MOE_KEYS | {"auto_map"}
+        config = {k: v for k, v in self.conversion.config.items() if k not in stale}
         config.update(model_type=self.pair.target_type, architectures=[self.pair.target.causal_lm])
         config["intermediate_size"] = width
         config.update(moe.settings)
