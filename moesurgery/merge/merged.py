@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError, SurgeryError
+from moesurgery.merge.backend import Array, Device, Host
 from moesurgery.merge.method import Method, find_method
-from moesurgery.merge.unit import Array, Chunk, Device, Host, Unit
+from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.plan.arrays import rounded
 from moesurgery.plan.expr import Expr, Reader, torch_dtype
 
@@ -84,6 +85,14 @@ class Merged(Expr):
     @property
     def light(self) -> bool:
         return not self.device and not self._method.torch and all(expr.light for expr in self.inputs)
+
+    @property
+    def memory(self) -> int:
+        return max(
+            super().memory,
+            self._unit(None).memory,  # type: ignore[arg-type]
+            *(expr.memory for expr in self.inputs),
+        )
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch

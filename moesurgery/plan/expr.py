@@ -87,6 +87,11 @@ class Expr:
         return byte_count(self.dtype, self.shape)
 
     @property
+    def memory(self) -> int:
+        """About how many bytes one thread needs to evaluate a part."""
+        return self.granule * 4 * (1 + len(list(self.stored())))
+
+    @property
     def granule(self) -> int:
         return 1
 

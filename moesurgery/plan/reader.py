@@ -1,7 +1,7 @@
 """Bytes for evaluations: open files and reusable buffers, one set per thread.
 
 An anonymous mmap is the fastest buffer to read into, and fastest when its offset in the page equals the
-file's (a large bytearray sits at the worst address: docs/performance.md).
+file's (a large bytearray sits at the worst address).
 """
 
 from __future__ import annotations
