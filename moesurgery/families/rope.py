@@ -47,10 +47,10 @@ class Rope:
 
     def read(self, config: Config) -> Rotary:
         given = stated_rules(config)
-        rules = given or self.rules
-        if self.by_layer_type and isinstance(rules.get("full_attention"), Mapping):
-            rules = rules["full_attention"]
-        rules = copy.deepcopy(dict(rules))
+        found = given or self.rules
+        if self.by_layer_type and isinstance(found.get("full_attention"), Mapping):
+            found = found["full_attention"]
+        rules = copy.deepcopy(dict(found))
         # A type's own rules come with its own base.
         theta = rules.pop("rope_theta", config.get("rope_theta") if given or not self.rules else None)
         fraction = rules.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
