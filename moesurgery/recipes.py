@@ -87,7 +87,7 @@ class Recipe:
         data["steps"] = [{s.operation: dict(s.parameters)} for s in self.steps]
         if self.max_shard_size:
             data["max_shard_size"] = self.max_shard_size
-        return yaml.safe_dump(data, sort_keys=False)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path) -> Recipe:

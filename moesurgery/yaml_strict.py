@@ -201,7 +201,7 @@ class _Builder:
         for pattern, advice in _TRAPS:
             if pattern.fullmatch(text):
                 self.problem(line, f"{text} is ambiguous: {advice}")
-                return None
+                return text
         if _INT.fullmatch(text):
             return int(text)
         if text.lower() in _SPECIAL_FLOAT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -60,12 +61,35 @@ def test_a_folder_of_models_gets_a_hint(demo: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(demo.parent)
     assert "model" in (caught.value.hint or "")
+    assert caught.value.message == f"{demo.parent.name} has no config.json"
+
+
+def test_the_folder_of_a_hub_cache_gets_a_hint(demo: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "0123abc"
+    shutil.copytree(demo, snapshot)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "models--acme--tiny")
+    assert "snapshots/0123abc" in (caught.value.hint or "")
 
 
 def test_missing_shard(copy: Path) -> None:
     (copy / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
         open_checkpoint(copy)
+
+
+def test_a_shard_without_the_right_to_read_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def forbidden(path: Path, flags: int, *more: int) -> int:
+        if str(path).endswith("model-00002-of-00003.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    with pytest.raises(CheckpointError, match="Permission denied") as caught:
+        open_checkpoint(copy)
+    assert caught.value.hint == "ask for the right to read it"
 
 
 def test_truncated_shard(copy: Path) -> None:

@@ -125,6 +125,13 @@ def test_bad_usage_is_one_clear_message(arguments: list[object], words: list[str
         assert word in done.stderr
 
 
+def test_help_lists_words_and_bounds_of_options_that_may_be_left_out() -> None:
+    text = " ".join(process("upcycle", "--help").stdout.split())
+    assert "random, clusters" in text
+    assert "float32, bfloat16, float16" in text
+    assert "carries. [0<=x<=1]" in text
+
+
 def test_json_is_one_document_on_stdout(demo: Path, tmp_path: Path) -> None:
     for arguments in (
         ["count-params", demo, "--json"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +77,7 @@ def test_mixtral_has_256_experts(tmp_path: Path, ok: Cli) -> None:
     result = ok("count-params", tmp_path / "m")
     assert "46,702,792,704" in result.out
     assert "32 x 8 experts = 256" in result.out
+    assert "some shards end before their data does" in result.out
     assert ok("count-params", tmp_path / "m", "--json").json["headers_only"] is True
 
 
@@ -94,6 +96,23 @@ def test_active_for_another_top_k(tmp_path: Path, ok: Cli, top_k: int) -> None:
     found = ok("count-params", tmp_path / "m", "--top-k", top_k, "--json").json
     routed = PUBLIC[name]["routed_expert_params"]
     assert found["active_params"]["all"] == PUBLIC[name]["total"] - routed + routed * top_k // 8
+
+
+@pytest.mark.parametrize("change", [{"head_dim": "2"}, {"head_dim": [16]}, {"num_attention_heads": 0}])
+def test_an_attention_that_cannot_be_is_unknown(demo: Path, tmp_path: Path, ok: Cli, change: dict[str, Any]) -> None:
+    shutil.copytree(demo, tmp_path / "m")
+    config = json.loads((demo / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
+    assert "unknown attention layout" in ok("count-params", tmp_path / "m").out
+
+
+def test_no_layers_by_the_config(demo: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(demo, tmp_path / "m")
+    config = json.loads((demo / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 0}))
+    result = cli("count-params", tmp_path / "m")
+    assert result.code == 2
+    assert "config.json says 0 layers" in result.err
 
 
 def test_a_top_k_that_cannot_be(demo: Path, cli: Cli) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,24 @@ def test_the_default_output_is_named_after_model_and_operation(
     monkeypatch.chdir(tmp_path)
     ok("rescale", demo, "--top-k", 3)
     assert (tmp_path / "model-rescale-k3" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("folder", "name"), [("模型 ö", "模型-ö"), ("-- ?", "model")])
+def test_names_in_any_script(
+    demo: Path, ok: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo, tmp_path / folder)
+    ok("rescale", f"./{folder}", "--top-k", 3, "--scale", "none")
+    assert f"model: {folder}" in (tmp_path / f"{name}-rescale-k3" / "README.md").read_text().replace("'", "")
+    assert f"./{folder}" in ok("rescale", f"./{folder}", "--top-k", 3, "--print-recipe").out
+
+
+def test_a_recipe_as_json(demo: Path, ok: Cli) -> None:
+    options = ("--top-k", 3, "--max-shard-size", "1MB", "--print-recipe")
+    found = ok("rescale", demo, *options, "--json").json
+    assert found["recipe"] == yaml.safe_load(ok("rescale", demo, *options).out)
+    assert found["schema_version"] == 1
 
 
 def test_schema_is_what_the_parser_accepts(ok: Cli) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,10 +264,34 @@ def test_places_that_are_not_there(models: Any, model_type: str, where: str, mes
         apply(plan_of(open_checkpoint(models(model_type))), "rescale", top_k=3, where=where)
 
 
-@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "sqrt"])
-def test_nonsense_factors(demo: Path, cli: Cli, tmp_path: Path, scale: str) -> None:
+@pytest.mark.parametrize("stated", [0, 9])
+def test_an_impossible_top_k_in_the_config(demo: Path, cli: Cli, tmp_path: Path, stated: int) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": stated}))
+    for command in (["rescale", model, "--top-k", 3, "-o", tmp_path / "out"], ["count-params", model]):
+        result = cli(*command)
+        assert result.code == 2
+        assert f"num_experts_per_tok is {stated}, each layer has 8 experts" in result.err
+        assert "between 1 and 8" in result.err
+    assert cli("count-params", model, "--top-k", 3).code == 0
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ("0", "would silence the experts"),
+        ("-1", "would turn the experts' output around"),
+        ("nan", "is not one of router"),
+        ("inf", "is not one of router"),
+        ("sqrt", "is not one of router"),
+    ],
+)
+def test_nonsense_factors(demo: Path, cli: Cli, tmp_path: Path, scale: str, message: str) -> None:
     result = cli("rescale", demo, "--top-k", "3", "--scale", scale, "-o", tmp_path / "out")
     assert result.code == 2
+    assert message in result.err
     assert not (tmp_path / "out").exists()
 
 

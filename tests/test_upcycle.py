@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -219,6 +220,9 @@ def test_router_rows_from_a_file(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="neither a kind of router nor a file") as caught:
         upcycled(llama, tmp_path / "out2", experts=4, router="randon")
     assert caught.value.hint == "did you mean 'random'?"
+    (tmp_path / "rows.yaml").write_text("layers.0: 1")
+    with pytest.raises(RecipeError, match="cannot be read as router rows"):
+        upcycled(llama, tmp_path / "out2", experts=4, router=str(tmp_path / "rows.yaml"))
 
 
 # What is refused
@@ -360,6 +364,22 @@ def test_verify_compares_the_real_logits(llama: Path, tmp_path: Path, monkeypatc
         apply(plan, "upcycle", experts=4, granularity=2, verify=True, proof=False)
 
 
+def test_factors_that_sixteen_bits_round_are_said_and_are_no_failure(llama: Path, tmp_path: Path) -> None:
+    load(llama).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    plan = plan_of(open_checkpoint(tmp_path / "half"))
+    parameters: dict[str, Any] = {"experts": 4, "to": "qwen2_moe", "verify": True, "proof": False}
+    (exact,) = apply(plan, "upcycle", shared_expert=0.5, **parameters).steps
+    assert exact.report["rounded"] == []
+    assert exact.report["verified"]["max_logit_difference"] <= 1e-5
+    (step,) = apply(plan, "upcycle", shared_expert=0.3, **parameters).steps
+    assert "times 0.7 and 0.6, not powers of two, in BF16" in step.details[0]
+    assert step.report["verified"]["max_logit_difference"] > 1e-3
+    (step,) = apply(plan, "upcycle", dtype="float16", **parameters).steps
+    assert "up to rounding (all weights, to float16)" in step.details[0]
+    (step,) = apply(plan, "upcycle", dtype="float32", **parameters).steps
+    assert "rounding" not in step.details[0]
+
+
 def test_damage_on_text_is_what_transformers_measures(llama: Path, tmp_path: Path, ok: Cli) -> None:
     ids = torch.randint(3, 60, (4, 64), generator=torch.Generator().manual_seed(1))
     text = tmp_path / "text.jsonl"
@@ -389,6 +409,7 @@ def test_the_command_writes_and_explains(llama: Path, tmp_path: Path, ok: Cli) -
     assert "step 0 equals the dense model" in result.out + result.err
     assert "proof: a clone" in result.out + result.err
     assert difference(llama, tmp_path / "out") <= 1e-4
+    assert not re.search(r"\d s\b", (tmp_path / "out" / "README.md").read_text())  # times would differ each time
     counted = ok("count-params", tmp_path / "out", "--json").json
     assert counted["total_params"] == sum(t.numel() for t in read_tensors(tmp_path / "out").values())
 

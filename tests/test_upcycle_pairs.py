@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
-from moesurgery.errors import RefusedError
+from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.architectures import DENSE, MIXTURES
 from moesurgery.families.pairs import NO_PAIR, PAIRS
 from tests.dense import (
@@ -124,6 +124,36 @@ def test_the_mixture_computes_what_the_dense_model_does(
     assert read_config(tmp_path / "out")["model_type"] == target
     found = logits(load(tmp_path / "out"), LONG_PROMPT)
     assert (found - expected).abs().max() <= 1e-5
+
+
+LEFT_OVERS: list[tuple[str, Changes, str]] = [
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "mixtral"),  # beside rope_parameters: it counts
+    ("llama", {"num_experts_per_tok": 7, "moe_norm_min": 5.0, "norm_topk_prob": False}, "ernie4_5_moe"),
+    ("llama", {"sliding_window": 8, "use_qk_norm": True}, "glm4_moe"),
+    ("mistral", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 64}, "granitemoe"),
+]
+
+
+@pytest.mark.parametrize(("source", "stale", "target"), LEFT_OVERS)
+def test_keys_that_only_the_new_type_reads_change_nothing(
+    tmp_path: Path, source: str, stale: Changes, target: str
+) -> None:
+    save_dense(tmp_path / "dense", source)
+    path = tmp_path / "dense" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **stale}))
+    expected = logits(load(tmp_path / "dense"), LONG_PROMPT)
+    plan = apply(plan_of(open_checkpoint(tmp_path / "dense")), "upcycle", experts=4, to=target, proof=False)
+    write_plan(plan, tmp_path / "out")
+    assert (logits(load(tmp_path / "out"), LONG_PROMPT) - expected).abs().max() <= 1e-5
+
+
+def test_a_share_of_heads_that_the_type_does_not_rotate_is_refused(tmp_path: Path) -> None:
+    save_dense(tmp_path / "dense", "llama")
+    path = tmp_path / "dense" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "partial_rotary_factor": 0.5}))
+    with pytest.raises(CheckpointError, match=r"partial_rotary_factor is 0\.5") as caught:
+        apply(plan_of(open_checkpoint(tmp_path / "dense")), "upcycle", experts=4, to="glm4_moe", proof=False)
+    assert "remove the key" in (caught.value.hint or "")
 
 
 def test_every_pair_is_tested() -> None:

@@ -218,8 +218,37 @@ def test_a_symlink_as_output_is_refused(plan: Plan, tmp_path: Path) -> None:
 
 def test_a_missing_parent_is_said(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
-        write_plan(plan, tmp_path / "no" / "such" / "out")
-    assert "mkdir -p" in (caught.value.hint or "")
+        write_plan(plan, tmp_path / "no such" / "out")
+    assert (caught.value.hint or "").endswith(f"mkdir -p '{tmp_path}/no such'")
+
+
+def test_a_place_without_the_right_to_write_is_said_at_once(
+    demo: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    result = cli("rescale", demo, "--top-k", 3, "-o", tmp_path / "out", "--dry-run")
+    assert (result.code, result.out) == (2, "")
+    assert f"{tmp_path} may not be written to" in result.err
+
+
+def test_a_place_without_the_right_to_look_is_said(
+    demo: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_symlink", forbidden)
+    result = cli("rescale", demo, "--top-k", 3, "-o", tmp_path / "out")
+    assert result.code == 2
+    assert f"cannot write {tmp_path}/out: Permission denied" in result.err
+
+
+def test_the_folder_one_is_in_is_refused(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="the folder you are in") as caught:
+        write_plan(plan, ".")
+    assert "-o here" in (caught.value.hint or "")
 
 
 # Interruptions
@@ -297,6 +326,16 @@ def test_a_failed_shard_leaves_no_temporary_file(plan: Plan, tmp_path: Path, mon
         write_plan(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").rglob("*.tmp"))
+
+
+def test_a_file_too_large_for_its_filesystem(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("moesurgery.write.copying.write_full", too_large)
+    with pytest.raises(OutputError, match="larger than its filesystem") as caught:
+        write_plan(plan, tmp_path / "out")
+    assert "--max-shard-size" in (caught.value.hint or "")
 
 
 def _full_disk(*_: object) -> None:

@@ -35,6 +35,7 @@ class Finding:
 
     def as_error(self, root: str | None = None) -> CheckpointError:
         """Return the error with which a command refuses the checkpoint `root`."""
-        parts = (root, self.where) if root else (self.where,)
-        where = "/".join(p for p in parts if p)
+        where = self.where
+        if root and where:  # what is about no file names the checkpoint itself
+            where = f"{root}/{where}" if self.file else f"{root}: {where}"
         return CheckpointError(f"{where}: {self.message}" if where else self.message, self.hint or DAMAGED)

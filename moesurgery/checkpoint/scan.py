@@ -120,7 +120,8 @@ def _read_config(scan: Scan) -> None:
 
 def _hint_without_config(source: Source) -> str:
     if isinstance(source, LocalSource):
-        found = sorted(p.parent.name for p in source.root.glob(f"*/{CONFIG}"))
+        below = [*source.root.glob(f"*/{CONFIG}"), *source.root.glob(f"snapshots/*/{CONFIG}")]  # the Hub's cache
+        found = sorted(p.parent.relative_to(source.root).as_posix() for p in below)
         if found:
             return f"did you mean one of its folders: {', '.join(found[:5])}?"
     return "name the folder that holds config.json and *.safetensors"

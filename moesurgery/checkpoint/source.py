@@ -7,6 +7,7 @@ to another process.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -143,7 +144,8 @@ class LocalSource:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+            hint = "ask for the right to read it" if error.errno == errno.EACCES else None
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint) from None
         try:
             blocks = []
             while length > 0 and (block := os.pread(descriptor, min(length, _BLOCK), start)):

@@ -55,14 +55,14 @@ def count_params_command(
             document["layers"] = counts.by_layer
         console.json(document)
         return
-    _show(checkpoint.source.identity, counts)
+    _show(checkpoint.source.identity, counts, headers_only=checkpoint.headers_only)
     if by_layer:
         _show_layers(counts)
     if cost is not None:
         _show_roofline(cost, counts)
 
 
-def _show(identity: str, counts: Counts) -> None:
+def _show(identity: str, counts: Counts, *, headers_only: bool) -> None:
     kind = counts.family or ("dense" if counts.num_experts == 0 else "unknown family")
     console.result(f"{identity}: {counts.model_type} ({kind})")
     console.result(f"total       {counts.total:>20,}  {human_count(counts.total)}")
@@ -100,6 +100,8 @@ def _show(identity: str, counts: Counts) -> None:
     console.result(f"on disk     {human_bytes(counts.stored_bytes)} ({dtypes})")
     form = f", stored as {counts.quantisation}" if counts.quantisation else ""
     console.result(f"in memory   {human_bytes(counts.memory_bytes)} as stored{form}")
+    if headers_only:
+        console.result("counted by headers: some shards end before their data does, so no edit can be written")
 
 
 def _show_layers(counts: Counts) -> None:

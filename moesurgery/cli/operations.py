@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from moesurgery.cli.console import console
 from moesurgery.errors import RecipeError
 from moesurgery.recipes import Recipe, RecipeStep, load_recipe
 from moesurgery.surgery.operation import Operation, problems
-from moesurgery.surgery.parameters import Parameter, from_text
+from moesurgery.surgery.parameters import Parameter, from_text, kinds_of, words_of
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
 
@@ -122,19 +123,18 @@ def with_signature(command: Callable[..., None], found: Operation, more: Mapping
 
 def _option_type(parameter: Parameter) -> tuple[Any, dict[str, Any]]:
     """Return what Typer should parse: plain types itself, everything else as text for `from_text`."""
-    if parameter.annotation is int:
-        return int, {"min": parameter.param.minimum, "max": parameter.param.maximum}
-    if parameter.annotation is float:
-        return float, {}
-    if parameter.annotation is bool:
-        return bool, {}
-    return str, {}
+    kinds = kinds_of(parameter.annotation)
+    if kinds in ((int,), (float,)):
+        return kinds[0], {"min": parameter.param.minimum, "max": parameter.param.maximum}
+    return bool if kinds == (bool,) else str, {}
 
 
 def _help(parameter: Parameter) -> str:
     text = parameter.param.help[:1].upper() + parameter.param.help[1:]
-    if get_origin(parameter.annotation) is Literal:
-        text += ": " + ", ".join(map(str, get_args(parameter.annotation)))
+    words = words_of(parameter.annotation)
+    told = parameter.default is None and all(re.search(rf"\b{word}\b", text) for word in words)
+    if words and not told:
+        text += ": " + ", ".join(words)
     if not parameter.required and parameter.default not in (None, False):
         text += f" [default: {parameter.default}]"
     return text + "."

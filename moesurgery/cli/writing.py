@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
     """Plan a recipe, then print, weigh or write it, as the flags say. `more` joins the JSON answer."""
     console.quiet = flags.quiet
     if flags.print_recipe:
-        console.result(recipe.to_yaml().rstrip())
+        print_recipe(recipe, as_json=flags.as_json)
         return
     check_early(flags)
     plan = recipe.plan()
@@ -152,6 +153,18 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
         raise typer.Exit(1)
 
 
+def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
+    """Print a recipe as YAML, or what the YAML says as JSON."""
+    text = recipe.to_yaml()
+    if not as_json:
+        console.result(text.rstrip())
+        return
+    from moesurgery.yaml_strict import parse_all
+
+    documents = [document.value for document in parse_all(text)]  # a merge may have several stages
+    console.json({"schema_version": 1, "recipe": documents[0] if len(documents) == 1 else documents})
+
+
 def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
     if flags.output is not None:
@@ -187,12 +200,13 @@ def report_steps(plan: Plan, flags: WriterFlags) -> None:
 
 def default_name(plan: Plan) -> str:
     """Name an output after the model and what was done: `Mixtral-8x7B-rescale-k3`."""
-    words = [plan.checkpoint.name]
+    model = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", plan.checkpoint.name)).lstrip("-")
+    words = [model or "model"]
     for step in plan.steps[:3]:
         words.append(step.operation)
         if "top_k" in step.parameters:
             words.append(f"k{step.parameters['top_k']}")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
+    return "-".join(words)
 
 
 def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:

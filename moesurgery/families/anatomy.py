@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.families.family import Along, ExpertSet, Family, Layout, Part
+from moesurgery.families.family import TOP_K_KEYS, Along, ExpertSet, Family, Layout, Part
 from moesurgery.families.quantised import Stem
-from moesurgery.families.settings import Settings
+from moesurgery.families.settings import Settings, keys_present
 from moesurgery.families.table import by_architecture, by_model_type
 
 TIED = "tied_"  # before the model_type of a model with tied blocks (`moesurgery tie-blocks`)
@@ -145,12 +145,26 @@ class Anatomy:
         """The number of routed experts per layer. Raises CheckpointError where tensors and config disagree."""
         counts = {block.experts for block in self.main_blocks}
         if len(counts) != 1:
+            if not counts:
+                raise CheckpointError(
+                    f"config.json says {self.settings.layers} layers, all experts stand in later ones"
+                )
             raise CheckpointError(f"the layers have different numbers of experts: {sorted(counts)}")
         (count,) = counts
         stated = self.settings.experts
         if stated is not None and stated != count:
             raise CheckpointError(f"config.json says {stated} experts, the tensors hold {count}")
         return count
+
+
+def check_stated_top_k(anatomy: Anatomy) -> None:
+    """Raise CheckpointError where the config's number of experts per token is none that the layers can have."""
+    stated, experts = anatomy.settings.top_k, anatomy.experts
+    if stated is not None and not 1 <= stated <= experts:
+        raise CheckpointError(
+            f"config.json: {keys_present(anatomy.settings, TOP_K_KEYS)} is {stated}, each layer has {experts} experts",
+            f"correct config.json: the number that the model was trained with, between 1 and {experts}",
+        )
 
 
 def model_type_of(config: Mapping[str, Any]) -> str:

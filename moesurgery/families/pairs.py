@@ -72,7 +72,9 @@ class Pair:
         layers: Layers = after["layers"]
         if not self.windows and any(layer.window is not None for layer in layers):
             conflicts["layers"] = f"a sliding window here, which engines for {self.target_type} ignore"
-        kept = {k: v for k, v in config.items() if k not in self.source.keys or k in SIZES}
+        # A key that only the new type reads has meant nothing so far; loaders read `layer_types` for every type.
+        dropped = self.source.keys | self.target.keys | {"layer_types"}
+        kept = {k: v for k, v in config.items() if k not in dropped or k in SIZES}
         reasons = [f"{TRAITS.get(trait, trait)}: {reason}" for trait, reason in conflicts.items()]
         return Conversion({**kept, **written}, tuple(used), before), reasons
 

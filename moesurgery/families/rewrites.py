@@ -21,7 +21,8 @@ Tensors = list[tuple[str, Expr]]
 class Rewrite:
     """`trait` goes from `before` to `after`. `tensor(name, expr, traits)` gives what stands in the tensor's place.
 
-    `then`: other traits that change with it. `note`: what a person should know.
+    `then`: other traits that change with it. `note`: what a person should know. `rounds`: whether values change, which
+    16-bit types hold with a rounding.
     """
 
     trait: str
@@ -30,6 +31,7 @@ class Rewrite:
     tensor: Callable[[str, Expr, Mapping[str, Any]], Tensors]
     then: Mapping[str, Any]
     note: str
+    rounds: bool = False
 
 
 def _queries_and_keys(name: str) -> bool:
@@ -101,7 +103,13 @@ def _add_one(name: str, expr: Expr, traits: Mapping[str, Any]) -> Tensors:
 
 
 NORM_PLUS_ONE = Rewrite(
-    "norm", "RMS with 1 + weight", "RMS", _add_one, {}, "1 added to the weights of norms, with one rounding"
+    "norm",
+    "RMS with 1 + weight",
+    "RMS",
+    _add_one,
+    {},
+    "1 added to the weights of norms, with one rounding",
+    rounds=True,
 )
 
 
@@ -121,6 +129,7 @@ FOLD_EMBEDDING = Rewrite(
     _fold_embedding,
     {"tied": False},
     "the factor on embeddings folded into them, so that the head is a tensor of its own",
+    rounds=True,
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from moesurgery.errors import CheckpointError
 from moesurgery.families.traits import Config, ConflictError, Traits
 
 
@@ -20,6 +21,11 @@ class Rotary(NamedTuple):
 
 # The rule that multiplies queries beyond the original context; it has a trait of its own.
 QUERY_SCALING = "llama_4_scaling_beta"
+
+
+def stated_rules(config: Config) -> Mapping[str, Any] | None:
+    """Return the rules that a config gives, if any: of both keys `rope_scaling` counts, as transformers 5.23 has it."""
+    return config.get("rope_scaling") or config.get("rope_parameters")
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,20 @@ class Rope:
     keys = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
     def read(self, config: Config) -> Rotary:
-        given = config.get("rope_parameters") or config.get("rope_scaling")
-        rules = given or self.rules
-        if self.by_layer_type and isinstance(rules.get("full_attention"), Mapping):
-            rules = rules["full_attention"]
-        rules = copy.deepcopy(dict(rules))
+        given = stated_rules(config)
+        found = given or self.rules
+        if self.by_layer_type and isinstance(found.get("full_attention"), Mapping):
+            found = found["full_attention"]
+        rules = copy.deepcopy(dict(found))
         # A type's own rules come with its own base.
         theta = rules.pop("rope_theta", config.get("rope_theta") if given or not self.rules else None)
         fraction = rules.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
         rules.pop(QUERY_SCALING, None)
+        if self.fraction is None and fraction not in (None, 1):
+            raise CheckpointError(
+                f"config.json: partial_rotary_factor is {fraction!r}, but code of this type rotates whole heads",
+                "remove the key if the model was trained so; some engines read it, transformers does not",
+            )
         default = 1.0 if self.fraction is None else self.fraction
         return Rotary(
             float(self.theta if theta is None else theta), float(default if fraction is None else fraction), rules
@@ -76,7 +87,7 @@ class QueryScaling:
     keys = ()
 
     def read(self, config: Config) -> float:
-        rules = config.get("rope_parameters") or config.get("rope_scaling")
+        rules = stated_rules(config)
         beta = 0.1 if rules is None else rules.get(QUERY_SCALING) or 0.0
         start = (rules or {}).get("original_max_position_embeddings") or self.original
         longest = config.get("max_position_embeddings") or self.context

@@ -15,7 +15,7 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import INTEGERS, element_count
 from moesurgery.errors import RefusedError
 from moesurgery.families import components as parts
-from moesurgery.families.anatomy import Anatomy, HasShape
+from moesurgery.families.anatomy import Anatomy, HasShape, check_stated_top_k
 from moesurgery.families.quantised import method
 from moesurgery.families.stack import runs_of
 
@@ -82,7 +82,7 @@ class Counts:
 def count_params(anatomy: Anatomy, tensors: Mapping[str, HasShape], top_k: int | None = None) -> Counts:
     """Count a model by its headers, with `top_k` experts active (the config's number by default).
 
-    Raises RefusedError for a top-k below 1 or above the number of experts.
+    Raises RefusedError for a top-k below 1 or above the number of experts, CheckpointError where it is the config's.
     """
     settings = anatomy.settings
     components: Counter[str] = Counter()
@@ -167,6 +167,8 @@ def _active(
             raise RefusedError(f"top-k {top_k} is impossible: each layer has {experts} experts")
         if k is None:
             return experts, None, None
+        if top_k is None:
+            check_stated_top_k(anatomy)
         for block in anatomy.main_blocks:
             routed = sum(anatomy.parameters[m.name] for m in block.members if m.part)
             chosen = routed * k // block.experts if block.of is None or block.of.text else 0

@@ -169,10 +169,17 @@ def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[i
     Widths come from the key and value projections that are stored; None where they cannot be told.
     """
     first = anatomy.settings.first
-    heads = first(("num_attention_heads", "n_heads", "n_head"))
-    if not isinstance(heads, int):
+
+    def size(*keys: str) -> int | None:
+        value = first(keys)
+        return value if type(value) is int and value > 0 else None
+
+    heads = size("num_attention_heads", "n_heads", "n_head")
+    stated = first(("head_dim", "attention_head_dim"))
+    head_dim = stated if stated is not None else (anatomy.settings.hidden or 0) // (heads or 1)
+    if heads is None or type(head_dim) is not int:
         return None
-    latent, rope = first(("kv_lora_rank",)), first(("qk_rope_head_dim",))
+    latent, rope = size("kv_lora_rank"), size("qk_rope_head_dim")
     types, window = first(("layer_types",)), first(("sliding_window",))
     if first(("use_sliding_window",)) is False or not isinstance(window, int):
         window = None
@@ -193,9 +200,7 @@ def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[i
             latents.add(layer)
         elif module in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj"):
             fused.add(layer)
-    hidden = anatomy.settings.hidden or 0
-    head_dim = first(("head_dim", "attention_head_dim")) or hidden // heads
-    kv_heads = first(("num_key_value_heads", "n_kv_heads", "kv_n_heads")) or heads
+    kv_heads = size("num_key_value_heads", "n_kv_heads", "kv_n_heads") or heads
     found = []
     known = keys.keys() | latents | fused
     # Every position has keys and values of its own, whatever block it runs.
@@ -206,7 +211,7 @@ def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[i
         sliding = isinstance(types, list) and position < len(types) and types[position] == "sliding_attention"
         limit = window if sliding or (window and not isinstance(types, list)) else None
         if layer in latents and latent and rope:
-            d_qk, d_v = (first(("qk_nope_head_dim",)) or 0) + rope, first(("v_head_dim",)) or 0
+            d_qk, d_v = (size("qk_nope_head_dim") or 0) + rope, size("v_head_dim") or 0
             found.append((latent + rope, heads * (d_qk + d_v), limit))
         elif layer in keys:
             found.append((keys[layer] + values.get(layer, keys[layer]), heads * 2 * head_dim, limit))

@@ -54,7 +54,7 @@ def drop_experts(
     by: Annotated[
         Criterion | None,
         Param(
-            "how --count, or a number for --keep, chooses: router-norm (the default without statistics) or random; or by"
+            "how --count or --keep NUMBER choose: router-norm (the default without statistics) or random; or by"
             " statistics: reap-sum (the default with them), reap, frequency, soft-frequency, ean, gram, recon"
         ),
     ] = None,

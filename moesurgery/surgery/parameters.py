@@ -87,6 +87,19 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union besides None."""
+    return tuple(choice for choice in _choices(annotation) if choice is not type(None))
+
+
+def words_of(annotation: Any) -> tuple[str, ...]:
+    """Return all words that a value may be; none where it may be something else."""
+    kinds = kinds_of(annotation)
+    if any(get_origin(kind) is not Literal for kind in kinds):
+        return ()
+    return tuple(str(word) for kind in kinds for word in get_args(kind))
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Whether `value`, as YAML or JSON gave it, is of the annotated type."""
     for choice in _choices(annotation):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from moesurgery.errors import RefusedError
-from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.anatomy import Anatomy, check_stated_top_k
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
 from moesurgery.families.quantised import quantisation_config
 from moesurgery.families.routing import routing_class
@@ -161,6 +161,7 @@ def _trained_top_k(anatomy: Anatomy) -> int:
     old = settings.top_k
     if old is None:
         raise RefusedError(f"rescale: config.json has none of {', '.join(TOP_K_KEYS)}", "add the key and try again")
+    check_stated_top_k(anatomy)
     return old
 
 

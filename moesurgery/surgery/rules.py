@@ -73,7 +73,8 @@ def choose_factors(
     chosen: Mapping[str, Factor]
     if isinstance(scale, (int, float)):
         if scale <= 0:
-            raise RefusedError(f"rescale: a factor of {scale:g} would silence the experts", "choose a positive number")
+            what = "silence the experts" if scale == 0 else "turn the experts' output around"
+            raise RefusedError(f"rescale: a factor of {scale:g} would {what}", "choose a positive number")
         chosen, reason = dict.fromkeys(blocks, float(scale)), f"factor {scale:g}, as asked"
     elif scale == "none":
         chosen, reason = dict.fromkeys(blocks, 1.0), "no factor, as asked"

@@ -76,7 +76,7 @@ def upcycle(
     ] = 0.0,
     noise: Annotated[float, Param("noise on the experts, in standard deviations of each tensor", minimum=0)] = 0.0,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, Param("type of all weights; the source's by default")
+        Literal["float32", "bfloat16", "float16"] | None, Param("type of all weights, if not the source's")
     ] = None,
     seed: Annotated[int, Param("seed of everything random", minimum=0)] = 0,
     proof: Annotated[bool, Param("prove the rewrite on a shrunk clone")] = True,
@@ -171,12 +171,12 @@ def _finished(mixture: Mixture, proof: bool) -> Plan:
     base, design, given = mixture.base, mixture.design, mixture.given
     known = known_rows(given["router"], base, mixture.sources, design)
     tensors, home = mixture.tensors(known.layers if known else None)
-    inexact = mixture.inexact()
-    details = [
-        f"step 0 differs from the dense model: {'; '.join(inexact)}"
-        if inexact
-        else f"step 0 equals the dense model: {design.why_exact()}"
-    ]
+    inexact, rounded = mixture.inexact(), mixture.rounded()
+    if inexact:
+        details = [f"step 0 differs from the dense model: {'; '.join(inexact)}"]
+    else:
+        but = f" up to rounding ({'; '.join(rounded)})" if rounded else ""
+        details = [f"step 0 equals the dense model{but}: {design.why_exact()}"]
     if design.routed_factor != 1 and not mixture.moe.input_gates:
         details.append(f"the experts' down-projections take the factor {design.routed_factor:g}")
     report: dict[str, Any] = {
@@ -189,6 +189,7 @@ def _finished(mixture: Mixture, proof: bool) -> Plan:
         "routed_factor": design.routed_factor,
         "exact": not inexact,
         "inexact": inexact,
+        "rounded": rounded,
         "load": known.loads if known else None,
     }
     if proof:
@@ -220,7 +221,7 @@ def _measured(made: Plan, dense: Plan, texts: list[str], *, verify: bool) -> Pla
     if verify:
         from moesurgery.surgery.upcycling.outcome import logits_compared
 
-        line, report["verified"] = logits_compared(dense, made, texts, exact=report["exact"])
+        line, report["verified"] = logits_compared(dense, made, texts, exact=report["exact"] and not report["rounded"])
         details.append(line)
     if texts:
         from moesurgery.surgery.upcycling.outcome import loss_compared

@@ -104,7 +104,8 @@ def card_text(plan: Plan) -> str:
     if changes:
         lines += ["", "## Changes to config.json", "", "| key | before | after |", "| --- | --- | --- |"]
         lines += [f"| `{k}` | `{json.dumps(a)}` | `{json.dumps(b)}` |" for k, a, b in changes]
-    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(recipe_of(plan), sort_keys=False).strip(), "```", ""]
+    recipe = yaml.safe_dump(recipe_of(plan), sort_keys=False, allow_unicode=True).strip()
+    lines += ["", "## Recipe", "", "```yaml", recipe, "```", ""]
     return "\n".join(lines)
 
 

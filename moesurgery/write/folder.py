@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -41,13 +42,26 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
 
 def check_place(output: Path, *, force: bool = False) -> None:
     """Refuse an output that exists, or has nowhere to be: what can be said before anything is planned."""
+    try:
+        _check_place(output, force=force)
+    except OSError as error:  # a folder that may not be searched or listed
+        raise disk_error(error, output) from error
+
+
+def _check_place(output: Path, *, force: bool) -> None:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
-    if not output.exists():
-        if not output.parent.is_dir():
-            raise OutputError(f"{output.parent} does not exist", f"make it first: mkdir -p {output.parent}")
-        return
-    if not any(output.iterdir()):
+    if output.exists() and output.samefile(os.curdir):
+        raise OutputError(
+            f"{output} is the folder you are in, and an output takes the place of its folder",
+            f"go up first: cd .., then -o {shlex.quote(output.name)}",
+        )
+    if not output.parent.is_dir():
+        command = f"mkdir -p {shlex.quote(str(output.parent))}"
+        raise OutputError(f"{output.parent} does not exist", f"make it first: {command}")
+    if not os.access(output.parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise OutputError(f"{output.parent} may not be written to", "choose another place with -o")
+    if not output.exists() or not any(output.iterdir()):
         return
     if not force:
         raise OutputError(

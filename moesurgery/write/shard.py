@@ -138,7 +138,12 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
 
 def disk_error(error: OSError, where: Path) -> SurgeryError:
     """Say what an OSError during writing means."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"a file for {where} is larger than its filesystem or `ulimit -f` allows ({error.strerror})",
+            "write smaller shards, such as --max-shard-size 2GB, or choose another disk with -o",
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"no space left for {where} ({error.strerror})",
             "free some space and run the same command again: finished shards are kept",

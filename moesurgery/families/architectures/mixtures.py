@@ -209,7 +209,12 @@ MIXTURES: tuple[Architecture, ...] = (
         moe=Moe(
             "moe_intermediate_size",
             Shared("mlp.shared_experts", count="moe_num_shared_experts", optional=True),
-            settings={"moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1},
+            settings={
+                "moe_layer_start_index": 0,
+                "moe_layer_end_index": -1,
+                "moe_layer_interval": 1,
+                "moe_norm_min": 1e-12,
+            },
         ),
     ),
     mixture(

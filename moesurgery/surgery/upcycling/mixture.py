@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.architectures.architecture import Moe
+from moesurgery.families.dense import MOE_KEYS
 from moesurgery.families.family import Layout, Part
 from moesurgery.families.pairs import Conversion, Pair
 from moesurgery.plan.elementwise import cast
@@ -69,6 +71,26 @@ class Mixture:
             found.append("the parts of the FFN get unequal gates: --router zero makes them equal")
         if not design.renormalised and given["router"] != "zero":
             found.append("the gates do not sum to the same for every token: --router zero makes them equal")
+        return found
+
+    def rounded(self) -> list[str]:
+        """Return what is rounded to 16 bits on the way: step 0 is then the dense model's but for that."""
+        down, moe, design = self.base.layers[0].down, self.moe, self.design
+        found = []
+        if down.dtype in ("BF16", "F16"):
+            factors = [0.0 if moe.input_gates else design.routed_factor]
+            if moe.shared is not None:
+                factors.append(design.share / moe.shared.factor)
+            odd = [f"{factor:g}" for factor in factors if factor and math.frexp(factor)[0] != 0.5]
+            if odd:
+                what = "a power" if len(odd) == 1 else "powers"
+                found.append(f"down-projections times {' and '.join(odd)}, not {what} of two, in {down.dtype}")
+            if any(rewrite.rounds for rewrite in self.conversion.rewrites):
+                found.append(f"norms or embeddings that this pair rewrites, in {down.dtype}")
+        if dtype := self.given["dtype"]:
+            exact = ("F32", "BF16", "F16") if dtype == "float32" else (DTYPES[dtype],)
+            if any(expr.dtype not in exact for expr in self.base.plan.tensors.values()):
+                found.append(f"all weights, to {dtype}")
         return found
 
     def notes(self, *, exact: bool) -> list[str]:
@@ -194,7 +216,9 @@ class Mixture:
     def config(self) -> dict[str, Any]:
         design, moe, base = self.design, self.moe, self.base
         width = base.layers[0].width
-        config = {k: v for k, v in self.conversion.config.items() if k != "auto_map"}
+        # Left-overs of a mixture in a dense config, which it does not read, the new type would.
+        stale = MOE_KEYS | {"auto_map"}
+        config = {k: v for k, v in self.conversion.config.items() if k not in stale}
         config.update(model_type=self.pair.target_type, architectures=[self.pair.target.causal_lm])
         config["intermediate_size"] = width
         config.update(moe.settings)

@@ -105,13 +105,19 @@ def known_rows(kind: str, base: DenseModel, sources: Sequence[Source], design: D
 
 
 def _rows_from_file(path: str, base: DenseModel, design: Design) -> list[torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
         known = (*WITHOUT_DATA, *FROM_PROMPTS)
         hint = did_you_mean(path, known) or f"known: {', '.join(known)}"
         raise RecipeError(f"upcycle: router {path!r} is neither a kind of router nor a file", hint)
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(
+            f"upcycle: {path} cannot be read as router rows: {error}", "it should be a safetensors file"
+        ) from None
     shape = (distinct(design), base.layers[0].hidden)
     found = []
     for i in range(len(base.layers)):
