@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import RefusedError
 from moesurgery.measure import gauss_newton
 from moesurgery.measure.activations import activations, down, reads
-from moesurgery.measure.engine import ExpertsCall
 from moesurgery.measure.ridge import Change, solve
+from moesurgery.measure.watch import ExpertsCall
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.values import values_of
 from moesurgery.surgery.layouts import matrices_of

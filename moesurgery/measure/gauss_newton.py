@@ -71,9 +71,7 @@ class Linearised:
     def adds(self, change: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return what a change adds to the weighted output [t, H]."""
         ahead, below = change
-        inner = sum(
-            (self.read @ part.T).mul_(self.slope[:, i]).mul_(self.scale[0][i]) for i, part in enumerate(ahead)
-        )
+        inner = sum((self.read @ part.T).mul_(self.slope[:, i]).mul_(self.scale[0][i]) for i, part in enumerate(ahead))
         said: torch.Tensor = inner @ self.down.T
         said += (self.h @ below.T).mul_(self.scale[1])
         return said.mul_(self.weight)
@@ -168,16 +166,19 @@ def conjugate(
 
 def _dot(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
     """Return the scalar product, added up in float64."""
+    import torch
+
     blocks = (
-        (x.double() @ y.double())
+        x.double() @ y.double()
         for a, b in zip(first, second, strict=True)
-        for x, y in zip(a.reshape(-1).split(BLOCK), b.reshape(-1).split(BLOCK), strict=True)
+        for x, y in zip(torch.split(a.reshape(-1), BLOCK), torch.split(b.reshape(-1), BLOCK), strict=True)
     )
     return float(sum(blocks))
 
 
 def chosen(problem: Linearised, missing: torch.Tensor, even: int, ridge: float | None) -> tuple[Any, Change]:
-    """Return what is added to the weights of an expert for tokens of which the first `even` are of even windows, and how it was found.
+    """Return what is added to an expert's weights, for tokens of which the first `even` are of even windows, and how
+    it was found.
 
     With `ridge` None the one is taken that, fitted on the even windows, leaves the least on the odd ones; None for a
     change where none is best.

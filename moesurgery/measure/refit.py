@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.measure.activations import check_form, down
-from moesurgery.measure.engine import Engine, ExpertsCall, Progress, Streams, Watch
+from moesurgery.measure.engine import Engine, Progress, Streams
 from moesurgery.measure.expert_fit import Matrices, check_names, fit_expert
 from moesurgery.measure.outputs import Spoken, spoken
 from moesurgery.measure.ridge import Change, solve
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.tokens import Tokens
+from moesurgery.measure.watch import ExpertsCall, Watch
 from moesurgery.plan.expr import torch_dtype
 from moesurgery.plan.plan import Plan
 

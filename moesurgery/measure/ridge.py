@@ -58,7 +58,7 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float | None) -> Chang
             return Change(None, None, 0.0)
         ridge, held_out = PATH[best], judged[best]
     solver = _solver(gram, ridge * scale, room)
-    blocks = zip(cross[0].split(ROWS), cross[1].split(ROWS), strict=True)
+    blocks = zip(torch.split(cross[0], ROWS), torch.split(cross[1], ROWS), strict=True)
     return Change(torch.cat([solver(even + odd) for even, odd in blocks]), ridge, held_out)
 
 
@@ -67,8 +67,10 @@ def _judged(
 ) -> float:
     """Return what the squared error of the half with sums `gram` and `wanted` changes by, when the other half, with
     the sum `cross`, is solved for."""
+    import torch
+
     total = cross.new_zeros(())
-    for ours, theirs in zip(cross.split(ROWS), wanted.split(ROWS), strict=True):
+    for ours, theirs in zip(torch.split(cross, ROWS), torch.split(wanted, ROWS), strict=True):
         change = solver(ours)
         total += ((change @ gram - 2 * theirs) * change).sum()
     return float(total)
@@ -92,7 +94,8 @@ def _solver(grams: torch.Tensor, strength: float, room: torch.Tensor) -> Callabl
 
         def substitute(rows: torch.Tensor) -> torch.Tensor:
             half = torch.linalg.solve_triangular(lower, rows.mT, upper=False)
-            return torch.linalg.solve_triangular(lower.mT, half, upper=True).mT
+            found: torch.Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True).mT
+            return found
 
         return substitute
     # Rounding has left the sums short of positive definite, which happens with a ridge next to nothing.
