@@ -6,8 +6,8 @@ Drops `count` experts of every layer by each criterion, with statistics of `--to
 outcome by each kind of `--refit`, and prints by how much the loss on the first `--limit` windows of each held-out file
 is above the original's, in nats per token: one column per file, and the mean. Nothing is left behind.
 
-With `--top-k K` the edit is another top-k, and `--by` are rules of `rescale`. With `--to N` it is a merge, and `--by` are
-ways to merge: a group with parameters, such as `msmoe,router=lse`, or `default`.
+With `--top-k K` the edit is another top-k, and `--by` are rules of `rescale`. With `--to N` it is a merge, and `--by`
+are ways to merge: a group with parameters, such as `msmoe,router=lse`, or `default`.
 """
 
 from __future__ import annotations
@@ -68,13 +68,8 @@ def merged(plan: Plan, engine: Engine, windows: Tokens, way: str, to: int, place
 
 def main() -> None:
     given = arguments()
-    choices = given.by or (
-        ["default"]
-        if given.to
-        else ["none", "measured", "measured-expert"]
-        if given.top_k
-        else ["reap-sum", "frequency", "reap"]
-    )
+    usual = ["none", "measured", "measured-expert"] if given.top_k else ["reap-sum", "frequency", "reap"]
+    choices = given.by or (["default"] if given.to else usual)
     plan = plan_of(open_checkpoint(given.model))
     run = Run(given.window, None, 0, given.device)
     windows, _ = run.calibration(plan.checkpoint, given.text, given.tokens)
