@@ -1,10 +1,11 @@
 """Peak memory of the streamed forward pass, on a synthetic Mixtral of 4 GB in bfloat16.
 
-    python benchmarks/streaming_memory.py [FOLDER]
+    python benchmarks/streaming_memory.py [FOLDER [WHAT…]]
 
 Writes the model (random weights, a shard per layer), then runs each command that runs models in a process of its own:
 `perplexity`, `collect`, the repairs and `probe`. Prints the largest resident set of each (VmHWM: Linux) beside the size
-of a layer in float32 and of the hidden states. docs/performance.md has the figures.
+of a layer in float32 and of the hidden states. docs/measure.md has the figures. WHAT are some of the commands by name,
+such as "--refit down"; a model that is in FOLDER already is used again.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def main() -> None:
         **{f"--refit {kind}": (REPAIR, [model, text, WINDOW, kind]) for kind in ("scalar", "expert", "down", "all")},
     }
     for name, (script, arguments) in measured.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
         found = peak(script, *arguments)
         left = (found - layer - hidden) / 1e6
         print(f"{name}: peak {found / 1e6:.0f} MB, {left:.0f} MB beside one layer and the hidden states", flush=True)

@@ -15,9 +15,10 @@ Each solution is drawn to no change, by a ridge that is judged on windows it was
 what would not carry over to other text is left as it is. Nothing is trained and no gradient is taken.
 docs/measure.md says where it helps and where it does not.
 
-Memory beside the two models' streams: the hidden states of all tokens four times. For `down` also the activations of
-one expert and six square matrices of its width in float64; for `all` those activations seven times and an expert's
-weights fifteen times.
+Memory beside the two models' streams and one layer: the hidden states of all tokens four times. For `down` also the
+activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all` those
+activations seven times and an expert's weights, in float32, three times, or more often while that is below 192 MB.
+Fitted matrices are held until their block is done, as they are stored.
 """
 
 from __future__ import annotations
