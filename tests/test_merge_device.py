@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from moesurgery.merge import unit
+from moesurgery.merge import backend
 from moesurgery.merge.merged import Merged
 from moesurgery.merge.method import find_method, load_methods, methods, per_model, scalar
 from moesurgery.plan.reader import FileReader
@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unit, "DEVICE_STEP", unit.STEP)
+    monkeypatch.setattr(backend, "DEVICE_STEP", backend.STEP)
 
 
 def inputs(count: int, dtype: str) -> list[Values]:

@@ -211,7 +211,7 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
             continue
         kinds["computed"] += 1
         computed_bytes += expr.nbytes
-        memory = max(memory, expr.granule * 4 * (1 + len(list(expr.stored()))))
+        memory = max(memory, expr.memory)
     kinds["dropped"] = len(plan.checkpoint.tensors.keys() - plan.tensors.keys())
     kinds["new"] = len(plan.tensors.keys() - plan.checkpoint.tensors.keys())
     needed = sum(bytes_needed(task, linked=flags.link) for task in tasks)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moesurgery.merge.backend import Array, namespace
 from moesurgery.merge.method import merge_method
-from moesurgery.merge.unit import Array, Chunk, Unit, namespace
+from moesurgery.merge.unit import Chunk, Unit
 
 
 @merge_method("arcee_fusion", kind="streamed", models=(1, 1), base="required", rows=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from moesurgery.merge.backend import Array
 from moesurgery.merge.method import merge_method
 from moesurgery.merge.task_vectors import Densities, Keep, Lambda, Mask, Normalize, Rescale, Weights, summed
-from moesurgery.merge.unit import Array, Chunk, Unit
+from moesurgery.merge.unit import Chunk, Unit
 
 
 def at_random(density: Sequence[float]) -> Keep:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
+from moesurgery.merge.backend import Array, namespace
 from moesurgery.merge.method import merge_method
 from moesurgery.merge.task_vectors import Densities, Keep, Lambda, Mask, Normalize, Rescale, Weights, summed
-from moesurgery.merge.unit import Array, Chunk, Unit, namespace
+from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.surgery.parameters import Param
 
 Epsilon = Annotated[tuple[float, ...], Param("half of the range of the probabilities", minimum=0, maximum=1)]

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError, SurgeryError
+from moesurgery.merge.backend import Array, Device, Host
 from moesurgery.merge.method import Method, find_method
-from moesurgery.merge.unit import Array, Chunk, Device, Host, Unit
+from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.plan.arrays import rounded
 from moesurgery.plan.expr import Expr, Reader, torch_dtype
 
@@ -85,6 +86,14 @@ class Merged(Expr):
     def light(self) -> bool:
         return not self.device and not self._method.torch and all(expr.light for expr in self.inputs)
 
+    @property
+    def memory(self) -> int:
+        return max(
+            super().memory,
+            self._unit(None).memory,  # type: ignore[arg-type]
+            *(expr.memory for expr in self.inputs),
+        )
+
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
@@ -107,7 +116,7 @@ class Merged(Expr):
     def _unit(self, reader: Reader) -> Unit:
         method = self._method
         rows = method.rows or (method.kind == "combination" and self._axis is not None)
-        return Unit(self.models, self.base, self.shape, reader, self._engine, rows=rows, key=self.key)
+        return Unit(self.models, self.base, self.shape, reader, self._engine, rows=rows, key=self.key, owner=self._memo)
 
     @property
     def _engine(self) -> Host | Device:
@@ -131,7 +140,7 @@ class Merged(Expr):
                     yield act(unit.chunk(0, self.numel)).reshape(-1)[start:stop]
                     return
                 for span in unit.spans(start, stop):
-                    yield act(unit.chunk(*span)).reshape(-1)
+                    yield act(unit.take(*span)).reshape(-1)
         except SurgeryError as error:
             raise type(error)(f"{self.name}: {error.message}", error.hint) from None
 

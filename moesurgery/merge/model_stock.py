@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from moesurgery.merge.backend import Array
 from moesurgery.merge.method import Axis, merge_method
-from moesurgery.merge.unit import Array
 from moesurgery.surgery.parameters import Param
 
 

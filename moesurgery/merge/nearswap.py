@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from moesurgery.merge.backend import Array, namespace
 from moesurgery.merge.method import merge_method
-from moesurgery.merge.unit import Array, namespace
 from moesurgery.surgery.parameters import Param
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
+from moesurgery.merge.backend import Array, namespace
 from moesurgery.merge.method import merge_method
-from moesurgery.merge.unit import Array, Chunk, Unit, namespace
+from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.surgery.parameters import Param
 
 Least = Annotated[float, Param("a difference up to this counts as none", minimum=0)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
+from moesurgery.merge.backend import Array
 from moesurgery.merge.method import merge_method
 from moesurgery.merge.task_vectors import Mask, agreeing
-from moesurgery.merge.unit import Array, Chunk, Unit
+from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.surgery.parameters import Param
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
+from moesurgery.merge.backend import Array
 from moesurgery.merge.method import merge_method
 from moesurgery.merge.task_vectors import Lambda, Mask, Normalize, Weights, everything, summed
-from moesurgery.merge.unit import Array, Chunk, Unit
+from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.surgery.parameters import Param
 
 Idle = Annotated[float | bool, Param("accepted for mergekit's recipes, where it has no effect on this method either")]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from moesurgery.merge.unit import Array, Chunk, Unit, namespace
+from moesurgery.merge.backend import Array, namespace
+from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.surgery.parameters import Param
 
 if TYPE_CHECKING:

@@ -1,91 +1,27 @@
 """What a method sees: the same tensor of all inputs, in chunks, and sums and ranks over the whole of it.
 
 A unit is what norms, angles and densities are taken over: a tensor, or one projection of one expert. Its inputs are
-never in memory together: every pass reads them again, which costs less than to hold them.
+never in memory together, unless they are small: every pass reads them again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import element_count
-from moesurgery.errors import RefusedError
-from moesurgery.plan.arrays import encoded
-from moesurgery.plan.expr import Expr, Reader, Stored, torch_dtype
+from moesurgery.machine import cores
+from moesurgery.merge.backend import Array, Device, Host
+from moesurgery.merge.cut import NOTHING, Cut, Search
+from moesurgery.plan.expr import Expr, Reader
 
 if TYPE_CHECKING:
     import numpy as np
 
-STEP = 1 << 18  # elements: threads that finish small parts too often wait for each other at the interpreter's lock
-DEVICE_STEP = 1 << 22  # on an accelerator each operation must be worth its start
+HELD_BYTES = 128 << 20  # of all threads together
 RANDOM_BLOCK = 1 << 15
 SAMPLE_RUNS, SAMPLE_RUN = 128, 512  # what `Unit.cuts` looks at before it reads everything
-
-Array = Any  # float32, of numpy or torch
-
-
-def namespace(array: Array) -> Any:
-    """Return the module of functions for an array: numpy or torch. They agree on what methods use."""
-    import sys
-
-    import numpy as np
-
-    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
-
-
-class Host:
-    """Arrays are numpy's."""
-
-    step = STEP
-
-    def given(self, values: np.ndarray) -> Array:
-        return values
-
-    def read(self, expr: Expr, start: int, stop: int, reader: Reader) -> Array:
-        """Return elements `start:stop` of an input, in float32 or float64."""
-        return expr.array(start, stop, reader)
-
-    def taken(self, values: Array) -> np.ndarray:
-        import numpy as np
-
-        return np.asarray(values)
-
-    def encoded(self, values: Array, dtype: str) -> memoryview:
-        """Return the bytes of `values` rounded to `dtype`; `values` are used up."""
-        return encoded(values, dtype)
-
-
-class Device:
-    """Arrays are torch's, on `name`."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.step = STEP if name == "cpu" else DEVICE_STEP
-
-    def given(self, values: np.ndarray) -> Array:
-        import torch
-
-        return torch.from_numpy(values).to(self.name)
-
-    def read(self, expr: Expr, start: int, stop: int, reader: Reader) -> Array:
-        import torch
-
-        if not (isinstance(expr, Stored) and expr.light):
-            return self.given(expr.array(start, stop, reader))
-        data = torch.frombuffer(expr.raw(start, stop, reader), dtype=torch_dtype(expr.dtype))
-        # A copy always: the bytes are overwritten by the next read.
-        return data.to(self.name, torch.float64 if expr.dtype == "F64" else torch.float32, copy=True)
-
-    def taken(self, values: Array) -> np.ndarray:
-        return values.cpu().numpy()  # type: ignore[no-any-return]
-
-    def encoded(self, values: Array, dtype: str) -> memoryview:
-        import torch
-
-        return values.to(torch_dtype(dtype)).cpu().contiguous().view(torch.uint8).numpy().data  # type: ignore[no-any-return]
 
 
 class RandomBits:
@@ -119,6 +55,16 @@ class Chunk:
         assert self._base is not None
         return self._base
 
+    def writeable(self, whether: bool) -> Chunk:
+        """Set whether the inputs may be changed in place."""
+        for values in (*self.models, *(() if self._base is None else (self._base,))):
+            values.flags.writeable = whether
+        return self
+
+    def fresh(self) -> Chunk:
+        """Return the same inputs without what was computed from them."""
+        return Chunk(self.unit, self.start, self.stop, self.models, self._base)
+
     @cached_property
     def deltas(self) -> list[Array]:
         """What each model adds to the base."""
@@ -142,29 +88,6 @@ class Chunk:
         return scaled < probability * 65536
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The n largest of all values: those above `value`, and of those equal to it the ones from `position` on."""
-
-    value: float
-    position: int
-
-    def mask(self, values: Array, start: int) -> Array:
-        """Return which of `values`, that begin at `start`, are among the largest."""
-        count = element_count(values.shape)
-        if self.position <= start:
-            return values >= self.value
-        if self.position >= start + count:
-            return values > self.value
-        found = (values > self.value).reshape(-1)
-        rest = self.position - start
-        found[rest:] = values.reshape(-1)[rest:] >= self.value
-        return found.reshape(values.shape)
-
-
-NOTHING = Cut(float("inf"), 0)
-
-
 class Unit:
     """The inputs of one merge. `key` is that of its random numbers."""
 
@@ -178,11 +101,13 @@ class Unit:
         *,
         rows: bool = False,
         key: int = 0,
+        owner: object = None,
     ) -> None:
+        """`owner` stands for the unit where the same is looked at by several objects: what is held is held by it."""
         self.inputs, self.base_input = models, base
         self.shape, self.numel = shape, element_count(shape)
         self.width = shape[-1] if shape else 1
-        self.reader, self.engine, self.rows, self.key = reader, engine, rows, key
+        self.reader, self.engine, self.rows, self.key, self.owner = reader, engine, rows, key, owner
 
     @cached_property
     def random(self) -> RandomBits:
@@ -199,6 +124,42 @@ class Unit:
 
         own = self.width if self.rows else 1
         return lcm(own, *(e.granule for e in (*self.inputs, *((self.base_input,) if self.base_input else ()))))
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes of arrays there are at once."""
+        inputs = self.count + (self.base_input is not None)
+        part = max(self.engine.step // self.granule, 1) * self.granule
+        return 4 * (min(part, self.numel) * (inputs + 3) + (self.numel * inputs if self._is_held else 0))
+
+    @cached_property
+    def _is_held(self) -> bool:
+        size = 4 * self.numel * (self.count + (self.base_input is not None))
+        return self.owner is not None and isinstance(self.engine, Host) and size <= HELD_BYTES // cores()
+
+    @property
+    def _held(self) -> dict[tuple[int, int], Chunk] | None:
+        """The chunks of this unit that the thread holds between passes; None where they are too big to be."""
+        if not self._is_held:
+            return None
+        if self.reader.held is None or self.reader.held[0] is not self.owner:
+            self.reader.held = (self.owner, {})
+        return self.reader.held[1]
+
+    def look(self, start: int, stop: int) -> Chunk:
+        """Return elements `start:stop` of all inputs for a pass that changes none of them: they may be held."""
+        held = self._held
+        if held is None:
+            return self.chunk(start, stop)
+        if (start, stop) not in held:
+            held[start, stop] = self.chunk(start, stop).writeable(False)
+        return held[start, stop].fresh()
+
+    def take(self, start: int, stop: int) -> Chunk:
+        """Return elements `start:stop` of all inputs for the last time."""
+        held = self._held
+        found = held.pop((start, stop), None) if held else None
+        return found.writeable(True) if found else self.chunk(start, stop)
 
     def chunk(self, start: int, stop: int) -> Chunk:
         """Read elements `start:stop` of all inputs."""
@@ -221,7 +182,7 @@ class Unit:
 
     def chunks(self) -> Iterator[Chunk]:
         for start, stop in self.spans():
-            yield self.chunk(start, stop)
+            yield self.look(start, stop)
 
     def total(self, function: Callable[[Chunk], Any]) -> np.ndarray:
         """Return the sum over all chunks of the numbers that `function` gives, in float64."""
@@ -242,7 +203,7 @@ class Unit:
         values the later ones are the larger.
         """
         searches = [
-            [_Search(count, self.numel, sample) for count in wanted]
+            [Search(count, self.numel, sample) for count in wanted]
             for wanted, sample in zip(counts, self._sample(function), strict=True)
         ]
         while any(not search.done for row in searches for search in row):
@@ -276,7 +237,7 @@ class Unit:
                     found[i].append(self.engine.taken(values).reshape(-1))
         return [np.sort(np.concatenate(parts)) for parts in found]
 
-    def _cut(self, search: _Search, function: Callable[[Chunk], Sequence[Array]], which: int) -> Cut:
+    def _cut(self, search: Search, function: Callable[[Chunk], Sequence[Array]], which: int) -> Cut:
         """Turn a finished search into a cut: find the position from which equal values count."""
         import numpy as np
 
@@ -289,71 +250,6 @@ class Unit:
                 continue
             if equal == needed:
                 return Cut(search.value, start)
-            values = self.engine.taken(function(self.chunk(start, stop))[which]).reshape(-1)
+            values = self.engine.taken(function(self.look(start, stop))[which]).reshape(-1)
             return Cut(search.value, start + int(np.flatnonzero(values == search.value)[-needed]))
         raise AssertionError("the values changed between two passes")
-
-
-class _Search:
-    """The search for the `count`-th largest of `total` values, with a sorted sample of them to start from."""
-
-    def __init__(self, count: int, total: int, sample: np.ndarray) -> None:
-        self.count, self.total, self.sample = min(count, total), total, sample
-        self.done = count <= 0
-        self.value = 0.0
-        self.above = 0  # how many values are larger than `value`
-        self.equal: list[int] = []  # how many are equal to it, by chunk
-        self._margin = 0.02 + 8 / len(sample) ** 0.5
-        self._aim()
-
-    def _aim(self) -> None:
-        """Choose the values between which the cut is expected."""
-        import numpy as np
-
-        size = len(self.sample)
-        if size == self.total:
-            self._low = self._high = self.sample[size - max(self.count, 1)]
-        else:
-            expected = 1 - self.count / self.total
-            first, last = (expected - self._margin) * size, (expected + self._margin) * size
-            self._low = self.sample[int(first)] if first > 0 else np.float32(-1)
-            self._high = self.sample[int(last)] if last < size - 1 else np.float32(np.inf)
-        self._over, self._kept, self._equal_high, self._equal_low = 0, [], [], []  # type: ignore[var-annotated]
-
-    def see(self, values: Array, engine: Host | Device) -> None:
-        """Count the values of one chunk."""
-        low, high = float(self._low), float(self._high)
-        xp = namespace(values)
-        self._over += int(xp.count_nonzero(values > high))
-        self._equal_high.append(int(xp.count_nonzero(values == high)))
-        if low == high:
-            return
-        self._kept.append(engine.taken(values[(values > low) & (values < high)]))
-        self._equal_low.append(int(xp.count_nonzero(values == low)))
-
-    def conclude(self) -> None:
-        """Say where the cut is, or look further away."""
-        import numpy as np
-
-        if self.done:
-            return
-        rank = self.count - self._over  # among what is not above
-        high, low = sum(self._equal_high), sum(self._equal_low)
-        inside = sum(map(len, self._kept))
-        self.done = 0 < rank <= high + inside + low
-        if not self.done:
-            if self._margin > 1 or len(self.sample) == self.total:  # nothing was left out, and yet it is not there
-                raise RefusedError("a tensor to be merged holds NaN", "`moesurgery validate` finds it")
-            self._margin *= 4
-            self._aim()
-        elif rank <= high:
-            self.value, self.above, self.equal = float(self._high), self._over, self._equal_high
-        elif rank > high + inside:
-            self.value, self.above, self.equal = float(self._low), self._over + high + inside, self._equal_low
-        else:
-            kept = np.concatenate(self._kept)
-            place = inside - (rank - high)
-            self.value = float(np.partition(kept, place)[place])
-            self.above = self._over + high + int(np.count_nonzero(kept > self.value))
-            self.equal = [int(np.count_nonzero(part == self.value)) for part in self._kept]
-        self._kept = []

@@ -17,6 +17,8 @@ from moesurgery.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from moesurgery.plan.expr import Held
+
 PAGE = 4096
 BUFFER = 1 << 20
 
@@ -58,6 +60,8 @@ def read_full(descriptor: int, view: memoryview, offset: int, where: str) -> Non
 
 class FileReader:
     """What one thread keeps while it evaluates expressions. A `plan.expr.Reader`."""
+
+    held: Held = None
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
