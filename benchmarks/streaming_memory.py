@@ -52,7 +52,7 @@ model, text, window, kind = sys.argv[1:]
 plan, run, done = plan_of(open_checkpoint(model)), Run(int(window)), []
 class Enough(Exception): pass
 def take(fitted):
-    done.append(fitted)
+    done.append(fitted.where)  # a command writes a block and lets it go
     if len(done) == 2:
         raise Enough
 edited = apply(plan, "drop-experts", experts=[1, 6])

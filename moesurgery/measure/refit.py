@@ -121,7 +121,19 @@ def refit(
             return None
         return call.run(call.hidden, call.index, call.weights * _each(factors[call.block.where], call.index))
 
-    reference = repaired = None
+    def repair(block: Experts, outputs: Sequence[Any]) -> None:
+        """Fit one block. What that took is free again when the next one's turn comes."""
+        assert repaired is not None
+        originals = said.pop(block.where)
+        calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+        total = max(_energy([_real(y, call) for y, call in zip(originals, calls, strict=True)]), 1e-30)
+        fitted = _fit(edited.plan, block, calls, missing, total, options)
+        if fitted.factors is not None:
+            factors[block.where] = _tensor(fitted.factors, edited)
+        done(fitted)
+
+    reference: Streams | None = None
+    repaired: Streams | None = None
     try:
         reference = original.start(tokens, Watch(experts=listen), batch=size)
         repaired = edited.start(tokens, Watch(experts=repaired_output), batch=size)
@@ -132,13 +144,7 @@ def refit(
             outputs = [stream.last for stream in reference.streams]
             with edited.loaded(unit, pin=True):
                 for block in (b for b in edited.blocks if b.unit == unit.path):
-                    originals = said.pop(block.where)
-                    calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
-                    total = max(_energy([_real(y, call) for y, call in zip(originals, calls, strict=True)]), 1e-30)
-                    fitted = _fit(edited.plan, block, calls, missing, total, options)
-                    if fitted.factors is not None:
-                        factors[block.where] = _tensor(fitted.factors, edited)
-                    done(fitted)
+                    repair(block, outputs)
                 repaired.step(progress)
             edited.forget(unit)
     finally:
