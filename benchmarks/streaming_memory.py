@@ -42,18 +42,19 @@ import sys
 from moesurgery.cli import main
 code = main(sys.argv[1:])
 """
-# A repair of two layers: with the number of layers only its time grows. Experts are fitted however few tokens they see.
+# A repair of two layers, one for `down`, which takes a minute per expert: with more of them only its time grows.
+# Experts are fitted however few tokens they see.
 REPAIR = """
 import sys
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.cli.measuring import Run
 from moesurgery.measure.refit import Options, refit
-model, text, window, kind = sys.argv[1:]
+model, text, window, kind, layers = sys.argv[1:]
 plan, run, done = plan_of(open_checkpoint(model)), Run(int(window)), []
 class Enough(Exception): pass
 def take(fitted):
     done.append(fitted.where)  # a command writes a block and lets it go
-    if len(done) == 2:
+    if len(done) == int(layers):
         raise Enough
 edited = apply(plan, "drop-experts", experts=[1, 6])
 tokens, _ = run.calibration(plan.checkpoint, [text], 1 << 20)
@@ -133,7 +134,10 @@ def main() -> None:
         "collect --top-k 3": (COMMAND, ["collect", model, *calibrated, "--top-k", 3]),
         # There are as many passes as layers, and a layer is read once for all its experts: few tokens will do.
         "probe": (COMMAND, ["probe", model, *calibrated, "--tokens", 32, "--window", 32, "--mode", "mask", "--no-png"]),
-        **{f"--refit {kind}": (REPAIR, [model, text, WINDOW, kind]) for kind in ("scalar", "expert", "down", "all")},
+        **{
+            f"--refit {kind}": (REPAIR, [model, text, WINDOW, kind, 1 if kind == "down" else 2])
+            for kind in ("scalar", "expert", "down", "all")
+        },
     }
     for name, (script, arguments) in measured.items():
         if sys.argv[2:] and name not in sys.argv[2:]:
