@@ -1,6 +1,6 @@
 """Time and peak memory of `moesurgery merge` against mergekit and `cp`, each a process of its own, in one run.
 
-    python benchmarks/merge.py [--gb 1.5] [--rounds 1] [--mergekit PATH/TO/mergekit-yaml] [--many]
+    python benchmarks/merge.py [--gb 1.5] [--rounds 1] [--mergekit PATH/TO/mergekit-yaml] [--methods slerp…] [--many]
 
 Makes two synthetic Mixtral-shaped bf16 checkpoints, the second being the first plus noise, and merges them by linear,
 slerp, ties and dare_ties, with the recipes of mergekit's own documentation. `--many` adds two checkpoints with the
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=1.5)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--mergekit", help="path of mergekit-yaml in an environment of its own")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--many", action="store_true", help="the case of 18,867 tensors too")
     parser.add_argument("--models", nargs=2, type=Path, help="two checkpoints to merge instead of synthetic ones")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
@@ -127,7 +128,7 @@ def main() -> None:
             flush=True,
         )
         print(f"{'':26} {'wall s':>8} {'cpu s':>8} {'peak MB':>8} {'x faster':>9} {'cpu x':>7} {'memory x':>9}")
-        cases = {method: (text, a, b) for method, text in METHODS.items()}
+        cases = {method: (METHODS[method], a, b) for method in options.methods}
         if options.many:
             cases["18,867 tensors, linear"] = (METHODS["linear"], work / "many-a", work / "many-b")
         for case, (text, first, second) in cases.items():

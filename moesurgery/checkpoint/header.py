@@ -54,6 +54,14 @@ class Header:
     data_missing: bool = False
 
 
+def header_digest(file_size: int, read_at: ReadAt) -> str:
+    """Return the SHA-256 of a header's JSON bytes without looking into them."""
+    first = read_at(0, min(FIRST_READ, file_size))
+    length = min(int.from_bytes(first[:LENGTH_BYTES], "little"), file_size)
+    data = first[LENGTH_BYTES : LENGTH_BYTES + length]
+    return hashlib.sha256(data + read_at(LENGTH_BYTES + len(data), length - len(data))).hexdigest()
+
+
 def scan_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: bool = False) -> Header:
     """Read and check the header of `file`; never raises for what the bytes contain.
 

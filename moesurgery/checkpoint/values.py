@@ -26,8 +26,8 @@ def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.n
     import numpy as np
 
     if dtype == "BF16":
-        wide = np.frombuffer(data, "<u2").astype(np.uint32)
-        wide <<= 16
+        # One pass for the cast and the shift.
+        wide: np.ndarray = np.left_shift(np.frombuffer(data, "<u2"), np.uint32(16), dtype=np.uint32)
         return wide.view(np.float32).reshape(shape)
     if dtype not in _NUMPY:
         raise ValueError(f"{dtype} has no values without its scales")

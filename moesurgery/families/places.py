@@ -15,13 +15,14 @@ from moesurgery.families import components as parts
 from moesurgery.families.family import Along, ExpertSet, Family, Part
 from moesurgery.families.quantised import Stem, packed_bits, take_apart, weights_per_element
 
-_NUMBER = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
+_NUMBER_OR_EXPERT = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")  # takes three times as long
 _ALWAYS_BUFFERS = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
 
 
 def template_of(name: str) -> tuple[str, tuple[int, ...]]:
     """Return `name` with its numbers as `#`, and the numbers."""
-    pieces = _NUMBER.split(name)
+    pieces = (_NUMBER_OR_EXPERT if "expert_" in name else _NUMBER).split(name)
     return "#".join(pieces[::2]), tuple(map(int, pieces[1::2]))
 
 

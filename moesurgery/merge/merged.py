@@ -116,7 +116,7 @@ class Merged(Expr):
     def _unit(self, reader: Reader) -> Unit:
         method = self._method
         rows = method.rows or (method.kind == "combination" and self._axis is not None)
-        return Unit(self.models, self.base, self.shape, reader, self._engine, rows=rows, key=self.key, owner=self._memo)
+        return Unit(self.models, self.base, self.shape, reader, self._engine, rows=rows, key=self.key)
 
     @property
     def _engine(self) -> Host | Device:
@@ -140,7 +140,7 @@ class Merged(Expr):
                     yield act(unit.chunk(0, self.numel)).reshape(-1)[start:stop]
                     return
                 for span in unit.spans(start, stop):
-                    yield act(unit.take(*span)).reshape(-1)
+                    yield act(unit.chunk(*span)).reshape(-1)
         except SurgeryError as error:
             raise type(error)(f"{self.name}: {error.message}", error.hint) from None
 

@@ -1,7 +1,7 @@
 """What a method sees: the same tensor of all inputs, in chunks, and sums and ranks over the whole of it.
 
 A unit is what norms, angles and densities are taken over: a tensor, or one projection of one expert. Its inputs are
-never in memory together, unless they are small: every pass reads them again.
+never in memory together: every pass reads them again, which costs less than to hold them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import element_count
-from moesurgery.machine import cores
 from moesurgery.merge.backend import Array, Device, Host
 from moesurgery.merge.cut import NOTHING, Cut, Search
 from moesurgery.plan.expr import Expr, Reader
@@ -19,7 +18,6 @@ from moesurgery.plan.expr import Expr, Reader
 if TYPE_CHECKING:
     import numpy as np
 
-HELD_BYTES = 128 << 20  # of all threads together
 RANDOM_BLOCK = 1 << 15
 SAMPLE_RUNS, SAMPLE_RUN = 128, 512  # what `Unit.cuts` looks at before it reads everything
 
@@ -54,16 +52,6 @@ class Chunk:
     def base(self) -> Array:
         assert self._base is not None
         return self._base
-
-    def writeable(self, whether: bool) -> Chunk:
-        """Set whether the inputs may be changed in place."""
-        for values in (*self.models, *(() if self._base is None else (self._base,))):
-            values.flags.writeable = whether
-        return self
-
-    def fresh(self) -> Chunk:
-        """Return the same inputs without what was computed from them."""
-        return Chunk(self.unit, self.start, self.stop, self.models, self._base)
 
     @cached_property
     def deltas(self) -> list[Array]:
@@ -101,13 +89,11 @@ class Unit:
         *,
         rows: bool = False,
         key: int = 0,
-        owner: object = None,
     ) -> None:
-        """`owner` stands for the unit where the same is looked at by several objects: what is held is held by it."""
         self.inputs, self.base_input = models, base
         self.shape, self.numel = shape, element_count(shape)
         self.width = shape[-1] if shape else 1
-        self.reader, self.engine, self.rows, self.key, self.owner = reader, engine, rows, key, owner
+        self.reader, self.engine, self.rows, self.key = reader, engine, rows, key
 
     @cached_property
     def random(self) -> RandomBits:
@@ -130,36 +116,7 @@ class Unit:
         """About how many bytes of arrays there are at once."""
         inputs = self.count + (self.base_input is not None)
         part = max(self.engine.step // self.granule, 1) * self.granule
-        return 4 * (min(part, self.numel) * (inputs + 3) + (self.numel * inputs if self._is_held else 0))
-
-    @cached_property
-    def _is_held(self) -> bool:
-        size = 4 * self.numel * (self.count + (self.base_input is not None))
-        return self.owner is not None and isinstance(self.engine, Host) and size <= HELD_BYTES // cores()
-
-    @property
-    def _held(self) -> dict[tuple[int, int], Chunk] | None:
-        """The chunks of this unit that the thread holds between passes; None where they are too big to be."""
-        if not self._is_held:
-            return None
-        if self.reader.held is None or self.reader.held[0] is not self.owner:
-            self.reader.held = (self.owner, {})
-        return self.reader.held[1]
-
-    def look(self, start: int, stop: int) -> Chunk:
-        """Return elements `start:stop` of all inputs for a pass that changes none of them: they may be held."""
-        held = self._held
-        if held is None:
-            return self.chunk(start, stop)
-        if (start, stop) not in held:
-            held[start, stop] = self.chunk(start, stop).writeable(False)
-        return held[start, stop].fresh()
-
-    def take(self, start: int, stop: int) -> Chunk:
-        """Return elements `start:stop` of all inputs for the last time."""
-        held = self._held
-        found = held.pop((start, stop), None) if held else None
-        return found.writeable(True) if found else self.chunk(start, stop)
+        return 4 * min(part, self.numel) * (inputs + 3)
 
     def chunk(self, start: int, stop: int) -> Chunk:
         """Read elements `start:stop` of all inputs."""
@@ -182,7 +139,7 @@ class Unit:
 
     def chunks(self) -> Iterator[Chunk]:
         for start, stop in self.spans():
-            yield self.look(start, stop)
+            yield self.chunk(start, stop)
 
     def total(self, function: Callable[[Chunk], Any]) -> np.ndarray:
         """Return the sum over all chunks of the numbers that `function` gives, in float64."""
@@ -250,6 +207,6 @@ class Unit:
                 continue
             if equal == needed:
                 return Cut(search.value, start)
-            values = self.engine.taken(function(self.look(start, stop))[which]).reshape(-1)
+            values = self.engine.taken(function(self.chunk(start, stop))[which]).reshape(-1)
             return Cut(search.value, start + int(np.flatnonzero(values == search.value)[-needed]))
         raise AssertionError("the values changed between two passes")

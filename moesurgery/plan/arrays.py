@@ -59,8 +59,7 @@ def round_to_bf16(wide: np.ndarray, odd: np.ndarray, out: np.ndarray) -> None:
     np.bitwise_and(odd, 1, out=odd)
     np.add(odd, 0x7FFF, out=odd)
     np.add(wide, odd, out=wide)
-    np.right_shift(wide, 16, out=wide)
-    out[:] = wide
+    np.right_shift(wide, 16, out=out, casting="unsafe")  # one pass with the cast
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, byte_count, element_count
 from moesurgery.checkpoint.header import TensorInfo
@@ -62,16 +62,8 @@ class Multiply(NamedTuple):
 Piece = Copy | Multiply | Compute
 
 
-Held = tuple[object, dict[Any, Any]] | None
-
-
 class Reader(Protocol):
-    """Gives an evaluation the bytes of the sources.
-
-    `held` is what an expression that looks at its inputs several times keeps of them, with what it belongs to.
-    """
-
-    held: Held
+    """Gives an evaluation the bytes of the sources."""
 
     def read(self, source: Source, file: str, start: int, nbytes: int) -> torch.Tensor:
         """Return the bytes as a uint8 tensor that the caller owns until the chunk is written."""

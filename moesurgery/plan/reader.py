@@ -1,7 +1,7 @@
 """Bytes for evaluations: open files and reusable buffers, one set per thread.
 
 An anonymous mmap is the fastest buffer to read into, and fastest when its offset in the page equals the
-file's (a large bytearray sits at the worst address: docs/performance.md).
+file's (a large bytearray sits at the worst address).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from moesurgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-    from moesurgery.plan.expr import Held
 
 PAGE = 4096
 BUFFER = 1 << 20
@@ -60,8 +58,6 @@ def read_full(descriptor: int, view: memoryview, offset: int, where: str) -> Non
 
 class FileReader:
     """What one thread keeps while it evaluates expressions. A `plan.expr.Reader`."""
-
-    held: Held = None
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}

@@ -1,6 +1,6 @@
 """Moving bytes from file to file without decoding them: clones, links, kernel copies, sparse copies.
 
-Measured facts behind this file (docs/performance.md): copy_file_range shares blocks on XFS and btrfs only
+Measured facts behind this file: copy_file_range shares blocks on XFS and btrfs only
 where source and destination offset agree modulo the block size *and* the call is cut at block edges; an
 anonymous mmap is the fastest buffer, and fastest when its offset in the page equals the file's.
 """
