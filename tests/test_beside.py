@@ -107,3 +107,28 @@ def test_other_statistics_stay(demo: Path, tmp_path: Path, ok: Cli, cli: Cli, ch
     assert stats.read_bytes() == before
     ok("rescale", demo, *RESCALE, *TEXT, *changes, "-o", out, "--dry-run", "--force")
     assert stats.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["drop-experts", "--count", 8], "0 experts would be left"),
+        (["drop-experts"], "needs one of experts, keep and count"),
+        (["rescale", "--top-k", 9, "--scale", "measured"], "top-k 9 is impossible"),
+    ],
+)
+def test_what_no_statistics_make_possible_is_refused_before_the_model_runs(
+    arguments: list[object], message: str, demo: Path, tmp_path: Path, cli: Cli
+) -> None:
+    command, *options = arguments
+    result = cli(command, demo, *options, *TEXT, "-o", tmp_path / "out")
+    assert result.code == 2
+    assert message in result.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_statistics_are_named_with_their_ending(demo: Path, tmp_path: Path, ok: Cli, cli: Cli) -> None:
+    ok("collect", demo, *TEXT[:-1], "-o", tmp_path / "s")
+    result = cli("drop-experts", demo, "--count", 1, "--stats", tmp_path / "s", "--dry-run")
+    assert result.code == 2
+    assert f"hint:  name {tmp_path / 's'}.safetensors" in result.err.replace("\n       ", " ")

@@ -126,6 +126,24 @@ def test_an_adapted_model_merges_as_if_it_had_been_written(models: Any, ok: Cli,
     assert record["inputs"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_with_its_adapter_alone(models: Any, ok: Cli, tmp_path: Path) -> None:
+    """The shape of the recipes that write "lorablated" models."""
+    base = models("llama")
+    with_adapter(base, tmp_path / "adapter", target_modules=ATTENTION)
+    merged(ok, base, tmp_path / "adapter", tmp_path)
+    written = read_tensors(tmp_path / "out")
+    model = f"{base}+{tmp_path / 'adapter'}"
+    (tmp_path / "r.yaml").write_text(
+        f"base_model: {model}\nmerge_method: task_arithmetic\nparameters: {{normalize: false}}\n"
+        f"slices: [{{sources: [{{layer_range: [0, 2], model: {model}, parameters: {{weight: 1.0}}}}]}}]\n"
+    )
+    ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out", "--force")
+    found = read_tensors(tmp_path / "out")
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], value) for name, value in written.items())
+
+
 def test_what_does_not_fit_is_refused(models: Any, cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -143,6 +161,27 @@ def test_what_does_not_fit_is_refused(models: Any, cli: Cli, tmp_path: Path) -> 
         assert "fits no tensor" in result.err
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_dora": True}))
     assert "use_dora, which is not applied" in cli("merge", recipe, "-o", tmp_path / "out").err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
+def test_adapters_that_belong_to_a_changed_base(begun: str, models: Any, ok: Cli, cli: Cli, tmp_path: Path) -> None:
+    """PEFT takes the first components out of the base before it trains some kinds, and again when it loads them."""
+    base, adapter = models("llama"), tmp_path / "adapter"
+    rank = {"r": 4} if begun == "orthogonal" else {}
+    wrapped = peft.get_peft_model(
+        load(base), peft.LoraConfig(**{"r": 3, **rank}, target_modules=["q_proj"], init_lora_weights=begun)
+    )
+    wrapped.save_pretrained(adapter)
+    taken = load(base).model.layers[0].self_attn.q_proj.weight
+    left = wrapped.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    if torch.equal(taken, left):
+        merged(ok, base, adapter, tmp_path)
+        return
+    (tmp_path / "r.yaml").write_text(f"models: [{{model: {base}+{adapter}}}]\nmerge_method: passthrough\n")
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    assert result.code == 2
+    assert f"r.yaml:1: adapter has init_lora_weights '{begun}'" in result.err
 
 
 @pytest.mark.filterwarnings("ignore")

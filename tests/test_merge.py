@@ -248,6 +248,27 @@ WRONG: dict[str, tuple[str, str]] = {
         "merge_method: passthrough\n",
         "r.yaml:5: the stage 'b' uses itself",
     ),
+    "a revision beside the name": (
+        "models: [{model: A, revision: v1}]\nmerge_method: passthrough\n",
+        "r.yaml:1: unknown key 'revision': write it behind the name, `model: org/name@revision`",
+    ),
+    "a slice with another method": (
+        "slices:\n- sources: [{model: A, layer_range: [0, 2]}]\n  merge_method: linear\nmerge_method: passthrough\n",
+        "r.yaml:3: unknown key 'merge_method': all slices of a recipe have one method",
+    ),
+    "a third model as the base": (
+        "slices: [{sources: [{model: A, layer_range: [0, 2]}, {model: B, layer_range: [0, 2]}]}]\nbase_model: C\n"
+        "merge_method: slerp\nparameters: {t: 0.5}\n",
+        "r.yaml:1: the base model of slerp is one of those that it merges, not C",
+    ),
+    "two seeds": (
+        "models: [{model: A}]\nmerge_method: passthrough\nseed: 1\nrandom_seed: 2\n",
+        "r.yaml:4: give seed or random_seed, not both",
+    ),
+    "no model at all beside a base": (
+        "models: [{model: A}]\nbase_model: A\nmerge_method: nearswap\nparameters: {t: 0.1}\n",
+        "r.yaml:1: nearswap merges 1 models beside the base model; here are 0",
+    ),
     "two documents without names": (
         "models: [{model: A}]\nmerge_method: passthrough\n---\nmodels: [{model: A}]\nmerge_method: passthrough\n",
         "a second stage has no name",
@@ -326,6 +347,23 @@ IDLE: dict[str, tuple[str, str]] = {
         "models: [A, B]\nmerge_method: linear\nparameters: {weight: 1}\ngranularity: tensor\n",
         "r.yaml:4: granularity has no effect: linear takes each element by itself",
     ),
+    "a base alone": (
+        "models: [{model: A, parameters: {weight: 1}}]\nmerge_method: ties\nbase_model: A\n",
+        "r.yaml:1: only the base model is merged here: the result is A itself",
+    ),
+    "parameters of older versions": (
+        "models: [A, B]\nmerge_method: slerp\nbase_model: A\nparameters:\n  t: 0.5\n  embed_slerp: true\n",
+        "r.yaml:6: embed_slerp has no effect: it is no parameter of slerp",
+    ),
+    "padding beside the tokenizer": (
+        "models: [A]\nmerge_method: passthrough\npad_to_multiple_of: 8\n",
+        "r.yaml:3: pad_to_multiple_of has no effect here: put it under `tokenizer:`",
+    ),
+    "a slice with the recipe's own method": (
+        "slices:\n- sources: [{model: A, layer_range: [0, 2]}]\n  merge_method: passthrough\n"
+        "merge_method: passthrough\n",
+        "r.yaml:3: merge_method has no effect here: the recipe's own says the same",
+    ),
     "a stage that nothing uses": (
         "name: a\nmodels: [A]\nmerge_method: passthrough\n---\nmodels: [B]\nmerge_method: passthrough\n",
         "r.yaml:1: the stage 'a' has no effect: no other uses it",
@@ -345,6 +383,46 @@ def test_what_decides_nothing_is_said(
     result = ok("merge", "r.yaml", "-o", "out", "--dry-run")
     assert result.err.count("warning:") == 1
     assert f"warning: {message}" in result.err
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della"),
+        *("della_linear", "sce", "ram", "ramplus_tl"),
+    ],
+)
+def test_a_base_alone_is_the_result(method: str, llamas: list[Path], merge: Merge) -> None:
+    """As mergekit has it: so adapters are merged into models by many a published recipe."""
+    base = read_tensors(llamas[0])
+    found = merge(f"models: [{llamas[0]}]\nmerge_method: {method}\nbase_model: {llamas[0]}\n")
+    assert all(same_bits(found[name], base[name]) for name in base)
+    found = merge(f"models: [{llamas[0]}]\nmerge_method: {method}\nbase_model: {llamas[0]}\ndtype: bfloat16\n")
+    assert all(same_bits(found[name], base[name].bfloat16()) for name in base)
+
+
+def test_seeds_have_two_names_and_numbers_may_stand_in_quotes(llamas: list[Path], merge: Merge) -> None:
+    text = (
+        f"models: [{{model: {llamas[1]}, parameters: {{weight: WEIGHT}}}}]\nmerge_method: dare_linear\n"
+        f"base_model: {llamas[0]}\nparameters: {{density: [0.5, 0.25]}}\n"
+    )
+    seven = merge(text.replace("WEIGHT", "0.5") + "seed: 7\n")
+    same = merge(text.replace("WEIGHT", "'0.5'") + "random_seed: 7\n")
+    other = merge(text.replace("WEIGHT", "0.5") + "random_seed: 8\n")
+    assert all(same_bits(seven[name], same[name]) for name in seven)
+    assert not all(same_bits(seven[name], other[name]) for name in seven)
+
+
+@pytest.mark.parametrize(
+    ("stored", "written"), [("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_a_factor_and_another_dtype_round_once(
+    stored: str, written: str, llamas: list[Path], merge: Merge, tmp_path: Path
+) -> None:
+    held = {name: t.to(getattr(torch, stored)) for name, t in read_tensors(llamas[0]).items()}
+    source = write("llama", 0, tmp_path / "source", 4, made=held)
+    found = merge(f"models: [{source}]\nmerge_method: passthrough\nparameters: {{scale: 0.7071}}\ndtype: {written}\n")
+    assert all(same_bits(found[name], (t.float() * 0.7071).to(getattr(torch, written))) for name, t in held.items())
 
 
 def test_recipes_hold_anchors_in_keys_of_their_own(llamas: list[Path], merge: Merge) -> None:
@@ -727,8 +805,10 @@ def test_recipes_of_either_kind_are_told_apart(llamas: list[Path], cli: Cli, tmp
     merge, steps = tmp_path / "merge.yaml", tmp_path / "steps.yaml"
     merge.write_text(listed(*llamas, weight=1) + "merge_method: linear\n")
     steps.write_text(f"model: {llamas[0]}\nsteps: [convert: {{dtype: bfloat16}}]\n")
+    upcycle = tmp_path / "upcycle.yaml"
+    upcycle.write_text(f"base_model: {llamas[0]}\ngate_mode: random\nexperts: [{{source_model: {llamas[1]}}}]\n")
     assert cli("recipes", "check", merge, steps).code == 0
-    for command, file, hint in (("run", merge, "merge"), ("merge", steps, "run")):
+    for command, file, hint in (("run", merge, "merge"), ("merge", steps, "run"), ("merge", upcycle, "run")):
         result = cli(command, file, "-o", tmp_path / "out")
         assert result.code == 2
         assert f"`moesurgery {hint} {file}`" in result.err

@@ -100,8 +100,9 @@ def test_a_union_encodes_the_words_of_both(merge: Merge, pair: tuple[Path, Path]
     assert merged.decode(merged.encode(" xyz abc")) == " xyz abc"
 
 
-def test_another_models_tokenizer(merge: Merge, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    found = merge("tokenizer_source: B", method="slerp", parameters="t: 1")
+@pytest.mark.parametrize("name", ["B", "model:B"])
+def test_another_models_tokenizer(name: str, merge: Merge, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    found = merge(f"tokenizer_source: {name}", method="slerp", parameters="t: 1")
     b = vocabulary(pair[1])
     assert vocabulary(tmp_path / "out") == b
     assert found[ROWS[0]][:, 0].tolist() == [100 + i for i in range(len(b))]

@@ -100,6 +100,29 @@ def test_token_ids_and_text_in_json_lines(demo: Path, texts: list[Path], tmp_pat
         assert ok("perplexity", demo, path, *options).json["domains"][0]["nats"] == expected, name
 
 
+def test_separators_and_marks_that_editors_leave(demo: Path, texts: list[Path], tmp_path: Path, ok: Cli) -> None:
+    """A byte order mark is no text, and U+2028 and its like end no line of JSON."""
+    text = texts[0].read_text().replace("\f", " ")
+    options = ["--window", 64, "--limit", 4, "--json"]
+    (tmp_path / "plain.txt").write_text(text)
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    plain, marked = (ok("perplexity", demo, tmp_path / f"{n}.txt", *options).json for n in ("plain", "marked"))
+    assert marked["domains"][0]["nats"] == plain["domains"][0]["nats"]
+    odd = text[:40] + "\u2028\u0085" + text[40:]
+    (tmp_path / "odd.txt").write_text(odd)
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": odd}, ensure_ascii=False) + "\n")
+    first, second = (ok("perplexity", demo, tmp_path / f"odd.{end}", *options).json for end in ("txt", "jsonl"))
+    assert first["domains"][0]["nats"] == second["domains"][0]["nats"]
+
+
+def test_token_ids_of_another_tokenizer_are_named(demo: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "ids.jsonl").write_text(json.dumps([1, 2, 999_999, 3]) + "\n")
+    result = cli("perplexity", demo, tmp_path / "ids.jsonl", "--window", 4)
+    assert result.code == 2
+    assert "ids.jsonl has the token 999999, and the model has" in result.err
+    assert "hint:  the tokenizer that made it is another model's" in result.err
+
+
 def test_a_seed_draws_other_windows(demo: Path, texts: list[Path], ok: Cli) -> None:
     options = ["--window", 64, "--limit", 2, "--json"]
     nats = [
@@ -117,6 +140,8 @@ def test_a_seed_draws_other_windows(demo: Path, texts: list[Path], ok: Cli) -> N
         ("[1, -2]", "neither"),
         ("[1, true]", "neither"),
         ("{", "not JSON"),
+        ('{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}', "attention_mask is no list of 3"),
+        ('{"input_ids": [1, 2, 3], "attention_mask": 1}', "attention_mask is no list of 3"),
     ],
 )
 def test_bad_lines_are_named(demo: Path, tmp_path: Path, cli: Cli, line: str, word: str) -> None:

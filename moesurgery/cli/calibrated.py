@@ -155,6 +155,7 @@ def prepare(
         held_out = held_out or kept
         if found.name == MERGE:
             group_fit.check_merge(plan, values)
+        check_possible(plan, found, values)
         beside = Beside(name, plan, windows, run, given.text, flags.force)
         if PARAMETER not in values and not values.keys() & NAMED:
             values[PARAMETER] = str(beside.statistics(**_asked(plan, found, values)))
@@ -178,6 +179,14 @@ def prepare(
     if not flags.as_json:
         show(measured, "rule" if found.name == "rescale" else "")
     return Prepared(tuple(steps), {"heldout": measured})
+
+
+def check_possible(plan: Plan, found: Operation, values: Mapping[str, Any]) -> None:
+    """Refuse what no statistics could make possible before the model runs over any text."""
+    if found.name == "drop-experts":
+        apply(plan, found.name, **{k: v for k, v in values.items() if k in (*NAMED, "count")}, by="random")
+    elif found.name == "rescale" and "top_k" in values:
+        apply(plan, found.name, top_k=values["top_k"], scale="none")
 
 
 def _asked(plan: Plan, found: Operation, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Run:
     def domains(self, checkpoint: Checkpoint, texts: list[Path]) -> list[Domain]:
         """Read the text files as windows of the model's tokens."""
         from moesurgery.measure.perplexity import context_limit
-        from moesurgery.measure.text import load_tokenizer, read_domain, start_token
+        from moesurgery.measure.text import load_tokenizer, read_domain, start_token, token_count
 
         longest = context_limit(checkpoint)
         if longest is not None and self.window > longest:
@@ -111,8 +111,8 @@ class Run:
         def tokenizer() -> Any:
             return load_tokenizer(checkpoint)
 
-        start = start_token(checkpoint.config)
-        return [read_domain(path, tokenizer, start, self.window, self.limit, self.seed) for path in texts]
+        start, count = start_token(checkpoint.config), token_count(checkpoint.config)
+        return [read_domain(path, tokenizer, start, self.window, self.limit, self.seed, count) for path in texts]
 
 
 def calibrated_on(plan: Plan, windows: Tokens, run: Run, texts: list[Path]) -> dict[str, Any]:

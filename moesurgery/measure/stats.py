@@ -166,7 +166,9 @@ def load_stats(path: str | Path) -> Stats:
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
             about = json.loads(metadata["about"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as statistics: {error}") from None
+        longer = f"{path}.safetensors"
+        hint = f"name {longer}" if Path(longer).is_file() else "make them with `moesurgery collect`"
+        raise CheckpointError(f"{path} cannot be read as statistics: {error}", hint) from None
     order = {where: i for i, where in enumerate(about["blocks"])}
     return Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about)
 

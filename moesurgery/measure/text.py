@@ -52,12 +52,14 @@ def read_domain(
     length: int,
     limit: int | None = None,
     seed: int | None = None,
+    vocabulary: int | None = None,
 ) -> Domain:
     """Cut a file into windows of `length` tokens, each text after `start_token`; the rest is dropped.
 
     A `.jsonl` file has a document per line, as text or as token ids (`input_ids`, padding marked by
     `attention_mask` left out); any other file is text, for which `tokenizer()` is asked. `limit` bounds the number
-    of windows: the first ones, or with `seed` a sample. Raises RecipeError for an unreadable or too short file.
+    of windows: the first ones, or with `seed` a sample. Raises RecipeError for an unreadable or too short file, and
+    for a token that the model's `vocabulary` does not have.
     """
     import numpy as np
     import torch
@@ -73,6 +75,11 @@ def read_domain(
             ids += document
         if enough is not None and len(ids) >= enough:
             break
+    if vocabulary is not None and max(ids, default=0) >= vocabulary:
+        raise RecipeError(
+            f"{path} has the token {max(ids)}, and the model has {vocabulary:,} tokens, 0 to {vocabulary - 1}",
+            "the tokenizer that made it is another model's",
+        )
     count = len(ids) // length
     if count == 0:
         raise RecipeError(
@@ -88,14 +95,14 @@ def read_domain(
 def _documents(path: str | Path) -> Iterator[str | list[int]]:
     """Yield the documents of a file: texts, or lists of token ids."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path} cannot be read: {reason}") from None
     if not str(path).endswith(".jsonl"):
         yield from documents(text)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also cut at U+2028, inside of strings
         if line.strip():
             yield _record(line, f"{path}:{number}")
 
@@ -114,13 +121,25 @@ def _record(line: str, where: str) -> str | list[int]:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(type(v) is int and v >= 0 for v in value):
-        return [v for v, real in zip(value, mask, strict=True) if real] if mask else value
+        if mask is None:
+            return value
+        if isinstance(mask, list) and len(mask) == len(value):
+            return [v for v, real in zip(value, mask, strict=True) if real]
+        raise RecipeError(f"{where}: attention_mask is no list of {len(value)}, as input_ids is", hint)
     raise RecipeError(f"{where}: neither text nor token ids", hint)
 
 
 def documents(text: str) -> Sequence[str]:
     """Split a file at its form feeds; a file without them is one document."""
     return [part.strip("\n") for part in text.split(DOCUMENT_BREAK) if part.strip()]
+
+
+def token_count(config: Any) -> int | None:
+    """Return how many tokens a model has, from the config."""
+    for place in (config.get("text_config") or {}, config):
+        if isinstance(value := place.get("vocab_size"), int):
+            return value
+    return None
 
 
 def start_token(config: Any) -> int | None:

@@ -34,7 +34,7 @@ def middling(unit: Unit, density: Sequence[float], gamma: Sequence[float]) -> Ke
     return keep
 
 
-@merge_method("breadcrumbs", kind="streamed", base="required")
+@merge_method("breadcrumbs", kind="streamed", models=(0, None), base="required")
 def breadcrumbs(
     unit: Unit,
     *,
@@ -54,7 +54,7 @@ def breadcrumbs(
     return summed(unit, keep, weight, normalize=normalize, lambda_=lambda_, rescale=rescale)
 
 
-@merge_method("breadcrumbs_ties", kind="streamed", base="required")
+@merge_method("breadcrumbs_ties", kind="streamed", models=(0, None), base="required")
 def breadcrumbs_ties(
     unit: Unit,
     *,

@@ -19,7 +19,7 @@ def at_random(density: Sequence[float]) -> Keep:
     return keep
 
 
-@merge_method("dare_linear", kind="streamed", base="required", random=True)
+@merge_method("dare_linear", kind="streamed", models=(0, None), base="required", random=True)
 def dare_linear(
     unit: Unit,
     *,
@@ -38,7 +38,7 @@ def dare_linear(
     return summed(unit, at_random(density), weight, normalize=normalize, lambda_=lambda_, rescale=rescale)
 
 
-@merge_method("dare_ties", kind="streamed", base="required", random=True)
+@merge_method("dare_ties", kind="streamed", models=(0, None), base="required", random=True)
 def dare_ties(
     unit: Unit,
     *,

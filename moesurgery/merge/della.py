@@ -53,7 +53,7 @@ def _where(array: Array) -> dict[str, Any]:
     return {"device": array.device} if hasattr(array, "is_cuda") else {}
 
 
-@merge_method("della", kind="streamed", base="required", rows=True, random=True, refuse=_out_of_range)
+@merge_method("della", kind="streamed", models=(0, None), base="required", rows=True, random=True, refuse=_out_of_range)
 def della(
     unit: Unit,
     *,
@@ -73,7 +73,9 @@ def della(
     return summed(unit, keep, weight, normalize=normalize, lambda_=lambda_, rescale=rescale, elect=True)
 
 
-@merge_method("della_linear", kind="streamed", base="required", rows=True, random=True, refuse=_out_of_range)
+@merge_method(
+    "della_linear", kind="streamed", models=(0, None), base="required", rows=True, random=True, refuse=_out_of_range
+)
 def della_linear(
     unit: Unit,
     *,

@@ -38,6 +38,8 @@ _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?")
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)\.(.+)$")
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias")
 
+# Ways to begin that take something away from the base's weights, so that the adapter fits what is left of them.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _ADAPTED_AS_THEY_STAND = ("llama4",)  # families whose experts are [in, out] without their module saying so
 
@@ -117,6 +119,13 @@ class Adapter:
         for key in _REFUSED:
             if self.config.get(key):
                 raise RefusedError(f"{self.name} has {key}, which is not applied here", "merge it with PEFT first")
+        begun = str(self.config.get("init_lora_weights"))
+        if begun.lower().startswith(_CHANGES_THE_BASE):
+            raise RefusedError(
+                f"{self.name} has init_lora_weights {begun!r}, which changed the weights that it belongs to, too:"
+                " on the model itself it is not what was trained",
+                "save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT first",
+            )
 
     def factor(self, module: str, rank: int) -> float:
         """Return what multiplies B A of one module."""

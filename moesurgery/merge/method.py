@@ -55,7 +55,8 @@ Axis = Literal["rows", "columns"]
 class Method:
     """A named method and what its decorator and signature say of it.
 
-    `models` are the fewest and most models, without the base where there is one. `base` "none": a base model is one
+    `models` are the fewest and most models, without the base where there is one; with none, the result is the base,
+    and the function is not called. `base` "none": a base model is one
     of the models; "first": it is the first of them; else it stands apart, and combinations are of differences to it.
     `rows`: chunks are whole rows, shaped [rows, width]. `axis`: for combinations, whether the inner products are taken
     over the whole tensor (None), or over each row or column. `refuse` names what is wrong with a set of parameters.

@@ -140,7 +140,9 @@ class _Merger:
         chosen = [i for i, s in enumerate(sources) if not (apart and s is base)]
         values = self.arguments.of(path, place, [sources[i] for i in chosen])
         if self.method.name == "passthrough":
-            return scale(cast(inputs[0], dtype), values["scale"][0])
+            return _scaled(inputs[0], values["scale"][0], dtype)
+        if not chosen:  # the base alone: a way to write a model with its adapter
+            return cast(kept, dtype)
         key = random_key(self.stage.seed, f"{place.layer}.{path}") if self.method.random else 0
         return Merged(
             self.method.name,
@@ -247,13 +249,20 @@ class _Merger:
         return Step(
             "merge",
             parameters,
-            f"{stage.method.name} of {', '.join(others)}{base}: {count} tensors",
+            f"{stage.method.name} of {', '.join(others) or 'nothing'}{base}: {count} tensors",
             report={**report, "layers": len(self.placement.stack)} if stage.stacked else report,
             warnings=tuple(self.warnings),
             parents={text: self.models.parents(text) for text in stage.places.values()},
             places={("recipe", *path): text for path, text in stage.places.items()},
             origin=self.origin,
         )
+
+
+def _scaled(of: Expr, factor: float, dtype: str) -> Expr:
+    """Return `of * factor` in `dtype`, rounded once."""
+    if of.dtype == dtype or factor == 1:
+        return scale(cast(of, dtype), factor)
+    return cast(scale(cast(of, "F64" if of.dtype == "F64" else "F32"), factor), dtype)
 
 
 def _together(path: str, paths: frozenset[str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ def _merged(chunk: Chunk, epsilon: float, factors: Sequence[float]) -> Array:
     return chunk.base + total / xp.where(count > 0, count, xp.ones_like(count))
 
 
-@merge_method("ram", kind="streamed", base="required")
+@merge_method("ram", kind="streamed", models=(0, None), base="required")
 def ram(unit: Unit, *, epsilon: Least = 1e-5) -> Callable[[Chunk], Array]:
     """At each position, the mean of the differences that are not negligible.
 
@@ -36,7 +36,7 @@ def ram(unit: Unit, *, epsilon: Least = 1e-5) -> Callable[[Chunk], Array]:
     return lambda chunk: _merged(chunk, epsilon, [1.0] * unit.count)
 
 
-@merge_method("ramplus_tl", kind="streamed", base="required")
+@merge_method("ramplus_tl", kind="streamed", models=(0, None), base="required")
 def ramplus_tl(
     unit: Unit,
     *,

@@ -21,6 +21,7 @@ from pathlib import Path
 from moesurgery.errors import RecipeError
 from moesurgery.merge.stage import Stage
 from moesurgery.merge.stage_reader import StageReader
+from moesurgery.mergekit_moe import is_mergekit_moe
 from moesurgery.plan.plan import Plan
 from moesurgery.yaml_strict import parse_all, recipe_text
 
@@ -66,6 +67,8 @@ def parse_merge_recipe(text: str, origin: str = "recipe") -> MergeRecipe:
     documents = parse_all(text)
     if len(documents) == 1 and isinstance(documents[0].value, dict) and "steps" in documents[0].value:
         raise RecipeError(f"{origin} is a recipe of operations", f"carry it out with `moesurgery run {origin}`")
+    if is_mergekit_moe(documents[0].value) and "merge_method" not in documents[0].value:
+        raise RecipeError(f"{origin} is a recipe of mergekit-moe", f"carry it out with `moesurgery run {origin}`")
     for document in documents:
         reader = StageReader(document)
         stage = reader.stage() if not document.problems or isinstance(document.value, dict) else None

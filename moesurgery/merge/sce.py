@@ -12,7 +12,7 @@ from moesurgery.merge.unit import Chunk, Unit
 from moesurgery.surgery.parameters import Param
 
 
-@merge_method("sce", kind="streamed", base="required")
+@merge_method("sce", kind="streamed", models=(0, None), base="required")
 def sce(
     unit: Unit,
     *,

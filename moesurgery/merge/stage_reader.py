@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from moesurgery.errors import RecipeError
-from moesurgery.merge.method import Method, find_method, methods, per_model, problem
+from moesurgery.merge.method import Method, find_method, methods, per_model, problem, scalar
 from moesurgery.merge.setting import Setting, converted, read_setting, scalars
 from moesurgery.merge.stage import DTYPES, Input, Slice, Stage
 from moesurgery.merge.wish_reader import WishReader
@@ -17,8 +17,16 @@ from moesurgery.yaml_strict import Document
 # Keys of a document beyond mergekit's own: `granularity`, `align`, `seed`.
 _KEYS = (
     *("name", "models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype"),
-    *("tokenizer", "tokenizer_source", "chat_template", "granularity", "align", "seed"),
+    *("tokenizer", "tokenizer_source", "chat_template", "granularity", "align", "seed", "random_seed"),
 )
+# Parameters of older mergekit and of mergekit-evolve. No method has them, but recipes that are around do.
+_FORMER_PARAMETERS = ("embed_slerp", "smooth", "allow_negative_weights")
+# Keys that recipes hold where they decide nothing, and how to say what they mean.
+_BETTER = {
+    "revision": "write it behind the name, `model: org/name@revision`",
+    "lora": "write it behind the name, `model: org/name+adapter`",
+    "merge_method": "all slices of a recipe have one method; stages (`name:`) may have others",
+}
 
 
 class StageReader:
@@ -65,7 +73,7 @@ class StageReader:
             align=self.align(value),
             tokenizer=wishes.tokenizer(value),
             chat_template=wishes.chat_template(value),
-            seed=self.one_of(value, "seed", int, "a whole number") or 0,
+            seed=self.seed(value),
             line=line,
             lines={str(key): self.document.line((key,)) for key in value},
             value=value,
@@ -217,7 +225,7 @@ class StageReader:
         if method is None:
             return None
         if name not in method.parameters:
-            if any(name in other.parameters for other in methods().values()):
+            if name in _FORMER_PARAMETERS or any(name in other.parameters for other in methods().values()):
                 self.warnings.append((line, f"{name} has no effect: it is no parameter of {method.name}"))
             else:
                 known = ", ".join(method.parameters) or "none"
@@ -236,6 +244,8 @@ class StageReader:
             where, message = error.args
             self.wrong.append((where, f"{name}: {message}"))
             return None
+        if scalar(parameter).annotation in (int, float):  # mergekit reads numbers in quotes, too
+            setting = converted(setting, _number)
         if parameter.annotation is bool:  # recipes that mergekit-evolve wrote have 1.0 for true
             setting = converted(setting, lambda v: bool(v) if type(v) in (int, float) and v in (0, 1) else v)
         for value, where in scalars(setting):
@@ -253,7 +263,10 @@ class StageReader:
                 continue
             named = {entry.model for entry in part.inputs}
             if stage.stacked and base is not None and base not in named and method.base != "none":
-                self.wrong.append((part.line, f"the base model {base} must be a source of the slice, with its layers"))
+                what = f"the base model {base} must be a source of the slice, with its layers"
+                if method.base == "first" and len(named) == method.models[1]:
+                    what = f"the base model of {method.name} is one of those that it merges, not {base}"
+                self.wrong.append((part.line, what))
                 continue
             count = len(named | ({base} if base is not None and not stage.stacked else set()))
             count -= method.base in ("required", "optional") and base is not None
@@ -277,6 +290,9 @@ class StageReader:
             return
         for part in stage.slices:
             base = part.base or stage.base
+            if base is not None and {entry.model for entry in part.inputs} == {base}:
+                self.warnings.append((part.line, f"only the base model is merged here: the result is {base} itself"))
+                continue
             for entry in part.inputs:
                 for name, setting in entry.settings.items() if entry.model == base else ():
                     line = setting.choices[0].line
@@ -293,8 +309,12 @@ class StageReader:
             line = self.document.line(here)
             if any(key in method.parameters for method in methods().values()):
                 self.warnings.append((line, f"{key} has no effect here: put it under `parameters:`"))
+            elif key == "pad_to_multiple_of":
+                self.warnings.append((line, f"{key} has no effect here: put it under `tokenizer:`"))
+            elif key == "merge_method" and self.method is not None and value[key] == self.method.name:
+                self.warnings.append((line, f"{key} has no effect here: the recipe's own says the same"))
             else:
-                hint = did_you_mean(str(key), known) or f"known here: {', '.join(known)}"
+                hint = _BETTER.get(key) or did_you_mean(str(key), known) or f"known here: {', '.join(known)}"
                 self.wrong.append((line, f"unknown key {key!r}: {hint}"))
 
     def dtype(self, value: dict[str, Any]) -> str | None:
@@ -326,12 +346,29 @@ class StageReader:
                 return frozenset()
         return frozenset(wanted)
 
+    def seed(self, value: dict[str, Any]) -> int:
+        """Return the seed, which LazyMergekit's recipes call random_seed."""
+        if value.get("seed") is not None and value.get("random_seed") is not None:
+            self.complain(("random_seed",), "give seed or random_seed, not both")
+        found = [self.one_of(value, key, int, "a whole number") for key in ("seed", "random_seed")]
+        return found[0] or found[1] or 0
+
     def one_of(self, value: dict[str, Any], key: str, kind: Callable[..., Any], what: str) -> Any:
         given = value.get(key)
         if given is None or type(given) is kind:
             return given
         self.complain((key,), f"{key} is {given!r}, expected {what}")
         return None
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a text is; anything else as it is."""
+    if isinstance(value, str):
+        try:
+            return int(value) if value.strip().lstrip("-").isdecimal() else float(value)
+        except ValueError:
+            pass
+    return value
 
 
 def _path_of(value: Any) -> str | None:

@@ -14,7 +14,7 @@ from moesurgery.surgery.parameters import Param
 Idle = Annotated[float | bool, Param("accepted for mergekit's recipes, where it has no effect on this method either")]
 
 
-@merge_method("task_arithmetic", kind="streamed", base="required")
+@merge_method("task_arithmetic", kind="streamed", models=(0, None), base="required")
 def task_arithmetic(
     unit: Unit,
     *,

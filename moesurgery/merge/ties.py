@@ -10,7 +10,7 @@ from moesurgery.merge.task_vectors import Densities, Keep, Lambda, Mask, Normali
 from moesurgery.merge.unit import Chunk, Unit
 
 
-@merge_method("ties", kind="streamed", base="required")
+@merge_method("ties", kind="streamed", models=(0, None), base="required")
 def ties(
     unit: Unit,
     *,

@@ -45,6 +45,8 @@ class WishReader:
         return TokenizerWish(model or "base", tokens, multiple)
 
     def tokenizer_source(self, value: Any, path: tuple[Any, ...]) -> str | None:
+        if isinstance(value, str):
+            value = value.removeprefix("model:")  # as mergekit's documentation once had it
         return value if value in ("base", "union") else self.of.reference(value, path)
 
     def token(self, wish: Any, path: tuple[Any, ...]) -> TokenSource | None:

@@ -72,15 +72,15 @@ def loss_compared(dense: Plan, mixture: Plan, texts: Sequence[str]) -> tuple[str
 
 
 def _domains(dense: Plan, texts: Sequence[str], window: int, limit: int) -> list[Domain]:
-    from moesurgery.measure.text import load_tokenizer, read_domain, start_token
+    from moesurgery.measure.text import load_tokenizer, read_domain, start_token, token_count
 
     @cache
     def tokenizer() -> Any:
         return load_tokenizer(dense.checkpoint)
 
-    start = start_token(dense.checkpoint.config)
+    start, count = start_token(dense.checkpoint.config), token_count(dense.checkpoint.config)
     length = _window(dense, window)
-    return [read_domain(text, tokenizer, start, length, limit) for text in texts]
+    return [read_domain(text, tokenizer, start, length, limit, vocabulary=count) for text in texts]
 
 
 def _window(dense: Plan, wanted: int) -> int:
