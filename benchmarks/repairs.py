@@ -1,10 +1,13 @@
-"""What each choice of experts costs, and what each repair gives back: the tables of docs/measure.md, for any model.
+"""What each edit costs, and what each repair gives back: the tables of docs/measure.md and surgery.md, for any model.
 
     python benchmarks/repairs.py MODEL --text CALIBRATION… --heldout OTHER… [--count 2] [--by reap-sum…] [--refit down…]
 
 Drops `count` experts of every layer by each criterion, with statistics of `--tokens` tokens of the texts, repairs the
 outcome by each kind of `--refit`, and prints by how much the loss on the first `--limit` windows of each held-out file
-is above the original's, in nats per token: the mean, and one column per file. Nothing is left behind.
+is above the original's, in nats per token: one column per file, and the mean. Nothing is left behind.
+
+With `--top-k K` the edit is another top-k, and `--by` are rules of `rescale`. With `--to N` it is a merge, and `--by`
+are ways to merge: a group with parameters, such as `msmoe,router=lse`, or `default`.
 """
 
 from __future__ import annotations
@@ -13,14 +16,20 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.cli.measuring import Run
 from moesurgery.measure.collect import collect
+from moesurgery.measure.engine import Engine
+from moesurgery.measure.fits import save_fits
+from moesurgery.measure.group_fit import fit_groups
 from moesurgery.measure.perplexity import losses, mean
 from moesurgery.measure.refit import Options, refit
 from moesurgery.measure.repair import RepairWriter
+from moesurgery.measure.tokens import Tokens
 from moesurgery.plan.plan import Plan
+from moesurgery.surgery import grouping
 
 
 def arguments() -> argparse.Namespace:
@@ -30,8 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heldout", type=Path, nargs="+", required=True)
     parser.add_argument("--count", type=int, default=2)
     parser.add_argument("--top-k", type=int, help="change the top-k instead of dropping experts; --by are rules then")
-    parser.add_argument("--by", nargs="+", default=["reap-sum", "frequency", "reap"])
-    parser.add_argument("--refit", nargs="*", default=["scalar", "expert", "down"])
+    parser.add_argument("--to", type=int, help="merge instead of dropping experts; --by are ways to merge then")
+    parser.add_argument("--by", nargs="+", help="reap-sum, frequency and reap, every rule, or the default merge")
+    parser.add_argument("--refit", nargs="*", default=["scalar", "expert", "down", "all"])
     parser.add_argument("--ridge", type=float, help="found on held-out windows by default")
     parser.add_argument("--sweeps", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=49_152)
@@ -41,8 +51,25 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def merged(plan: Plan, engine: Engine, windows: Tokens, way: str, to: int, place: Path, stats: str) -> Plan:
+    """Merge by a way such as `msmoe,router=lse`, with the fit that it needs."""
+    group, *parameters = way.split(",")
+    values: dict[str, Any] = {"to": to, **dict(p.split("=") for p in parameters)}
+    if group != "default":
+        values["group"] = group
+    if values.get("weights") not in ("equal", "router-norm") or group != "router-rows":
+        values["stats"] = stats
+    merge = grouping.merger(plan, **values, fitted=True)
+    if merge.needs_fit:
+        values["fit"] = str(place / f"{way}.safetensors")
+        save_fits(Path(values["fit"]), fit_groups(engine, windows, merge), merge, {"tokens": windows.count})
+    return apply(plan, "merge-experts", **values)
+
+
 def main() -> None:
     given = arguments()
+    usual = ["none", "measured", "measured-expert"] if given.top_k else ["reap-sum", "frequency", "reap"]
+    choices = given.by or (["default"] if given.to else usual)
     plan = plan_of(open_checkpoint(given.model))
     run = Run(given.window, None, 0, given.device)
     windows, _ = run.calibration(plan.checkpoint, given.text, given.tokens)
@@ -55,21 +82,29 @@ def main() -> None:
     base = loss(plan)
     tokens = sum(domain.tokens for domain in held_out)
     print(f"{windows.count:,} calibration tokens; {tokens:,} held out, loss {base[0]:.4f}")
-    print(f"{'choice':<16} {'repair':<8}" + "".join(f"{d.name[-10:]:>11}" for d in held_out) + "        all  seconds")
+    wide = max(16, *(len(choice) for choice in choices))
+    print(
+        f"{'choice':<{wide}} {'repair':<8}" + "".join(f"{d.name[-10:]:>11}" for d in held_out) + "        all  seconds"
+    )
 
     def show(choice: str, repair: str, variant: Plan, seconds: float) -> None:
         total, *each = (found - before for found, before in zip(loss(variant), base, strict=True))
         print(
-            f"{choice:<16} {repair:<8}" + "".join(f"{x:>+11.4f}" for x in each) + f" {total:>+10.4f} {seconds:>8.0f}",
+            f"{choice:<{wide}} {repair:<8}"
+            + "".join(f"{x:>+11.4f}" for x in each)
+            + f" {total:>+10.4f} {seconds:>8.0f}",
             flush=True,
         )
 
     with tempfile.TemporaryDirectory() as place:
-        recon = [plan.anatomy.experts - given.count] if "recon" in given.by else []
-        stats = collect(run.engine(plan), windows, [given.top_k] if given.top_k else [], recon)
+        recon = [plan.anatomy.experts - given.count] if "recon" in choices else []
+        other = [given.top_k] if given.top_k else []
+        stats = collect(run.engine(plan), windows, other, recon, every_expert=given.to is not None)
         file = str(stats.save(Path(place, "stats")))
-        for choice in given.by:
-            if given.top_k:
+        for choice in choices:
+            if given.to:
+                edited = merged(plan, run.engine(plan), windows, choice, given.to, Path(place), file)
+            elif given.top_k:
                 edited = apply(plan, "rescale", top_k=given.top_k, scale=choice, stats=file)
             else:
                 edited = apply(plan, "drop-experts", count=given.count, by=choice, stats=file)

@@ -1,10 +1,11 @@
 """Peak memory of the streamed forward pass, on a synthetic Mixtral of 4 GB in bfloat16.
 
-    python benchmarks/streaming_memory.py [FOLDER]
+    python benchmarks/streaming_memory.py [FOLDER [WHAT…]]
 
 Writes the model (random weights, a shard per layer), then runs each command that runs models in a process of its own:
 `perplexity`, `collect`, the repairs and `probe`. Prints the largest resident set of each (VmHWM: Linux) beside the size
-of a layer in float32 and of the hidden states. docs/performance.md has the figures.
+of a layer in float32 and of the hidden states. docs/measure.md has the figures. WHAT are some of the commands by name,
+such as "--refit down"; a model that is in FOLDER already is used again.
 """
 
 from __future__ import annotations
@@ -41,18 +42,19 @@ import sys
 from moesurgery.cli import main
 code = main(sys.argv[1:])
 """
-# A repair of two layers: with the number of layers only its time grows. Experts are fitted however few tokens they see.
+# A repair of two layers, one for `down`, which takes a minute per expert: with more of them only its time grows.
+# Experts are fitted however few tokens they see.
 REPAIR = """
 import sys
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.cli.measuring import Run
 from moesurgery.measure.refit import Options, refit
-model, text, window, kind = sys.argv[1:]
+model, text, window, kind, layers = sys.argv[1:]
 plan, run, done = plan_of(open_checkpoint(model)), Run(int(window)), []
 class Enough(Exception): pass
 def take(fitted):
-    done.append(fitted)
-    if len(done) == 2:
+    done.append(fitted.where)  # a command writes a block and lets it go
+    if len(done) == int(layers):
         raise Enough
 edited = apply(plan, "drop-experts", experts=[1, 6])
 tokens, _ = run.calibration(plan.checkpoint, [text], 1 << 20)
@@ -132,9 +134,14 @@ def main() -> None:
         "collect --top-k 3": (COMMAND, ["collect", model, *calibrated, "--top-k", 3]),
         # There are as many passes as layers, and a layer is read once for all its experts: few tokens will do.
         "probe": (COMMAND, ["probe", model, *calibrated, "--tokens", 32, "--window", 32, "--mode", "mask", "--no-png"]),
-        **{f"--refit {kind}": (REPAIR, [model, text, WINDOW, kind]) for kind in ("scalar", "expert", "down", "all")},
+        **{
+            f"--refit {kind}": (REPAIR, [model, text, WINDOW, kind, 1 if kind == "down" else 2])
+            for kind in ("scalar", "expert", "down", "all")
+        },
     }
     for name, (script, arguments) in measured.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
         found = peak(script, *arguments)
         left = (found - layer - hidden) / 1e6
         print(f"{name}: peak {found / 1e6:.0f} MB, {left:.0f} MB beside one layer and the hidden states", flush=True)

@@ -12,11 +12,12 @@ import torch
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from moesurgery.measure.collect import collect
-from moesurgery.measure.engine import Engine, ExpertsCall, Watch
+from moesurgery.measure.engine import Engine
 from moesurgery.measure.probe import ablate
 from moesurgery.measure.refit import Fitted, Options, refit
 from moesurgery.measure.repair import RepairWriter
 from moesurgery.measure.tokens import Tokens
+from moesurgery.measure.watch import ExpertsCall, Watch
 from tests.tiny import PROMPT, load, logits
 
 ADAPTED = ("llama4_text", "llama4", "jetmoe")

@@ -15,8 +15,9 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.measure import engine as engine_module
 from moesurgery.measure.coroutine import Coroutine
-from moesurgery.measure.engine import Engine, ExpertsCall, Resume, Watch
+from moesurgery.measure.engine import Engine, Resume
 from moesurgery.measure.tokens import Tokens, padded
+from moesurgery.measure.watch import ExpertsCall, Watch
 from tests.families import ROWS
 from tests.quantise import fp8_value, make_fp8, make_mxfp4, mxfp4_value, rewrite
 from tests.tiny import PROMPT, TINY, build, load, logits, read_tensors, save_tiny

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moesurgery.measure.activations import activations, down, first
+from moesurgery.measure import gauss_newton
+from moesurgery.measure.activations import activations, before_gate, down, first, gated
 from moesurgery.measure.gauss_newton import Linearised, arrangement, chosen, conjugate, linearised, matrices
 from tests.tiny import load
 
@@ -16,7 +17,7 @@ FAMILIES = ["mixtral", "gpt_oss", "nemotron_h", "llama4_text"]  # chunks, interl
 
 def module_of(path: Any) -> Any:
     """The experts of the first MoE layer, or the block of Llama 4, in float64."""
-    model = load(path).double()
+    model = load(path).double().requires_grad_(False)
     found = [m for n, m in model.named_modules() if n.endswith((".experts", ".feed_forward")) and hasattr(m, "forward")]
     return next(m for m in found if hasattr(m, "router") or hasattr(m, "has_gate"))
 
@@ -73,6 +74,20 @@ def test_the_ridge_is_chosen_on_the_odd_windows(problem: tuple[Linearised, torch
     assert found.held_out < -0.5 * float(wanted.pow(2).sum())
 
 
+def test_ridges_one_at_a_time_are_those_of_all_at_once(
+    problem: tuple[Linearised, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, missing = problem
+    wanted = parts.adds([torch.ones(2, 5, 4, dtype=torch.float64), torch.ones(4, 5, dtype=torch.float64)])
+    wanted = wanted + 0.3 * missing
+    together, found = chosen(parts, wanted, 20, None)
+    monkeypatch.setattr(gauss_newton, "PATH_BYTES", 0)
+    apart, same = chosen(parts, wanted, 20, None)
+    assert found.ridge == same.ridge
+    assert found.held_out == pytest.approx(same.held_out)
+    assert all(torch.allclose(a, b) for a, b in zip(together, apart, strict=True))
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_linearised_expert_is_its_derivative(models: Any, model_type: str) -> None:
     module = module_of(models(model_type))
@@ -83,7 +98,8 @@ def test_the_linearised_expert_is_its_derivative(models: Any, model_type: str) -
     arrange = arrangement(module, 1)
     parts = linearised(module, 1, hidden, weight, arrange)
     change = [torch.randn(p.shape, generator=generator) for p in parts.pulls(torch.zeros(6, read.shape[1]))]
-    ahead, below = parts.natural(change)
+    ahead, below = (part.clone() for part in change)
+    parts.to_weights([ahead, below])
     with torch.no_grad():
         before = (first(module, 1).clone(), down(module, 1).clone())
         outputs = []
@@ -98,8 +114,6 @@ def test_the_linearised_expert_is_its_derivative(models: Any, model_type: str) -
 
 
 def _h(module: Any, read: torch.Tensor) -> torch.Tensor:
-    from moesurgery.measure.activations import before_gate, gated
-
     return gated(module, before_gate(module, 1, read))
 
 

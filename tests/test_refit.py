@@ -269,6 +269,20 @@ def test_the_ridge_is_the_one_that_serves_the_other_half_best() -> None:
     assert len(chosen) > 1
 
 
+def test_sums_that_rounding_left_short_of_positive_definite() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 3, 12, generator=generator, dtype=torch.float64)  # fewer tokens than neurons
+    gram, cross = sums(h, torch.randn(2, 3, 300, generator=generator, dtype=torch.float64))
+    gram[0].diagonal()[5:] -= 1e-4
+    system = gram.sum(0)
+    scale = float(system.diagonal().mean())
+    system.diagonal().add_(1e-9 * scale)
+    assert torch.linalg.eigvalsh(system)[0] < 0
+    found = solve(gram, cross, 1e-9).change
+    assert found is not None
+    assert torch.allclose(found @ system, cross.sum(0))
+
+
 def test_nothing_is_changed_that_would_not_carry_over() -> None:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(2, 20, 12, generator=generator, dtype=torch.float64)

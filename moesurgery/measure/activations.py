@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.measure.adapters import adapter_of
-from moesurgery.measure.engine import ExpertsCall
 from moesurgery.measure.outputs import one_expert
+from moesurgery.measure.watch import ExpertsCall
 
 if TYPE_CHECKING:
     import torch

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.settings import Settings
-from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Progress, Watch
+from moesurgery.measure.engine import Engine, Progress
 from moesurgery.measure.outputs import Routing, Spoken, one_expert, spoken
 from moesurgery.measure.recon import best_kept
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.stats import BlockStats, Stats, as_numpy, empty_sums
 from moesurgery.measure.tokens import Tokens
 from moesurgery.measure.twin import Twin
+from moesurgery.measure.watch import BlockCall, ExpertsCall, Watch
 from moesurgery.plan.plan import Plan
 from moesurgery.surgery.expert_counts import check_remaining
 from moesurgery.surgery.operation import apply

@@ -15,7 +15,7 @@ activations. Units stay loaded while all that are take less than `keep` bytes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +25,10 @@ from moesurgery.errors import RefusedError
 from moesurgery.measure.adapters import adapter_of, routed
 from moesurgery.measure.coroutine import Coroutine, current
 from moesurgery.measure.router_tap import RouterTap
-from moesurgery.measure.skeleton import Experts, Skeleton, Unit
+from moesurgery.measure.skeleton import Experts, Skeleton
 from moesurgery.measure.tokens import Tokens
+from moesurgery.measure.units import Unit
+from moesurgery.measure.watch import NOTHING, BlockCall, ExpertsCall, Watch
 from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -41,69 +43,6 @@ _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 
 _here = threading.local()  # the stream that a thread runs
-
-
-@dataclass
-class ExpertsCall:
-    """One call of a block's `experts` module: T tokens of one batch.
-
-    hidden [T, H], index [T, k] and weights [T, k] are its inputs: the routing that the model itself computed. Where
-    the code has no such module, `adapters` read the block as if it had, and `module` is the block.
-    `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding. `run()` computes
-    the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
-    """
-
-    block: Experts
-    module: Any
-    tokens: Tokens
-    first: int  # the number of the batch's first window
-    hidden: torch.Tensor
-    index: torch.Tensor
-    weights: torch.Tensor
-    logits: torch.Tensor | None
-    run: Callable[..., torch.Tensor]
-
-    @property
-    def real(self) -> torch.Tensor | None:
-        return self.tokens.mask.reshape(-1).to(self.hidden.device) if self.tokens.mask is not None else None
-
-    @property
-    def window(self) -> torch.Tensor:
-        """The number of the window of each token [T]."""
-        import torch
-
-        numbers = torch.arange(self.first, self.first + len(self.tokens), device=self.hidden.device)
-        return numbers.repeat_interleave(self.tokens.length)
-
-
-@dataclass
-class BlockCall:
-    """One call of the smallest module that holds a block's router and experts; `run()` is what it does."""
-
-    block: Experts
-    tokens: Tokens
-    first: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    run: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What is seen, and may be changed, on the way.
-
-    `experts` is called in place of every `experts` module and returns its output, or None for the usual one.
-    `block` is called in place of the module around router and experts, and returns its output. `ban` returns the
-    experts that a block's router may not choose. `router_logits` has `ExpertsCall.logits` filled in.
-    """
-
-    experts: Callable[[ExpertsCall], Any] | None = None
-    block: Callable[[BlockCall], Any] | None = None
-    ban: Callable[[Experts], Sequence[int]] | None = None
-    router_logits: bool = False
-
-
-NOTHING = Watch()
 
 
 @dataclass
@@ -222,6 +161,7 @@ class Engine:
         self.keep = keep
         self._resident: dict[str, Unit] = {}  # least recently used first
         self._pinned: set[str] = set()
+        self.freed: list[Callable[[Unit], None]] = []  # called when a unit's weights go
         self._active: _Active | None = None
         self._tap: RouterTap | None = None
         for block in self.blocks:
@@ -312,7 +252,7 @@ class Engine:
         """Give a unit's weights free at once: what was changed in them goes."""
         self._pinned.discard(unit.path)
         if self._resident.pop(unit.path, None) is not None:
-            self.skeleton.free(unit)
+            self._free(unit)
 
     def unpin(self) -> None:
         self._pinned.clear()
@@ -327,7 +267,12 @@ class Engine:
                 return
             unit = self._resident.pop(path)
             held -= unit.nbytes
-            self.skeleton.free(unit)
+            self._free(unit)
+
+    def _free(self, unit: Unit) -> None:
+        self.skeleton.free(unit)
+        for told in self.freed:
+            told(unit)
 
     @contextmanager
     def watching(self, watch: Watch, tokens: Tokens, first: int, unit: Unit) -> Iterator[None]:

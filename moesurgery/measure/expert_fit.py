@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import RefusedError
 from moesurgery.measure import gauss_newton
 from moesurgery.measure.activations import activations, down, reads
-from moesurgery.measure.engine import ExpertsCall
 from moesurgery.measure.ridge import Change, solve
+from moesurgery.measure.watch import ExpertsCall
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.values import values_of
 from moesurgery.surgery.layouts import matrices_of
@@ -22,6 +22,8 @@ from moesurgery.surgery.neurons import expert_tensors
 
 if TYPE_CHECKING:
     import torch
+
+BLOCK_ROWS = 512
 
 Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
 
@@ -108,9 +110,10 @@ def _fit_down(
     said = [activations(module, expert, part.hidden).float() * part.weight for part in mine]
     for part, h, residual in zip(mine, said, residuals, strict=True):
         for half, rows in enumerate((~part.odd, part.odd)):
-            gram[half] += (h[rows].T @ h[rows]).double()
-            cross[half] += (residual[part.token[rows]].T @ h[rows]).double()
+            _add_products(gram[half], h[rows], h[rows])
+            _add_products(cross[half], residual[part.token[rows]], h[rows])
     found = solve(gram, cross, ridge)
+    del gram, cross
     if found.change is None:
         return {}, found
     stored: torch.Tensor = (weight.double() + found.change).to(dtype)
@@ -119,6 +122,13 @@ def _fit_down(
     for part, h, residual in zip(mine, said, residuals, strict=True):
         residual[part.token] -= h @ change.float().T
     return {"down": stored}, found
+
+
+def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left^T right to `total` [m, n], some rows at a time: the products, in float32, are never there in whole."""
+    for start in range(0, len(total), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        total[rows] += (left[:, rows].T @ right).double()
 
 
 def _fit_all(

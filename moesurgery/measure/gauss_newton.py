@@ -4,7 +4,7 @@ What an expert adds to a token, g D a(F x), with F its first projection and a it
 F and D. The change that makes up for what is missing, drawn to none by a ridge, has no closed form that fits into
 memory, but a step of conjugate gradients costs two passes over the expert's tokens, and the steps for one ridge serve
 all greater ones too (Jegerlehner, hep-lat/9612014). So a path of ridges is fitted on the even windows and judged on
-the odd ones; then the best is fitted on all.
+the odd ones, as many at once as fit into `PATH_BYTES`; then the best is fitted on all.
 
 Gate, up and down are each measured in units of their own mean effect, so that one ridge serves all three.
 """
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 STEPS = 12
 PATH = (0.3, 1.0, 3.0, 10.0, 30.0)  # lambda over the mean effect of a weight
+PATH_BYTES = 192 << 20  # bounds the changes and directions of the ridges that are fitted at once
+BLOCK = 1 << 20  # numbers that are added up in float64 at once
 HALVINGS = 3  # tries, each with half the change of the one before
 
 Arrange = Callable[["torch.Tensor"], "torch.Tensor"]  # [..., P] -> [..., 2, I] or [..., 1, I], a view
@@ -68,10 +70,11 @@ class Linearised:
 
     def adds(self, change: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return what a change adds to the weighted output [t, H]."""
-        ahead, below = self.natural(change)
-        inner = sum((self.read @ part.T) * self.slope[:, i] for i, part in enumerate(ahead))
-        said: torch.Tensor = self.weight * (inner @ self.down.T + self.h @ below.T)
-        return said
+        ahead, below = change
+        inner = sum((self.read @ part.T).mul_(self.slope[:, i]).mul_(self.scale[0][i]) for i, part in enumerate(ahead))
+        said: torch.Tensor = inner @ self.down.T
+        said += (self.h @ below.T).mul_(self.scale[1])
+        return said.mul_(self.weight)
 
     def pulls(self, missing: torch.Tensor) -> list[torch.Tensor]:
         """Return the adjoint: the change along which `missing` [t, H] is made up for fastest."""
@@ -79,12 +82,21 @@ class Linearised:
 
         missing = missing * self.weight
         inner = missing @ self.down
-        ahead = torch.stack([(inner * self.slope[:, i]).T @ self.read for i in range(self.slope.shape[1])])
-        return [ahead * self.scale[0], (missing.T @ self.h) * self.scale[1]]
+        parts, width = self.slope.shape[1:]
+        ahead = self.read.new_empty(parts, width, self.read.shape[1])
+        for i in range(parts):
+            torch.mm((inner * self.slope[:, i]).T, self.read, out=ahead[i])
+        return [ahead.mul_(self.scale[0]), (missing.T @ self.h).mul_(self.scale[1])]
 
-    def natural(self, change: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a change as it is added to the weights."""
-        return change[0] * self.scale[0], change[1] * self.scale[1]
+    def to_weights(self, change: Sequence[torch.Tensor]) -> None:
+        """Turn a change, in place, into what is added to the weights."""
+        change[0].mul_(self.scale[0])
+        change[1].mul_(self.scale[1])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of one change."""
+        return 4 * self.down.numel() * (1 + self.slope.shape[1])
 
 
 def linearised(module: Any, expert: int, read: torch.Tensor, weight: torch.Tensor, arrange: Arrange) -> Linearised:
@@ -99,9 +111,10 @@ def linearised(module: Any, expert: int, read: torch.Tensor, weight: torch.Tenso
     read, weight = read.float(), weight.float()
     square = weight.pow(2)
     # The mean, over the entries of a matrix, of the sum of squares of what one entry adds.
-    effect = slope.pow(2) * (square * read.pow(2).mean(-1, keepdim=True) * below.pow(2).sum(0))[:, None]
-    ahead = effect.double().sum(0).mean(-1).clamp(min=1e-30).rsqrt().float()[:, None, None]
-    scale = float((square * h.pow(2)).double().sum(0).mean().clamp(min=1e-30).rsqrt())
+    each = (square * read.pow(2).mean(-1, keepdim=True)).T  # [1, t]
+    effect = [(each @ slope[:, i].pow(2) * below.pow(2).sum(0)).double().mean() for i in range(slope.shape[1])]
+    ahead = torch.stack(effect).clamp(min=1e-30).rsqrt().float()[:, None, None]
+    scale = float((square.T @ h.pow(2)).double().mean().clamp(min=1e-30).rsqrt())
     return Linearised(read, weight, h, slope, below, (ahead, scale))
 
 
@@ -118,10 +131,11 @@ def conjugate(
     left = missing.clone()
     pull = problem.pulls(left)
     found = [[torch.zeros_like(p) for p in pull] for _ in ridges]
-    ways = [[p.clone() for p in pull] for _ in ridges]
+    ways = [pull, *([p.clone() for p in pull] for _ in ridges[1:])]
     # A residual of the system with a shift is `fade` times that of the first; before and now.
     fades = [(1.0, 1.0) for _ in ridges]
     size, length, kept = _dot(pull, pull), 1.0, 0.0
+    del pull  # changes are the largest of all that is held
     for _ in range(steps):
         if size <= 0:
             break
@@ -136,22 +150,35 @@ def conjugate(
             lengths.append(length * fades[i][1] / now if now else 0.0)
             for change, way in zip(found[i], ways[i], strict=True):
                 change.add_(way, alpha=lengths[i])
-        pull = [p - base * c for p, c in zip(problem.pulls(left), found[0], strict=True)]
+        pull = problem.pulls(left)
+        for p, c in zip(pull, found[0], strict=True):
+            p.sub_(c, alpha=base)
         before_size, size = size, _dot(pull, pull)
         kept = size / before_size
         for i in range(len(ridges)):
             now, new = fades[i]
             keep = kept * new * lengths[i] / (now * length) if now else 0.0
-            ways[i] = [p * new + keep * way for p, way in zip(pull, ways[i], strict=True)]
+            for way, p in zip(ways[i], pull, strict=True):
+                way.mul_(keep).add_(p, alpha=new)
+        del pull
     return found
 
 
 def _dot(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second, strict=True))
+    """Return the scalar product, added up in float64."""
+    import torch
+
+    blocks = (
+        x.double() @ y.double()
+        for a, b in zip(first, second, strict=True)
+        for x, y in zip(torch.split(a.reshape(-1), BLOCK), torch.split(b.reshape(-1), BLOCK), strict=True)
+    )
+    return float(sum(blocks))
 
 
 def chosen(problem: Linearised, missing: torch.Tensor, even: int, ridge: float | None) -> tuple[Any, Change]:
-    """Return the change of an expert for tokens of which the first `even` are of even windows, and how it was found.
+    """Return what is added to an expert's weights, for tokens of which the first `even` are of even windows, and how
+    it was found.
 
     With `ridge` None the one is taken that, fitted on the even windows, leaves the least on the odd ones; None for a
     change where none is best.
@@ -160,16 +187,19 @@ def chosen(problem: Linearised, missing: torch.Tensor, even: int, ridge: float |
     if ridge is None:
         odd = problem.rows(even, len(missing))
         none = _dot([missing[even:]], [missing[even:]])
-        errors = []
-        for change in conjugate(problem.rows(0, even), missing[:even], PATH):
-            left = missing[even:] - odd.adds(change)
-            errors.append(_dot([left], [left]) - none)
+        errors: list[float] = []
+        together = max(1, PATH_BYTES // (2 * problem.nbytes))
+        for start in range(0, len(PATH), together):
+            for step in conjugate(problem.rows(0, even), missing[:even], PATH[start : start + together]):
+                left = missing[even:] - odd.adds(step)
+                errors.append(_dot([left], [left]) - none)
         best = min(range(len(PATH)), key=errors.__getitem__)
         if not errors[best] < 0:
             return None, Change(None, None, 0.0)
         ridge, held_out = PATH[best], errors[best] * len(missing) / max(1, len(missing) - even)
-    (change,) = conjugate(problem, missing, [ridge])
-    return problem.natural(change), Change(None, ridge, held_out)
+    (step,) = conjugate(problem, missing, [ridge])
+    problem.to_weights(step)
+    return step, Change(None, ridge, held_out)
 
 
 @dataclass
@@ -205,11 +235,14 @@ def fit(
     places = first(module, expert), down(module, expert)
     before = [place.float().clone() for place in places]
     for halvings in range(HALVINGS):
-        new = [old.clone() for old in before]
-        arrange(new[0].T).add_(step[0].permute(2, 0, 1), alpha=0.5**halvings)
-        new[1].add_(step[1], alpha=0.5**halvings)
-        for place, matrix in zip(places, new, strict=True):
-            place.copy_(matrix.to(dtype))
+        for i, (place, old) in enumerate(zip(places, before, strict=True)):
+            new = old.clone()
+            if i == 0:
+                arrange(new.T).add_(step[0].permute(2, 0, 1), alpha=0.5**halvings)
+            else:
+                new.add_(step[1], alpha=0.5**halvings)
+            place.copy_(new.to(dtype))
+            del new
         h = gated(module, before_gate(module, expert, read)).float()
         added = problem.weight * (h @ places[1].float().T - problem.h @ before[1].T)
         left = missing - added

@@ -27,8 +27,9 @@ from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.measure.activations import activations, check_form
 from moesurgery.measure.collect import check_routing
-from moesurgery.measure.engine import Engine, ExpertsCall, Progress, Watch
+from moesurgery.measure.engine import Engine, Progress
 from moesurgery.measure.tokens import Tokens
+from moesurgery.measure.watch import ExpertsCall, Watch
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.reader import FileReader
 from moesurgery.plan.values import values_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from moesurgery.measure.engine import ExpertsCall
+from moesurgery.measure.watch import ExpertsCall
 
 if TYPE_CHECKING:
     import torch

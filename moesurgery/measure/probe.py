@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.measure.collect import check_routing
-from moesurgery.measure.engine import Engine, ExpertsCall, Progress, Resume, Streams, Watch
+from moesurgery.measure.engine import Engine, Progress, Resume, Streams
 from moesurgery.measure.perplexity import window_loss
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.tokens import Tokens
+from moesurgery.measure.watch import ExpertsCall, Watch
 
 if TYPE_CHECKING:
     import torch

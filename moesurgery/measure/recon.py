@@ -13,8 +13,9 @@ from itertools import combinations
 from math import comb
 from typing import TYPE_CHECKING
 
-from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Watch
+from moesurgery.measure.engine import Engine
 from moesurgery.measure.outputs import Routing, one_expert
+from moesurgery.measure.watch import BlockCall, ExpertsCall, Watch
 
 if TYPE_CHECKING:
     import torch

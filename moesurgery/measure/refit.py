@@ -15,9 +15,10 @@ Each solution is drawn to no change, by a ridge that is judged on windows it was
 what would not carry over to other text is left as it is. Nothing is trained and no gradient is taken.
 docs/measure.md says where it helps and where it does not.
 
-Memory beside the two models' streams: the hidden states of all tokens four times. For `down` also the activations of
-one expert and six square matrices of its width in float64; for `all` those activations seven times and an expert's
-weights fifteen times.
+Memory beside the two models' streams and one layer: the hidden states of all tokens four times. For `down` also the
+activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all` those
+activations seven times and an expert's weights, in float32, three times, or more often while that is below 192 MB.
+Fitted matrices are held until their block is done, as they are stored.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.measure.activations import check_form, down
-from moesurgery.measure.engine import Engine, ExpertsCall, Progress, Streams, Watch
+from moesurgery.measure.engine import Engine, Progress, Streams
 from moesurgery.measure.expert_fit import Matrices, check_names, fit_expert
 from moesurgery.measure.outputs import Spoken, spoken
 from moesurgery.measure.ridge import Change, solve
 from moesurgery.measure.skeleton import Experts
 from moesurgery.measure.tokens import Tokens
+from moesurgery.measure.watch import ExpertsCall, Watch
 from moesurgery.plan.expr import torch_dtype
 from moesurgery.plan.plan import Plan
 
@@ -119,7 +121,19 @@ def refit(
             return None
         return call.run(call.hidden, call.index, call.weights * _each(factors[call.block.where], call.index))
 
-    reference = repaired = None
+    def repair(block: Experts, outputs: Sequence[Any]) -> None:
+        """Fit one block. What that took is free again when the next one's turn comes."""
+        assert repaired is not None
+        originals = said.pop(block.where)
+        calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+        total = max(_energy([_real(y, call) for y, call in zip(originals, calls, strict=True)]), 1e-30)
+        fitted = _fit(edited.plan, block, calls, missing, total, options)
+        if fitted.factors is not None:
+            factors[block.where] = _tensor(fitted.factors, edited)
+        done(fitted)
+
+    reference: Streams | None = None
+    repaired: Streams | None = None
     try:
         reference = original.start(tokens, Watch(experts=listen), batch=size)
         repaired = edited.start(tokens, Watch(experts=repaired_output), batch=size)
@@ -130,13 +144,7 @@ def refit(
             outputs = [stream.last for stream in reference.streams]
             with edited.loaded(unit, pin=True):
                 for block in (b for b in edited.blocks if b.unit == unit.path):
-                    originals = said.pop(block.where)
-                    calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
-                    total = max(_energy([_real(y, call) for y, call in zip(originals, calls, strict=True)]), 1e-30)
-                    fitted = _fit(edited.plan, block, calls, missing, total, options)
-                    if fitted.factors is not None:
-                        factors[block.where] = _tensor(fitted.factors, edited)
-                    done(fitted)
+                    repair(block, outputs)
                 repaired.step(progress)
             edited.forget(unit)
     finally:

@@ -6,11 +6,12 @@ judged on the other, both ways, for a path of lambdas, and the best is used on a
 better, nothing is changed. (lambda is the same for a half and for all: it says how large a change is to be expected,
 not how many tokens there are.)
 
-One eigendecomposition of each half's sum of h h^T serves the whole path.
+Memory beside the sums: one square matrix, in which a Cholesky factor is made for every lambda, and a block of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 PATH = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda over the mean diagonal of the sum of h h^T
+ROWS = 256  # of a change that are solved for together
 
 
 @dataclass(frozen=True)
@@ -38,40 +40,64 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float | None) -> Chang
 
     `ridge` is lambda over the mean diagonal of all tokens; None has it found.
     """
-    both, wanted = gram.sum(0), cross.sum(0)
-    scale = float(both.diagonal().mean())
+    import torch
+
+    scale = float((gram[0].diagonal() + gram[1].diagonal()).mean())
     if scale <= 0:
         return Change(None, None, None if ridge is not None else 0.0)
-    if ridge is not None:
-        return Change(_solved(both, wanted, ridge * scale), ridge)
-    judged = [0.0] * len(PATH)
-    for fitted, other in ((0, 1), (1, 0)):
-        for i, error in enumerate(_path(gram, cross, fitted, other, scale)):
-            judged[i] += error
-    best = min(range(len(PATH)), key=judged.__getitem__)
-    if judged[best] >= 0:
-        return Change(None, None, 0.0)
-    return Change(_solved(both, wanted, PATH[best] * scale), PATH[best], judged[best])
+    room = torch.empty_like(gram[0])
+    held_out = None
+    if ridge is None:
+        judged = [0.0] * len(PATH)
+        for fitted, other in ((0, 1), (1, 0)):
+            for i, tried in enumerate(PATH):
+                solver = _solver(gram[fitted : fitted + 1], tried * scale, room)
+                judged[i] += _judged(solver, cross[fitted], gram[other], cross[other])
+        best = min(range(len(PATH)), key=judged.__getitem__)
+        if judged[best] >= 0:
+            return Change(None, None, 0.0)
+        ridge, held_out = PATH[best], judged[best]
+    solver = _solver(gram, ridge * scale, room)
+    blocks = zip(torch.split(cross[0], ROWS), torch.split(cross[1], ROWS), strict=True)
+    return Change(torch.cat([solver(even + odd) for even, odd in blocks]), ridge, held_out)
 
 
-def _path(gram: torch.Tensor, cross: torch.Tensor, fitted: int, other: int, scale: float) -> list[float]:
-    """Return what the squared error of half `other` changes by, for each lambda fitted on half `fitted`."""
+def _judged(
+    solver: Callable[[torch.Tensor], torch.Tensor], cross: torch.Tensor, gram: torch.Tensor, wanted: torch.Tensor
+) -> float:
+    """Return what the squared error of the half with sums `gram` and `wanted` changes by, when the other half, with
+    the sum `cross`, is solved for."""
     import torch
 
-    values, vectors = torch.linalg.eigh(gram[fitted])
-    turned = cross[fitted] @ vectors
-    theirs, wanted = vectors.T @ gram[other] @ vectors, cross[other] @ vectors
-    found = []
-    for ridge in PATH:
-        change = turned / (values.clamp(min=0) + ridge * scale)
-        found.append(float(((change @ theirs - 2 * wanted) * change).sum()))
-    return found
+    total = cross.new_zeros(())
+    for ours, theirs in zip(torch.split(cross, ROWS), torch.split(wanted, ROWS), strict=True):
+        change = solver(ours)
+        total += ((change @ gram - 2 * theirs) * change).sum()
+    return float(total)
 
 
-def _solved(gram: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor:
+def _solver(grams: torch.Tensor, strength: float, room: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what solves x (sum of `grams` + strength) = rows for rows [b, I]. `room` [I, I] is overwritten."""
     import torch
 
-    system = gram.clone()
-    system.diagonal().add_(strength)
-    found: torch.Tensor = torch.linalg.solve(system, cross.T).T
-    return found
+    def fill() -> torch.Tensor:
+        room.copy_(grams[0])
+        for more in grams[1:]:
+            room.add_(more)
+        room.diagonal().add_(strength)
+        return room.mT  # the same matrix, in the order of LAPACK, which then works in place
+
+    info = torch.empty((), dtype=torch.int32, device=room.device)
+    lower = fill()
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    if int(info) == 0:
+
+        def substitute(rows: torch.Tensor) -> torch.Tensor:
+            half = torch.linalg.solve_triangular(lower, rows.mT, upper=False)
+            found: torch.Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True).mT
+            return found
+
+        return substitute
+    # Rounding has left the sums short of positive definite, which happens with a ridge next to nothing.
+    factors, pivots = torch.linalg.lu_factor(fill())
+    return lambda rows: torch.linalg.lu_solve(factors, pivots, rows.mT).mT

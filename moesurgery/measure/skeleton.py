@@ -1,7 +1,6 @@
 """A model of transformers without its weights, and the weights of one unit at a time from a plan.
 
-A unit is a decoder layer, or a module outside the layers that owns weights: the embedding, the final norm, the
-head. The names and the arrangement of the checkpoint's tensors become those of the module's parameters by
+The names and the arrangement of the checkpoint's tensors become those of the module's parameters by
 transformers' own conversion tables, so that every family and layout it loads is read here too.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import CheckpointError, RefusedError
@@ -19,32 +18,13 @@ from moesurgery.families.components import is_vision
 from moesurgery.measure.adapters import UNREAD, adapter_of
 from moesurgery.measure.lazy import LazyTensor, evaluate_into
 from moesurgery.measure.model_config import load_config
+from moesurgery.measure.units import Group, Unit, decoder_layers, find_units
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.reader import FileReader
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass
-class Unit:
-    """A module whose weights come and go together. `layer` is its place in the list of decoder layers."""
-
-    path: str
-    module: Any
-    layer: int | None = None
-    groups: list[_Group] = field(default_factory=list)
-    nbytes: int = 0
-
-
-@dataclass
-class _Group:
-    """The tensors that become one parameter (or, through one converter, several)."""
-
-    target: str
-    converter: Any
-    names: list[tuple[str, str]] = field(default_factory=list)  # (pattern of the converter, name in the plan)
 
 
 @dataclass(frozen=True)
@@ -105,7 +85,7 @@ class Skeleton:
         self._assign()
         self._check_complete()
         self.target |= {name: self.target[plain] for name, plain in renamed.items() if plain in self.target}
-        self.layers = _decoder_layers(self.units, self.target, plan)
+        self.layers = decoder_layers(self.units, self.target, plan)
         self.load(self._loose)
 
     def blocks(self) -> list[Experts]:
@@ -161,7 +141,7 @@ class Skeleton:
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
         prefix = self.model.base_model_prefix
-        groups: dict[str, _Group] = {}
+        groups: dict[str, Group] = {}
         for name in sorted(self.tensors, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             if target not in state and name in state:
@@ -170,7 +150,7 @@ class Skeleton:
                 self.unused.append(name)
                 continue
             self.target[name] = target
-            group = groups.setdefault(target, _Group(target, by_pattern[pattern] if pattern is not None else None))
+            group = groups.setdefault(target, Group(target, by_pattern[pattern] if pattern is not None else None))
             group.names.append((pattern or name, name))
         for group in groups.values():
             self.unit_of(group.target).groups.append(group)
@@ -194,17 +174,17 @@ class Skeleton:
                 "the checkpoint is incomplete, or its config.json belongs to another model",
             )
 
-    def _tie(self, groups: dict[str, _Group]) -> None:
+    def _tie(self, groups: dict[str, Group]) -> None:
         """Let tied parameters that are stored once be read for each module that uses them."""
         for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
             for missing, stored in ((target, source), (source, target)):
                 if missing not in groups and stored in groups and missing in self._empty:
                     tied = groups[stored]
                     if self.unit_of(missing) is not self.unit_of(stored):
-                        again = _Group(missing, tied.converter, tied.names)
+                        again = Group(missing, tied.converter, tied.names)
                         self.unit_of(missing).groups.append(again)
 
-    def _shared(self, group: _Group, donor: Skeleton) -> bool:
+    def _shared(self, group: Group, donor: Skeleton) -> bool:
         """Take a parameter from the donor if it has it in memory and it comes of the same tensors."""
         if len(getattr(group.converter, "target_patterns", ())) > 1 or donor.target.get(group.names[0][1]) is None:
             return False
@@ -216,7 +196,7 @@ class Skeleton:
         self._place(group.target, donor.tensor(group.target))
         return True
 
-    def _converted(self, group: _Group) -> dict[str, Any]:
+    def _converted(self, group: Group) -> dict[str, Any]:
         lazy = [(pattern, name, LazyTensor(self.tensors[name], self._reader)) for pattern, name in group.names]
         if group.converter is None:
             return {group.target: lazy[0][2]}
@@ -388,41 +368,3 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def find_units(model: Any) -> Iterator[Unit]:
-    """Yield the elements of module lists, and the largest modules that hold no such list."""
-    import torch
-
-    def walk(path: str, module: Any) -> Iterator[Unit]:
-        for name, child in module.named_children():
-            where = f"{path}.{name}" if path else name
-            if isinstance(child, torch.nn.ModuleList):
-                yield from (Unit(f"{where}.{i}", element) for i, element in enumerate(child))
-            elif any(isinstance(m, torch.nn.ModuleList) for m in child.modules()):
-                yield from walk(where, child)
-            elif next(child.parameters(), None) is not None:
-                yield Unit(where, child)
-
-    return walk("", model)
-
-
-def _decoder_layers(units: dict[str, Unit], target: dict[str, str], plan: Plan) -> list[Unit]:
-    """Return the list of units that holds the MoE blocks, or the largest list of a dense model."""
-    weight: dict[str, int] = {}
-    lists: dict[str, list[Unit]] = {}
-    routers = {m.name for block in plan.anatomy.main_blocks for m in block.members}
-    for path, unit in units.items():
-        parent, _, number = path.rpartition(".")
-        if number.isdigit():
-            lists.setdefault(parent, []).append(unit)
-    for name, place in target.items():
-        for parent in lists:
-            if place.startswith(parent + ".") and name in plan.tensors:
-                weight[parent] = weight.get(parent, 0) + plan.tensors[name].nbytes * (1000 if name in routers else 1)
-    if not weight:
-        raise RefusedError("the model has no list of layers, so it cannot be run layer by layer")
-    chosen = lists[max(weight, key=lambda parent: weight[parent])]
-    for i, unit in enumerate(chosen):
-        unit.layer = i
-    return chosen

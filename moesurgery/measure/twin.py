@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.measure.engine import BlockCall, Engine, ExpertsCall, Watch
+from moesurgery.measure.engine import Engine
 from moesurgery.measure.outputs import Routing
+from moesurgery.measure.units import Unit
+from moesurgery.measure.watch import BlockCall, ExpertsCall, Watch
 from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -22,7 +24,15 @@ class Twin:
             plan, device=str(skeleton.device), dtype=str(skeleton.dtype).removeprefix("torch."), keep=0
         )
         self.engine.skeleton.donor = skeleton
+        self.original = original
+        self.original.freed.append(self._let_go)
         self._unit: str | None = None
+
+    def _let_go(self, unit: Unit) -> None:
+        """Hold no weights of a unit that the original has given free: the next one's are about to come."""
+        if unit.path == self._unit:
+            self._unit = None
+            self.engine.forget(self.engine.skeleton.units[unit.path])
 
     def run(self, call: BlockCall, experts: Callable[[ExpertsCall], Any]) -> None:
         """Run the block of `call` on the call's inputs, with `experts` in place of its experts module."""
@@ -52,5 +62,6 @@ class Twin:
         return found[0]
 
     def close(self) -> None:
+        self.original.freed.remove(self._let_go)
         self._unit = None
         self.engine.unpin()

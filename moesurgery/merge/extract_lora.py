@@ -26,7 +26,8 @@ from moesurgery.plan.reader import FileReader
 if TYPE_CHECKING:
     import torch
 
-    from moesurgery.measure.skeleton import Skeleton, Unit
+    from moesurgery.measure.skeleton import Skeleton
+    from moesurgery.measure.units import Unit
 
 EXACT = 1024  # matrices with a side up to this get a full decomposition, others a randomised one
 OVERSAMPLED, POWER = 32, 6

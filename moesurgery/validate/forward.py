@@ -19,7 +19,7 @@ from moesurgery.validate.vocabulary import embedding_of
 if TYPE_CHECKING:
     import torch
 
-    from moesurgery.measure.engine import ExpertsCall
+    from moesurgery.measure.watch import ExpertsCall
 
 PROMPTS, LENGTH, SEED = 8, 64, 0
 ENOUGH = 20  # choices per expert before one that was never chosen counts: trained experts may wait for other words
@@ -77,8 +77,9 @@ def run(checkpoint: Checkpoint, prompts: torch.Tensor, reference: Checkpoint | N
     Memory: one layer of each, and the logits of one prompt. Raises RefusedError where a model cannot be run,
     CheckpointError where it does not hold what its code expects.
     """
-    from moesurgery.measure.engine import Engine, Streams, Watch
+    from moesurgery.measure.engine import Engine, Streams
     from moesurgery.measure.tokens import Tokens
+    from moesurgery.measure.watch import Watch
 
     trace = Trace()
     runs: list[Streams] = []
