@@ -106,6 +106,16 @@ def test_an_attention_that_cannot_be_is_unknown(demo: Path, tmp_path: Path, ok: 
     assert "unknown attention layout" in ok("count-params", tmp_path / "m").out
 
 
+def test_layers_that_the_config_makes_up_are_said(demo: Path, tmp_path: Path, ok: Cli) -> None:
+    shutil.copytree(demo, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 100}))
+    (note,) = ok("count-params", tmp_path / "m", "--json").json["notes"]
+    assert note.startswith("config.json makes layers 0-99 MoE, the tensors 0-")
+    assert note in ok("count-params", tmp_path / "m").out
+    assert ok("count-params", demo, "--json").json["notes"] == []
+
+
 def test_no_layers_by_the_config(demo: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(demo, tmp_path / "m")
     config = json.loads((demo / "config.json").read_text())

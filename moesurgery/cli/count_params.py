@@ -50,12 +50,15 @@ def count_params_command(
         document = counts.as_json()
         document["model"] = checkpoint.source.identity
         document["headers_only"] = checkpoint.headers_only
+        document["notes"] = anatomy.notes
         document["roofline"] = cost.as_json() if cost else None
         if by_layer:
             document["layers"] = counts.by_layer
         console.json(document)
         return
     _show(checkpoint.source.identity, counts, headers_only=checkpoint.headers_only)
+    for note in anatomy.notes:
+        console.result(note)
     if by_layer:
         _show_layers(counts)
     if cost is not None:
