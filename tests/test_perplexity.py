@@ -123,6 +123,14 @@ def test_token_ids_of_another_tokenizer_are_named(demo: Path, tmp_path: Path, cl
     assert "hint:  the tokenizer that made it is another model's" in result.err
 
 
+def test_text_in_another_encoding_gets_a_hint(demo: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "t.txt").write_bytes("café".encode("latin-1"))
+    result = cli("perplexity", demo, tmp_path / "t.txt")
+    assert result.code == 2
+    assert "t.txt cannot be read: it is not UTF-8 text" in result.err
+    assert "iconv" in result.err
+
+
 def test_a_seed_draws_other_windows(demo: Path, texts: list[Path], ok: Cli) -> None:
     options = ["--window", 64, "--limit", 2, "--json"]
     nats = [

@@ -20,6 +20,7 @@ from moesurgery.measure.engine import Engine
 from moesurgery.measure.probe import Ablations, ablate, screened, takers
 from moesurgery.measure.tokens import Tokens
 from tests.conftest import Result
+from tests.golden.models import write
 from tests.tiny import PROMPT, load, logits
 
 Cli = Callable[..., Result]
@@ -160,6 +161,14 @@ def test_the_command(probed: tuple[Path, list[object]], ok: Cli, cli: Cli) -> No
     assert again.code == 2
     assert "--force" in again.err
     assert "expected one of mask, zero, both" in cli(*arguments, "--mode", "kill").err
+
+
+def test_a_dense_model_has_nobody_to_leave_out(tmp_path: Path, cli: Cli) -> None:
+    model = write("llama", 0, tmp_path / "dense")
+    (tmp_path / "ids.jsonl").write_text(json.dumps(PROMPT.flatten().tolist()))
+    result = cli("probe", model, "--text", tmp_path / "ids.jsonl", "--window", 16)
+    assert result.code == 2
+    assert "error: probe: this is a dense model" in result.err
 
 
 def test_token_ids_need_no_tokenizer(models: Any, tmp_path: Path, ok: Any) -> None:

@@ -63,6 +63,7 @@ def probe_command(
     run = measuring.Run(window, None, seed, device, dtype)
     run.check()
     plan = measuring.subject(model)
+    plan.anatomy.require_family("probe")
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
 
     from moesurgery.measure.criteria import scores

@@ -57,7 +57,8 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         for y, x in np.ndindex(*values.shape):
             if np.isfinite(values[y, x]):
                 dark = abs(float(norm(values[y, x])) - 0.5) > 0.3
-                text = f"{values[y, x]:.0f}" if abs(values[y, x]) >= 10 else f"{values[y, x]:.1f}"
+                digits = 0 if abs(values[y, x]) >= 10 else 1
+                text = f"{round(float(values[y, x]), digits) + 0.0:.{digits}f}"  # never -0.0
                 grid.text(x, y, text, ha="center", va="center", fontsize=8, color=PAPER if dark else INK)
     for y, layer in enumerate(layers):
         for x in layer["super_experts"]:
@@ -117,7 +118,8 @@ font-family:ui-monospace,monospace;font-size:.82rem;white-space:pre}
 <script>
 const D=JSON.parse(document.getElementById('data').textContent);
 const M={};
-for(const m of D.modes)M['change of loss ('+m+')']={f:e=>e.change[m]??null,n:v=>(1000*v).toFixed(Math.abs(v)<.01?1:0),
+for(const m of D.modes)M['change of loss ('+m+')']={f:e=>e.change[m]??null,
+ n:v=>(Math.round(1e4*v)/10+0).toFixed(Math.abs(v)<.01?1:0),
  u:'millinats per token',signed:true};
 M['share of tokens']={f:e=>e.usage,n:v=>(100*v).toFixed(0),u:'%'};
 M['mean gate weight']={f:e=>e.gate,n:v=>v.toFixed(2),u:''};

@@ -97,8 +97,10 @@ def _documents(path: str | Path) -> Iterator[str | list[int]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{path} cannot be read: {reason}") from None
+        reason, hint = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text", None
+        if isinstance(error, UnicodeDecodeError):
+            hint = f"convert it first, as with `iconv -f latin1 -t utf-8 {path}`"
+        raise RecipeError(f"{path} cannot be read: {reason}", hint) from None
     if not str(path).endswith(".jsonl"):
         yield from documents(text)
         return
