@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,22 @@ def test_a_union_encodes_the_words_of_both(merge: Merge, pair: tuple[Path, Path]
     for tokenizer, text in ((first, "abc abd abe"), (second, "xyz xya xyb<|im_start|>")):
         assert merged.tokenize(text) == tokenizer.tokenize(text)
     assert merged.decode(merged.encode(" xyz abc")) == " xyz abc"
+
+
+def test_a_union_of_unigram_tokenizers_is_warned_of(pair: tuple[Path, Path], ok: Cli, tmp_path: Path) -> None:
+    """Every token is there, with its row; how text is cut depends on scores that two models gave apart."""
+    for path, pieces in zip(pair, (["<unk>", "▁ab", "c"], ["<unk>", "▁ab", "xy"]), strict=True):
+        shutil.copytree(path, tmp_path / path.name)
+        model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0)
+        Tokenizer(model).save(str(tmp_path / path.name / "tokenizer.json"))
+    a, b = (tmp_path / path.name for path in pair)
+    text = (
+        f"models: [{{model: {a}}}, {{model: {b}}}]\nbase_model: {a}\nmerge_method: linear\nparameters: {{weight: 1}}\n"
+    )
+    (tmp_path / "r.yaml").write_text(text + "tokenizer_source: union\n")
+    assert "r.yaml:5: a union of Unigram tokenizers" in ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out").err
+    found = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert [piece for piece, _ in found] == ["<unk>", "▁ab", "c", "xy"]
 
 
 @pytest.mark.parametrize("name", ["B", "model:B"])

@@ -81,6 +81,11 @@ class _Merger:
             last = home[name] = donor.plan.home.get(name, last)
         self.warnings += [f"{self.origin}:{line}: {text}" for line, text in self.arguments.idle()]
         files = self._files()
+        if self._tokenizer is not None and self._tokenizer.rescored:
+            self.warnings.append(
+                f"{self.origin}:{self.stage.tokenizer_line}: a union of Unigram tokenizers: each model scores its"
+                " pieces by itself, so text may be cut otherwise than by either; `tokenizer_source: base` keeps one"
+            )
         named = [p.plan for p in self.sources.named().values()]  # one of them may give its tokenizer alone
         return Plan(
             tuple({id(c): c for p in named for c in p.sources}.values()),

@@ -138,6 +138,7 @@ class MergedTokenizer:
         self.data, self.home = copy.deepcopy(found[home][0]), home
         self.tokens = dict(self.numbers[home])
         self.added = False
+        self.rescored = False  # pieces of two Unigram models stand side by side, scored apart
         if wish.source == "union":
             for name in models:
                 self._join(found[name][0], self.numbers[name], models[name].label)
@@ -195,7 +196,7 @@ class MergedTokenizer:
         if self._next() != len(ours):
             self._add(token, special=False)
             return
-        self.added = True
+        self.added = self.rescored = True
         self.tokens[token] = len(ours)
         ours.append(next([piece, score] for piece, score in theirs["vocab"] if piece == token))
 
