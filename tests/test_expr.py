@@ -15,7 +15,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import RefusedError
 from moesurgery.plan.elementwise import Cast, Exponent, Scale, cast, scale
 from moesurgery.plan.expr import Copy, Expr, Multiply, Rows, Stored, concat, reshape, stack, take
-from moesurgery.plan.multiply import Multiplier
+from moesurgery.plan.multiply import multiply
 from moesurgery.plan.reader import FileReader, as_bytes
 from moesurgery.plan.tensors import transpose
 from moesurgery.plan.values import values_of
@@ -39,7 +39,7 @@ def value(expr: Expr, dtype: torch.dtype) -> torch.Tensor:
             data += piece.source.read(piece.file, piece.start, piece.nbytes)
         elif isinstance(piece, Multiply):
             part = bytearray(piece.source.read(piece.file, piece.start, piece.nbytes))
-            Multiplier().in_place(memoryview(part), piece.dtype, piece.factor)
+            multiply(memoryview(part), piece.dtype, piece.factor)
             data += part
         else:
             data += bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader)))

@@ -26,9 +26,9 @@ def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.n
     import numpy as np
 
     if dtype == "BF16":
-        # One pass for the cast and the shift.
-        wide: np.ndarray = np.left_shift(np.frombuffer(data, "<u2"), np.uint32(16), dtype=np.uint32)
-        return wide.view(np.float32).reshape(shape)
+        from ml_dtypes import bfloat16
+
+        return np.frombuffer(data, bfloat16).astype(np.float32).reshape(shape)
     if dtype not in _NUMPY:
         raise ValueError(f"{dtype} has no values without its scales")
     return np.frombuffer(data, _NUMPY[dtype]).astype(np.float32).reshape(shape)

@@ -24,18 +24,16 @@ def decoded(data: memoryview | bytes, dtype: str) -> np.ndarray:
 
 
 def encoded(values: np.ndarray, dtype: str) -> memoryview:
-    """Return the bytes of `values` rounded to `dtype`, to nearest even; `values` are used up. A NaN stays a NaN."""
+    """Return the bytes of `values` rounded to `dtype`, to nearest even. A NaN stays a NaN."""
     import numpy as np
+    from ml_dtypes import bfloat16
 
     flat = values.reshape(-1)
     if dtype == "BF16":
         strange = bool(len(flat)) and np.isnan(flat.max())  # one pass over what seldom holds a NaN
-        not_numbers = np.isnan(flat) if strange else None
-        wide = np.ascontiguousarray(flat, np.float32).view(np.uint32)
-        out = np.empty(len(flat), np.uint16)
-        round_to_bf16(wide, np.empty_like(wide), out)
-        if not_numbers is not None:
-            out[not_numbers] = 0x7FC0
+        out = np.ascontiguousarray(flat, np.float32).astype(bfloat16).view(np.uint16)
+        if strange:
+            out[np.isnan(flat)] = 0x7FC0  # as torch has it, whatever the sign
     else:
         with np.errstate(over="ignore"):  # beyond the range of float16 is infinity, as in torch
             out = np.ascontiguousarray(flat, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
@@ -43,23 +41,9 @@ def encoded(values: np.ndarray, dtype: str) -> memoryview:
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return `values` as they are after being stored as `dtype` and read again; `values` are used up."""
+    """Return `values` as they are after being stored as `dtype` and read again."""
     kept = {"F64": "float64", "F32": "float32"}.get(dtype)
     return values.astype(kept, copy=False) if kept else decoded(encoded(values, dtype), dtype)
-
-
-def round_to_bf16(wide: np.ndarray, odd: np.ndarray, out: np.ndarray) -> None:
-    """Round float32 bit patterns `wide` (uint32, overwritten) into bf16 patterns `out` (uint16), to nearest even.
-
-    `odd` is a temporary like `wide`. Half of the last kept bit is added, less one where that bit is even.
-    """
-    import numpy as np
-
-    np.right_shift(wide, 16, out=odd)
-    np.bitwise_and(odd, 1, out=odd)
-    np.add(odd, 0x7FFF, out=odd)
-    np.add(wide, odd, out=wide)
-    np.right_shift(wide, 16, out=out, casting="unsafe")  # one pass with the cast
 
 
 def keep_freed_memory() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moesurgery.checkpoint.values import decode
 from moesurgery.errors import RefusedError
 from moesurgery.plan.expr import Copy, Expr, Multiply, Rows
-from moesurgery.plan.multiply import Multiplier
+from moesurgery.plan.multiply import multiply
 from moesurgery.plan.reader import FileReader, as_bytes, read_remote
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _bytes_of(expr: Expr) -> list[bytes]:
             continue
         if isinstance(piece, Multiply):
             data = bytearray(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
-            Multiplier().in_place(memoryview(data), piece.dtype, piece.factor)
+            multiply(memoryview(data), piece.dtype, piece.factor)
             found.append(bytes(data))
             continue
         reader = FileReader()

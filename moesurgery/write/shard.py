@@ -25,7 +25,7 @@ from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.plan.arrays import keep_freed_memory
 from moesurgery.plan.expr import Compute, Copy, Expr, Multiply, Piece
-from moesurgery.plan.multiply import Multiplier
+from moesurgery.plan.multiply import multiply
 from moesurgery.plan.reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
 from moesurgery.write import copying
 from moesurgery.write.copying import Progress
@@ -288,7 +288,6 @@ class Worker:
         self.stop = stop
         self.reader = FileReader()
         self._copy_buffer = Buffer()
-        self._multiplier: Multiplier | None = None
         keep_freed_memory()
 
     def close(self) -> None:
@@ -323,14 +322,12 @@ class Worker:
             copying.write_full(target, memoryview(data), at + offset)
 
     def _multiply(self, piece: Multiply, target: int, at: int) -> None:
-        if self._multiplier is None:
-            self._multiplier = Multiplier()
         for offset in range(0, piece.nbytes, BUFFER):
             if self.stop.is_set():
                 return
             start, length = piece.start + offset, min(BUFFER, piece.nbytes - offset)
             view = self.reader.bytes_at(piece.source, piece.file, start, length, self._copy_buffer)
-            self._multiplier.in_place(view, piece.dtype, piece.factor)
+            multiply(view, piece.dtype, piece.factor)
             copying.write_full(target, view, at + offset)
 
     def _compute(self, piece: Compute, target: int, at: int) -> None:
