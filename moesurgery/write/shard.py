@@ -331,7 +331,7 @@ class Worker:
             copying.write_full(target, view, at + offset)
 
     def _compute(self, piece: Compute, target: int, at: int) -> None:
-        step = chunk_elements(piece.expr, BUFFER)
+        step = chunk_elements(piece.expr, BUFFER // 2)  # no more than a merge computes at once: nothing to be joined
         bits = BITS[piece.expr.dtype]
         first = piece.start
         while first < piece.stop and not self.stop.is_set():
