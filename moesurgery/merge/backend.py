@@ -10,7 +10,7 @@ from moesurgery.plan.expr import Expr, Reader, Stored, torch_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-STEP = 1 << 18  # elements: threads that finish small parts too often wait for each other at the interpreter's lock
+STEP = 1 << 18  # elements: with fewer, what each operation and each meeting of threads costs outweighs the caches
 DEVICE_STEP = 1 << 22  # on an accelerator each operation must be worth its start
 
 Array = Any  # float32, of numpy or torch
