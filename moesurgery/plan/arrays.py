@@ -31,7 +31,8 @@ def encoded(values: np.ndarray, dtype: str) -> memoryview:
     flat = values.reshape(-1)
     if dtype == "BF16":
         strange = bool(len(flat)) and np.isnan(flat.max())  # one pass over what seldom holds a NaN
-        out = np.ascontiguousarray(flat, np.float32).astype(bfloat16).view(np.uint16)
+        with np.errstate(invalid="ignore"):
+            out = np.ascontiguousarray(flat, np.float32).astype(bfloat16).view(np.uint16)
         if strange:
             out[np.isnan(flat)] = 0x7FC0  # as torch has it, whatever the sign
     else:
