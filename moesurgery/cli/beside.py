@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +52,7 @@ class Beside:
             differs += [f"no sums for top-k {k}" for k in top_k if k not in (stats.top_k, *stats.top_ks)]
             differs += [f"no choice of {r} experts by reconstruction" for r in recon if r not in stats.recon]
             differs += ["nothing of experts that were not chosen"] if every_expert and not stats.every_expert else []
-            if differs:
-                raise OutputError(
-                    f"{target} holds statistics of something else: {'; '.join(differs)}",
-                    f"use --force to collect again, --stats {target} to take them as they are, or another -o",
-                )
+            check_same(target, "statistics", differs, f"collect again, --stats {target} to take them as they are,")
             console.note(f"statistics of {self.windows.count:,} tokens in {target} are used again")
             return target
         stats = collect_stats(self.plan, self.windows, self.run, self.text, list(top_k), list(recon), every_expert)
@@ -74,12 +71,7 @@ class Beside:
         folder = self.output.with_name(f"{self.output.name}.refit")
         about = self.about | {"edited": fingerprint(edited), **options.described()}
         if (folder / INDEX).exists() and not self.force:
-            differs = differences(open_repair(folder).about, about)
-            if differs:
-                raise OutputError(
-                    f"{folder} holds a repair of something else: {'; '.join(differs)}",
-                    "use --force to fit again, or another -o",
-                )
+            check_same(folder, "a repair", differences(open_repair(folder).about, about), "fit again,")
             console.note(f"the repair in {folder} is used again")
             return folder
         original, other = self.run.engine(self.plan), self.run.engine(edited)
@@ -90,10 +82,18 @@ class Beside:
         console.note(f"the repair is in {folder}")
         return folder
 
-    @property
+    @cached_property
     def about(self) -> dict[str, Any]:
         """What decides all that is measured on the calibration windows."""
         return measuring.calibrated_on(self.plan, self.windows, self.run, self.text)
+
+
+def check_same(target: Path, what: str, differs: Sequence[str], force: str) -> None:
+    """Raise OutputError where `target` holds `what` of something else. `force` is what --force would do."""
+    if differs:
+        raise OutputError(
+            f"{target} holds {what} of something else: {'; '.join(differs)}", f"use --force to {force} or another -o"
+        )
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moesurgery.cli.beside import Beside, differences
+from moesurgery.cli.beside import Beside, check_same, differences
 from moesurgery.cli.collect import SUFFIX
 from moesurgery.cli.console import console
-from moesurgery.errors import OutputError, SurgeryError
+from moesurgery.errors import SurgeryError
 from moesurgery.plan.plan import Plan
 from moesurgery.surgery.grouping import DEFAULT_GROUP, EVERY_EXPERT, NAME, merger
 from moesurgery.surgery.operation import apply
@@ -44,11 +44,7 @@ def with_fit(beside: Beside, values: Mapping[str, Any]) -> dict[str, Any]:
     if target.exists() and not beside.force:
         fits = open_fits(target)
         differs = differences(fits.about, beside.about) or fits.differences(merge)
-        if differs:
-            raise OutputError(
-                f"{target} holds a fit of something else: {'; '.join(differs)}",
-                "use --force to fit again, or another -o",
-            )
+        check_same(target, "a fit", differs, "fit again,")
         console.note(f"how the experts of each group go together is used again from {target}")
         return {**values, "fit": str(target)}
     engine = beside.run.engine(beside.plan)

@@ -69,10 +69,6 @@ class Run:
             raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
         check_device(self.device)
 
-    def about(self, texts: list[Path]) -> dict[str, Any]:
-        """Return what was run over and how, for provenance."""
-        return {"text": described(texts), "window": self.window, "seed": self.seed, "dtype": self.dtype}
-
     def engine(self, plan: Plan) -> Engine:
         from moesurgery.measure.engine import Engine
 

@@ -163,10 +163,8 @@ def add_every_expert(sums: dict[str, Any], call: ExpertsCall, settings: Settings
     import torch
 
     experts, width = call.block.block.experts, call.hidden.shape[-1]
-    hidden = call.hidden.reshape(-1, width)
-    logits = call.logits[:, :experts].float() if call.logits is not None else None
-    if call.real is not None:
-        hidden, logits = hidden[call.real], logits[call.real] if logits is not None else None
+    hidden = call.rows(call.hidden)
+    logits = call.rows(call.logits)[:, :experts].float() if call.logits is not None else None
     for name in ("output_all", "gated_all") if logits is not None else ("output_all",):
         sums.setdefault(name, torch.zeros(experts, width, dtype=torch.float64))
     for expert in range(experts):

@@ -109,12 +109,13 @@ def _order(plan: Plan, calls: Sequence[ExpertsCall], reference: int, other: int)
     """Return the neurons [I] of expert `other` that match those of `reference`."""
     import torch
 
-    first, second = (_unit_rows(_features(plan, calls[0].block.block, e)) for e in (reference, other))
+    features = (_features(plan, calls[0].block.block, expert) for expert in (reference, other))
+    first, second = (torch.nn.functional.normalize(rows, dim=-1, eps=1e-30) for rows in features)
     similarity = products(first, second)
     cross: Any = 0
     energy: list[Any] = [0, 0]
     for call in calls:
-        hidden, index = _real(call, call.hidden), _real(call, call.index)
+        hidden, index = call.rows(call.hidden), call.rows(call.index)
         rows = ((index == reference) | (index == other)).any(dim=-1)
         said = [activations(call.module, e, hidden[rows]).float() for e in (reference, other)]
         cross = cross + said[0].T @ said[1]
@@ -122,12 +123,6 @@ def _order(plan: Plan, calls: Sequence[ExpertsCall], reference: int, other: int)
     lengths = [e.clamp(min=torch.finfo(torch.float32).tiny).sqrt() for e in energy]
     similarity += (cross / lengths[0][:, None] / lengths[1]).cpu().numpy()
     return assigned(similarity)
-
-
-def _real(call: ExpertsCall, values: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a call's input that are no padding."""
-    flat = values.reshape(-1, values.shape[-1])
-    return flat if call.real is None else flat[call.real]
 
 
 def _features(plan: Plan, block: MoeBlock, expert: int) -> torch.Tensor:
@@ -138,11 +133,6 @@ def _features(plan: Plan, block: MoeBlock, expert: int) -> torch.Tensor:
         return expr.evaluate(0, expr.numel, reader).view(expr.shape).float()
     finally:
         reader.close()
-
-
-def _unit_rows(values: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = values / values.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-    return found
 
 
 def _router(plan: Plan, calls: Sequence[ExpertsCall], groups: Sequence[tuple[list[int], int]]) -> dict[str, np.ndarray]:
@@ -160,7 +150,7 @@ def _router(plan: Plan, calls: Sequence[ExpertsCall], groups: Sequence[tuple[lis
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
     cross = torch.zeros(width, len(groups), dtype=torch.float64, device=device)
     for call in calls:
-        x = _real(call, call.hidden).double()
+        x = call.rows(call.hidden).double()
         linear = x @ rows.T
         _check_logits(call, linear, shift)
         logits = linear + shift
@@ -182,7 +172,7 @@ def _router(plan: Plan, calls: Sequence[ExpertsCall], groups: Sequence[tuple[lis
 def _check_logits(call: ExpertsCall, linear: torch.Tensor, shift: torch.Tensor) -> None:
     """Raise RefusedError unless the router's logits are its rows times what the experts read, with or without bias."""
     if call.logits is not None:
-        logits = _real(call, call.logits)[:, : linear.shape[1]].double()
+        logits = call.rows(call.logits)[:, : linear.shape[1]].double()
         limit = LOGITS_CLOSE * float(logits.abs().max())
         if min(float((logits - linear).abs().max()), float((logits - linear - shift).abs().max())) <= limit:
             return

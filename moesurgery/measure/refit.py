@@ -126,7 +126,7 @@ def refit(
         assert repaired is not None
         originals = said.pop(block.where)
         calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
-        total = max(_energy([_real(y, call) for y, call in zip(originals, calls, strict=True)]), 1e-30)
+        total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
         fitted = _fit(edited.plan, block, calls, missing, total, options)
         if fitted.factors is not None:
             factors[block.where] = _tensor(fitted.factors, edited)
@@ -210,12 +210,6 @@ def _missing(
     return calls, missing
 
 
-def _real(values: torch.Tensor, call: ExpertsCall) -> torch.Tensor:
-    """Return the rows [t, …] of a call's values that are no padding."""
-    rows = values.reshape(-1, values.shape[-1])
-    return rows if call.real is None else rows[call.real]
-
-
 def _hidden(output: Any) -> torch.Tensor:
     """Return the hidden states among what a layer returns."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -250,7 +244,7 @@ def _fit(
     import torch
 
     experts = block.block.experts
-    index = torch.cat([_real(call.index, call).flatten() for call in calls])
+    index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
     fitted = Fitted(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
     if options.kind in MATRICES:

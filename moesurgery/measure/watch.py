@@ -37,6 +37,11 @@ class ExpertsCall:
     def real(self) -> torch.Tensor | None:
         return self.tokens.mask.reshape(-1).to(self.hidden.device) if self.tokens.mask is not None else None
 
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the rows [t, …] of values of this call that are no padding."""
+        flat, real = values.reshape(-1, values.shape[-1]), self.real
+        return flat if real is None else flat[real]
+
     @property
     def window(self) -> torch.Tensor:
         """The number of the window of each token [T]."""
