@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.cli.measuring import Run
-from moesurgery.measure.collect import collect
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.fits import save_fits
-from moesurgery.measure.group_fit import fit_groups
-from moesurgery.measure.perplexity import losses, mean
-from moesurgery.measure.refit import Options, refit
-from moesurgery.measure.repair import RepairWriter
-from moesurgery.measure.tokens import Tokens
+from moesurgery.cli._run_options import Run
+from moesurgery.fitting.collector import collect
+from moesurgery.fitting.group_fit import fit_groups
+from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.loss import losses, mean_loss
+from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
-from moesurgery.surgery import grouping
+from moesurgery.stats.group_fit_file import save_group_fits
+from moesurgery.stats.repair_file import RepairWriter
+from moesurgery.surgery import group_experts
 
 
 def arguments() -> argparse.Namespace:
@@ -59,10 +59,10 @@ def merged(plan: Plan, engine: Engine, windows: Tokens, way: str, to: int, place
         values["group"] = group
     if values.get("weights") not in ("equal", "router-norm") or group != "router-rows":
         values["stats"] = stats
-    merge = grouping.merger(plan, **values, fitted=True)
+    merge = group_experts.merger(plan, **values, fitted=True)
     if merge.needs_fit:
         values["fit"] = str(place / f"{way}.safetensors")
-        save_fits(Path(values["fit"]), fit_groups(engine, windows, merge), merge, {"tokens": windows.count})
+        save_group_fits(Path(values["fit"]), fit_groups(engine, windows, merge), merge, {"tokens": windows.count})
     return apply(plan, "merge-experts", **values)
 
 
@@ -77,7 +77,7 @@ def main() -> None:
 
     def loss(variant: Plan) -> list[float]:
         found = losses(run.engine(variant), held_out)
-        return [mean(found).nats, *(f.nats for f in found)]
+        return [mean_loss(found).nats, *(f.nats for f in found)]
 
     base = loss(plan)
     tokens = sum(domain.tokens for domain in held_out)
@@ -113,8 +113,8 @@ def main() -> None:
                 folder = Path(place, f"{choice}-{kind}")
                 writer = RepairWriter(folder)
                 start = time.monotonic()
-                options = Options(kind, given.ridge, given.sweeps)
-                refit(run.engine(plan), run.engine(edited), windows, options, writer.add)
+                options = RepairOptions(kind, given.ridge, given.sweeps)
+                fit_layers(run.engine(plan), run.engine(edited), windows, options, writer.add)
                 seconds = time.monotonic() - start
                 writer.close({"kind": kind, "tokens": windows.count})
                 show(choice, kind, apply(edited, "refit", repair=str(folder)), seconds)

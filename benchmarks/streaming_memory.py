@@ -47,8 +47,8 @@ code = main(sys.argv[1:])
 REPAIR = """
 import sys
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.cli.measuring import Run
-from moesurgery.measure.refit import Options, refit
+from moesurgery.cli._run_options import Run
+from moesurgery.fitting.layer_fit import Options, refit
 model, text, window, kind, layers = sys.argv[1:]
 plan, run, done = plan_of(open_checkpoint(model)), Run(int(window)), []
 class Enough(Exception): pass

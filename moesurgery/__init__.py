@@ -41,36 +41,36 @@ __all__ = [
 _HOME = {
     "Anatomy": "moesurgery.families.anatomy",
     "Checkpoint": "moesurgery.checkpoint.checkpoint",
-    "Param": "moesurgery.surgery.parameters",
+    "Param": "moesurgery.recipe.parameters",
     "Plan": "moesurgery.plan.plan",
-    "Recipe": "moesurgery.recipes",
+    "Recipe": "moesurgery.recipe.reader",
     "SurgeryError": "moesurgery.errors",
-    "WriteOptions": "moesurgery.write.job",
-    "apply": "moesurgery.surgery.operation",
-    "count_params": "moesurgery.measure.params",
-    "load_merge_recipe": "moesurgery.merge.recipe",
-    "load_recipe": "moesurgery.recipes",
-    "merge_method": "moesurgery.merge.method",
+    "WriteOptions": "moesurgery.write.write_plan",
+    "apply": "moesurgery.recipe.registry",
+    "count_params": "moesurgery.count.params",
+    "load_merge_recipe": "moesurgery.merge.recipe.merge_recipe",
+    "load_recipe": "moesurgery.recipe.reader",
+    "merge_method": "moesurgery.merge.compute.method",
     "open_checkpoint": "moesurgery.checkpoint.checkpoint",
-    "operation": "moesurgery.surgery.operation",
+    "operation": "moesurgery.recipe.registry",
     "plan_of": "moesurgery.plan.plan",
     "recognise": "moesurgery.families.recognition",
-    "write_plan": "moesurgery.write.job",
+    "write_plan": "moesurgery.write.write_plan",
 }
 
 if TYPE_CHECKING:
     from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+    from moesurgery.count.params import count_params
     from moesurgery.errors import SurgeryError
     from moesurgery.families.anatomy import Anatomy
     from moesurgery.families.recognition import recognise
-    from moesurgery.measure.params import count_params
-    from moesurgery.merge.method import merge_method
-    from moesurgery.merge.recipe import load_merge_recipe
+    from moesurgery.merge.compute.method import merge_method
+    from moesurgery.merge.recipe.merge_recipe import load_merge_recipe
     from moesurgery.plan.plan import Plan, plan_of
-    from moesurgery.recipes import Recipe, load_recipe
-    from moesurgery.surgery.operation import apply, operation
-    from moesurgery.surgery.parameters import Param
-    from moesurgery.write.job import WriteOptions, write_plan
+    from moesurgery.recipe.parameters import Param
+    from moesurgery.recipe.reader import Recipe, load_recipe
+    from moesurgery.recipe.registry import apply, operation
+    from moesurgery.write.write_plan import WriteOptions, write_plan
 
 
 def __getattr__(name: str) -> Any:

@@ -25,12 +25,12 @@ from moesurgery.checkpoint.header import scan_header
 from moesurgery.checkpoint.scan import scan_checkpoint
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import RecipeError, SurgeryError
-from moesurgery.recipes import parse_recipe
-from moesurgery.validate.architecture import architecture
+from moesurgery.recipe.reader import parse_recipe
 from moesurgery.validate.check import CHECKS
-from moesurgery.validate.formats import BY_SUFFIX, FORMATS
-from moesurgery.validate.pickles import find_pickle
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.validate.check_architecture import check_architecture
+from moesurgery.validate.pickle_scan import find_pickle
+from moesurgery.validate.report_formats import BY_SUFFIX, FORMATS
+from moesurgery.validate.run_checks import validate_checkpoint
 
 LIMIT = 1 << 30  # bytes of address space, the interpreter and its libraries included
 SECONDS = 5
@@ -233,7 +233,7 @@ TARGETS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any], float]] 
 def main(count: int, *targets: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     # Building model classes is transformers' own affair, and far too slow to be done so often.
-    CHECKS[:] = [check for check in CHECKS if check.function is not architecture]
+    CHECKS[:] = [check for check in CHECKS if check.function is not check_architecture]
     for name in targets or TARGETS:
         target, inputs, share = TARGETS[name]
         start = time.monotonic()

@@ -22,9 +22,9 @@ import torch
 
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.cli import main as command
-from moesurgery.validate.architecture import architecture
 from moesurgery.validate.check import CHECKS
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.validate.check_architecture import check_architecture
+from moesurgery.validate.run_checks import validate_checkpoint
 
 READS = ("preadv", "pread")
 WRITES = ("pwritev", "copy_file_range", "open", "replace", "rename", "fsync", "ftruncate", "posix_fallocate", "link")
@@ -119,7 +119,9 @@ def passes(folder: Path) -> bool:
 
 def main(recipe: str, model: str, folder: str, points: int) -> None:
     torch.set_num_threads(1)  # imported here once, and without threads that a fork would lack
-    CHECKS[:] = [check for check in CHECKS if check.function is not architecture]  # it is slow, and not about bytes
+    CHECKS[:] = [
+        check for check in CHECKS if check.function is not check_architecture
+    ]  # it is slow, and not about bytes
     out = Path(folder, "out")
     arguments = ["run", recipe, "--model", model, "-o", str(out), "-j", "1", "-q", "--max-shard-size", "60KB"]
     before = contents(Path(model))

@@ -52,9 +52,9 @@ class Patient:
         self.update(changes)
 
     def update(self, changes: dict[str, torch.Tensor | None]) -> None:
-        home = {name: shard for shard in self.shards for name in load_file(shard)}
+        shard_of = {name: shard for shard in self.shards for name in load_file(shard)}
         for shard in self.shards:
-            mine = {n: t for n, t in changes.items() if home.get(n, self.shards[-1]) == shard}
+            mine = {n: t for n, t in changes.items() if shard_of.get(n, self.shards[-1]) == shard}
             if mine:
                 kept = {**load_file(shard), **mine}
                 save_file(

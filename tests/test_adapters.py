@@ -11,13 +11,13 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
-from moesurgery.measure.collect import collect
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.probe import ablate
-from moesurgery.measure.refit import Fitted, Options, refit
-from moesurgery.measure.repair import RepairWriter
-from moesurgery.measure.tokens import Tokens
-from moesurgery.measure.watch import ExpertsCall, Watch
+from moesurgery.fitting.ablation import ablate
+from moesurgery.fitting.collector import collect
+from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.hooks import ExpertsCall, Hooks
+from moesurgery.forward.tokens import Tokens
+from moesurgery.stats.repair_file import RepairWriter
 from tests.tiny import PROMPT, load, logits
 
 ADAPTED = ("llama4_text", "llama4", "jetmoe")
@@ -78,7 +78,7 @@ def test_routing_and_every_sum(models: Any, model_type: str) -> None:
     path = models(model_type)
     engine = engine_of(path)
     calls: dict[str, list[ExpertsCall]] = {}
-    engine.run(Tokens(PROMPT), Watch(experts=lambda call: calls.setdefault(call.block.where, []).append(call)))
+    engine.run(Tokens(PROMPT), Hooks(experts=lambda call: calls.setdefault(call.block.where, []).append(call)))
     stats = collect(engine, Tokens(PROMPT))
     expected = contributions(path, model_type)
     assert list(stats.blocks) == list(expected) == list(calls)
@@ -184,9 +184,9 @@ def test_a_repair_of_llama4(models: Any, tmp_path: Path, kind: str) -> None:
     path = models("llama4_text")
     plan = plan_of(open_checkpoint(path))
     edited = apply(plan, "rescale", top_k=2, scale="none")
-    fitted: list[Fitted] = []
+    fitted: list[FittedBlock] = []
     writer = RepairWriter(tmp_path / "repair")
-    refit(Engine(plan), Engine(edited, keep=0), Tokens(TEXT), Options(kind, minimum=0.2), fitted.append)  # type: ignore[arg-type]
+    fit_layers(Engine(plan), Engine(edited, keep=0), Tokens(TEXT), RepairOptions(kind, minimum=0.2), fitted.append)  # type: ignore[arg-type]
     for entry in fitted:
         writer.add(entry)
     writer.close({"kind": kind, "tokens": TEXT.numel()})

@@ -11,12 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moesurgery.decoders import architecture
+from moesurgery.decoders.architecture import TRAITS, Architecture
+from moesurgery.decoders.lookup import DENSE_TYPES, MOE_TYPES
+from moesurgery.decoders.pairs import PAIRS
 from moesurgery.errors import CheckpointError
-from moesurgery.families.architectures import DENSE, MIXTURES, architecture
-from moesurgery.families.architectures.architecture import TRAITS, Architecture
-from moesurgery.families.pairs import PAIRS
 
-ALL = (*DENSE, *MIXTURES)
+ALL = (*DENSE_TYPES, *MOE_TYPES)
 SIZES = {
     "vocab_size": 300_000,
     "hidden_size": 32,

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from moesurgery.plan.arrays import decoded, encoded, rounded
-from moesurgery.plan.drawn import Normal, Uniform
-from moesurgery.plan.elementwise import cast, scale
-from moesurgery.plan.expr import Rows, reshape, stack
-from moesurgery.plan.reader import FileReader
-from moesurgery.plan.tensors import Filled, Values, columns, transpose
+from moesurgery.checkpoint.arrays import decoded, encoded, rounded
+from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.expr.elementwise import cast, scale
+from moesurgery.expr.nodes import Slice, reshape, stack
+from moesurgery.expr.random import Normal, Uniform
+from moesurgery.expr.tensors import Constant, Full, slice_last, transpose
 from tests.test_expr import stored
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -60,16 +60,16 @@ def test_arrays_of_expressions_are_their_values(tmp_path: Path) -> None:
     expressions = {
         "stored": t["a"],
         "wide": t["b"],
-        "rows": Rows(t["a"], 2, 5),
-        "joined": stack([Rows(t["a"], 0, 2), Rows(t["a"], 4, 6)]),
+        "rows": Slice(t["a"], 2, 5),
+        "joined": stack([Slice(t["a"], 0, 2), Slice(t["a"], 4, 6)]),
         "scaled": scale(t["a"], 0.3),
         "cast": cast(t["b"], "BF16"),
         "turned": transpose(t["a"]),
         "seen": reshape(t["a"], (24,)),
-        "filled": Filled(0.3, "BF16", (6, 4)),
+        "filled": Full(0.3, "BF16", (6, 4)),
         "normal": Normal(0.02, 7, "BF16", (6, 4)),
         "uniform": Uniform(0.5, 7, "F32", (6, 4)),
-        "values": Values(a.float().numpy().tobytes(), "F32", (6, 4)),
+        "values": Constant(a.float().numpy().tobytes(), "F32", (6, 4)),
     }
     for name, expr in expressions.items():
         reader = FileReader()
@@ -77,8 +77,8 @@ def test_arrays_of_expressions_are_their_values(tmp_path: Path) -> None:
         found = expr.array(0, expr.numel, reader)
         assert found.dtype == (np.float64 if expr.dtype == "F64" else np.float32), name
         assert np.array_equal(found.astype(np.float64), expected.numpy()), name
-        assert expr.light == (name != "turned")
-        if expr.light:
+        assert expr.numpy_only == (name != "turned")
+        if expr.numpy_only:
             assert np.array_equal(expr.array(3, 7, reader), found[3:7]), name
             assert bytes(expr.raw(0, expr.numel, reader)) == torch_bytes(expr.evaluate(0, expr.numel, reader))
 
@@ -90,15 +90,15 @@ def test_selections_keep_every_bit_without_torch(tmp_path: Path) -> None:
     t = stored(tmp_path, a=a)
     reader = FileReader()
     for expr, wanted in (
-        (columns(t["a"], 2, 5), a[:, 2:5]),
-        (columns(Rows(t["a"], 0, 4), 1, 8), a[:4, 1:8]),
-        (columns(stack([Rows(t["a"], 0, 1), Rows(t["a"], 3, 4)]), 0, 3), a[[0, 3], None, :3]),
+        (slice_last(t["a"], 2, 5), a[:, 2:5]),
+        (slice_last(Slice(t["a"], 0, 4), 1, 8), a[:4, 1:8]),
+        (slice_last(stack([Slice(t["a"], 0, 1), Slice(t["a"], 3, 4)]), 0, 3), a[[0, 3], None, :3]),
     ):
-        assert expr.light
+        assert expr.numpy_only
         assert bytes(expr.raw(0, expr.numel, reader)) == torch_bytes(wanted.contiguous())
-    part = columns(t["a"], 2, 5)
+    part = slice_last(t["a"], 2, 5)
     assert bytes(part.raw(3, 9, reader)) == torch_bytes(a[1:3, 2:5].contiguous())
-    finite = columns(Rows(t["a"], 1, 6), 2, 5)
+    finite = slice_last(Slice(t["a"], 1, 6), 2, 5)
     assert np.array_equal(finite.array(0, 15, reader), a[1:6, 2:5].float().flatten().numpy(), equal_nan=True)
 
 
@@ -109,9 +109,9 @@ import sys
 from pathlib import Path
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
-from moesurgery.plan.elementwise import cast, scale
-from moesurgery.plan.expr import Stored, stack
-from moesurgery.plan.reader import FileReader
+from moesurgery.expr.elementwise import cast, scale
+from moesurgery.expr.nodes import Stored, stack
+from moesurgery.checkpoint.file_reader import FileReader
 source = LocalSource(Path({str(tmp_path)!r}))
 (file,) = source.files()
 header = read_header(file, source.files()[file], lambda s, n: source.read(file, s, n))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import moesurgery
-from moesurgery.cli.app import app
-from moesurgery.text import safe
+from moesurgery.cli._app import app
+from moesurgery.escape import safe
 from tests.conftest import ROOT, Result
 
 Cli = Callable[..., Result]

@@ -15,14 +15,14 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.measure import engine as engine_module
-from moesurgery.measure.collect import collect, with_top_k
-from moesurgery.measure.criteria import CRITERIA, agreement, scores, spearman, super_experts
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.stats import BlockStats, Stats, load_stats
-from moesurgery.measure.tokens import Tokens, mixed, padded
-from moesurgery.measure.twin import Twin
-from moesurgery.measure.watch import BlockCall, Watch
+from moesurgery.fitting.collector import collect, plan_with_top_k
+from moesurgery.forward import engine as engine_module
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.hooks import BlockCall, Hooks
+from moesurgery.forward.paired_run import PairedRun
+from moesurgery.forward.tokens import Tokens, mixed, padded
+from moesurgery.stats.criteria import CRITERIA, agreement, scores, spearman, super_experts
+from moesurgery.stats.statistics_file import BlockStats, Stats, load_stats
 from tests.conftest import Result
 from tests.tiny import PROMPT, TINY, load, logits
 
@@ -175,7 +175,7 @@ def test_sums_for_another_top_k(models: Any, model_type: str, top_k: int) -> Non
 def test_a_twin_holds_no_layer_that_the_original_has_given_free(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the layer before would be there beside the next."""
     engine = Engine(plan_of(open_checkpoint(models("mixtral"))), keep=0)
-    twin = Twin(engine, with_top_k(engine, 3))
+    twin = PairedRun(engine, plan_with_top_k(engine, 3))
     load_unit, held = engine.skeleton.load, []
 
     def loading(unit: Any) -> None:
@@ -190,7 +190,7 @@ def test_a_twin_holds_no_layer_that_the_original_has_given_free(models: Any, mon
         routings.extend(u.path for u in twin.engine.layers if u.path in twin.engine._resident)
         return around.run()
 
-    engine.run(Tokens(PROMPT), Watch(block=block))
+    engine.run(Tokens(PROMPT), Hooks(block=block))
     assert set(routings) == {u.path for u in engine.layers}
     assert not any(held)
     twin.close()

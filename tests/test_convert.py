@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
+from moesurgery.expr.nodes import Copy
 from moesurgery.families.table import by_model_type
-from moesurgery.plan.expr import Copy
 from tests.families import ROWS
 from tests.quantise import FORMS, make_form, make_fp8, make_mxfp4, mxfp4_value, rewrite, values_of
 from tests.tiny import load, logits, read_config, read_tensors, same_bits

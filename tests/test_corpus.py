@@ -20,7 +20,7 @@ import moesurgery
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.codes import CODES
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.validate.run_checks import validate_checkpoint
 from tests.patient import INDEX, Patient, admit
 from tests.quantise import make_fp8, make_mxfp4
 

@@ -12,11 +12,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moesurgery import open_checkpoint, plan_of, write_plan
+from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.errors import RefusedError
+from moesurgery.expr.nodes import Expr
 from moesurgery.plan.dequantise import dequantised
-from moesurgery.plan.expr import Expr
 from moesurgery.plan.plan import Step
-from moesurgery.plan.reader import FileReader
 from tests.quantise import FORMS, fp8_blocks, fp8_value, make_mxfp4, rewrite, values_of
 from tests.test_quantised import forms, plain_model  # noqa: F401
 from tests.tiny import read_tensors, same_bits
@@ -25,7 +25,7 @@ from tests.tiny import read_tensors, same_bits
 def evaluated(expr: Expr, step: int | None = None) -> torch.Tensor:
     """Return the values of an expression, read in pieces of `step` granules."""
     reader, expr = FileReader(), pickle.loads(pickle.dumps(expr))
-    size = (step or expr.numel) * expr.granule
+    size = (step or expr.numel) * expr.chunk_multiple
     parts = [expr.evaluate(at, min(at + size, expr.numel), reader).clone() for at in range(0, expr.numel, size)]
     reader.close()
     return torch.cat(parts).view(expr.shape)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moesurgery.cli.app import app
-from moesurgery.surgery.operation import operations
+from moesurgery.cli._app import app
+from moesurgery.recipe.registry import operations
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

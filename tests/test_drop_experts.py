@@ -16,12 +16,12 @@ from torch.nn.functional import cross_entropy
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.measure.collect import collect
-from moesurgery.measure.criteria import scores
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.stats import Stats
-from moesurgery.measure.tokens import Tokens
-from moesurgery.plan.expr import Copy
+from moesurgery.expr.nodes import Copy
+from moesurgery.fitting.collector import collect
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens
+from moesurgery.stats.criteria import scores
+from moesurgery.stats.statistics_file import Stats
 from tests.conftest import Result
 from tests.families import ROWS, TINY
 from tests.quantise import make_fp8, make_mxfp4, mxfp4_value, rewrite
@@ -264,16 +264,16 @@ def test_mxfp4_blocks_scales_and_biases_lose_the_same_rows(models: Any, tmp_path
 
 def test_blocks_of_rows_are_experts_too() -> None:
     """The layout of DBRX: [E*I, H], an expert being I consecutive rows."""
-    from moesurgery.families.anatomy import Member, MoeBlock
-    from moesurgery.families.family import Part
-    from moesurgery.families.quantised import Stem
-    from moesurgery.plan.drawn import Normal
-    from moesurgery.plan.reader import FileReader
-    from moesurgery.surgery.expert_axis import along_experts
+    from moesurgery.checkpoint.file_reader import FileReader
+    from moesurgery.expr.random import Normal
+    from moesurgery.families.anatomy import BlockTensor, MoeBlock
+    from moesurgery.families.family import Projection
+    from moesurgery.families.quantised import TensorName
+    from moesurgery.moe.expert_axis import along_experts
 
     expr = Normal(1.0, 3, "F32", (4 * 6, 5))
-    part = Part("ffn.experts.mlp.w1", "gate", rows=True)
-    member = Member("w1", "gate", Stem("w1", ""), part, None, None, 0)
+    part = Projection("ffn.experts.mlp.w1", "gate", rows=True)
+    member = BlockTensor("w1", "gate", TensorName("w1", ""), part, None, None, 0)
     found = along_experts(MoeBlock("", 0, "blocks", experts=4), member, expr, [0, 3])
     whole, reader = expr.evaluate(0, expr.numel, FileReader()).view(4, 6, 5), FileReader()
     assert found.shape == (12, 5)

@@ -13,11 +13,11 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.measure import engine as engine_module
-from moesurgery.measure.coroutine import Coroutine
-from moesurgery.measure.engine import Engine, Resume
-from moesurgery.measure.tokens import Tokens, padded
-from moesurgery.measure.watch import ExpertsCall, Watch
+from moesurgery.forward import engine as engine_module
+from moesurgery.forward.coroutine import Coroutine
+from moesurgery.forward.engine import Engine, Resume
+from moesurgery.forward.hooks import ExpertsCall, Hooks
+from moesurgery.forward.tokens import Tokens, padded
 from tests.families import ROWS
 from tests.quantise import fp8_value, make_fp8, make_mxfp4, mxfp4_value, rewrite
 from tests.tiny import PROMPT, TINY, build, load, logits, read_tensors, save_tiny
@@ -61,7 +61,7 @@ def test_logits_and_routing_are_those_of_transformers(models: Any, model_type: s
     torch.manual_seed(0)  # a diffusion model starts from noise
     engine.run(
         WINDOWS,
-        Watch(experts=lambda call: seen.setdefault(call.block.experts, []).append(call), router_logits=True),
+        Hooks(experts=lambda call: seen.setdefault(call.block.experts, []).append(call), router_logits=True),
         logits=lambda first, part, values: found.append(values.float()),
     )
     reference = load(path)
@@ -235,7 +235,7 @@ def test_a_rehearsal_changes_nothing(models: Any) -> None:
     seen: list[str] = []
     for layer in range(2):
         streams.to_layer(layer)
-        streams.rehearse(Watch(experts=lambda call: seen.append(call.block.where)))
+        streams.rehearse(Hooks(experts=lambda call: seen.append(call.block.where)))
     streams.to_layer(2)
     assert torch.equal(torch.cat([streams.finish(0), streams.finish(1)]), expected)
     assert seen == ["model.layers.0"] * 2 + ["model.layers.1"] * 2
@@ -263,7 +263,7 @@ def test_a_banned_expert_is_one_that_is_not_there(models: Any, model_type: str) 
     found: list[torch.Tensor] = []
     engine.run(
         WINDOWS,
-        Watch(ban=lambda block: [5] if block.block.layer == 1 else []),
+        Hooks(ban=lambda block: [5] if block.block.layer == 1 else []),
         logits=lambda first, part, values: found.append(values),
     )
     assert (torch.cat(found) - without_expert(path, 1, 5)).abs().max() < 1e-5
@@ -277,7 +277,7 @@ def test_a_banned_expert_is_never_chosen(models: Any, model_type: str) -> None:
     expected = engine.logits(WINDOWS)
     chosen: list[torch.Tensor] = []
     banned = [2, 3]
-    engine.run(WINDOWS, Watch(experts=lambda call: chosen.append(call.index), ban=lambda block: banned))
+    engine.run(WINDOWS, Hooks(experts=lambda call: chosen.append(call.index), ban=lambda block: banned))
     assert chosen
     assert not torch.isin(torch.cat(chosen), torch.tensor(banned)).any()
     assert torch.equal(engine.logits(WINDOWS), expected)
@@ -289,7 +289,7 @@ def test_experts_can_be_replaced(models: Any) -> None:
     found: list[torch.Tensor] = []
     engine.run(
         WINDOWS,
-        Watch(experts=lambda call: call.run(call.hidden, call.index, call.weights * 2)),
+        Hooks(experts=lambda call: call.run(call.hidden, call.index, call.weights * 2)),
         logits=lambda first, part, values: found.append(values),
     )
     reference = load(path)
@@ -376,7 +376,7 @@ def test_errors_come_out_and_no_thread_is_left(models: Any) -> None:
         raise ValueError("in the middle")
 
     with pytest.raises(ValueError, match="in the middle"):
-        engine_of(models("mixtral")).run(WINDOWS, Watch(experts=fail))
+        engine_of(models("mixtral")).run(WINDOWS, Hooks(experts=fail))
     engine = engine_of(models("mixtral"))
     streams = engine.start(WINDOWS)
     streams.step()

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moesurgery.checkpoint.file_reader import FileReader, as_bytes
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import RefusedError
-from moesurgery.plan.elementwise import Cast, Exponent, Scale, cast, scale
-from moesurgery.plan.expr import Copy, Expr, Multiply, Rows, Stored, concat, reshape, stack, take
-from moesurgery.plan.multiply import multiply
-from moesurgery.plan.reader import FileReader, as_bytes
-from moesurgery.plan.tensors import transpose
-from moesurgery.plan.values import values_of
+from moesurgery.expr.elementwise import Cast, Exponent, Scale, cast, scale
+from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.multiply import multiply
+from moesurgery.expr.nodes import Copy, Expr, Multiply, Slice, Stored, concat, reshape, stack, take
+from moesurgery.expr.tensors import transpose
 
 FACTORS = (0.8164965809277261, 1.2247448713915890, 0.5, 3.0, -1.1, 1e-3, 1e30, 1.0000001)
 
@@ -77,13 +77,13 @@ def test_selections_are_byte_ranges(tmp_path: Path) -> None:
     values = torch.randn(6, 4, 3).bfloat16()
     of = stored(tmp_path, a=values)["a"]
     cases = {
-        "rows": (Rows(of, 2, 5), values[2:5]),
-        "rows of rows": (Rows(Rows(of, 1, 6), 1, 3), values[2:4]),
-        "concat": (concat([Rows(of, 4, 6), Rows(of, 0, 1)]), torch.cat([values[4:6], values[0:1]])),
-        "stack": (stack([reshape(Rows(of, i, i + 1), (4, 3)) for i in (5, 0)]), torch.stack([values[5], values[0]])),
+        "rows": (Slice(of, 2, 5), values[2:5]),
+        "rows of rows": (Slice(Slice(of, 1, 6), 1, 3), values[2:4]),
+        "concat": (concat([Slice(of, 4, 6), Slice(of, 0, 1)]), torch.cat([values[4:6], values[0:1]])),
+        "stack": (stack([reshape(Slice(of, i, i + 1), (4, 3)) for i in (5, 0)]), torch.stack([values[5], values[0]])),
         "take": (take(of, [0, 1, 3, 4, 2]), values[[0, 1, 3, 4, 2]]),
-        "nothing": (Rows(of, 3, 3), values[3:3]),
-        "rows of a concat": (Rows(concat([of, of]), 5, 8), torch.cat([values, values])[5:8]),
+        "nothing": (Slice(of, 3, 3), values[3:3]),
+        "rows of a concat": (Slice(concat([of, of]), 5, 8), torch.cat([values, values])[5:8]),
     }
     for name, (expr, expected) in cases.items():
         assert all(isinstance(p, Copy) for p in expr.pieces()), name
@@ -102,13 +102,13 @@ def test_take_of_everything_is_the_tensor_and_neighbours_are_one_range(tmp_path:
 def test_compositions(tmp_path: Path) -> None:
     values = torch.randn(6, 5)
     of = stored(tmp_path, a=values)["a"]
-    assert torch.equal(value(Rows(scale(of, 2.0), 1, 3), torch.float32), values[1:3] * 2)
+    assert torch.equal(value(Slice(scale(of, 2.0), 1, 3), torch.float32), values[1:3] * 2)
     assert torch.equal(
-        value(scale(concat([Rows(of, 3, 4), of]), 3.0), torch.float32), torch.cat([values[3:4], values]) * 3
+        value(scale(concat([Slice(of, 3, 4), of]), 3.0), torch.float32), torch.cat([values[3:4], values]) * 3
     )
-    mixed = concat([Rows(of, 0, 2), Scale(Rows(of, 2, 6), 0.5)])
+    mixed = concat([Slice(of, 0, 2), Scale(Slice(of, 2, 6), 0.5)])
     assert torch.equal(value(mixed, torch.float32), torch.cat([values[:2], values[2:] * 0.5]))
-    assert torch.equal(value(Rows(cast(of, "BF16"), 2, 4), torch.bfloat16), values[2:4].bfloat16())
+    assert torch.equal(value(Slice(cast(of, "BF16"), 2, 4), torch.bfloat16), values[2:4].bfloat16())
 
 
 def test_a_part_need_not_begin_where_a_granule_does(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_part_need_not_begin_where_a_granule_does(tmp_path: Path) -> None:
     rows = reshape(transpose(of["a"]), (18, 4))
     expected = values.transpose(1, 2).reshape(18, 4)
     for first, last in ((0, 6), (1, 2), (5, 7), (4, 18)):
-        part, right = Rows(rows, first, last), expected[first:last]
+        part, right = Slice(rows, first, last), expected[first:last]
         assert torch.equal(value(part, torch.float32), right)
         assert torch.equal(value(cast(scale(part, 2.0), "BF16"), torch.bfloat16), (right * 2).bfloat16())
         joined = scale(concat([of["b"], part, of["b"]]), 0.5)
@@ -165,7 +165,7 @@ def test_no_arithmetic_without_plain_numbers(tmp_path: Path, what: str) -> None:
 
 def test_expressions_are_picklable(tmp_path: Path) -> None:
     values = torch.randn(6, 5)
-    expr = concat([scale(Rows(stored(tmp_path, a=values)["a"], 0, 2), 2.0), stored(tmp_path, a=values)["a"]])
+    expr = concat([scale(Slice(stored(tmp_path, a=values)["a"], 0, 2), 2.0), stored(tmp_path, a=values)["a"]])
     again = pickle.loads(pickle.dumps(expr))
     assert repr(again) == repr(expr)
     assert torch.equal(value(again, torch.float32), value(expr, torch.float32))

@@ -13,11 +13,11 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.measure.collect import collect
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.factors import gate, measured, measured_expert, norm_matched, per_expert
-from moesurgery.measure.stats import BlockStats, Stats
-from moesurgery.measure.tokens import Tokens
+from moesurgery.fitting.collector import collect
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens
+from moesurgery.stats.factors import gate, measured, measured_expert, norm_matched, per_expert_factor
+from moesurgery.stats.statistics_file import BlockStats, Stats
 from tests.conftest import Result
 from tests.tiny import PROMPT, build, load, read_tensors, same_bits
 
@@ -193,7 +193,7 @@ def test_least_squares_by_torch(models: Any) -> None:
         angle = torch.nn.functional.cosine_similarity(y_n.reshape(1, -1), y_m.reshape(1, -1)).item()
         assert measured(block, 3) == pytest.approx(angle * norm_matched(block, 3), rel=1e-3)
         each = torch.linalg.lstsq(parts.transpose(1, 2).reshape(-1, 8), y_n.reshape(-1, 1)).solution[:, 0]
-        found = per_expert(block.total("gram@3"), block.total("cross@3"), ridge=1e-9)
+        found = per_expert_factor(block.total("gram@3"), block.total("cross@3"), ridge=1e-9)
         assert found == pytest.approx(each.numpy(), rel=5e-3, abs=5e-3)
 
         def error(factors: Any, y_n: torch.Tensor = y_n, parts: torch.Tensor = parts) -> float:

@@ -17,11 +17,11 @@ from transformers.core_model_loading import WeightConverter
 from moesurgery import apply, count_params, open_checkpoint, plan_of, recognise, write_plan
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Anatomy
-from moesurgery.families.family import Part
+from moesurgery.families.family import Projection
 from moesurgery.families.routing import second_moments
 from moesurgery.families.table import FAMILIES, by_model_type
 from moesurgery.families.table.remote import REMOTE
-from moesurgery.surgery.router_estimate import normalised
+from moesurgery.surgery.rescale.router_estimate import normalised
 from tests.families import LAYOUTS, ROWS
 from tests.quantise import rewrite
 from tests.tiny import load, logits, read_tensors
@@ -197,7 +197,7 @@ def second_moment(weights: torch.Tensor, tokens: int, anatomy: Anatomy) -> float
         assert torch.allclose(sums, sums[0].expand_as(sums), rtol=1e-4)
         weights = weights / sums[0]
     elif not anatomy.settings.renormalised:
-        weights = weights / (anatomy.settings.knob or 1.0)
+        weights = weights / (anatomy.settings.routed_scale_key or 1.0)
     return float((weights.double() ** 2).sum() / tokens)
 
 
@@ -232,7 +232,7 @@ def test_neurons_stand_where_the_table_says(models: Any, tmp_path: Path, model_t
     assert (before - after).abs().max() < 3e-6 * max(1.0, float(before.abs().max()))
 
 
-def edit_neurons(tensor: torch.Tensor, part: Part, bias: bool, factor: float) -> torch.Tensor:
+def edit_neurons(tensor: torch.Tensor, part: Projection, bias: bool, factor: float) -> torch.Tensor:
     """Reverse the neurons of one projection, and multiply the up-projection by a factor, the down by its inverse."""
     if part.role == "down":
         if bias:
@@ -290,7 +290,7 @@ def test_the_table_agrees_with_transformers_conversions(model_type: str, step: A
     operations = {type(operation).__name__ for operation in step.operations}
     parts = [p for of in (family, *family.sets) for layout in of.layouts for p in layout.parts]
 
-    def named(pattern: str) -> list[Part]:
+    def named(pattern: str) -> list[Projection]:
         path = pattern.replace("\\", "").replace("*", "#").removesuffix(".weight").lstrip(".")
         return [p for p in parts if p.path == path or p.path.endswith(f".{path}")]
 

@@ -76,7 +76,7 @@ def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_p
     counts = count_params(anatomy, checkpoint.tensors)
     assert counts.unrecognised == []
     assert anatomy.experts == 4
-    assert (anatomy.settings.knob, routing_class(anatomy.settings)) == (1.5, "A")
+    assert (anatomy.settings.routed_scale_key, routing_class(anatomy.settings)) == (1.5, "A")
     experts, rest = 2 * 4 * (16 * 16 + 16 * 8), 32 * 16 + 2 * (4 * 16 + 16 * 16 + 16 * 8 + 16)
     assert counts.total == experts + rest
     assert counts.active["all"] == experts // 2 + rest

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from moesurgery.measure import gauss_newton
-from moesurgery.measure.activations import activations, before_gate, down, first, gated
-from moesurgery.measure.gauss_newton import Linearised, arrangement, chosen, conjugate, linearised, matrices
+from moesurgery.fitting import gauss_newton
+from moesurgery.fitting.gauss_newton import Linearised, arrangement, chosen, conjugate, linearised, matrices
+from moesurgery.forward.activations import activations, before_gate, down, first, gated
 from tests.tiny import load
 
 FAMILIES = ["mixtral", "gpt_oss", "nemotron_h", "llama4_text"]  # chunks, interleaved rows, no gate, inputs weighted

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
-from moesurgery.plan.expr import Copy
-from moesurgery.plan.reader import PAGE
-from moesurgery.write import layout
-from moesurgery.write.job import WriteOptions
+from moesurgery.checkpoint.file_reader import PAGE
+from moesurgery.expr.nodes import Copy
+from moesurgery.write import shard_layout
 from moesurgery.write.shard import make_header, units_of
+from moesurgery.write.write_plan import WriteOptions
 from tests.tiny import build, load, logits, read_tensors, same_bits
 
 
@@ -28,7 +28,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_copies_of_experts_lie_at_the_sources_place_in_the_page(sharded: Path) -> None:
     plan = apply(plan_of(open_checkpoint(sharded)), "upcycle", experts=8, proof=False)
     shared = 0
-    for task in layout.shard_tasks(plan):
+    for task in shard_layout.shard_tasks(plan):
         header = make_header(task.entries, task.metadata, task.phase)
         for piece, at in units_of(task.entries, len(header)):
             if isinstance(piece, Copy) and piece.nbytes >= PAGE:
@@ -41,13 +41,13 @@ def test_shards_that_grow_are_cut_and_hold_tensors_of_one_source_shard(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = apply(plan_of(open_checkpoint(sharded)), "upcycle", experts=8, proof=False)
-    whole = layout.shard_tasks(plan)
+    whole = shard_layout.shard_tasks(plan)
     assert [task.name for task in whole] == plan.checkpoint.shards
-    monkeypatch.setattr(layout, "SHARD_BYTES", 100_000)
-    cut = layout.shard_tasks(plan)
+    monkeypatch.setattr(shard_layout, "SHARD_BYTES", 100_000)
+    cut = shard_layout.shard_tasks(plan)
     assert len(cut) > len(whole)
     assert [name for task in cut for name, _ in task.entries] == [name for task in whole for name, _ in task.entries]
-    assert all(len({plan.home[name] for name, _ in task.entries}) == 1 for task in cut)
+    assert all(len({plan.shard_of[name] for name, _ in task.entries}) == 1 for task in cut)
     largest = max(100_000, *(header.file_size for header in plan.checkpoint.headers))
     assert all(task.data_bytes <= largest for task in cut)
     write_plan(plan, tmp_path / "cut", WriteOptions(durable=False))
@@ -61,4 +61,4 @@ def test_shards_that_grow_are_cut_and_hold_tensors_of_one_source_shard(
 
 def test_a_wanted_size_goes_over_the_sources_boundaries(sharded: Path) -> None:
     plan = replace(plan_of(open_checkpoint(sharded)), max_shard_size=10_000_000)
-    assert [task.name for task in layout.shard_tasks(plan)] == ["model.safetensors"]
+    assert [task.name for task in shard_layout.shard_tasks(plan)] == ["model.safetensors"]

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.measure import engine as engine_module
-from moesurgery.measure.collect import collect
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.group_fit import fit_groups
-from moesurgery.measure.probe import ablate
-from moesurgery.measure.refit import Fitted, Options, refit
-from moesurgery.measure.tokens import Tokens
-from moesurgery.surgery.grouping import merger
+from moesurgery.fitting.ablation import ablate
+from moesurgery.fitting.collector import collect
+from moesurgery.fitting.group_fit import fit_groups
+from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.forward import engine as engine_module
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens
+from moesurgery.surgery.group_experts import merger
 from tests.quantise import make_fp8, make_mxfp4
 from tests.test_refit import TEXT
 from tests.tiny import PROMPT, load, logits
@@ -69,11 +69,11 @@ def test_statistics_do_not_depend_on_device_or_batch(
 def test_repairs(models: Any, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     plan = plan_of(open_checkpoint(models("mixtral")))
     edited = apply(plan, "drop-experts", experts=[1, 6])
-    options = Options(kind, ridge=0.1, minimum=1)
-    found: dict[str, list[Fitted]] = {"there": [], "here": []}
-    refit(Engine(plan, device=DEVICE), Engine(edited, device=DEVICE), Tokens(TEXT), options, found["there"].append)
+    options = RepairOptions(kind, ridge=0.1, minimum=1)
+    found: dict[str, list[FittedBlock]] = {"there": [], "here": []}
+    fit_layers(Engine(plan, device=DEVICE), Engine(edited, device=DEVICE), Tokens(TEXT), options, found["there"].append)
     monkeypatch.setattr(engine_module, "BATCH_TOKENS", TEXT.shape[1])
-    refit(Engine(plan, device="cpu"), Engine(edited, device="cpu"), Tokens(TEXT), options, found["here"].append)
+    fit_layers(Engine(plan, device="cpu"), Engine(edited, device="cpu"), Tokens(TEXT), options, found["here"].append)
     for there, here in zip(found["there"], found["here"], strict=True):
         assert there.error_after == pytest.approx(here.error_after, abs=1e-3)
         assert there.error_after < there.error_before

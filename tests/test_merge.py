@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import ROOT, Result
 from tests.golden.models import tensors, write
 from tests.quantise import rewrite

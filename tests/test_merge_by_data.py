@@ -17,16 +17,16 @@ from scipy.optimize import linear_sum_assignment
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError
-from moesurgery.measure.collect import collect
-from moesurgery.measure.criteria import scores
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.fits import save_fits
-from moesurgery.measure.group_fit import RIDGE, fit_groups
-from moesurgery.measure.refit import Fitted, Options, refit
-from moesurgery.measure.stats import Stats
-from moesurgery.measure.tokens import Tokens, padded
-from moesurgery.surgery import grouping
-from moesurgery.surgery.clustering import around_centroids
+from moesurgery.fitting.collector import collect
+from moesurgery.fitting.group_fit import RIDGE, fit_groups
+from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens, padded
+from moesurgery.moe.clustering import around_centroids
+from moesurgery.stats.criteria import scores
+from moesurgery.stats.group_fit_file import save_group_fits
+from moesurgery.stats.statistics_file import Stats
+from moesurgery.surgery import group_experts
 from tests.conftest import Result
 from tests.quantise import make_fp8
 from tests.test_collect import Seen, assert_close
@@ -48,9 +48,9 @@ def stats_of(path: Path, out: Path, *, every_expert: bool = True) -> tuple[Stats
 def fit_of(path: Path, out: Path, tokens: Tokens | None = None, **parameters: Any) -> str:
     """What `--text` makes for a merge: the side file with neuron orders and router rows."""
     plan = plan_of(open_checkpoint(path))
-    merge = grouping.merger(plan, **parameters, fitted=True)
+    merge = group_experts.merger(plan, **parameters, fitted=True)
     fits = fit_groups(Engine(plan), tokens or Tokens(TEXT), merge)
-    save_fits(out, fits, merge, {"tokens": TEXT.numel()})
+    save_group_fits(out, fits, merge, {"tokens": TEXT.numel()})
     return str(out)
 
 
@@ -142,9 +142,9 @@ def test_groups_by_brute_force(
     plan = plan_of(open_checkpoint(path))
     parts = [range(4), range(4, 8)] if model_type == "deepseek_v3" else [range(8)]
     for largest, to in ((16, 6), (16, 4), (2, 4)):
-        monkeypatch.setattr(grouping, "LARGEST", largest)
+        monkeypatch.setattr(group_experts, "LARGEST", largest)
         found = {
-            kind: grouping.merger(plan, to=to, group=kind, stats=file, protect_super=False).groups  # type: ignore[arg-type]
+            kind: group_experts.merger(plan, to=to, group=kind, stats=file, protect_super=False).groups  # type: ignore[arg-type]
             for kind in ("msmoe", "hc", "reap-centroid")
         }
         for where in seen.calls:
@@ -193,7 +193,7 @@ def test_super_experts_stay_alone(models: Any, tmp_path: Path, group: str) -> No
     stats, _ = stats_of(path, tmp_path / "s")
     plan = plan_of(open_checkpoint(path))
     peaks = stats.blocks["model.layers.0"].sums["peak"]
-    free = grouping.merger(plan, to=4, group=group, stats=str(stats.save(tmp_path / "s")), protect_super=False)  # type: ignore[arg-type]
+    free = group_experts.merger(plan, to=4, group=group, stats=str(stats.save(tmp_path / "s")), protect_super=False)  # type: ignore[arg-type]
     guarded = next(g for g in free.groups["model.layers.0"] if len(g) > 1)[-1]
     peaks[:, guarded] = 1e4
     parameters = {"to": 4, "group": group, "stats": str(stats.save(tmp_path / "s"))}
@@ -249,7 +249,7 @@ def test_orders_are_the_best_assignment(models: Any, tmp_path: Path, model_type:
     """Cosines of activations over the tokens of either expert and of weights, from transformers' modules."""
     path = models(model_type)
     plan = plan_of(open_checkpoint(path))
-    fits = fit_groups(Engine(plan), Tokens(SEEN), grouping.merger(plan, groups=[[4, 1]], align="activations"))
+    fits = fit_groups(Engine(plan), Tokens(SEEN), group_experts.merger(plan, groups=[[4, 1]], align="activations"))
     seen = Seen(path, SEEN)
     for fit in fits:
         hidden, index, _ = seen.calls[fit.where]
@@ -343,9 +343,9 @@ def test_a_repair_never_makes_what_it_fits_worse(models: Any, tmp_path: Path, mo
     _, stats = stats_of(path, tmp_path / "s", every_expert=False)
     edited = apply(plan, "merge-experts", to=4, stats=stats)
     for kind in ("scalar", "expert", "down"):
-        found: list[Fitted] = []
-        options = Options(kind, ridge=0.01, minimum=1)  # type: ignore[arg-type]
-        refit(Engine(plan), Engine(edited, keep=0), Tokens(TEXT), options, found.append)
+        found: list[FittedBlock] = []
+        options = RepairOptions(kind, ridge=0.01, minimum=1)  # type: ignore[arg-type]
+        fit_layers(Engine(plan), Engine(edited, keep=0), Tokens(TEXT), options, found.append)
         assert all(f.error_after < f.error_before for f in found)
         if kind == "down":
             assert any(f.matrices for f in found)
@@ -417,7 +417,7 @@ def test_no_room(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path = models("mixtral", num_experts_per_tok=1)
     stats, file = stats_of(path, tmp_path / "s")
     plan = plan_of(open_checkpoint(path))
-    monkeypatch.setattr(grouping, "LARGEST", 2)
+    monkeypatch.setattr(group_experts, "LARGEST", 2)
     with pytest.raises(RefusedError, match="3 groups of at most 2 do not hold the 8 experts"):
         apply(plan, "merge-experts", to=3, group="reap-centroid", stats=file, protect_super=False)
     stats.blocks["model.layers.0"].sums["peak"][:, 2] = 1e4

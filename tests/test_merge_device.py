@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from moesurgery.merge import backend
-from moesurgery.merge.merged import Merged
-from moesurgery.merge.method import find_method, load_methods, methods, per_model, scalar
-from moesurgery.plan.reader import FileReader
-from moesurgery.plan.tensors import Values
-from moesurgery.surgery.parameters import MISSING
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.expr.tensors import Constant
+from moesurgery.merge.compute import backend
+from moesurgery.merge.compute.merge_expr import MergeExpr
+from moesurgery.merge.compute.method import find_method, load_methods, methods, per_model, scalar
+from moesurgery.recipe.parameters import MISSING
+from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import Result
 from tests.golden.cases import EXACT, MODELS, RANDOM
 from tests.golden.models import write
@@ -49,7 +49,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "DEVICE_STEP", backend.STEP)
 
 
-def inputs(count: int, dtype: str) -> list[Values]:
+def inputs(count: int, dtype: str) -> list[Constant]:
     """Return a base and changes of it; where their dtype is BF16, many are equal in size."""
     random = np.random.Generator(np.random.PCG64(5))
     base = random.standard_normal(SHAPE)
@@ -57,7 +57,7 @@ def inputs(count: int, dtype: str) -> list[Values]:
     for i in range(count):
         values = torch.from_numpy(base + 0.1 * random.standard_normal(SHAPE) * (i > 0)).float()
         data = values.bfloat16().view(torch.int16) if dtype == "BF16" else values
-        found.append(Values(data.numpy().tobytes(), dtype, SHAPE))
+        found.append(Constant(data.numpy().tobytes(), dtype, SHAPE))
     return found
 
 
@@ -73,7 +73,7 @@ def merged(name: str, device: str, dtype: str, **changes: Any) -> torch.Tensor:
         own = value if value is not MISSING else (default,) * count if per_model(parameter) else default
         values[key] = own[:count] if per_model(parameter) else own
     apart = method.base in ("required", "optional")
-    expr = Merged(
+    expr = MergeExpr(
         name,
         tuple(models),
         base if apart else None,
@@ -86,7 +86,7 @@ def merged(name: str, device: str, dtype: str, **changes: Any) -> torch.Tensor:
         device,
     )
     reader = FileReader()
-    half = expr.numel // expr.granule // 2 * expr.granule  # in two parts, as two threads would
+    half = expr.numel // expr.chunk_multiple // 2 * expr.chunk_multiple  # in two parts, as two threads would
     parts = [expr.raw(start, stop, reader) for start, stop in ((0, half), (half, expr.numel)) if start < stop]
     return torch.cat([torch.frombuffer(bytearray(part), dtype=torch.float32) for part in parts])
 

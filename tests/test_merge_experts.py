@@ -12,8 +12,8 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.surgery.alignment import matched_rows
-from moesurgery.surgery.clustering import clusters
+from moesurgery.moe.clustering import clusters
+from moesurgery.moe.neuron_matching import matched_rows
 from tests.conftest import Result
 from tests.quantise import make_fp8, rewrite
 from tests.test_write import digest
@@ -207,7 +207,7 @@ def test_matching_equals_brute_force() -> None:
 def test_matching_is_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(50, 8), torch.randn(50, 8)
     whole = matched_rows(a, b)[0]
-    monkeypatch.setattr("moesurgery.surgery.alignment.BLOCK", 7)
+    monkeypatch.setattr("moesurgery.moe.neuron_matching.BLOCK", 7)
     assert torch.equal(matched_rows(a, b)[0], whole)
     with pytest.raises(RefusedError, match="NaN"):
         matched_rows(a, b / 0)

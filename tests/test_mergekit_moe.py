@@ -12,7 +12,7 @@ import torch
 
 from moesurgery import load_recipe, write_plan
 from moesurgery.errors import RecipeError
-from moesurgery.recipes import Recipe, parse_recipe
+from moesurgery.recipe.reader import Recipe, parse_recipe
 from tests.conftest import Result
 from tests.golden.moe import GOLDEN, RECIPES, digests, placed, write_models
 from tests.tiny import load, logits, read_config, read_tensors

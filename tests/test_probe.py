@@ -14,11 +14,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
-from moesurgery.measure import engine as engine_module
-from moesurgery.measure import probe as probe_module
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.probe import Ablations, ablate, screened, takers
-from moesurgery.measure.tokens import Tokens
+from moesurgery.fitting import ablation as probe_module
+from moesurgery.fitting.ablation import Ablations, ablate, screened, takers
+from moesurgery.forward import engine as engine_module
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens
 from tests.conftest import Result
 from tests.golden.models import write
 from tests.tiny import PROMPT, load, logits

@@ -13,8 +13,8 @@ import torch
 
 from moesurgery import apply, count_params, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
-from moesurgery.plan.expr import Copy
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.expr.nodes import Copy
+from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import Result
 from tests.headers import header_checkpoint
 from tests.quantise import (

@@ -15,8 +15,8 @@ import yaml
 
 from moesurgery import load_recipe
 from moesurgery.errors import RecipeError
-from moesurgery.recipes import parse_recipe, parse_size, recipe_schema
-from moesurgery.yaml_strict import parse, parse_text
+from moesurgery.recipe.reader import parse_recipe, parse_size, recipe_schema
+from moesurgery.recipe.yaml_strict import parse, parse_text
 from tests.conftest import ROOT, Result
 from tests.test_write import digest
 

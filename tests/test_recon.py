@@ -12,11 +12,11 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.errors import RefusedError
-from moesurgery.measure import recon as recon_module
-from moesurgery.measure.collect import collect
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.stats import Stats
-from moesurgery.measure.tokens import Tokens
+from moesurgery.fitting import keep_search as recon_module
+from moesurgery.fitting.collector import collect
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens
+from moesurgery.stats.statistics_file import Stats
 from tests.tiny import PROMPT, load
 
 

@@ -11,13 +11,13 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
-from moesurgery.measure import gauss_newton
-from moesurgery.measure.engine import Engine
-from moesurgery.measure.refit import Fitted, Options, refit
-from moesurgery.measure.repair import RepairWriter
-from moesurgery.measure.ridge import PATH, Change, solve
-from moesurgery.measure.tokens import Tokens, padded
+from moesurgery.fitting import gauss_newton
+from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.fitting.ridge import PATH, RidgeSolution, solve
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens, padded
 from moesurgery.plan.plan import Plan
+from moesurgery.stats.repair_file import RepairWriter
 from tests.conftest import Result
 from tests.quantise import make_fp8
 from tests.tiny import load, read_tensors, same_bits
@@ -33,10 +33,10 @@ def edit(path: Path) -> tuple[Plan, Plan]:
     return plan, apply(plan, "drop-experts", experts=[1, 6])
 
 
-def repaired(path: Path, tokens: Tokens | None = None, **options: Any) -> list[Fitted]:
-    found: list[Fitted] = []
+def repaired(path: Path, tokens: Tokens | None = None, **options: Any) -> list[FittedBlock]:
+    found: list[FittedBlock] = []
     plan, edited = edit(path)
-    refit(Engine(plan), Engine(edited, keep=0), tokens or Tokens(TEXT), Options(**options), found.append)
+    fit_layers(Engine(plan), Engine(edited, keep=0), tokens or Tokens(TEXT), RepairOptions(**options), found.append)
     return found
 
 
@@ -48,7 +48,7 @@ def load_edited(path: Path) -> torch.nn.Module:
     return load(out)
 
 
-def save(fitted: list[Fitted], folder: Path, kind: str = "down") -> str:
+def save(fitted: list[FittedBlock], folder: Path, kind: str = "down") -> str:
     writer = RepairWriter(folder)
     for entry in fitted:
         writer.add(entry)
@@ -142,8 +142,8 @@ def test_a_model_that_was_not_edited_stays(models: Any) -> None:
     path = models("mixtral")
     plan = plan_of(open_checkpoint(path))
     for kind in KINDS:
-        found: list[Fitted] = []
-        refit(Engine(plan), Engine(plan), Tokens(TEXT), Options(kind), found.append)  # type: ignore[arg-type]
+        found: list[FittedBlock] = []
+        fit_layers(Engine(plan), Engine(plan), Tokens(TEXT), RepairOptions(kind), found.append)  # type: ignore[arg-type]
         for entry in found:
             assert entry.error_before < 1e-10
             assert entry.factors is None or entry.factors == pytest.approx([1.0] * 8, abs=1e-5)
@@ -287,7 +287,7 @@ def test_nothing_is_changed_that_would_not_carry_over() -> None:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(2, 20, 12, generator=generator, dtype=torch.float64)
     gram, cross = sums(h, torch.randn(2, 20, 3, generator=generator, dtype=torch.float64))
-    assert solve(gram, cross, None) == Change(None, None, 0.0)
+    assert solve(gram, cross, None) == RidgeSolution(None, None, 0.0)
     assert solve(gram, cross, 0.1).change is not None
     gram[1], cross[1] = 0, 0  # one window alone: nothing to judge by
     assert solve(gram, cross, None).change is None

@@ -12,7 +12,7 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError, RefusedError
-from moesurgery.write.job import WriteOptions
+from moesurgery.write.write_plan import WriteOptions
 from tests.quantise import make_fp8
 from tests.test_tie_blocks import FAMILIES, Models, shared, tied
 from tests.tiny import load, logits, read_config, read_tensors

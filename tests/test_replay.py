@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import Result
 from tests.golden.models import write
 from tests.golden.moe import RECIPES, placed, write_models

@@ -15,8 +15,8 @@ import torch
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
+from moesurgery.families.config_keys import Settings
 from moesurgery.families.routing import second_moments
-from moesurgery.families.settings import Settings
 from tests.conftest import Result
 from tests.tiny import TINY, experts_multiplied, load, logits, read_tensors, same_bits
 
@@ -122,8 +122,8 @@ def test_second_moments_are_those_of_the_models_own_router(models: Any, model_ty
             bias = tensor.detach().numpy()
             break
     moments = second_moments(settings, raw, bias)
-    knob = settings.knob or 1.0
-    expected = (weights.double() / knob).pow(2).sum(-1).mean().item()
+    routed_scale_key = settings.routed_scale_key or 1.0
+    expected = (weights.double() / routed_scale_key).pow(2).sum(-1).mean().item()
     assert moments[1] == pytest.approx(expected, rel=1e-4)
 
 
@@ -147,11 +147,11 @@ def test_going_nowhere_changes_nothing(demo: Path, tmp_path: Path) -> None:
 
 def test_dbrx_norm_orders() -> None:
     """The even-gates factor and the moments of an L_p normalised router, on even gates."""
-    from moesurgery.families.family import Family, Flag, Routing
+    from moesurgery.families.family import Family, Flag, RouterRule
     from moesurgery.families.routing import even_gates_factor
 
     for order in (1.0, 2.0, None):
-        family = Family("x", (), (), (), routing=Routing(renormalised=Flag(("p",), None)))
+        family = Family("x", (), (), (), routing=RouterRule(renormalised=Flag(("p",), None)))
         settings = Settings(family, {"p": order})
         moments = second_moments(settings, np.zeros((5, 8)))
         assert math.sqrt(moments[1] / moments[3]) == pytest.approx(even_gates_factor(settings, 2, 4))
@@ -212,7 +212,9 @@ def test_every_alias_of_the_key_is_edited(models: Any, tmp_path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     model = plan_of(open_checkpoint(path))
     edited = apply(
-        type(model)(model.sources, model.tensors, model.home, {**config, "experts_per_token": 2}), "rescale", top_k=3
+        type(model)(model.sources, model.tensors, model.shard_of, {**config, "experts_per_token": 2}),
+        "rescale",
+        top_k=3,
     )
     assert edited.config["num_experts_per_tok"] == edited.config["experts_per_token"] == 3
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesurgery.plan.drawn import Normal, random_key
-from moesurgery.plan.elementwise import scale
-from moesurgery.plan.expr import Expr, reshape
-from moesurgery.plan.reader import FileReader
-from moesurgery.plan.tensors import Applied, Filled, Linear, Picked, Transposed, columns, join_columns, mean, transpose
+from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.expr.elementwise import scale
+from moesurgery.expr.nodes import Expr, reshape
+from moesurgery.expr.random import Normal, random_key
+from moesurgery.expr.tensors import Applied, Full, Gather, Linear, Transposed, concat_last, mean, slice_last, transpose
 from tests.test_expr import stored
 
 
@@ -20,7 +20,7 @@ def in_chunks(expr: Expr, about: int) -> torch.Tensor:
     """Evaluate in parts of whole granules, as the writer does, and check that parts equal the whole."""
     reader = FileReader()
     whole = expr.evaluate(0, expr.numel, reader).clone()
-    step = max(1, about // expr.granule) * expr.granule
+    step = max(1, about // expr.chunk_multiple) * expr.chunk_multiple
     parts = []
     for start in range(0, expr.numel, step):
         reader.begin_chunk()
@@ -48,22 +48,22 @@ def test_weighted_sums_accumulate_in_float32_and_round_once(tmp_path: Path) -> N
 def test_columns_and_their_joins(tmp_path: Path) -> None:
     a, b = torch.randn(6, 4, 10), torch.randn(6, 4, 3)
     t = stored(tmp_path, a=a, b=b)
-    assert torch.equal(in_chunks(columns(t["a"], 2, 7), 11), a[..., 2:7])
-    assert columns(t["a"], 0, 10) is t["a"]
-    joined = join_columns([t["b"], columns(t["a"], 8, 10), scale(t["b"], 2.0)])
+    assert torch.equal(in_chunks(slice_last(t["a"], 2, 7), 11), a[..., 2:7])
+    assert slice_last(t["a"], 0, 10) is t["a"]
+    joined = concat_last([t["b"], slice_last(t["a"], 8, 10), scale(t["b"], 2.0)])
     assert torch.equal(in_chunks(joined, 30), torch.cat([b, a[..., 8:], b * 2], dim=-1))
     with pytest.raises(ValueError, match="columns"):
-        columns(t["a"], 3, 11)
+        slice_last(t["a"], 3, 11)
 
 
 def test_interleaving_is_reshaping_and_columns(tmp_path: Path) -> None:
     rows = torch.randn(12, 5)  # gate and up rows alternate
     cols = torch.randn(5, 12)  # gate and up columns alternate
     t = stored(tmp_path, rows=rows, cols=cols)
-    assert torch.equal(in_chunks(columns(reshape(t["rows"], (6, 10)), 0, 5), 9), rows[::2])
-    assert torch.equal(in_chunks(columns(reshape(t["cols"], (30, 2)), 1, 2), 9).view(5, 6), cols[:, 1::2])
-    gate, up = columns(reshape(t["cols"], (30, 2)), 0, 1), columns(reshape(t["cols"], (30, 2)), 1, 2)
-    assert torch.equal(in_chunks(reshape(join_columns([gate, up]), (5, 12)), 8), cols)
+    assert torch.equal(in_chunks(slice_last(reshape(t["rows"], (6, 10)), 0, 5), 9), rows[::2])
+    assert torch.equal(in_chunks(slice_last(reshape(t["cols"], (30, 2)), 1, 2), 9).view(5, 6), cols[:, 1::2])
+    gate, up = slice_last(reshape(t["cols"], (30, 2)), 0, 1), slice_last(reshape(t["cols"], (30, 2)), 1, 2)
+    assert torch.equal(in_chunks(reshape(concat_last([gate, up]), (5, 12)), 8), cols)
 
 
 def test_transposes(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_transposes(tmp_path: Path) -> None:
     t = stored(tmp_path, a=a)
     assert torch.equal(in_chunks(transpose(t["a"]), 20), a.transpose(1, 2))
     assert transpose(transpose(t["a"])) is t["a"]
-    half = columns(Transposed(t["a"]), 1, 3)
+    half = slice_last(Transposed(t["a"]), 1, 3)
     assert torch.equal(in_chunks(half, 1), a.transpose(1, 2)[..., 1:3])
 
 
@@ -79,13 +79,13 @@ def test_picked_rows(tmp_path: Path) -> None:
     a = torch.randn(7, 4, 2)
     t = stored(tmp_path, a=a)
     order = (6, 0, 1, 2, 5, 5, 3)
-    assert torch.equal(in_chunks(Picked(t["a"], order), 16), a[list(order)])
-    turned = Picked(transpose(t["a"]), order)
+    assert torch.equal(in_chunks(Gather(t["a"], order), 16), a[list(order)])
+    turned = Gather(transpose(t["a"]), order)
     assert torch.equal(in_chunks(turned, 16), a.transpose(1, 2)[list(order)])
 
 
 def test_filled(tmp_path: Path) -> None:
-    assert torch.equal(in_chunks(Filled(0.5, "BF16", (3, 4)), 5), torch.full((3, 4), 0.5).bfloat16())
+    assert torch.equal(in_chunks(Full(0.5, "BF16", (3, 4)), 5), torch.full((3, 4), 0.5).bfloat16())
 
 
 def test_normal_numbers_depend_on_key_and_position_alone() -> None:
@@ -105,5 +105,5 @@ def test_applied_functions_see_whole_tensors(tmp_path: Path) -> None:
     t = stored(tmp_path, a=a)
     expr = Applied(torch.kron, (t["a"], t["a"]), "BF16", (36, 16))
     assert torch.equal(in_chunks(expr, 3), torch.kron(a, a).bfloat16())
-    assert expr.granule == 36 * 16
+    assert expr.chunk_multiple == 36 * 16
     assert " at 0x" not in repr(expr)  # the digest of a plan is made of it

@@ -13,14 +13,14 @@ import torch
 import transformers
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
+from moesurgery.decoders.dense_names import DENSE_NAMES, MOE_KEYS, DensePair
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.families.dense import MOE_KEYS, PAIRS, DensePair
 from tests.conftest import Result
 from tests.quantise import make_fp8, rewrite
 from tests.tiny import load, logits, read_config, read_tensors, same_bits, save_tiny
 
 Cli = Callable[..., Result]
-IDS = [f"{pair.source}-{pair.target}" for pair in PAIRS]
+IDS = [f"{pair.source}-{pair.target}" for pair in DENSE_NAMES]
 
 # What the MoE config adds when a tiny dense model of width 48 is upcycled to it, and tiny sizes of the dense one.
 WIDTH = 48
@@ -123,7 +123,7 @@ def upcycled(dense: Path, target: Path, pair: DensePair, first_dense: int = 0) -
     rewrite(dense, target, after, {"model_type": pair.source, "architectures": [architecture], **extra})
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=IDS)
+@pytest.mark.parametrize("pair", DENSE_NAMES, ids=IDS)
 def test_it_undoes_an_upcycle_to_the_byte(tmp_path: Path, pair: DensePair) -> None:
     dense = tmp_path / "dense"
     changes = {"attention_bias": False} if pair.target == "llama" else {}
@@ -144,7 +144,7 @@ def test_it_undoes_an_upcycle_to_the_byte(tmp_path: Path, pair: DensePair) -> No
     }
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=IDS)
+@pytest.mark.parametrize("pair", DENSE_NAMES, ids=IDS)
 def test_keys_and_defaults_are_those_of_transformers(pair: DensePair) -> None:
     """A key that a config leaves out means another value in the dense family: each of those is written."""
     moe, dense = (transformers.CONFIG_MAPPING[t]().to_dict() for t in (pair.source, pair.target))
@@ -194,8 +194,12 @@ class _Sum(torch.nn.Module):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(("model_type", "knob"), [("mixtral", 1.0), ("deepseek_v3", 2.5), ("granitemoe", 1.0)])
-def test_experts_side_by_side(models: Any, tmp_path: Path, model_type: str, knob: float, fused: bool) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "routed_scale_key"), [("mixtral", 1.0), ("deepseek_v3", 2.5), ("granitemoe", 1.0)]
+)
+def test_experts_side_by_side(
+    models: Any, tmp_path: Path, model_type: str, routed_scale_key: float, fused: bool
+) -> None:
     changes = {"first_k_dense_replace": 0} if model_type == "deepseek_v3" else {}
     path = models(model_type, fused=fused, **changes)
     plan = apply(plan_of(open_checkpoint(path)), "to-dense", concat_top=3, shared="drop")
@@ -203,7 +207,7 @@ def test_experts_side_by_side(models: Any, tmp_path: Path, model_type: str, knob
     model = load(path)
     for entry, layer in zip(plan.steps[0].report["layers"], model.model.layers, strict=True):
         name = "block_sparse_moe" if hasattr(layer, "block_sparse_moe") else "mlp"
-        setattr(layer, name, _Sum(getattr(layer, name).experts, entry["experts"], knob / 3))
+        setattr(layer, name, _Sum(getattr(layer, name).experts, entry["experts"], routed_scale_key / 3))
     assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() < 5e-6
 
 

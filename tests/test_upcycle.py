@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError
-from moesurgery.plan.elementwise import scale
-from moesurgery.surgery.upcycling.design import Design
-from moesurgery.surgery.upcycling.mixture import Mixture
-from moesurgery.write.job import WriteOptions
+from moesurgery.expr.elementwise import scale
+from moesurgery.surgery.upcycle.design import Design
+from moesurgery.surgery.upcycle.mixture import Mixture
+from moesurgery.write.write_plan import WriteOptions
 from tests.conftest import Result
 from tests.dense import DELTA, LATENT, LLAMA3, LONG_PROMPT, NARROW, save_dense
 from tests.tiny import load, logits, read_config, read_tensors, same_bits
@@ -355,9 +355,9 @@ def test_verify_compares_the_real_logits(llama: Path, tmp_path: Path, monkeypatc
     whole = Mixture.tensors
 
     def damaged(self: Mixture, rows: Any) -> Any:
-        tensors, home = whole(self, rows)
+        tensors, shard_of = whole(self, rows)
         name = EXPERT.format(1, 0, "w1")
-        return {**tensors, name: scale(tensors[name], 1.5)}, home
+        return {**tensors, name: scale(tensors[name], 1.5)}, shard_of
 
     monkeypatch.setattr(Mixture, "tensors", damaged)
     with pytest.raises(RefusedError, match="the mixture's logits differ from the dense model's"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
-from moesurgery.surgery.upcycling.clusters import balanced_clusters
+from moesurgery.surgery.upcycle.balanced_clusters import balanced_clusters
 from tests.dense import LLAMA3, save_dense
 from tests.tiny import read_tensors, same_bits
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
+from moesurgery.decoders.lookup import DENSE_TYPES, MOE_TYPES
+from moesurgery.decoders.pairs import NO_PAIR, PAIRS
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.families.architectures import DENSE, MIXTURES
-from moesurgery.families.pairs import NO_PAIR, PAIRS
 from tests.dense import (
     BIAS,
     CONVOLUTION,
@@ -158,8 +158,8 @@ def test_a_share_of_heads_that_the_type_does_not_rotate_is_refused(tmp_path: Pat
 
 def test_every_pair_is_tested() -> None:
     assert {(p.source_type, p.target_type) for p in PAIRS} == {(s, t) for s, _, t in CASES}
-    assert {p.source_type for p in PAIRS} | {"cwm"} == {a.model_type for a in DENSE}
-    assert {p.target_type for p in PAIRS} == {a.model_type for a in MIXTURES}
+    assert {p.source_type for p in PAIRS} | {"cwm"} == {a.model_type for a in DENSE_TYPES}
+    assert {p.target_type for p in PAIRS} == {a.model_type for a in MOE_TYPES}
 
 
 BEYOND = rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, llama_4_scaling_beta=0.1)

@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 import pytest
 
 from moesurgery import load_recipe
-from moesurgery.cli.app import app
-from moesurgery.surgery.operation import operations
+from moesurgery.cli._app import app
+from moesurgery.recipe.registry import operations
 from moesurgery.validate.codes import CODES
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import ROOT, Result
 from tests.families import ROWS
 from tests.quantise import make_fp8, make_mxfp4

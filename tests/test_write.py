@@ -25,8 +25,8 @@ import moesurgery
 from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
-from moesurgery.write.folder import claim
-from moesurgery.write.shard import Watch
+from moesurgery.write.publish import claim
+from moesurgery.write.shard import JobControl
 from tests.conftest import ROOT, Result
 from tests.tiny import read_tensors, same_bits
 
@@ -258,8 +258,8 @@ class StoppedError(Exception):
     """What the watch raises after some bytes."""
 
 
-def stop_after(count: int) -> Watch:
-    watch = Watch()
+def stop_after(count: int) -> JobControl:
+    watch = JobControl()
     seen = 0
 
     def progress(n: int) -> None:
@@ -321,7 +321,7 @@ def test_two_processes_do_not_write_one_output(plan: Plan, tmp_path: Path) -> No
 
 
 def test_a_failed_shard_leaves_no_temporary_file(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesurgery.write.copying.write_full", _full_disk)
+    monkeypatch.setattr("moesurgery.write.copy_bytes.write_full", _full_disk)
     with pytest.raises(OutputError, match="no space"):
         write_plan(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -332,7 +332,7 @@ def test_a_file_too_large_for_its_filesystem(plan: Plan, tmp_path: Path, monkeyp
     def too_large(*_: object) -> None:
         raise OSError(errno.EFBIG, "File too large")
 
-    monkeypatch.setattr("moesurgery.write.copying.write_full", too_large)
+    monkeypatch.setattr("moesurgery.write.copy_bytes.write_full", too_large)
     with pytest.raises(OutputError, match="larger than its filesystem") as caught:
         write_plan(plan, tmp_path / "out")
     assert "--max-shard-size" in (caught.value.hint or "")
@@ -378,7 +378,8 @@ def slow_writer(model: Path, out: Path) -> subprocess.Popen[str]:
     program = f"""
 import sys, time
 from moesurgery.cli import main
-from moesurgery.write import copying, shard
+from moesurgery.write import shard
+from moesurgery.write import copy_bytes
 fast = copying.write_full
 def slow(*a):
     time.sleep(0.5); fast(*a)
@@ -456,7 +457,7 @@ def test_force_looks_again_before_it_replaces(plan: Plan, tmp_path: Path) -> Non
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.safetensors").write_bytes(b"stale")
-    watch = Watch(progress=lambda count: (out / "thesis.docx").write_text("mine") and None)
+    watch = JobControl(progress=lambda count: (out / "thesis.docx").write_text("mine") and None)
     with pytest.raises(OutputError, match=r"thesis\.docx"):
         write_plan(plan, out, WriteOptions(force=True), watch=watch)
     assert set(digest(out)) == {"old.safetensors", "thesis.docx"}

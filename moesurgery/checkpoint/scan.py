@@ -15,8 +15,8 @@ from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.checkpoint.header import Header, TensorInfo, scan_header
 from moesurgery.checkpoint.source import LocalSource, Source, is_contained
 from moesurgery.checkpoint.strict_json import parse_json, repeated_keys
+from moesurgery.cpu_count import cores
 from moesurgery.errors import CheckpointError
-from moesurgery.machine import cores
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

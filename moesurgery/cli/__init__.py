@@ -17,12 +17,12 @@ DEBUG = "MOESURGERY_DEBUG"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; never lets a traceback through unless MOESURGERY_DEBUG is set."""
-    from moesurgery.cli.console import console
+    from moesurgery.cli._console import console
 
     # Headers of large models make hundreds of thousands of small objects and hardly any cycles.
     gc.set_threshold(200_000, 20, 20)
     try:
-        from moesurgery.cli.app import app
+        from moesurgery.cli._app import app
 
         given = sys.argv[1:] if arguments is None else arguments
         code = app(given[0] if given else "")(args=arguments, standalone_mode=False)
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _other(error: Exception) -> int:
     """Show a usage error of Typer's, or report a bug of ours in one line."""
-    from moesurgery.cli.console import console
+    from moesurgery.cli._console import console
 
     if type(error).__name__ == "Abort":
         console.note("interrupted")

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesurgery.cli import measuring
-from moesurgery.cli.console import console
-from moesurgery.cli.writing import Force, Json, Quiet
+from moesurgery.cli import _run_options
+from moesurgery.cli._console import console
+from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.errors import OutputError
 
 if TYPE_CHECKING:
-    from moesurgery.measure.stats import Stats
-    from moesurgery.measure.tokens import Tokens
+    from moesurgery.forward.tokens import Tokens
     from moesurgery.plan.plan import Plan
+    from moesurgery.stats.statistics_file import Stats
 
 SUFFIX = ".safetensors"
 
 
 def collect_command(
-    model: measuring.Subject,
-    text: measuring.Texts,
+    model: _run_options.ModelOrRecipe,
+    text: _run_options.Texts,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: NAME.safetensors and NAME.json.")],
     top_k: Annotated[
         list[int] | None,
@@ -37,11 +37,11 @@ def collect_command(
         bool,
         typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
     ] = False,
-    window: measuring.Window = 512,
-    tokens: measuring.CalibrationTokens = measuring.TOKENS,
-    seed: measuring.CalibrationSeed = 0,
-    dtype: measuring.Dtype = "float32",
-    device: measuring.Device = "cpu",
+    window: _run_options.Window = 512,
+    tokens: _run_options.CalibrationTokens = _run_options.TOKENS,
+    seed: _run_options.CalibrationSeed = 0,
+    dtype: _run_options.DtypeOption = "float32",
+    device: _run_options.DeviceOption = "cpu",
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -55,8 +55,8 @@ def collect_command(
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
-    plan = measuring.subject(model)
-    run = measuring.Run(window, None, seed, device, dtype)
+    plan = _run_options.subject(model)
+    run = _run_options.Run(window, None, seed, device, dtype)
     run.check()
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
     stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert)
@@ -83,24 +83,24 @@ def collect_command(
 def collect_stats(
     plan: Plan,
     windows: Tokens,
-    run: measuring.Run,
+    run: _run_options.Run,
     text: list[Path],
     top_k: list[int],
     keep: list[int],
     every_expert: bool = False,
 ) -> Stats:
     """Collect statistics with a progress bar, and note what they were collected on."""
-    from moesurgery.measure.collect import collect
+    from moesurgery.fitting.collector import collect
 
     engine = run.engine(plan)
     with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
         stats = collect(engine, windows, top_k, keep, watch.progress, every_expert=every_expert)
-    stats.about |= measuring.calibrated_on(plan, windows, run, text)
+    stats.about |= _run_options.calibrated_on(plan, windows, run, text)
     return stats
 
 
 def _document(stats: Stats, target: Path) -> dict[str, Any]:
-    from moesurgery.measure.criteria import CRITERIA, agreement, scores, super_experts
+    from moesurgery.stats.criteria import CRITERIA, agreement, scores, super_experts
 
     return {
         "schema_version": 1,

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
-from moesurgery.cli.console import console, human_bytes, human_count
-from moesurgery.cli.operations import Model
-from moesurgery.cli.writing import Json
+from moesurgery.cli._console import console, human_bytes, human_count
+from moesurgery.cli._operations import Model
+from moesurgery.cli._writing import Json
+from moesurgery.count.params import Counts, count_params
+from moesurgery.count.roofline import ACCELERATORS, Roofline, roofline
 from moesurgery.errors import RecipeError
 from moesurgery.families.components import MAIN_COMPONENTS, VISION
 from moesurgery.families.recognition import recognise
-from moesurgery.measure.params import Counts, count_params
-from moesurgery.measure.roofline import ACCELERATORS, Roofline, roofline
 
 CONVENTIONS = {
     "all": "all weights a token uses (Mixtral, Qwen, OLMoE, Llama-4)",

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
-from moesurgery.cli.console import console
-from moesurgery.cli.writing import Json, Quiet
-from moesurgery.families.places import template_of
-from moesurgery.text import one_line
+from moesurgery.cli._console import console
+from moesurgery.cli._writing import Json, Quiet
+from moesurgery.escape import one_line
+from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.difference import Difference, TensorDifference, diff_checkpoints
 
 SHOWN = 40
@@ -49,7 +49,7 @@ def _show(found: Difference, each: bool) -> None:
     if found.tensors:
         groups: dict[tuple[str, str], list[TensorDifference]] = {}
         for tensor in found.tensors:
-            name = tensor.name if each else template_of(tensor.name)[0]
+            name = tensor.name if each else name_template(tensor.name)[0]
             groups.setdefault((tensor.kind, name), []).append(tensor)
         rows = [_row(kind, name, tensors) for (kind, name), tensors in groups.items()]
         left_out = len(rows) - SHOWN

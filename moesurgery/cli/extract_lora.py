@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli import writing
-from moesurgery.cli.console import console, human_bytes
+from moesurgery.cli import _writing
+from moesurgery.cli._console import console, human_bytes
 
 
 def extract_lora_command(
@@ -16,14 +16,14 @@ def extract_lora_command(
     tuned: Annotated[str, typer.Argument(help="The model whose differences to it are wanted.")],
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of each pair of factors.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    as_json: writing.Json = False,
-    quiet: writing.Quiet = False,
+    as_json: _writing.Json = False,
+    quiet: _writing.Quiet = False,
 ) -> None:
     """Write the LoRA adapter that brings a model nearest to another, experts included.
 
     Each matrix gets the best approximation of its difference of the given rank (truncated SVD), in PEFT's format.
     """
-    from moesurgery.merge.extract_lora import extract_lora
+    from moesurgery.lora.extract import extract_lora
     from moesurgery.merge.references import Models
 
     console.quiet = quiet

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli.console import console
-from moesurgery.cli.writing import Json
+from moesurgery.cli._console import console
+from moesurgery.cli._writing import Json
 from moesurgery.errors import RecipeError
 from moesurgery.families.overview import CLASSES, HEADER, Overview, about, meaning, overview
 from moesurgery.families.table import FAMILIES
-from moesurgery.surgery.operation import did_you_mean
+from moesurgery.recipe.registry import did_you_mean
 
 
 def families_command(

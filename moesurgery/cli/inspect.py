@@ -8,19 +8,19 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.header import TensorInfo
-from moesurgery.cli.console import console, human_bytes
-from moesurgery.cli.operations import Model
-from moesurgery.cli.writing import Json
+from moesurgery.cli._console import console, human_bytes
+from moesurgery.cli._operations import Model
+from moesurgery.cli._writing import Json
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.config_keys import keys_present
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
-from moesurgery.families.layers import ranges
+from moesurgery.families.moe_layers import ranges
 from moesurgery.families.overview import CLASSES, overview
-from moesurgery.families.places import template_of
 from moesurgery.families.quantised import method
 from moesurgery.families.recognition import recognise
 from moesurgery.families.routing import routing_class
-from moesurgery.families.settings import keys_present
+from moesurgery.families.tensor_names import name_template
 
 
 def inspect_command(model: Model = ".", as_json: Json = False) -> None:
@@ -48,7 +48,7 @@ def inspect_command(model: Model = ".", as_json: Json = False) -> None:
 
 
 @dataclass
-class Group:
+class TensorPattern:
     """Tensors whose names differ in their numbers only, of one dtype, shape and part of the model."""
 
     template: str
@@ -81,15 +81,15 @@ class Group:
         }
 
 
-def tensor_groups(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> list[Group]:
+def tensor_groups(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> list[TensorPattern]:
     """Return the tensors in groups, in the order of the first of each."""
-    groups: dict[tuple[Any, ...], Group] = {}
+    groups: dict[tuple[Any, ...], TensorPattern] = {}
     for name, info in tensors.items():
-        template, numbers = template_of(name)
+        template, numbers = name_template(name)
         component = anatomy.component[name]
         key = (template, info.dtype, info.shape, component)
         if key not in groups:
-            groups[key] = Group(template, info.dtype, info.shape, component, [set() for _ in numbers])
+            groups[key] = TensorPattern(template, info.dtype, info.shape, component, [set() for _ in numbers])
         group = groups[key]
         group.count += 1
         group.nbytes += info.nbytes

@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli import writing
-from moesurgery.cli.measuring import check_device
-from moesurgery.cli.operations import taking_flags
-from moesurgery.merge.method import load_methods
-from moesurgery.merge.recipe import load_merge_recipe
+from moesurgery.cli import _writing
+from moesurgery.cli._operations import taking_flags
+from moesurgery.cli._run_options import check_device
+from moesurgery.merge.compute.method import load_methods
+from moesurgery.merge.recipe.merge_recipe import load_merge_recipe
 
 
 @taking_flags
 def merge_command(
     recipe: Annotated[Path, typer.Argument(help="A merge recipe, as for mergekit-yaml or mergekit-multi.")],
-    flags: writing.WriterFlags,
+    flags: _writing.WriterFlags,
     methods: Annotated[
         list[Path] | None,
         typer.Option("--methods", metavar="FILE", help="A Python file with merge methods of your own; it is run."),
@@ -37,4 +37,4 @@ def merge_command(
     if device:
         check_device(device)
     found = load_merge_recipe(recipe)
-    writing.carry_out(replace(found, max_shard_size=flags.shard_bytes, device=device), flags)
+    _writing.carry_out(replace(found, max_shard_size=flags.shard_bytes, device=device), flags)

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesurgery.cli import measuring
-from moesurgery.cli.console import console
-from moesurgery.cli.writing import Json, Quiet
+from moesurgery.cli import _run_options
+from moesurgery.cli._console import console
+from moesurgery.cli._writing import Json, Quiet
 from moesurgery.errors import RecipeError
 
 if TYPE_CHECKING:
-    from moesurgery.measure.perplexity import Loss
+    from moesurgery.forward.loss import Loss
 
 
 def perplexity_command(
-    model: measuring.Subject,
+    model: _run_options.ModelOrRecipe,
     text: Annotated[list[Path], typer.Argument(help="Text or JSONL files, one domain each.")],
-    window: measuring.Window = 512,
-    limit: measuring.Limit = None,
-    seed: measuring.Seed = None,
-    dtype: measuring.Dtype = "float32",
-    device: measuring.Device = "cpu",
+    window: _run_options.Window = 512,
+    limit: _run_options.Limit = None,
+    seed: _run_options.Seed = None,
+    dtype: _run_options.DtypeOption = "float32",
+    device: _run_options.DeviceOption = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -33,12 +33,12 @@ def perplexity_command(
     written. In a text file, form feeds separate documents.
     """
     console.quiet = quiet
-    run = measuring.Run(window, limit, seed, device, dtype)
+    run = _run_options.Run(window, limit, seed, device, dtype)
     run.check()
-    plan = measuring.subject(model)
+    plan = _run_options.subject(model)
     domains = run.domains(plan.checkpoint, text)
 
-    from moesurgery.measure.perplexity import losses, mean
+    from moesurgery.forward.loss import losses, mean_loss
 
     engine = run.engine(plan)
     work = sum(d.windows.numel() for d in domains) * len(engine.layers)
@@ -51,11 +51,11 @@ def perplexity_command(
                 "model": plan.checkpoint.source.identity,
                 "window": window,
                 "dtype": dtype,
-                "domains": [_entry(f) for f in (*found, mean(found))],
+                "domains": [_entry(f) for f in (*found, mean_loss(found))],
             }
         )
         return
-    shown = found if len(found) == 1 else [*found, mean(found)]
+    shown = found if len(found) == 1 else [*found, mean_loss(found)]
     rows = [(f.domain, f"{f.tokens:,}", f"{f.nats:.4f}", f"{f.perplexity:.3f}") for f in shown]
     console.table(("text", "tokens", "nats/token", "perplexity"), rows, right=(1, 2, 3))
 
@@ -64,12 +64,12 @@ def compare_command(
     models: Annotated[
         list[str], typer.Argument(help="Checkpoints, and recipes of some never written; the first is the reference.")
     ],
-    text: measuring.Texts,
-    window: measuring.Window = 512,
-    limit: measuring.Limit = None,
-    seed: measuring.Seed = None,
-    dtype: measuring.Dtype = "float32",
-    device: measuring.Device = "cpu",
+    text: _run_options.Texts,
+    window: _run_options.Window = 512,
+    limit: _run_options.Limit = None,
+    seed: _run_options.Seed = None,
+    dtype: _run_options.DtypeOption = "float32",
+    device: _run_options.DeviceOption = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -78,19 +78,19 @@ def compare_command(
     All run layer by layer. A recipe gives the figures that its written checkpoint would give.
     """
     console.quiet = quiet
-    run = measuring.Run(window, limit, seed, device, dtype)
+    run = _run_options.Run(window, limit, seed, device, dtype)
     run.check()
     if len(models) < 2:
         raise RecipeError("compare needs two models or more", "`moesurgery perplexity` measures one")
-    plans = [measuring.subject(model) for model in models]
+    plans = [_run_options.subject(model) for model in models]
     domains = run.domains(plans[0].checkpoint, text)
 
-    from moesurgery.measure.perplexity import compared, mean
+    from moesurgery.forward.loss import compared, mean_loss
 
     engines = [run.engine(plan) for plan in plans]
     work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in engines)
     with console.progress("evaluating", work, of_bytes=False) as watch:
-        found = [[*losses, mean(losses)] for losses in compared(engines, domains, watch.progress)]
+        found = [[*losses, mean_loss(losses)] for losses in compared(engines, domains, watch.progress)]
     names = _names(models)
     if as_json:
         console.json(

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesurgery.cli import measuring
+from moesurgery.cli import _run_options
+from moesurgery.cli._console import console
+from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.cli.collect import collect_stats
-from moesurgery.cli.console import console
-from moesurgery.cli.writing import Force, Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
-    from moesurgery.measure.probe import Ablations
-    from moesurgery.measure.stats import BlockStats, Stats
+    from moesurgery.fitting.ablation import Ablations
+    from moesurgery.stats.statistics_file import BlockStats, Stats
 
 TOKENS = 4096
 MODES = {"mask": ["mask"], "zero": ["zero"], "both": ["mask", "zero"]}
 
 
 def probe_command(
-    model: measuring.Subject,
-    text: measuring.Texts,
+    model: _run_options.ModelOrRecipe,
+    text: _run_options.Texts,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write NAME.json, NAME.html and, unless --no-png, NAME.png.")
     ] = None,
@@ -39,11 +39,11 @@ def probe_command(
         bool,
         typer.Option("--all", help="Leave out every expert; by default at most 16 per layer, by reap-sum."),
     ] = False,
-    window: measuring.Window = 512,
-    tokens: measuring.CalibrationTokens = TOKENS,
-    seed: measuring.CalibrationSeed = 0,
-    dtype: measuring.Dtype = "float32",
-    device: measuring.Device = "cpu",
+    window: _run_options.Window = 512,
+    tokens: _run_options.CalibrationTokens = TOKENS,
+    seed: _run_options.CalibrationSeed = 0,
+    dtype: _run_options.DtypeOption = "float32",
+    device: _run_options.DeviceOption = "cpu",
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -60,14 +60,14 @@ def probe_command(
     for file in files:
         if file.exists() and not force:
             raise OutputError(f"{file} exists", "use --force to replace it, or another -o")
-    run = measuring.Run(window, None, seed, device, dtype)
+    run = _run_options.Run(window, None, seed, device, dtype)
     run.check()
-    plan = measuring.subject(model)
+    plan = _run_options.subject(model)
     plan.anatomy.require_family("probe")
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
 
-    from moesurgery.measure.criteria import scores
-    from moesurgery.measure.probe import ablate, screened, takers, work
+    from moesurgery.fitting.ablation import ablate, screened, takers, work
+    from moesurgery.stats.criteria import scores
 
     stats = collect_stats(plan, windows, run, text, [], [])
     engine = run.engine(plan)
@@ -75,7 +75,7 @@ def probe_command(
     modes: Any = MODES[mode]
     with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:
         found = ablate(engine, windows, wanted, modes, watch.progress)
-    from moesurgery.measure.text import TOKENIZER, load_tokenizer
+    from moesurgery.forward.text_windows import TOKENIZER, load_tokenizer
 
     # Text that was given as token ids needs no tokenizer.
     known = TOKENIZER in plan.checkpoint.file_sizes
@@ -86,7 +86,7 @@ def probe_command(
     }
     document = _document(plan.checkpoint.name, stats, found, taken, modes)
     if output is not None:
-        from moesurgery.measure.heatmap import draw, page
+        from moesurgery.fitting.heatmap import draw, page
 
         output.parent.mkdir(parents=True, exist_ok=True)
         files[0].write_text(json.dumps(document, indent=1) + "\n")
@@ -103,7 +103,7 @@ def probe_command(
 
 
 def _document(name: str, stats: Stats, found: Ablations, taken: dict[str, Any], modes: list[str]) -> dict[str, Any]:
-    from moesurgery.measure.criteria import scores, super_experts
+    from moesurgery.stats.criteria import scores, super_experts
 
     flagged = super_experts(stats)
     layers = []

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli import writing
-from moesurgery.cli.console import console
+from moesurgery.cli import _writing
+from moesurgery.cli._console import console
 from moesurgery.errors import RecipeError
-from moesurgery.recipes import load_any_recipe, load_recipe, recipe_schema
-from moesurgery.surgery.operation import did_you_mean
+from moesurgery.recipe.reader import load_any_recipe, load_recipe, recipe_schema
+from moesurgery.recipe.registry import did_you_mean
 
 recipes_app = typer.Typer(
     help="List and show the recipes that ship with moesurgery; check your own.",
@@ -27,22 +27,22 @@ recipes_app = typer.Typer(
 def run_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe file (see `moesurgery recipes ls`).")],
     model: Annotated[str | None, typer.Option("--model", help="Use this model instead of the recipe's.")] = None,
-    output: writing.Output = None,
-    force: writing.Force = False,
-    dry_run: writing.DryRun = False,
-    print_recipe: writing.PrintRecipe = False,
-    max_shard_size: writing.MaxShardSize = None,
-    link: writing.Link = False,
-    card: writing.Card = False,
-    no_fsync: writing.NoFsync = False,
-    checksums: writing.Checksums = False,
-    validate: writing.Validate = False,
-    jobs: writing.Jobs = None,
-    as_json: writing.Json = False,
-    quiet: writing.Quiet = False,
+    output: _writing.Output = None,
+    force: _writing.Force = False,
+    dry_run: _writing.DryRun = False,
+    print_recipe: _writing.PrintRecipe = False,
+    max_shard_size: _writing.MaxShardSize = None,
+    link: _writing.Link = False,
+    card: _writing.Card = False,
+    no_fsync: _writing.NoFsync = False,
+    checksums: _writing.Checksums = False,
+    validate: _writing.Validate = False,
+    jobs: _writing.Jobs = None,
+    as_json: _writing.Json = False,
+    quiet: _writing.Quiet = False,
 ) -> None:
     """Carry out a recipe: several operations, one pass, one output."""
-    flags = writing.WriterFlags(
+    flags = _writing.WriterFlags(
         output=output,
         force=force,
         dry_run=dry_run,
@@ -62,7 +62,7 @@ def run_command(
         loaded = replace(loaded, model=model)
     if flags.shard_bytes is not None:
         loaded = replace(loaded, max_shard_size=flags.shard_bytes)
-    writing.carry_out(loaded, flags)
+    _writing.carry_out(loaded, flags)
 
 
 def schema_command() -> None:

@@ -10,15 +10,15 @@ import typer
 
 from moesurgery.checkpoint.finding import Severity
 from moesurgery.checkpoint.source import open_source
-from moesurgery.cli.console import console
-from moesurgery.cli.operations import Model
-from moesurgery.cli.writing import Json, Quiet
+from moesurgery.cli._console import console
+from moesurgery.cli._operations import Model
+from moesurgery.cli._writing import Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
-from moesurgery.surgery.operation import did_you_mean
+from moesurgery.recipe.registry import did_you_mean
 from moesurgery.validate.codes import LEVELS, Level
-from moesurgery.validate.formats import BY_SUFFIX, FORMATS, markdown
 from moesurgery.validate.report import Report
-from moesurgery.validate.validate import validate_checkpoint
+from moesurgery.validate.report_formats import BY_SUFFIX, FORMATS, markdown
+from moesurgery.validate.run_checks import validate_checkpoint
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 _MOST_SUMMARY = 1 << 20
@@ -78,7 +78,7 @@ def validate_command(
         if path.suffix not in BY_SUFFIX:
             raise RecipeError(f"--report {path}: no format is known by that suffix", f"known: {', '.join(BY_SUFFIX)}")
     if methods:
-        from moesurgery.merge.method import load_methods
+        from moesurgery.merge.compute.method import load_methods
 
         for file in methods:
             load_methods(file)
@@ -91,7 +91,7 @@ def validate_command(
             ignore=tuple(ignore or ()),
             progress=watch.progress,
         )
-    publish(report, report_format, reports or ())
+    write_reports(report, report_format, reports or ())
     if report.failed(severity):
         raise typer.Exit(1)
 
@@ -105,7 +105,7 @@ def _bytes_to_read(model: str, level: Level | None, parents: int) -> int:
     return weights * (2 if parents else 1)
 
 
-def publish(report: Report, report_format: str = "text", files: list[Path] | tuple[Path, ...] = ()) -> None:
+def write_reports(report: Report, report_format: str = "text", files: list[Path] | tuple[Path, ...] = ()) -> None:
     """Print a report in one format, and write it in others."""
     console.result(FORMATS[report_format](report))
     for path in files:

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.families.family import TOP_K_KEYS, Along, ExpertSet, Family, Layout, Part
-from moesurgery.families.quantised import Stem
-from moesurgery.families.settings import Settings, keys_present
+from moesurgery.families.config_keys import Settings, keys_present
+from moesurgery.families.family import TOP_K_KEYS, ExpertAxisTensor, ExpertSet, Family, Layout, Projection
+from moesurgery.families.quantised import TensorName
 from moesurgery.families.table import by_architecture, by_model_type
 
 TIED = "tied_"  # before the model_type of a model with tied blocks (`moesurgery tie-blocks`)
@@ -29,7 +29,7 @@ class HasShape(Protocol):
     def nbytes(self) -> int: ...
 
 
-class Member(NamedTuple):
+class BlockTensor(NamedTuple):
     """One tensor of an MoE block.
 
     `role` is a projection ("down") or a router tensor ("correction_bias"). `stem` tells weight from bias and
@@ -39,9 +39,9 @@ class Member(NamedTuple):
 
     name: str
     role: str
-    stem: Stem
-    part: Part | None
-    along: Along | None
+    stem: TensorName
+    part: Projection | None
+    along: ExpertAxisTensor | None
     expert: int | None
     axis: int | None
 
@@ -68,7 +68,7 @@ class MoeBlock:
     root: str
     layer: int
     container: str
-    members: list[Member] = field(default_factory=list)
+    members: list[BlockTensor] = field(default_factory=list)
     layout: Layout | None = None
     experts: int = 0
     mtp: bool = False
@@ -82,11 +82,11 @@ class MoeBlock:
     def where(self) -> str:
         return f"{self.layer_path}.{self.of.name}" if self.of else self.layer_path
 
-    def named(self, role: str) -> list[Member]:
+    def named(self, role: str) -> list[BlockTensor]:
         return [m for m in self.members if m.role == role]
 
     @cached_property
-    def router(self) -> Member | None:
+    def router(self) -> BlockTensor | None:
         return next((m for m in self.members if m.role == "router" and m.stem.main), None)
 
 

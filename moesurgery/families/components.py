@@ -12,12 +12,12 @@ ATTENTION = "attention"
 ROUTER = "router"
 ROUTED = "routed_experts"
 SHARED = "shared_experts"
-DENSE = "dense_ffn"
+DENSE_FFN = "dense_ffn"
 NORM = "norm"
 RESIDUAL = "residual"  # what joins layers to the residual stream: its scales, gates, hyper-connections
 HEAD = "head"
 OTHER = "other"
-MAIN_COMPONENTS = (EMBEDDING, ATTENTION, ROUTER, ROUTED, SHARED, DENSE, NORM, RESIDUAL, HEAD, OTHER)
+MAIN_COMPONENTS = (EMBEDDING, ATTENTION, ROUTER, ROUTED, SHARED, DENSE_FFN, NORM, RESIDUAL, HEAD, OTHER)
 
 # Lines of their own in a count: not part of the language model proper.
 VISION = "vision"
@@ -72,4 +72,4 @@ def component_of(components: list[str], in_layer: bool) -> str:
             return HEAD
     if any(_ATTENTION.search(c) for c in named):
         return ATTENTION
-    return DENSE if any(_FFN.search(c) for c in named) else OTHER
+    return DENSE_FFN if any(_FFN.search(c) for c in named) else OTHER

@@ -19,7 +19,7 @@ RouterRole = Literal["router", "router_bias", "correction_bias", "expert_scale",
 
 
 @dataclass(frozen=True)
-class Part:
+class Projection:
     """One projection of the experts as a layout stores it.
 
     `order` says what the last two axes mean: "oi" is [out, in] as in `nn.Linear`, "io" is [in, out].
@@ -36,14 +36,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a family's experts are stored: `per-expert` (a number in the name) or `fused`.
+    """One way in which a family's experts are stored: `per-expert` (a number in the name) or `fused_layout`.
 
     `moved` says how the other tensors of the MoE module are called beside this layout: pairs of beginnings of
     paths, as the family's first layout has them and as this one does. The first that fits counts.
     """
 
     kind: Literal["per-expert", "fused"]
-    parts: tuple[Part, ...]
+    parts: tuple[Projection, ...]
     moved: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -52,7 +52,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Along:
+class ExpertAxisTensor:
     """A tensor besides the expert weights that has an expert axis, and so follows the experts.
 
     `parameter` is False for what transformers registers as a buffer: not counted as a parameter.
@@ -79,7 +79,7 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Routing:
+class RouterRule:
     """How router logits become weights.
 
     `score`: "softmax" over all experts; "top-softmax" over the chosen ones (the same weights as a
@@ -88,7 +88,7 @@ class Routing:
     `groups`: how a group of experts is scored before the top groups are kept ("max" or "top2" sum).
     `score_names`: what the values of `score_flag` mean, where they are not the names above.
     `softcap`: the config number c of logits c * tanh(logits / c); 0 or absent for none.
-    `knob`: the config number that multiplies exactly the routed sum, with its default.
+    `routed_scale_key`: the config number that multiplies exactly the routed sum, with its default.
     `after`: what normalises the result: "routed" (a factor has no effect), "joint" (routed and shared
     together: a factor only moves their ratio).
     `on_input`: the weight multiplies what an expert reads instead of what it says.
@@ -105,8 +105,8 @@ class Routing:
     score_flag: Flag | None = None  # config key that names the scoring function
     score_names: Mapping[str, str] = field(default_factory=dict)
     softcap: str | None = None
-    knob: str | None = None
-    knob_default: float | None = None
+    routed_scale_key: str | None = None
+    routed_scale_default: float | None = None
     after: Literal["routed", "joint"] | None = None
     on_input: bool = False
     fixed_top_k: int | None = None
@@ -136,7 +136,7 @@ class ExpertSet:
 
     name: str
     layouts: tuple[Layout, ...]
-    along: tuple[Along, ...]
+    along: tuple[ExpertAxisTensor, ...]
     norm: InputNorm
     text: bool
     follows: bool = False
@@ -155,14 +155,14 @@ class Family:
     `times_top_k`: config numbers that are the top-k times another (JetMoE's attention heads).
     `zero_experts`: the config key that counts identity experts, which have router rows and no weights.
     `also_layers`: other names of the list of layers. `sparse`: which config keys may say what layers are MoE
-    (`families.layers` knows them), in order of precedence; none means all layers.
+    (`families.moe_layers` knows them), in order of precedence; none means all layers.
     """
 
     name: str
     model_types: tuple[str, ...]
     layouts: tuple[Layout, ...]
-    along: tuple[Along, ...]
-    routing: Routing = Routing()
+    along: tuple[ExpertAxisTensor, ...]
+    routing: RouterRule = RouterRule()
     shared: tuple[str, ...] = ()
     sets: tuple[ExpertSet, ...] = ()
     router_parts: tuple[str, ...] = ()
@@ -202,7 +202,7 @@ GROUPS_KEYS = ("n_group", "num_expert_group", "n_groups")
 TOP_GROUPS_KEYS = ("topk_group", "topk_groups")
 
 
-def per_expert(
+def per_expert_layout(
     experts: str = "mlp.experts.#",
     *,
     gate: str | None = "gate_proj",
@@ -211,10 +211,10 @@ def per_expert(
 ) -> Layout:
     """Return the layout with one tensor per expert and projection."""
     names: list[tuple[str | None, ExpertRole]] = [(gate, "gate"), (up, "up"), (down, "down")]
-    return Layout("per-expert", tuple(Part(f"{experts}.{name}", role) for name, role in names if name))
+    return Layout("per-expert", tuple(Projection(f"{experts}.{name}", role) for name, role in names if name))
 
 
-def fused(
+def fused_layout(
     module: str = "mlp.experts",
     *,
     gate_up: str = "gate_up_proj",
@@ -224,22 +224,25 @@ def fused(
     moved: tuple[tuple[str, str], ...] = (),
 ) -> Layout:
     """Return the layout with all experts of a layer stacked: gate_up [E, 2I, H] and down [E, H, I]."""
-    parts = (Part(f"{module}.{gate_up}", "gate_up", order, interleaved), Part(f"{module}.{down}", "down", order))
+    parts = (
+        Projection(f"{module}.{gate_up}", "gate_up", order, interleaved),
+        Projection(f"{module}.{down}", "down", order),
+    )
     return Layout("fused", parts, moved)
 
 
 def stacked(gate: str | None, up: str, down: str, *, order: Literal["oi", "io"] = "oi") -> Layout:
     """Return the layout with one tensor per projection: gate and up [E, I, H], down [E, H, I]."""
     names: list[tuple[str | None, ExpertRole]] = [(gate, "gate"), (up, "up"), (down, "down")]
-    return Layout("fused", tuple(Part(name, role, order) for name, role in names if name))
+    return Layout("fused", tuple(Projection(name, role, order) for name, role in names if name))
 
 
-def routers(*modules: str, bias: bool = True) -> tuple[Along, ...]:
+def router_tensor(*modules: str, bias: bool = True) -> tuple[ExpertAxisTensor, ...]:
     """Return the router weight [E, H] under each of `modules`, and its bias [E]."""
-    found = tuple(Along(f"{module}.weight", "router") for module in modules)
-    return found + tuple(Along(f"{module}.bias", "router_bias") for module in modules) if bias else found
+    found = tuple(ExpertAxisTensor(f"{module}.weight", "router") for module in modules)
+    return found + tuple(ExpertAxisTensor(f"{module}.bias", "router_bias") for module in modules) if bias else found
 
 
-def correction(*paths: str, parameter: bool = False) -> tuple[Along, ...]:
+def correction(*paths: str, parameter: bool = False) -> tuple[ExpertAxisTensor, ...]:
     """Return the selection bias [E] under each of `paths`; a buffer in most families."""
-    return tuple(Along(path, "correction_bias", parameter=parameter) for path in paths)
+    return tuple(ExpertAxisTensor(path, "correction_bias", parameter=parameter) for path in paths)

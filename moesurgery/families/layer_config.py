@@ -1,8 +1,8 @@
 """What config.json says of single layers, and how it follows when blocks are repeated, left out or moved.
 
 config.json speaks of layers in lists with an entry for each, in lists of layer numbers, as the first so many, and
-by period. `trait` reads all of them for one layer; `restacked` writes them for a new order and then checks with
-`trait` that every layer is what it was. What cannot be said in the new order is refused by key.
+by period. `layer_settings` reads all of them for one layer; `restacked_config` writes them for a new order and then checks with
+`layer_settings` that every layer is what it was. What cannot be said in the new order is refused by key.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moesurgery.errors import RefusedError
+from moesurgery.families.config_keys import Settings, section
 from moesurgery.families.family import LAYERS_KEYS, PREDICTION_KEYS
 from moesurgery.families.quantised import quantisation_config
-from moesurgery.families.settings import Settings, section
 
 # One entry per layer.
 LISTS = (
@@ -48,7 +48,7 @@ OVERRULED = {
 }
 OFFSETS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
 # Model types of transformers 5.23 whose layers differ in attention by number where config.json has none of these.
-ATTENTION = frozenset(
+ATTENTION_KEYS = frozenset(
     (
         *(
             "layer_types",
@@ -84,7 +84,7 @@ BY_NUMBER = {
 }
 
 
-def trait(settings: Settings, layer: int) -> dict[str, Any]:
+def layer_settings(settings: Settings, layer: int) -> dict[str, Any]:
     """Return what the config says of one layer, by key."""
     found: dict[str, Any] = {}
     depth = settings.layers or 0
@@ -112,14 +112,14 @@ def trait(settings: Settings, layer: int) -> dict[str, Any]:
     return {key: value for key, value in found.items() if OVERRULED.get(key) not in found}
 
 
-class Origin(NamedTuple):
+class LayerOrigin(NamedTuple):
     """Where a layer of a stack comes from: the settings of a model, and the layer's number in it."""
 
     settings: Settings
     layer: int
 
 
-def restacked(settings: Settings, origins: Sequence[Origin]) -> dict[str, Any]:
+def restacked_config(settings: Settings, origins: Sequence[LayerOrigin]) -> dict[str, Any]:
     """Return the config of a model whose layers come from the layers `origins`, of this model or of others like it.
 
     Raises RefusedError for what the config cannot say of the new order.
@@ -130,7 +130,7 @@ def restacked(settings: Settings, origins: Sequence[Origin]) -> dict[str, Any]:
     if whole and all(origin.settings.config == settings.config for origin in origins):
         return config
     by_code = ALTERNATING.intersection(str(part.get("model_type")) for part in settings.sections())
-    if moved and by_code and ATTENTION.isdisjoint(trait(settings, 0)):
+    if moved and by_code and ATTENTION_KEYS.isdisjoint(layer_settings(settings, 0)):
         raise RefusedError(
             f"config.json does not say what attention each layer has; the code of {min(by_code)} then goes by number",
             "add layer_types to config.json",
@@ -156,7 +156,7 @@ def restacked(settings: Settings, origins: Sequence[Origin]) -> dict[str, Any]:
                 part[key] = len(origins)
     after = replace(settings, config=config)
     for new, origin in enumerate(origins):
-        before, now = trait(origin.settings, origin.layer), trait(after, new)
+        before, now = layer_settings(origin.settings, origin.layer), layer_settings(after, new)
         for key in before.keys() | now.keys():
             if before.get(key) != now.get(key):
                 raise RefusedError(
@@ -167,13 +167,13 @@ def restacked(settings: Settings, origins: Sequence[Origin]) -> dict[str, Any]:
     return config
 
 
-def _moved(key: str, value: Any, layers: Sequence[tuple[Any, Origin]], depth: int | None) -> Any:
+def _moved(key: str, value: Any, layers: Sequence[tuple[Any, LayerOrigin]], depth: int | None) -> Any:
     """Return what one entry of the config becomes; `layers` has that entry of each layer's own model."""
     if key in NUMBERS and _numbers(value) is not None:
         moved = [new for new, (theirs, origin) in enumerate(layers) if origin.layer in (_numbers(theirs) or ())]
         return ",".join(map(str, moved)) if isinstance(value, str) else moved
     if key in FIRST and type(value) is int:
-        # Of the layers that were among the first, those that still are; `restacked` checks the others.
+        # Of the layers that were among the first, those that still are; `restacked_config` checks the others.
         after = (new for new, (theirs, origin) in enumerate(layers) if type(theirs) is int and origin.layer >= theirs)
         return next(after, len(layers))
     if key in LAST and type(value) is int and value >= 0:
@@ -194,7 +194,7 @@ def _moved(key: str, value: Any, layers: Sequence[tuple[Any, Origin]], depth: in
     return value
 
 
-def _of_layer(key: str, values: Any, origin: Origin) -> Any:
+def _of_layer(key: str, values: Any, origin: LayerOrigin) -> Any:
     if not isinstance(values, (list, str)) or len(values) <= origin.layer:
         raise RefusedError(
             f"config.json has {key}, an entry for each layer, and that of another model in the stack has none for its"

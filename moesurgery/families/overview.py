@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moesurgery.families.family import Along, Family, Flag, Part
+from moesurgery.families.config_keys import Settings
+from moesurgery.families.family import ExpertAxisTensor, Family, Flag, Projection
 from moesurgery.families.routing import routing_class
-from moesurgery.families.settings import Settings
 
 CLASSES = {
     "A": "weights renormalised to a constant sum",
@@ -89,7 +89,7 @@ def _factor(family: Family) -> str:
         return f"refused: the code always uses top-{routing.fixed_top_k}"
     if routing.after == "routed":
         return "top-k only: a factor has no effect"
-    return f"config: {routing.knob}" if routing.knob else "down-projections"
+    return f"config: {routing.routed_scale_key}" if routing.routed_scale_key else "down-projections"
 
 
 def _drop(family: Family) -> str:
@@ -97,7 +97,7 @@ def _drop(family: Family) -> str:
     return f"refused: {reason}" if reason else "yes"
 
 
-def meaning(part: Part) -> str:
+def meaning(part: Projection) -> str:
     """Return what a projection holds, with its axes."""
     out, into = {"gate": ("I", "H"), "up": ("I", "H"), "gate_up": ("2I", "H"), "down": ("H", "I")}[part.role]
     axes = f"{out}, {into}" if part.order == "oi" else f"{into}, {out}"
@@ -108,7 +108,7 @@ def meaning(part: Part) -> str:
     return f"{part.role} [{axes}]" + (", gate and up in turn" if part.interleaved else "")
 
 
-def about(along: Along) -> str:
+def about(along: ExpertAxisTensor) -> str:
     """Return what a tensor beside the experts is."""
     words = along.role.replace("_", " ")
     axis = f", experts along axis {along.axis}" if along.axis else ""

@@ -18,7 +18,7 @@ CompanionKind = Literal["scale", "divisor", "input", "meta"]
 
 
 @dataclass(frozen=True)
-class Companion:
+class QuantTensor:
     """A tensor `base + suffix` that belongs to the main tensor `base + of`.
 
     kind "scale" multiplies the weight, "divisor" divides it, "input" concerns activations (never touched),
@@ -31,51 +31,51 @@ class Companion:
     rank: int = 1
 
 
-COMPANIONS: tuple[Companion, ...] = (
+COMPANIONS: tuple[QuantTensor, ...] = (
     # FP8 in blocks (DeepSeek-V3, Qwen3-FP8, MiniMax) and, fused, as transformers 5 writes it
-    Companion(".weight_scale_inv", ".weight", "scale"),
-    Companion("_scale_inv", "", "scale"),
-    Companion("_scale_inv", ".weight", "scale"),
-    Companion(".activation_scale", ".weight", "input"),
+    QuantTensor(".weight_scale_inv", ".weight", "scale"),
+    QuantTensor("_scale_inv", "", "scale"),
+    QuantTensor("_scale_inv", ".weight", "scale"),
+    QuantTensor(".activation_scale", ".weight", "input"),
     # DeepSeek-V4: FP4 and FP8 with E8M0 scales
-    Companion(".scale", ".weight", "scale"),
+    QuantTensor(".scale", ".weight", "scale"),
     # MXFP4 (gpt-oss)
-    Companion("_scales", "_blocks", "scale"),
+    QuantTensor("_scales", "_blocks", "scale"),
     # compressed-tensors; NVFP4 has the divisor as well
-    Companion(".weight_scale", ".weight_packed", "scale"),
-    Companion(".weight_global_scale", ".weight_packed", "divisor", rank=0),
-    Companion(".weight_shape", ".weight_packed", "meta"),
-    Companion(".weight_zero_point", ".weight_packed", "meta"),
-    Companion(".weight_g_idx", ".weight_packed", "meta"),
-    Companion(".input_scale", ".weight_packed", "input"),
-    Companion(".input_global_scale", ".weight_packed", "input"),
-    Companion(".weight_scale", ".weight", "scale"),
-    Companion(".weight_zero_point", ".weight", "meta"),
-    Companion(".input_scale", ".weight", "input"),
-    Companion(".output_scale", ".weight", "input"),
+    QuantTensor(".weight_scale", ".weight_packed", "scale"),
+    QuantTensor(".weight_global_scale", ".weight_packed", "divisor", rank=0),
+    QuantTensor(".weight_shape", ".weight_packed", "meta"),
+    QuantTensor(".weight_zero_point", ".weight_packed", "meta"),
+    QuantTensor(".weight_g_idx", ".weight_packed", "meta"),
+    QuantTensor(".input_scale", ".weight_packed", "input"),
+    QuantTensor(".input_global_scale", ".weight_packed", "input"),
+    QuantTensor(".weight_scale", ".weight", "scale"),
+    QuantTensor(".weight_zero_point", ".weight", "meta"),
+    QuantTensor(".input_scale", ".weight", "input"),
+    QuantTensor(".output_scale", ".weight", "input"),
     # NVFP4 of ModelOpt
-    Companion(".weight_scale_2", ".weight", "scale", rank=0),
-    Companion("_weight_scale", "", "scale"),
-    Companion("_weight_scale_2", "", "scale", rank=0),
-    Companion("_input_scale", "", "input"),
+    QuantTensor(".weight_scale_2", ".weight", "scale", rank=0),
+    QuantTensor("_weight_scale", "", "scale"),
+    QuantTensor("_weight_scale_2", "", "scale", rank=0),
+    QuantTensor("_input_scale", "", "input"),
     # fused MXFP8 (Inkling-2)
-    Companion("_scale", "", "scale"),
+    QuantTensor("_scale", "", "scale"),
     # Mistral's own names
-    Companion(".qscale_weight", ".weight", "scale"),
-    Companion(".qscale_act", ".weight", "input"),
+    QuantTensor(".qscale_weight", ".weight", "scale"),
+    QuantTensor(".qscale_act", ".weight", "input"),
     # GPTQ and AWQ
-    Companion(".scales", ".qweight", "scale"),
-    Companion(".qzeros", ".qweight", "meta"),
-    Companion(".g_idx", ".qweight", "meta"),
+    QuantTensor(".scales", ".qweight", "scale"),
+    QuantTensor(".qzeros", ".qweight", "meta"),
+    QuantTensor(".g_idx", ".qweight", "meta"),
     # bitsandbytes
-    Companion(".SCB", ".weight", "scale"),
-    Companion(".weight_format", ".weight", "meta"),
-    Companion(".weight.absmax", ".weight", "scale"),
-    Companion(".weight.quant_map", ".weight", "meta"),
-    Companion(".weight.nested_absmax", ".weight", "scale", rank=0),
-    Companion(".weight.nested_quant_map", ".weight", "meta"),
-    Companion(".weight.quant_state.bitsandbytes__nf4", ".weight", "meta"),
-    Companion(".weight.quant_state.bitsandbytes__fp4", ".weight", "meta"),
+    QuantTensor(".SCB", ".weight", "scale"),
+    QuantTensor(".weight_format", ".weight", "meta"),
+    QuantTensor(".weight.absmax", ".weight", "scale"),
+    QuantTensor(".weight.quant_map", ".weight", "meta"),
+    QuantTensor(".weight.nested_absmax", ".weight", "scale", rank=0),
+    QuantTensor(".weight.nested_quant_map", ".weight", "meta"),
+    QuantTensor(".weight.quant_state.bitsandbytes__nf4", ".weight", "meta"),
+    QuantTensor(".weight.quant_state.bitsandbytes__fp4", ".weight", "meta"),
 )
 _BY_LENGTH = tuple(sorted(COMPANIONS, key=lambda c: -len(c.suffix)))
 
@@ -84,12 +84,12 @@ MAIN_SUFFIXES = (".weight_packed", ".qweight", "_blocks", ".weight", "")
 BIAS_SUFFIXES = (".bias", "_bias")
 
 
-class Stem(NamedTuple):
+class TensorName(NamedTuple):
     """A tensor name taken apart: `base + suffix`, and what the suffix makes of it."""
 
     base: str
     suffix: str
-    companion: Companion | None = None
+    companion: QuantTensor | None = None
     bias: bool = False
 
     @property
@@ -97,7 +97,7 @@ class Stem(NamedTuple):
         return self.companion is None and not self.bias
 
 
-def take_apart(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str], str]) -> Stem:
+def split_name(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str], str]) -> TensorName:
     """Split `name` into base and suffix. A companion counts only beside a main tensor that needs one."""
     for companion in _BY_LENGTH:
         if not name.endswith(companion.suffix):
@@ -105,13 +105,13 @@ def take_apart(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str
         base = name[: -len(companion.suffix)]
         main = base + companion.of
         if base and main != name and exists(main) and dtype_of(main) not in PLAIN_FLOATS:
-            return Stem(base, companion.suffix, companion)
+            return TensorName(base, companion.suffix, companion)
     for suffix in BIAS_SUFFIXES:
         if name.endswith(suffix):
-            return Stem(name[: -len(suffix)], suffix, bias=True)
+            return TensorName(name[: -len(suffix)], suffix, bias=True)
     for suffix in MAIN_SUFFIXES:
         if name.endswith(suffix):
-            return Stem(name[: len(name) - len(suffix)], suffix)
+            return TensorName(name[: len(name) - len(suffix)], suffix)
     raise AssertionError("the empty suffix always matches")
 
 

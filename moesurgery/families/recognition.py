@@ -13,12 +13,12 @@ from typing import Any
 from moesurgery.checkpoint.dtypes import element_count
 from moesurgery.errors import CheckpointError
 from moesurgery.families import components as parts
-from moesurgery.families.anatomy import Anatomy, HasShape, Member, MoeBlock, find_families
+from moesurgery.families.anatomy import Anatomy, BlockTensor, HasShape, MoeBlock, find_families
+from moesurgery.families.config_keys import Settings
 from moesurgery.families.family import EXPERTS_KEYS, Family, Layout
-from moesurgery.families.layers import layers_note
-from moesurgery.families.places import Place, places_of, template_of
+from moesurgery.families.moe_layers import layers_note
 from moesurgery.families.quantised import packed_weights
-from moesurgery.families.settings import Settings
+from moesurgery.families.tensor_names import TensorRole, name_template, roles_of
 
 
 def recognise(
@@ -36,9 +36,9 @@ def recognise(
     family = families[0] if families else None
     names: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name in tensors:
-        template, numbers = template_of(name)
+        template, numbers = name_template(name)
         names.setdefault(template, []).append((name, numbers))
-    places = places_of(family, config, {t: tensors[found[0][0]].dtype for t, found in names.items()})
+    places = roles_of(family, config, {t: tensors[found[0][0]].dtype for t, found in names.items()})
     anatomy = Anatomy(
         config=config,
         family=family,
@@ -84,7 +84,9 @@ _Found = list[tuple[str, tuple[int, ...]]]
 _Blocks = dict[tuple[str, int, str | None], MoeBlock]
 
 
-def _count(anatomy: Anatomy, place: Place, found: _Found, tensors: Mapping[str, HasShape], layers: int | None) -> None:
+def _count(
+    anatomy: Anatomy, place: TensorRole, found: _Found, tensors: Mapping[str, HasShape], layers: int | None
+) -> None:
     """Enter the component, the layer and the parameters of all tensors of one template."""
     for name, numbers in found:
         component = parts.MTP if place.mtp else place.component
@@ -104,7 +106,7 @@ def _count(anatomy: Anatomy, place: Place, found: _Found, tensors: Mapping[str, 
             anatomy.buffers[name] = elements
 
 
-def _collect(anatomy: Anatomy, place: Place, found: _Found, blocks: _Blocks) -> None:
+def _collect(anatomy: Anatomy, place: TensorRole, found: _Found, blocks: _Blocks) -> None:
     """Add the tensors of one template to the MoE blocks they belong to."""
     assert place.root is not None
     assert place.role is not None
@@ -120,7 +122,7 @@ def _collect(anatomy: Anatomy, place: Place, found: _Found, blocks: _Blocks) -> 
             block.mtp = anatomy.component[name] == parts.MTP
         expert = numbers[place.expert_at] if place.expert_at is not None else None
         axis = place.along.axis if place.along else (0 if expert is None else None)
-        block.members.append(Member(name, place.role, place.stem, place.part, place.along, expert, axis))
+        block.members.append(BlockTensor(name, place.role, place.stem, place.part, place.along, expert, axis))
 
 
 def _divide(anatomy: Anatomy, family: Family, blocks: _Blocks) -> None:
@@ -179,7 +181,9 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
                 raise CheckpointError(f"{member.name} has {length} entries for {block.experts} experts")
 
 
-def _fused_experts(block: MoeBlock, weights: list[Member], tensors: Mapping[str, HasShape], anatomy: Anatomy) -> int:
+def _fused_experts(
+    block: MoeBlock, weights: list[BlockTensor], tensors: Mapping[str, HasShape], anatomy: Anatomy
+) -> int:
     counts = set()
     for member in weights:
         assert member.part is not None
@@ -206,7 +210,7 @@ def _agreed(counts: set[int], anatomy: Anatomy) -> int:
 
 
 def _by_orientation(
-    layouts: list[Layout], weights: list[Member], tensors: Mapping[str, HasShape], anatomy: Anatomy
+    layouts: list[Layout], weights: list[BlockTensor], tensors: Mapping[str, HasShape], anatomy: Anatomy
 ) -> list[Layout]:
     """Tell [E, out, in] from [E, in, out] under the same names, by where the hidden size stands."""
     hidden = anatomy.settings.hidden

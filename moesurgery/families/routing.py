@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from moesurgery.families.settings import Settings
+from moesurgery.families.config_keys import Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def even_gates_factor(settings: Settings, old: int, new: int) -> float:
     return math.sqrt((old / new) ** exponent)
 
 
-def scores_of(logits: np.ndarray, score: str) -> np.ndarray:
+def router_scores(logits: np.ndarray, score: str) -> np.ndarray:
     """Return the scores [tokens, E] of router logits [tokens, E]. Raises ValueError for an unknown function."""
     import numpy as np
 
@@ -85,7 +85,7 @@ def second_moments(settings: Settings, logits: np.ndarray, bias: np.ndarray | No
     logits = logits.astype(np.float64)
     if settings.softcap:
         logits = settings.softcap * np.tanh(logits / settings.softcap)
-    scores = scores_of(logits, settings.score)
+    scores = router_scores(logits, settings.score)
     order = selection_order(settings, logits, scores, bias)
     chosen = np.take_along_axis(scores, order, axis=-1)
     squares = np.cumsum(chosen**2, axis=-1)

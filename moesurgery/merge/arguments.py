@@ -6,23 +6,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moesurgery.errors import RecipeError
+from moesurgery.merge.compute.method import per_model, scalar
 from moesurgery.merge.filters import Filters
-from moesurgery.merge.method import per_model, scalar
-from moesurgery.merge.setting import Setting, Settings
-from moesurgery.merge.sources import Place, Source, Sources
-from moesurgery.merge.stage import Stage
-from moesurgery.surgery.parameters import MISSING, Parameter
+from moesurgery.merge.recipe.parameter_values import ParameterValue, ParameterValues
+from moesurgery.merge.recipe.stage import Stage
+from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
+from moesurgery.recipe.parameters import MISSING, Parameter
 
 
 class Arguments:
     """The arguments of a stage's method, part by part."""
 
-    def __init__(self, stage: Stage, sources: Sources) -> None:
+    def __init__(self, stage: Stage, sources: MergeSources) -> None:
         self.stage, self.sources, self.method = stage, sources, stage.method
         self._filters = Filters()
-        self._used: dict[int, tuple[str, Setting, set[int]]] = {}  # settings, and the choices of them that counted
+        self._used: dict[
+            int, tuple[str, ParameterValue, set[int]]
+        ] = {}  # settings, and the choices of them that counted
 
-    def of(self, path: str, place: Place, chosen: list[Source]) -> dict[str, Any]:
+    def of(self, path: str, place: OutputPosition, chosen: list[MergeSource]) -> dict[str, Any]:
         """Return the arguments for one part: a tuple by model for what has a value for each of `chosen`.
 
         Raises RecipeError, with the line, where one is missing or wrong.
@@ -58,7 +60,13 @@ class Arguments:
                     yield choice.line, f"{what} of {name} has no effect: {why}"
 
     def _of_model(
-        self, name: str, parameter: Parameter, path: str, place: Place, source: Source, outer: tuple[Settings, ...]
+        self,
+        name: str,
+        parameter: Parameter,
+        path: str,
+        place: OutputPosition,
+        source: MergeSource,
+        outer: tuple[ParameterValues, ...],
     ) -> Any:
         key = source.key(path, place)
         matches = self._filters.matcher(source.parts, key, key.layer)
@@ -71,7 +79,9 @@ class Arguments:
             raise self._lacking(name, what, scopes, tensor, source.line)
         return parameter.default
 
-    def _resolved(self, name: str, scopes: tuple[Settings, ...], matches: Callable[[str], bool], t: float) -> Any:
+    def _resolved(
+        self, name: str, scopes: tuple[ParameterValues, ...], matches: Callable[[str], bool], t: float
+    ) -> Any:
         """Return the value of a parameter from the first scope that has one for a tensor; MISSING if none has."""
         for scope in scopes:
             setting = scope.get(name)
@@ -84,7 +94,9 @@ class Arguments:
                 return choice.at(t)
         return MISSING
 
-    def _lacking(self, name: str, what: str, scopes: tuple[Settings, ...], tensor: str, line: int) -> RecipeError:
+    def _lacking(
+        self, name: str, what: str, scopes: tuple[ParameterValues, ...], tensor: str, line: int
+    ) -> RecipeError:
         needs = f"{self.sources.origin}:{line}: {self.method.name} needs {what}"
         if any(name in scope for scope in scopes):
             return RecipeError(f"{needs}, and no filter gives it for {tensor}", "add a last choice: - value: …")

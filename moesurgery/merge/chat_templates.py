@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.merge.parts import Parts
+from moesurgery.moe.canonical_names import CanonicalTensors
 
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -40,15 +40,15 @@ TEMPLATES = {
 }
 
 
-def chat_template(wish: str, models: Mapping[str, Parts]) -> str | None:
+def chat_template(wish: str, models: Mapping[str, CanonicalTensors]) -> str | None:
     """Return the template that a recipe wants: one that is known by name, Jinja, or `auto`, what most models have."""
     if wish != "auto":
         return TEMPLATES.get(wish, wish)
-    found = [template for parts in models.values() if (template := template_of(parts.plan.checkpoint)) is not None]
+    found = [template for parts in models.values() if (template := chat_template_of(parts.plan.checkpoint)) is not None]
     return max(found, key=found.count) if found else None
 
 
-def template_of(checkpoint: Checkpoint) -> str | None:
+def chat_template_of(checkpoint: Checkpoint) -> str | None:
     """Return a model's chat template, from whichever file holds it."""
     sizes = checkpoint.file_sizes
     if TEMPLATE in sizes:

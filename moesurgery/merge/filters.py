@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from moesurgery.errors import RecipeError
-from moesurgery.merge.parts import Key, Parts
-from moesurgery.merge.setting import Settings
-from moesurgery.merge.stage import Stage
-from moesurgery.surgery.operation import did_you_mean
+from moesurgery.merge.recipe.parameter_values import ParameterValues
+from moesurgery.merge.recipe.stage import Stage
+from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
+from moesurgery.recipe.registry import did_you_mean
 
 
 class Filters:
@@ -28,7 +28,7 @@ class Filters:
         self._native: dict[tuple[int, str, str], bool] = {}
         self._names: dict[tuple[int, str], tuple[set[str], set[str]]] = {}
 
-    def matcher(self, parts: Parts, key: Key, layer: int | None) -> Callable[[str], bool]:
+    def matcher(self, parts: CanonicalTensors, key: CanonicalName, layer: int | None) -> Callable[[str], bool]:
         """Return the function that tells whether a filter means a part; `layer` is the number in its name."""
 
         def matches(text: str) -> bool:
@@ -39,12 +39,12 @@ class Filters:
 
         return matches
 
-    def _is_native(self, parts: Parts, key: Key, text: str) -> bool:
+    def _is_native(self, parts: CanonicalTensors, key: CanonicalName, text: str) -> bool:
         kind = parts.kind(key)
         place = (id(parts), kind, text)
         if place not in self._native:
             if place[:2] not in self._names:
-                found = [parts.names(k, k.layer) for k in parts.home if parts.kind(k) == kind]
+                found = [parts.names(k, k.layer) for k in parts.stored_in if parts.kind(k) == kind]
                 self._names[place[:2]] = {own for own, _ in found}, {name for _, others in found for name in others}
             own, others = self._names[place[:2]]
             begins = re.compile((r"(?<!\w)" if text[:1].isalnum() else "") + re.escape(text))
@@ -56,7 +56,7 @@ class Filters:
 
 def filters_of(stage: Stage) -> Iterator[tuple[str, int]]:
     """Yield all filters of a stage with their lines."""
-    scopes: list[Settings] = [stage.settings]
+    scopes: list[ParameterValues] = [stage.settings]
     for part in stage.slices:
         scopes += [part.settings, *(entry.settings for entry in part.inputs)]
     for scope in scopes:
@@ -66,7 +66,7 @@ def filters_of(stage: Stage) -> Iterator[tuple[str, int]]:
                     yield choice.filter, choice.line
 
 
-def check_filters(stage: Stage, names: Iterable[str], models: Iterable[Parts], origin: str) -> None:
+def check_filters(stage: Stage, names: Iterable[str], models: Iterable[CanonicalTensors], origin: str) -> None:
     """Refuse a recipe with a filter that no name holds. Raises RecipeError with the lines."""
     wanted: dict[str, int] = {}
     for text, line in filters_of(stage):
@@ -75,7 +75,7 @@ def check_filters(stage: Stage, names: Iterable[str], models: Iterable[Parts], o
     for parts in models:
         if wanted:
             known.update(parts.plan.tensors)
-            for key in parts.home:
+            for key in parts.stored_in:
                 known.update(parts.names(key, key.layer)[1])
     wrong = []
     for text, line in wanted.items():

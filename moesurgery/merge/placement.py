@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from moesurgery.errors import RefusedError, at_line
-from moesurgery.merge.parts import Holder
-from moesurgery.merge.sources import Place, Source, Sources
-from moesurgery.merge.stage import Stage
+from moesurgery.merge.recipe.stage import Stage
+from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
+from moesurgery.moe.canonical_names import StoredTensor
 
 
 class Placement:
     """The tensors of a stage's output in order. Raises RefusedError where a source lacks one or has one more."""
 
-    def __init__(self, stage: Stage, sources: Sources) -> None:
+    def __init__(self, stage: Stage, sources: MergeSources) -> None:
         self.stage, self.sources = stage, sources
 
     @cached_property
-    def tensors(self) -> list[tuple[str, Holder, Place]]:
+    def tensors(self) -> list[tuple[str, StoredTensor, OutputPosition]]:
         """The name of each tensor, the tensor whose form it takes, and its place."""
         return list(self._stacked() if self.stage.stacked else self._whole())
 
@@ -38,7 +38,7 @@ class Placement:
         donor = self.sources.donor
         return [layer for layer in donor.by_layer if layer is not None and layer >= donor.layers]
 
-    def _whole(self) -> Iterator[tuple[str, Holder, Place]]:
+    def _whole(self) -> Iterator[tuple[str, StoredTensor, OutputPosition]]:
         donor = self.sources.donor
         (sources,) = self.sources.by_slice
         for source in sources:
@@ -47,7 +47,7 @@ class Placement:
         for name, holder in donor.tensors.items():
             yield name, holder, self._place(holder)
 
-    def _stacked(self) -> Iterator[tuple[str, Holder, Place]]:
+    def _stacked(self) -> Iterator[tuple[str, StoredTensor, OutputPosition]]:
         donor = self.sources.donor
         outside = donor.by_layer.get(None, [])
         for source in (source for found in self.sources.by_slice for source in found):
@@ -66,21 +66,21 @@ class Placement:
                 self._same(number, wanted, source, source.first + offset)
             held = donor.by_layer[layer] if lead.parts is donor else forms.get(wanted, lead.parts.by_layer[layer])
             for holder in held:
-                yield donor.name_of(number, holder.rest), holder, Place(index, offset, number, t)
+                yield donor.name_of(number, holder.rest), holder, OutputPosition(index, offset, number, t)
         for holder in outside:
             if holder.name not in before:
                 yield holder.name, holder, self._place(holder)
 
-    def _place(self, holder: Holder) -> Place:
+    def _place(self, holder: StoredTensor) -> OutputPosition:
         """Return the place of a tensor that keeps it: what comes before the layers counts with the first slice."""
         donor = self.sources.donor
         if holder.layer is None:
             after = donor.anatomy.component[holder.name] in ("norm", "head")
-            return Place(len(self.stage.slices) - 1 if after else 0, None, None, 0.0)
+            return OutputPosition(len(self.stage.slices) - 1 if after else 0, None, None, 0.0)
         t = min(holder.layer / (donor.layers - 1), 1.0) if donor.layers > 1 else 1.0
-        return Place(0, holder.layer, holder.layer, t)
+        return OutputPosition(0, holder.layer, holder.layer, t)
 
-    def _same(self, layer: int | None, wanted: frozenset[str], source: Source, theirs: int | None) -> None:
+    def _same(self, layer: int | None, wanted: frozenset[str], source: MergeSource, theirs: int | None) -> None:
         """Refuse where a source lacks a part of the output, or has one that the output would not."""
         have = source.parts.paths.get(theirs, frozenset())
         if have == wanted:

@@ -10,9 +10,9 @@ from pathlib import Path
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.errors import RecipeError
 from moesurgery.families.quantised import method as quantisation_method
-from moesurgery.merge.lora import adapted
-from moesurgery.merge.parts import Parts
-from moesurgery.merge.stage import DTYPES
+from moesurgery.lora.apply import adapted
+from moesurgery.merge.recipe.stage import DTYPES
+from moesurgery.moe.canonical_names import CanonicalTensors
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan, plan_of
 
@@ -30,10 +30,10 @@ class Models:
     def __init__(self, where: Mapping[str, str] | None = None) -> None:
         self.stages: dict[str, Plan] = {}
         self._where = where
-        self._parts: dict[tuple[str, bool], Parts] = {}
+        self._parts: dict[tuple[str, bool], CanonicalTensors] = {}
         self._parents: dict[str, tuple[Checkpoint | str, ...]] = {}
 
-    def parts(self, reference: str, *, plain: bool) -> Parts:
+    def parts(self, reference: str, *, plain: bool) -> CanonicalTensors:
         """Return a model taken apart; with `plain`, quantised weights as the numbers that they stand for.
 
         Raises CheckpointError where it cannot be opened, RefusedError for quantised forms that are not known.
@@ -50,7 +50,7 @@ class Models:
                 plan = adapted(plan, self._located(adapter))
                 parents = (*parents, plan.sources[-1])
             self._parents[reference] = parents
-            self._parts[reference, plain] = Parts(plan, label(reference), stated)
+            self._parts[reference, plain] = CanonicalTensors(plan, label(reference), stated)
         return self._parts[reference, plain]
 
     def parents(self, reference: str) -> tuple[Checkpoint | str, ...]:
@@ -83,7 +83,7 @@ def _plain(plan: Plan) -> Plan:
         if key not in _QUANTISED
     }
     return replace(
-        plan, tensors=tensors, config=config, home={name: plan.home[old.get(name, name)] for name in tensors}
+        plan, tensors=tensors, config=config, shard_of={name: plan.shard_of[old.get(name, name)] for name in tensors}
     )
 
 

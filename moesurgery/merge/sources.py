@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moesurgery.errors import RecipeError, RefusedError, at_line
-from moesurgery.merge.agreement import config_differences, tokenizers_differ
-from moesurgery.merge.parts import Key, Parts
+from moesurgery.merge.compatibility import config_differences, tokenizers_differ
+from moesurgery.merge.recipe.parameter_values import ParameterValues
+from moesurgery.merge.recipe.stage import Input, LayerSlice, Stage
 from moesurgery.merge.references import Models
-from moesurgery.merge.setting import Settings
-from moesurgery.merge.stage import Input, Slice, Stage
+from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputPosition:
     """Where a tensor of the output comes from: a slice, a layer within it, and how far along it that is."""
 
     slice: int
@@ -25,21 +25,21 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Source:
+class MergeSource:
     """One input of a slice."""
 
     reference: str
-    parts: Parts
-    settings: Settings
+    parts: CanonicalTensors
+    settings: ParameterValues
     first: int  # the layer that the slice's first layer comes from
     line: int
 
-    def key(self, path: str, place: Place) -> Key:
+    def key(self, path: str, place: OutputPosition) -> CanonicalName:
         """Return the key of a part of the output in this model."""
-        return Key(None if place.offset is None else self.first + place.offset, path)
+        return CanonicalName(None if place.offset is None else self.first + place.offset, path)
 
 
-class Sources:
+class MergeSources:
     """The inputs of a stage, slice by slice, in the order in which its method takes them."""
 
     def __init__(self, stage: Stage, models: Models, origin: str) -> None:
@@ -48,26 +48,26 @@ class Sources:
         self.by_slice = [self._opened_slice(part) for part in stage.slices]
 
     @cached_property
-    def donor(self) -> Parts:
+    def donor(self) -> CanonicalTensors:
         """The model whose names, layout, config and side files the output takes: the base, or the first."""
         return self.opened(self.stage.models[0])
 
     @cached_property
-    def others(self) -> list[Source]:
+    def others(self) -> list[MergeSource]:
         """One source of every model but the donor."""
         return list({s.reference: s for found in self.by_slice for s in found if s.parts is not self.donor}.values())
 
     @cached_property
-    def parts(self) -> list[Parts]:
+    def parts(self) -> list[CanonicalTensors]:
         """All models, the donor first."""
         return [self.donor, *(source.parts for source in self.others)]
 
-    def opened(self, reference: str) -> Parts:
+    def opened(self, reference: str) -> CanonicalTensors:
         """Return a model; its quantised weights as plain numbers, unless they are only put elsewhere."""
         plain = self.stage.method.name != "passthrough" or self.stage.dtype is not None
         return self._models.parts(reference, plain=plain)
 
-    def named(self) -> dict[str, Parts]:
+    def named(self) -> dict[str, CanonicalTensors]:
         """Return all models that the stage names, those for its tokenizer alone too, by reference."""
         found = {}
         for name in self.stage.models:
@@ -75,12 +75,12 @@ class Sources:
                 found[name] = self.opened(name)
         return found
 
-    def lead(self, index: int) -> Source:
+    def lead(self, index: int) -> MergeSource:
         """Return the source of a slice that the output's form follows: the donor, or the first."""
         sources = self.by_slice[index]
         return next((s for s in sources if s.parts is self.donor), sources[0])
 
-    def base(self, index: int) -> Source | None:
+    def base(self, index: int) -> MergeSource | None:
         """Return the source of a slice that is its base model."""
         reference = self.stage.slices[index].base or self.stage.base
         return next((s for s in self.by_slice[index] if s.reference == reference), None)
@@ -111,7 +111,7 @@ class Sources:
                     " embedding may stand for another token",
                 )
 
-    def _opened_slice(self, part: Slice) -> list[Source]:
+    def _opened_slice(self, part: LayerSlice) -> list[MergeSource]:
         """Return the models of a slice in the order in which the method takes them, the base first or apart."""
         found = []
         for entry in part.inputs:
@@ -119,19 +119,19 @@ class Sources:
                 parts = self.opened(entry.model)
                 _check_range(entry, parts)
             first = entry.layers[0] if entry.layers else 0
-            found.append(Source(entry.model, parts, entry.settings, first, entry.line))
+            found.append(MergeSource(entry.model, parts, entry.settings, first, entry.line))
         base = part.base or self.stage.base
         if base is None:
             return found
         if not self.stage.stacked and all(s.reference != base for s in found):
             line = self.stage.line_of("base_model")
             with at_line(self.origin, line):
-                found.append(Source(base, self.opened(base), {}, 0, line))
+                found.append(MergeSource(base, self.opened(base), {}, 0, line))
         if self.stage.method.base == "first":
             found.sort(key=lambda s: s.reference != base)
         return found
 
 
-def _check_range(entry: Input, parts: Parts) -> None:
+def _check_range(entry: Input, parts: CanonicalTensors) -> None:
     if entry.layers is not None and entry.layers[1] > parts.layers:
         raise RecipeError(f"layer_range ends at {entry.layers[1]}, but {entry.model} has {parts.layers} layers")

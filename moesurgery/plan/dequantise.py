@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.families.quantised import Companion, bits_that_fit, method, quantisation_config, take_apart
-from moesurgery.plan.elementwise import cast
-from moesurgery.plan.expr import Expr, Reader
+from moesurgery.expr.elementwise import cast
+from moesurgery.expr.nodes import Expr, Reader
+from moesurgery.expr.tensors import transpose
+from moesurgery.families.quantised import QuantTensor, bits_that_fit, method, quantisation_config, split_name
 from moesurgery.plan.plan import Plan
-from moesurgery.plan.tensors import transpose
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,8 @@ class Dequantised(Expr):
         return "F32"
 
     @property
-    def granule(self) -> int:
-        if any(expr.granule != 1 for expr, _ in self.parts):
+    def chunk_multiple(self) -> int:
+        if any(expr.chunk_multiple != 1 for expr, _ in self.parts):
             return max(self.numel, 1)
         out, width = self.shape[-2:]
         return (
@@ -101,8 +101,8 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
     Raises RefusedError for a form that is not known here.
     """
     names = plan.tensors
-    stems = {name: take_apart(name, names.__contains__, lambda n: names[n].dtype) for name in names}
-    companions: dict[str, list[tuple[Companion, Expr]]] = {}  # by the name without suffix
+    stems = {name: split_name(name, names.__contains__, lambda n: names[n].dtype) for name in names}
+    companions: dict[str, list[tuple[QuantTensor, Expr]]] = {}  # by the name without suffix
     for name, stem in stems.items():
         if stem.companion is not None:
             companions.setdefault(stem.base, []).append((stem.companion, names[name]))
@@ -132,7 +132,7 @@ class _Weight:
     name: str
     expr: Expr
     suffix: str
-    beside: list[tuple[Companion, Expr]]
+    beside: list[tuple[QuantTensor, Expr]]
     config: Mapping[str, Any]
 
     def of_kind(self, kind: str, rank: int) -> Expr | None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.recognition import recognise
-from moesurgery.plan.expr import Expr, Stored
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Step:
 class Plan:
     """What will be written.
 
-    `home` names, for each tensor, the source shard whose place it takes; shard boundaries follow it unless
+    `shard_of` names, for each tensor, the source shard whose place it takes; shard boundaries follow it unless
     `max_shard_size` (bytes) is set. `sources` are all checkpoints that were opened, the first being the
     one whose side files are carried over. `files` are more side files, by path in the output: their content, or
     None for one that is not carried over. `companions` are safetensors files that are no part of the model (an
@@ -61,7 +61,7 @@ class Plan:
 
     sources: tuple[Checkpoint, ...]
     tensors: Mapping[str, Expr]
-    home: Mapping[str, str]
+    shard_of: Mapping[str, str]
     config: Mapping[str, Any]
     steps: tuple[Step, ...] = ()
     max_shard_size: int | None = None
@@ -91,7 +91,7 @@ class Plan:
         *,
         tensors: Mapping[str, Expr] | None = None,
         config: Mapping[str, Any] | None = None,
-        home: Mapping[str, str] | None = None,
+        shard_of: Mapping[str, str] | None = None,
         files: Mapping[str, bytes | None] | None = None,
         companions: Mapping[str, Mapping[str, Expr]] | None = None,
     ) -> Plan:
@@ -108,7 +108,7 @@ class Plan:
             self,
             tensors=self.tensors if tensors is None else tensors,
             config=self.config if config is None else config,
-            home=self.home if home is None else home,
+            shard_of=self.shard_of if shard_of is None else shard_of,
             files={**self.files, **(files or {})},
             companions={**self.companions, **(companions or {})},
             steps=(*self.steps, step),
@@ -124,13 +124,13 @@ class Plan:
         No entries means that the tensor goes. Names may be exchanged freely; two tensors of one name are a bug.
         """
         tensors: dict[str, Expr] = {}
-        home: dict[str, str] = {}
+        shard_of: dict[str, str] = {}
         for old, expr in self.tensors.items():
             for name, value in changes.get(old, ((old, expr),)):
                 if name in tensors:
                     raise AssertionError(f"{name} would be written twice")
-                tensors[name], home[name] = value, self.home[old]
-        return tensors, home
+                tensors[name], shard_of[name] = value, self.shard_of[old]
+        return tensors, shard_of
 
     def untouched(self) -> Iterable[str]:
         """Yield the names whose bytes are those of the source tensor of the same name."""
@@ -146,5 +146,5 @@ def plan_of(checkpoint: Checkpoint) -> Plan:
             f"{checkpoint.source.identity} holds headers only, no weights", "count-params and inspect work on it"
         )
     tensors: dict[str, Expr] = {name: Stored(checkpoint.source, info) for name, info in checkpoint.tensors.items()}
-    home = {name: info.file for name, info in checkpoint.tensors.items()}
-    return Plan((checkpoint,), tensors, home, checkpoint.config)
+    shard_of = {name: info.file for name, info in checkpoint.tensors.items()}
+    return Plan((checkpoint,), tensors, shard_of, checkpoint.config)

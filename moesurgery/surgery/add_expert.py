@@ -9,16 +9,16 @@ from typing import Annotated
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
-from moesurgery.merge.parts import Key, Parts
-from moesurgery.plan.elementwise import cast
-from moesurgery.plan.expr import Expr, Rows, concat, reshape, take
+from moesurgery.expr.elementwise import cast
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
+from moesurgery.expr.tensors import transpose
+from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
+from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
+from moesurgery.moe.expert_axis import Entries, refuse_strays
+from moesurgery.moe.expert_counts import check_blocks, with_expert_count
 from moesurgery.plan.plan import Plan, Step, plan_of
-from moesurgery.plan.tensors import transpose
-from moesurgery.surgery.expert_axis import Entries, refuse_strays
-from moesurgery.surgery.expert_counts import check_blocks, with_expert_count
-from moesurgery.surgery.operation import operation
-from moesurgery.surgery.parameters import Param
+from moesurgery.recipe.parameters import Param
+from moesurgery.recipe.registry import operation
 
 _NAME = "add-expert"
 
@@ -58,13 +58,15 @@ def add_expert(
         raise RefusedError(f"{_NAME}: the identity experts of {family.name} have the numbers after the last expert's")
     if len({(block.root, block.container) for block in anatomy.main_blocks}) > 1:
         raise RefusedError(f"{_NAME}: {family.name} has experts in two stacks, and the source's cannot be told apart")
-    joined = _Joined(Parts(plan, plan.checkpoint.name), Parts(other, other.checkpoint.name), chosen, total)
+    joined = _Joined(
+        CanonicalTensors(plan, plan.checkpoint.name), CanonicalTensors(other, other.checkpoint.name), chosen, total
+    )
     entries: Entries = {}
     for block in anatomy.blocks:
         refuse_strays(block, plan.tensors)
         for member in block.members:
             entries[member.name] = joined.entries(block, member)
-    tensors, home = plan.substituted(entries)
+    tensors, shard_of = plan.substituted(entries)
     step = Step(
         _NAME,
         {"source": source, **({"experts": chosen} if experts is not None else {})},
@@ -75,7 +77,7 @@ def add_expert(
         parents={source: (other.checkpoint,)},
     )
     config = with_expert_count(anatomy, total + len(chosen), {})
-    edited = plan.edited(step, tensors=tensors, home=home, config=config)
+    edited = plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
     return replace(edited, sources=(*plan.sources, other.checkpoint))
 
 
@@ -90,10 +92,10 @@ def _check_alike(anatomy: Anatomy, other: Anatomy) -> None:
 class _Joined:
     """Tensors of one model with the experts `chosen` of another after their `total` ones."""
 
-    def __init__(self, ours: Parts, theirs: Parts, chosen: Sequence[int], total: int) -> None:
+    def __init__(self, ours: CanonicalTensors, theirs: CanonicalTensors, chosen: Sequence[int], total: int) -> None:
         self.ours, self.theirs, self.chosen, self.total = ours, theirs, chosen, total
 
-    def entries(self, block: MoeBlock, member: Member) -> list[tuple[str, Expr]]:
+    def entries(self, block: MoeBlock, member: BlockTensor) -> list[tuple[str, Expr]]:
         """Return what takes the place of a tensor: itself with more entries, or with more tensors after it."""
         expr = self.ours.plan.tensors[member.name]
         holder = self.ours.tensors[member.name]
@@ -116,26 +118,26 @@ class _Joined:
         ]
         return [(member.name, expr), *new]
 
-    def _part(self, member: Member, layer: int | None, path: str, expert: int) -> Expr:
+    def _part(self, member: BlockTensor, layer: int | None, path: str, expert: int) -> Expr:
         """Return the part that is `path` for one expert, of the other model's expert `expert`."""
         head, _, rest = path.partition("experts.")
-        key = Key(layer, f"{head}experts.{expert}.{rest.split('.', 1)[1]}")
-        if key not in self.theirs.home:
+        key = CanonicalName(layer, f"{head}experts.{expert}.{rest.split('.', 1)[1]}")
+        if key not in self.theirs.stored_in:
             raise RefusedError(f"{_NAME}: {self.theirs.label} has nothing that fits {member.name}")
         return self._alike(member, self.theirs.part(key))
 
-    def _along(self, member: Member, expr: Expr, layer: int | None, path: str) -> Expr:
-        key = Key(layer, path)
-        if key not in self.theirs.home:
+    def _along(self, member: BlockTensor, expr: Expr, layer: int | None, path: str) -> Expr:
+        key = CanonicalName(layer, path)
+        if key not in self.theirs.stored_in:
             raise RefusedError(f"{_NAME}: {self.theirs.label} has nothing that fits {member.name}")
         theirs = self._alike(member, self.theirs.part(key))
         if member.axis == 1:
             return transpose(concat([transpose(expr), take(transpose(theirs), list(self.chosen))]))
         rows = take(theirs, list(self.chosen))
-        after = [Rows(expr, self.total, expr.shape[0])] if expr.shape[0] > self.total else []
-        return concat([Rows(expr, 0, self.total), rows, *after])
+        after = [Slice(expr, self.total, expr.shape[0])] if expr.shape[0] > self.total else []
+        return concat([Slice(expr, 0, self.total), rows, *after])
 
-    def _alike(self, member: Member, expr: Expr) -> Expr:
+    def _alike(self, member: BlockTensor, expr: Expr) -> Expr:
         """Return the other model's expression in the dtype of ours; refuse another shape."""
         ours = self.ours.plan.tensors[member.name]
         part = self.ours.tensors[member.name].split or ours.shape

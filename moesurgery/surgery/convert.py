@@ -8,19 +8,19 @@ from typing import Annotated, Any, Literal
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, PLAIN_FLOATS
 from moesurgery.errors import RefusedError
+from moesurgery.expr.elementwise import cast
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.family import Layout
 from moesurgery.families.quantised import method, without_quantisation
+from moesurgery.moe.expert_axis import Entries
+from moesurgery.moe.layouts import moved_name, relaid
 from moesurgery.plan.dequantise import dequantised
-from moesurgery.plan.elementwise import cast
 from moesurgery.plan.plan import Plan, Step
-from moesurgery.surgery.expert_axis import Entries
-from moesurgery.surgery.layouts import moved_name, relaid
-from moesurgery.surgery.operation import operation
-from moesurgery.surgery.parameters import Param
+from moesurgery.recipe.parameters import Param
+from moesurgery.recipe.registry import operation
 
-Kind = Literal["per-expert", "fused"]
-Dtype = Literal["bf16", "f16", "f32", "bfloat16", "float16", "float32"]
+_Kind = Literal["per-expert", "fused"]
+StoredDtype = Literal["bf16", "f16", "f32", "bfloat16", "float16", "float32"]
 _NAME = "convert"
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", **BY_CONFIG_NAME}
 
@@ -30,9 +30,9 @@ def convert(
     plan: Plan,
     *,
     layout: Annotated[
-        Kind | None, Param("store the experts one by one, or all of a layer in one tensor, as transformers 5 does")
+        _Kind | None, Param("store the experts one by one, or all of a layer in one tensor, as transformers 5 does")
     ] = None,
-    dtype: Annotated[Dtype | None, Param("cast plain weights; selection biases of routers keep theirs")] = None,
+    dtype: Annotated[StoredDtype | None, Param("cast plain weights; selection biases of routers keep theirs")] = None,
     dequantize: Annotated[bool, Param("write quantised weights as plain ones, in --dtype or the config's")] = False,
 ) -> Plan:
     """Write the same model in another form: layout of the experts, dtype, plain weights, shards.
@@ -62,7 +62,7 @@ def convert(
         report={"done": done},
         notes=tuple(notes),
     )
-    return plan.edited(step, tensors=changed.tensors, home=changed.home, config=changed.config)
+    return plan.edited(step, tensors=changed.tensors, shard_of=changed.shard_of, config=changed.config)
 
 
 def _dequantised(plan: Plan, dtype: str | None) -> tuple[Plan, str]:
@@ -72,13 +72,15 @@ def _dequantised(plan: Plan, dtype: str | None) -> tuple[Plan, str]:
     tensors, renamed = dequantised(plan, target)
     if tensors.keys() == plan.tensors.keys():
         raise RefusedError(f"{_NAME}: no weight is quantised", "leave --dequantize out")
-    home = {renamed.get(name, name): file for name, file in plan.home.items()}
+    shard_of = {renamed.get(name, name): file for name, file in plan.shard_of.items()}
     form = method(plan.config)
     what = (
         f"{sum(tensors[n] is not plan.tensors.get(n) for n in tensors)} weights from {form or 'quantised'} to {target}"
     )
     config = without_quantisation(plan.config)
-    return plan.edited(Step(_NAME, {}, what), tensors=tensors, home={n: home[n] for n in tensors}, config=config), what
+    return plan.edited(
+        Step(_NAME, {}, what), tensors=tensors, shard_of={n: shard_of[n] for n in tensors}, config=config
+    ), what
 
 
 def _cast(plan: Plan, dtype: str) -> tuple[Plan, str]:
@@ -117,7 +119,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return found
 
 
-def _relaid(plan: Plan, kind: Kind) -> tuple[Plan, str]:
+def _relaid(plan: Plan, kind: _Kind) -> tuple[Plan, str]:
     """Return the plan with its experts in the first layout of a kind that the family has."""
     anatomy = plan.anatomy
     family = anatomy.require_family(_NAME)
@@ -134,11 +136,11 @@ def _relaid(plan: Plan, kind: Kind) -> tuple[Plan, str]:
         entries.update(relaid(block, plan.tensors, target, _NAME))
         targets[block.layer_path] = (block.layout, target)
     entries.update(_moved(anatomy, plan, entries, targets))
-    tensors, home = plan.substituted(entries)
+    tensors, shard_of = plan.substituted(entries)
     what = f"experts {kind} in {len(targets)} of {len(anatomy.blocks)} layers"
     if not targets:
         what = f"experts are {kind} already"
-    return plan.edited(Step(_NAME, {}, what), tensors=tensors, home=home), what
+    return plan.edited(Step(_NAME, {}, what), tensors=tensors, shard_of=shard_of), what
 
 
 def _moved(

@@ -12,8 +12,18 @@ from typing import Annotated, Any
 
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.moe.expert_axis import renamed_modules, selected
+from moesurgery.moe.expert_counts import (
+    check_blocks,
+    check_groups,
+    check_remaining,
+    equal_count,
+    with_expert_count,
+)
 from moesurgery.plan.plan import Plan, Step, Table
-from moesurgery.surgery.choosing import (
+from moesurgery.recipe.parameters import Param
+from moesurgery.recipe.registry import operation
+from moesurgery.surgery.choose_experts import (
     DEFAULT_CRITERION,
     Criterion,
     LayerKey,
@@ -22,18 +32,8 @@ from moesurgery.surgery.choosing import (
     per_block,
     ranking,
 )
-from moesurgery.surgery.expert_axis import renamed_modules, selected
-from moesurgery.surgery.expert_counts import (
-    check_blocks,
-    check_groups,
-    check_remaining,
-    equal_count,
-    with_expert_count,
-)
-from moesurgery.surgery.operation import operation
-from moesurgery.surgery.parameters import Param
 
-Choice = list[int] | dict[LayerKey, list[int]] | None
+ExpertsByLayer = list[int] | dict[LayerKey, list[int]] | None
 _NAME = "drop-experts"
 
 
@@ -42,10 +42,10 @@ def drop_experts(
     plan: Plan,
     *,
     experts: Annotated[
-        Choice, Param("experts to drop in every MoE layer, as 3,5; or per layer, as '{0: [3], 1: [6]}'")
+        ExpertsByLayer, Param("experts to drop in every MoE layer, as 3,5; or per layer, as '{0: [3], 1: [6]}'")
     ] = None,
     keep: Annotated[
-        int | Choice,
+        int | ExpertsByLayer,
         Param(
             "how many experts per layer to keep, chosen by --by; or which, as 0,1,4 or per layer, as '{0: [3], 1: [6]}'"
         ),
@@ -104,7 +104,7 @@ def drop_experts(
     for block in anatomy.blocks:
         entries.update(selected(block, plan.tensors, kept[block.where]))
         modules.update(renamed_modules(block, kept[block.where]))
-    tensors, home = plan.substituted(entries)
+    tensors, shard_of = plan.substituted(entries)
     config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
 
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
@@ -142,10 +142,10 @@ def drop_experts(
         notes=tuple(notes),
         tables=() if same else (_table(dropped),),
     )
-    return plan.edited(step, tensors=tensors, home=home, config=config)
+    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
 
 
-def _named(anatomy: Anatomy, experts: Choice, keep: Choice) -> dict[str, list[int]]:
+def _named(anatomy: Anatomy, experts: ExpertsByLayer, keep: ExpertsByLayer) -> dict[str, list[int]]:
     """Return the experts to drop in each block, from a choice by number."""
     chosen = per_block(anatomy, _NAME, experts if experts is not None else keep)
     dropped = {}

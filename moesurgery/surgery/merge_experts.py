@@ -12,21 +12,21 @@ from typing import Annotated, Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
-from moesurgery.measure.fits import Fits, open_fits
-from moesurgery.plan.elementwise import cast
-from moesurgery.plan.expr import Expr, Rows, concat, reshape
+from moesurgery.expr.elementwise import cast
+from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape
+from moesurgery.expr.shared import Reordered
+from moesurgery.expr.tensors import Linear
+from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
+from moesurgery.moe.expert_axis import Entries, along_experts, refuse_strays, renamed_modules
+from moesurgery.moe.expert_counts import equal_count, with_expert_count
+from moesurgery.moe.neuron_matching import neuron_order
+from moesurgery.moe.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked_experts
 from moesurgery.plan.plan import Plan, Step, Table
-from moesurgery.plan.solved import Reordered
-from moesurgery.plan.tensors import Linear
-from moesurgery.plan.values import values_of
-from moesurgery.surgery.alignment import neuron_order
-from moesurgery.surgery.expert_axis import Entries, along_experts, refuse_strays, renamed_modules
-from moesurgery.surgery.expert_counts import equal_count, with_expert_count
-from moesurgery.surgery.grouping import NAME, Align, By, Group, Groups, Merger, Router, Weights, merger
-from moesurgery.surgery.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked
-from moesurgery.surgery.operation import operation
-from moesurgery.surgery.parameters import Param
+from moesurgery.recipe.parameters import Param
+from moesurgery.recipe.registry import operation
+from moesurgery.stats.group_fit_file import GroupFitFile, open_group_fits
+from moesurgery.surgery.group_experts import NAME, Align, By, Grouping, Groups, Merger, MergeWeights, Router, merger
 
 
 @operation(NAME)
@@ -39,7 +39,7 @@ def merge_experts(
     ] = None,
     to: Annotated[int | None, Param("merge down to this many experts per layer, grouped by --group", minimum=1)] = None,
     group: Annotated[
-        Group | None,
+        Grouping | None,
         Param(
             "how --to groups: router-rows (the default without statistics); or by statistics: reap-centroid (the"
             " default with text), msmoe, hc"
@@ -53,7 +53,7 @@ def merge_experts(
         ),
     ] = None,
     weights: Annotated[
-        Weights | list[float] | None,
+        MergeWeights | list[float] | None,
         Param(
             "share of each expert in the mean: equal (the default without statistics), router-norm, a list with a"
             " number for each expert; or by statistics: usage (the default with them), reap"
@@ -117,7 +117,7 @@ def merge_experts(
         merge = _Merge(block, plan.tensors, found, fits)
         entries.update(merge.entries())
         modules.update(renamed_modules(block, merge.dominant))
-    tensors, home = plan.substituted(entries)
+    tensors, shard_of = plan.substituted(entries)
     config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
     given = {"groups": groups, "to": to, "stats": stats, "fit": fit}
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
@@ -140,10 +140,10 @@ def merge_experts(
         notes=(*found.notes, *_notes(anatomy, found, remaining)),
         tables=(_table(found.groups),),
     )
-    return plan.edited(step, tensors=tensors, home=home, config=config)
+    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
 
 
-def _fits(found: Merger, fit: str | None) -> Fits | None:
+def _fits(found: Merger, fit: str | None) -> GroupFitFile | None:
     """Return the fit that a merge needs. Raises RecipeError without one, RefusedError for one of other groups."""
     if not found.needs_fit:
         return None
@@ -153,7 +153,7 @@ def _fits(found: Merger, fit: str | None) -> Fits | None:
             f"{NAME}: {asked} needs to see the model run on text",
             "give --text FILE, or use --align weights and --router dominant",
         )
-    fits = open_fits(fit)
+    fits = open_group_fits(fit)
     fits.check(found, fit)
     return fits
 
@@ -192,7 +192,7 @@ def _table(chosen: Mapping[str, Sequence[Sequence[int]]]) -> Table:
 class _Merge:
     """The merge of one block. Where it was not run, and so has no fit, weights and dominant members decide."""
 
-    def __init__(self, block: MoeBlock, tensors: Mapping[str, Expr], found: Merger, fits: Fits | None) -> None:
+    def __init__(self, block: MoeBlock, tensors: Mapping[str, Expr], found: Merger, fits: GroupFitFile | None) -> None:
         self.block, self.tensors = block, tensors
         self.groups, self.shares = found.groups[block.where], found.shares[block.where]
         self.dominant = found.dominant[block.where]
@@ -230,7 +230,7 @@ class _Merge:
                     "dequantise first with `moesurgery convert --dequantize`",
                 )
 
-    def _expert(self, number: int) -> list[tuple[Member, Expr]]:
+    def _expert(self, number: int) -> list[tuple[BlockTensor, Expr]]:
         """Return the tensors of one new expert: those of the dominant member, its neurons the reference for others."""
         group, shares = list(self.groups[number]), self.shares[number]
         reference = expert_tensors(self.block, self.tensors, self.dominant[number])
@@ -255,13 +255,13 @@ class _Merge:
                 found.append((member, Linear(tuple((e, share) for (_, e), share, _ in terms), expr.dtype)))
         return found
 
-    def _stacked(self, member: Member, experts: list[Expr]) -> Expr:
+    def _stacked(self, member: BlockTensor, experts: list[Expr]) -> Expr:
         """Return the new experts of a stacked tensor together again; unchanged ones in a row are one byte range."""
         if all(len(group) == 1 for group in self.groups):
             return along_experts(self.block, member, self.tensors[member.name], self.dominant)
-        return restacked(member, experts)
+        return restacked_experts(member, experts)
 
-    def _along(self, member: Member) -> Expr:
+    def _along(self, member: BlockTensor) -> Expr:
         """Return a router tensor: the entries of the dominant members, the means of all, or fitted ones."""
         expr = self.tensors[member.name]
         if self.router == "dominant" or expr.dtype not in PLAIN_FLOATS:
@@ -279,18 +279,18 @@ class _Merge:
         flat = reshape(expr, (length, *rest))
         rows = [self._row(member, flat, number) for number in range(len(self.groups))]
         if length > self.block.experts:  # entries after the experts stay
-            rows.append(Rows(flat, self.block.experts, length))
+            rows.append(Slice(flat, self.block.experts, length))
         joined = concat(rows)
         return reshape(joined, (*before, *joined.shape))
 
-    def _row(self, member: Member, flat: Expr, number: int) -> Expr:
+    def _row(self, member: BlockTensor, flat: Expr, number: int) -> Expr:
         """Return the entry of one new expert in a router tensor whose first axis is that of the experts."""
         group, shares = self.groups[number], self.shares[number]
         if len(group) == 1:
-            return Rows(flat, group[0], group[0] + 1)
+            return Slice(flat, group[0], group[0] + 1)
         if self.router == "lse" and self.fits is not None:
             return cast(self.fits.row(self.block.where, member.role, number), flat.dtype)
-        return Linear(tuple((Rows(flat, e, e + 1), share) for e, share in zip(group, shares, strict=True)), flat.dtype)
+        return Linear(tuple((Slice(flat, e, e + 1), share) for e, share in zip(group, shares, strict=True)), flat.dtype)
 
     def _highest(self, bias: Expr) -> list[int]:
         """Return the member of each group with the highest selection bias: a group is chosen where any of them was."""
@@ -298,6 +298,6 @@ class _Merge:
         return [max(group, key=lambda e: values[e]) for group in self.groups]
 
 
-def _rows(member: Member, expr: Expr, order: Expr | None) -> Expr:
+def _rows(member: BlockTensor, expr: Expr, order: Expr | None) -> Expr:
     rows = neuron_rows(member, expr)
     return rows if order is None else Reordered(rows, order)

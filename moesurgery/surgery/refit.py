@@ -1,6 +1,6 @@
 """Write a repair into a model: factors on experts' outputs, or fitted matrices.
 
-The repair itself is made by running the original and the edited model side by side (`measure.refit`); what is
+The repair itself is made by running the original and the edited model side by side (`fitting.layer_fit`); what is
 written is an ordinary checkpoint of the same shape.
 """
 
@@ -11,15 +11,15 @@ from typing import Annotated
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.families.anatomy import Member, MoeBlock
-from moesurgery.plan.elementwise import cast
-from moesurgery.plan.expr import Expr
+from moesurgery.expr.elementwise import cast
+from moesurgery.expr.nodes import Expr
+from moesurgery.families.anatomy import BlockTensor, MoeBlock
+from moesurgery.moe.layouts import as_stored
+from moesurgery.moe.neurons import expert_tensors, restacked_experts
+from moesurgery.moe.scaling import scaled_output
 from moesurgery.plan.plan import Plan, Step, Table
-from moesurgery.surgery.layouts import as_stored
-from moesurgery.surgery.neurons import expert_tensors, restacked
-from moesurgery.surgery.operation import operation
-from moesurgery.surgery.parameters import Param
-from moesurgery.surgery.scaling import scaled_output
+from moesurgery.recipe.parameters import Param
+from moesurgery.recipe.registry import operation
 
 _NAME = "refit"
 _HEADER = ("layer", "fitted", "error before", "after", "on held-out windows")
@@ -36,7 +36,7 @@ def refit(
     `--refit scalar|expert|down|all` of other commands makes the repair and adds this step; by itself it applies one
     that is there already.
     """
-    from moesurgery.measure.repair import open_repair
+    from moesurgery.stats.repair_file import open_repair
 
     anatomy = plan.anatomy
     anatomy.require_family(_NAME)
@@ -105,11 +105,11 @@ def _with_matrices(
             if member.expert is None:
                 stacked.setdefault(member.name, []).append(new)
     return changed | {
-        m.name: restacked(m, stacked[m.name]) for m in block.members if m.name in changed.keys() & stacked
+        m.name: restacked_experts(m, stacked[m.name]) for m in block.members if m.name in changed.keys() & stacked
     }
 
 
-def _fitted(member: Member, stored: Expr, new: Expr) -> Expr:
+def _fitted(member: BlockTensor, stored: Expr, new: Expr) -> Expr:
     """Return a fitted matrix in the dtype that it is stored in."""
     if stored.dtype not in PLAIN_FLOATS:
         raise RefusedError(f"{_NAME}: {member.name} is quantised", "dequantise it first")

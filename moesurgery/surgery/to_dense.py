@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.decoders.dense_names import DENSE_NAMES, MOE_KEYS, DensePair, pairs_of
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.families.anatomy import Anatomy, Member, MoeBlock
+from moesurgery.expr.elementwise import scale
+from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.nodes import Expr, Slice, concat
+from moesurgery.expr.tensors import concat_last, mean
+from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
 from moesurgery.families.components import MTP
-from moesurgery.families.dense import MOE_KEYS, PAIRS, DensePair, pairs_of
-from moesurgery.plan.elementwise import scale
-from moesurgery.plan.expr import Expr, Rows, concat
+from moesurgery.moe.expert_axis import Entries, refuse_strays
+from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan, Step, Table
-from moesurgery.plan.tensors import join_columns, mean
-from moesurgery.plan.values import values_of
-from moesurgery.surgery.choosing import FreeCriterion, LayerKey, check_indices, per_block, scores_of
-from moesurgery.surgery.expert_axis import Entries, refuse_strays
-from moesurgery.surgery.neurons import expert_tensors
-from moesurgery.surgery.operation import operation
-from moesurgery.surgery.parameters import Param
+from moesurgery.recipe.parameters import Param
+from moesurgery.recipe.registry import operation
+from moesurgery.surgery.choose_experts import FreeCriterion, LayerKey, check_indices, expert_scores, per_block
 
-Shared = Literal["auto", "join", "drop"]
+SharedExpertUse = Literal["auto", "join", "drop"]
 _NAME = "to-dense"
 _ROLES = ("gate", "up", "down")
 
@@ -47,7 +47,7 @@ def to_dense(
     by: Annotated[FreeCriterion, Param("how --concat-top chooses: longest router rows, or by lot")] = "router-norm",
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
     shared: Annotated[
-        Shared, Param("shared experts: join them to the FFN, drop them, or auto: join unless they add nothing")
+        SharedExpertUse, Param("shared experts: join them to the FFN, drop them, or auto: join unless they add nothing")
     ] = "auto",
     to: Annotated[str | None, Param("dense model_type, where several fit")] = None,
 ) -> Plan:
@@ -65,7 +65,7 @@ def to_dense(
     pair = _pair(anatomy, to)
     chosen = _chosen(plan, anatomy, expert, average, concat_top, by, seed)
     joins = bool(pair.shared) and _has_shared(plan, anatomy, pair) and _joins(plan, anatomy, pair, shared)
-    routed = anatomy.settings.knob or 1.0
+    routed = anatomy.settings.routed_scale_key or 1.0
 
     entries: Entries = {name: [] for name, part in anatomy.component.items() if part == MTP}
     widths: dict[str, int] = {}
@@ -73,7 +73,7 @@ def to_dense(
         ffn = _Ffn(plan, block, pair, chosen[block.where], average, routed, joins)
         entries.update(ffn.entries())
         widths[block.where] = ffn.width
-    tensors, home = plan.substituted(entries)
+    tensors, shard_of = plan.substituted(entries)
     width = _one_width(anatomy, tensors, pair, widths)
     config = _dense_config(anatomy, pair, width)
 
@@ -101,7 +101,7 @@ def to_dense(
         notes=tuple(_notes(plan, anatomy, pair, joins)),
         tables=_tables(chosen, average),
     )
-    return plan.edited(step, tensors=tensors, home=home, config=config)
+    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
 
 
 def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
@@ -110,7 +110,7 @@ def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
         raise RefusedError(f"{_NAME}: the blocks are tied", "write them out first: `- tie-blocks: {materialize: true}`")
     found = pairs_of(anatomy.model_type)
     if not found:
-        known = ", ".join(dict.fromkeys(pair.source for pair in PAIRS))
+        known = ", ".join(dict.fromkeys(pair.source for pair in DENSE_NAMES))
         raise RefusedError(
             f"{_NAME}: no dense family of transformers has the attention, norms and biases of {anatomy.model_type}",
             f"it works for {known}",
@@ -148,7 +148,7 @@ def _chosen(
         for block in blocks:
             if concat_top > block.experts:
                 raise RefusedError(f"{_NAME}: {block.where} has {block.experts} experts, fewer than {concat_top}")
-            scores = scores_of(plan, block, by, seed)
+            scores = expert_scores(plan, block, by, seed)
             order = sorted(range(block.experts), key=lambda e: (-scores[e], e))
             found[block.where] = sorted(order[:concat_top])
         return found
@@ -170,7 +170,7 @@ def _has_shared(plan: Plan, anatomy: Anatomy, pair: DensePair) -> bool:
     return any(_shared_names(plan, block, pair) for block in anatomy.main_blocks)
 
 
-def _joins(plan: Plan, anatomy: Anatomy, pair: DensePair, shared: Shared) -> bool:
+def _joins(plan: Plan, anatomy: Anatomy, pair: DensePair, shared: SharedExpertUse) -> bool:
     """Whether the shared experts become part of the FFN; `auto` leaves out those whose down-projections are zero."""
     if shared != "auto":
         return shared == "join"
@@ -239,7 +239,7 @@ class _Ffn:
         if role != "down":
             return concat([*exprs, *([extra] if extra else [])])
         exprs = [scale(expr, self._share) for expr in exprs]
-        return join_columns([*exprs, *([extra] if extra else [])])
+        return concat_last([*exprs, *([extra] if extra else [])])
 
     def _projections(self, expert: int) -> dict[str, tuple[dict[str, str], dict[str, Expr]]]:
         """Return, for each role, the names whose place it takes and its tensors, by suffix."""
@@ -261,18 +261,18 @@ class _Ffn:
         found = {role: self.plan.tensors[name] for role, name in names.items()}
         if both := found.pop("gate_up", None):
             half = both.shape[0] // 2
-            found |= {"gate": Rows(both, 0, half), "up": Rows(both, half, 2 * half)}
+            found |= {"gate": Slice(both, 0, half), "up": Slice(both, half, 2 * half)}
         if any("shared_expert_gate" in path for path in self.plan.anatomy.settings.family.shared):
             found["down"] = scale(found["down"], 0.5)  # sigmoid of an untold gate
         return found
 
 
-def _halves(member: Member, expr: Expr) -> Mapping[str, Expr]:
+def _halves(member: BlockTensor, expr: Expr) -> Mapping[str, Expr]:
     assert member.part is not None
     if member.part.interleaved:
         raise RefusedError(f"{_NAME}: {member.name}: gate and up alternate")
     half = expr.shape[0] // 2
-    return {"gate": Rows(expr, 0, half), "up": Rows(expr, half, 2 * half)}
+    return {"gate": Slice(expr, 0, half), "up": Slice(expr, half, 2 * half)}
 
 
 def _one_width(anatomy: Anatomy, tensors: Mapping[str, Expr], pair: DensePair, widths: Mapping[str, int]) -> int:

@@ -10,7 +10,7 @@ from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.validate.codes import CODES, Level
 
 if TYPE_CHECKING:
-    from moesurgery.validate.subject import Subject
+    from moesurgery.validate.context import Context
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Check:
 
     codes: tuple[str, ...]
     level: Level
-    function: Callable[[Subject], Outcome]
+    function: Callable[[Context], Outcome]
 
 
 CHECKS: list[Check] = []
@@ -38,10 +38,10 @@ CHECKS: list[Check] = []
 
 def check(
     *codes: str, level: Level | None = None
-) -> Callable[[Callable[[Subject], Outcome]], Callable[[Subject], Outcome]]:
+) -> Callable[[Callable[[Context], Outcome]], Callable[[Context], Outcome]]:
     """Register a function as the check for `codes`; it runs at `level`, or at the level of the first."""
 
-    def register(function: Callable[[Subject], Outcome]) -> Callable[[Subject], Outcome]:
+    def register(function: Callable[[Context], Outcome]) -> Callable[[Context], Outcome]:
         CHECKS.append(Check(codes, level or CODES[codes[0]].level, function))
         return function
 

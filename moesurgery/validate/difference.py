@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.decode import numbers
 from moesurgery.checkpoint.dtypes import BITS
+from moesurgery.checkpoint.file_reader import read_remote
 from moesurgery.checkpoint.header import TensorInfo
-from moesurgery.checkpoint.values import numbers
-from moesurgery.plan.reader import read_remote
-from moesurgery.write.card import differences
+from moesurgery.write.card import json_differences
 
 PART = 1 << 20  # elements compared at a time
 
-Kind = Literal["added", "removed", "shape", "dtype", "values"]
+DifferenceKind = Literal["added", "removed", "shape", "dtype", "values"]
 Progress = Callable[[int], None]
 
 
@@ -39,7 +39,7 @@ class TensorDifference:
     """One tensor that is not the same in both. `distance` is None where values cannot be compared."""
 
     name: str
-    kind: Kind
+    kind: DifferenceKind
     before: tuple[str, tuple[int, ...]] | None
     after: tuple[str, tuple[int, ...]] | None
     distance: Distance | None = None
@@ -62,7 +62,7 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = lambda c
     """Compare two checkpoints; `progress` is told the bytes that were compared. Raises CheckpointError."""
     found = list(_differing(a, b, progress))
     equal = len(a.tensors.keys() | b.tensors.keys()) - len(found)
-    return Difference(tuple(found), tuple(differences(a.config, b.config)), equal)
+    return Difference(tuple(found), tuple(json_differences(a.config, b.config)), equal)
 
 
 def _differing(a: Checkpoint, b: Checkpoint, progress: Progress) -> Iterator[TensorDifference]:

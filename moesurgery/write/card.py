@@ -9,15 +9,15 @@ from typing import Any
 
 import moesurgery
 from moesurgery.plan.plan import Plan, Step
-from moesurgery.write.parents import Parents
+from moesurgery.write.source_names import SourceNames
 
 CARD = "README.md"
 SCHEMA_VERSION = 1
 
 
-def recipe_of(plan: Plan) -> dict[str, Any]:
+def recipe_from_steps(plan: Plan) -> dict[str, Any]:
     """Return the recipe that makes this plan, as data: model, steps and what changes the files."""
-    parents = Parents(plan.sources)
+    parents = SourceNames(plan.sources)
     recipe: dict[str, Any] = {
         "model": plan.checkpoint.source.identity,
         "steps": [{step.operation: parents.parameters(step)} for step in plan.steps],
@@ -36,7 +36,7 @@ def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "tool": "moesurgery",
         "version": moesurgery.__version__,
-        "recipe": recipe_of(plan),
+        "recipe": recipe_from_steps(plan),
         "inputs": [
             {
                 "name": name,
@@ -45,7 +45,7 @@ def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
                     {"file": h.file, "size": h.file_size, "header_sha256": h.digest} for h in checkpoint.headers
                 ],
             }
-            for name, checkpoint in Parents(plan.sources)
+            for name, checkpoint in SourceNames(plan.sources)
         ],
         "steps": [
             {
@@ -64,14 +64,14 @@ def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def config_changes(plan: Plan) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, old value, new value) for everything the plan changes in config.json."""
-    return list(differences(plan.checkpoint.config, plan.config, ""))
+    return list(json_differences(plan.checkpoint.config, plan.config, ""))
 
 
-def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+def json_differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
     """Yield (dotted key, old value, new value) wherever two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from json_differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):  # 1 is not true, NaN is itself
         yield path, old, new
 
@@ -80,7 +80,7 @@ def card_text(plan: Plan) -> str:
     """Return README.md: front matter for the Hub, then the steps in words and the recipe."""
     import yaml
 
-    names = [name for name, _ in Parents(plan.sources)]
+    names = [name for name, _ in SourceNames(plan.sources)]
     parents = [name.removeprefix("./").removeprefix("hf://").split("@")[0] for name in names]
     hub = [parent for name, parent in zip(names, parents, strict=True) if name.startswith("hf://")]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["moe", "moesurgery"]}
@@ -104,7 +104,7 @@ def card_text(plan: Plan) -> str:
     if changes:
         lines += ["", "## Changes to config.json", "", "| key | before | after |", "| --- | --- | --- |"]
         lines += [f"| `{k}` | `{json.dumps(a)}` | `{json.dumps(b)}` |" for k, a, b in changes]
-    recipe = yaml.safe_dump(recipe_of(plan), sort_keys=False, allow_unicode=True).strip()
+    recipe = yaml.safe_dump(recipe_from_steps(plan), sort_keys=False, allow_unicode=True).strip()
     lines += ["", "## Recipe", "", "```yaml", recipe, "```", ""]
     return "\n".join(lines)
 

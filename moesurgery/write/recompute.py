@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 
-from moesurgery.plan.expr import Expr
+from moesurgery.expr.nodes import Expr
 from moesurgery.write.shard import Worker, units_of
 
 

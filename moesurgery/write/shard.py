@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moesurgery.checkpoint.arrays import keep_freed_memory
 from moesurgery.checkpoint.dtypes import BITS
+from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
-from moesurgery.plan.arrays import keep_freed_memory
-from moesurgery.plan.expr import Compute, Copy, Expr, Multiply, Piece
-from moesurgery.plan.multiply import multiply
-from moesurgery.plan.reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
-from moesurgery.write import copying
-from moesurgery.write.copying import Progress
+from moesurgery.expr.multiply import multiply
+from moesurgery.expr.nodes import Compute, Copy, Expr, Multiply, Piece
+from moesurgery.write import copy_bytes
+from moesurgery.write.copy_bytes import Progress
 
 WORK = ".moesurgery"  # inside the .partial directory: temporary files and manifests
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
@@ -60,7 +60,7 @@ class Manner:
 
 
 @dataclass
-class Watch:
+class JobControl:
     """How a running task is seen and stopped from outside; not used across processes."""
 
     progress: Progress = field(default=lambda count: None)
@@ -102,13 +102,13 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, watch: Watch | None = None) -> int:
+def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, watch: JobControl | None = None) -> int:
     """Write one shard into `directory` and return its size. Does nothing where it is already complete.
 
     Raises OutputError (full disk), CheckpointError (a source ends too early) and whatever an expression
     refuses; the shard is then absent.
     """
-    watch = watch or Watch()
+    watch = watch or JobControl()
     if done(directory, task.name, plan_id):
         size = (directory / task.name).stat().st_size
         watch.progress(task.data_bytes)
@@ -127,7 +127,7 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
         size = temporary.stat().st_size
         os.replace(temporary, directory / task.name)
         if manner.durable:
-            copying.sync_directory(directory)
+            copy_bytes.sync_directory(directory)
         _write_manifest(directory, task.name, plan_id, size, durable=manner.durable)
         return size
     except OSError as error:
@@ -162,8 +162,8 @@ def _write_manifest(directory: Path, name: str, plan_id: str, size: int, *, dura
     os.replace(temporary, path)
 
 
-def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, watch: Watch) -> None:
-    if (manner.link and copying.link(source, target)) or copying.clone(source, target, durable=manner.durable):
+def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, watch: JobControl) -> None:
+    if (manner.link and copy_bytes.link(source, target)) or copy_bytes.clone(source, target, durable=manner.durable):
         watch.progress(task.data_bytes)
         return
     assert task.whole is not None
@@ -175,10 +175,10 @@ def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, wat
         header -= skipped
         watch.progress(count - skipped)
 
-    copying.copy_file(source, target, progress, watch.stop, durable=manner.durable)
+    copy_bytes.copy_file(source, target, progress, watch.stop, durable=manner.durable)
 
 
-def _write_body(task: ShardTask, target: Path, manner: Manner, watch: Watch) -> None:
+def _write_body(task: ShardTask, target: Path, manner: Manner, watch: JobControl) -> None:
     header = make_header(task.entries, task.metadata, task.phase)
     total = len(header) + task.data_bytes
     units = list(units_of(task.entries, len(header)))
@@ -187,8 +187,8 @@ def _write_body(task: ShardTask, target: Path, manner: Manner, watch: Watch) -> 
         if manner.reflink:
             os.ftruncate(descriptor, total)  # blocks to be shared need no space of their own
         else:
-            copying.allocate(descriptor, total)
-        copying.write_full(descriptor, memoryview(header), 0)
+            copy_bytes.allocate(descriptor, total)
+        copy_bytes.write_full(descriptor, memoryview(header), 0)
         _run_units(units, descriptor, manner, watch)
         if manner.durable:
             os.fsync(descriptor)
@@ -242,10 +242,10 @@ def _cut(piece: Piece, at: int) -> Iterator[tuple[Piece, int]]:
 def chunk_elements(expr: Expr, nbytes: int) -> int:
     """Return how many elements make up about `nbytes`, in whole granules."""
     wanted = max(1, nbytes * 8 // BITS[expr.dtype])
-    return max(1, wanted // expr.granule) * expr.granule
+    return max(1, wanted // expr.chunk_multiple) * expr.chunk_multiple
 
 
-def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, watch: Watch) -> None:
+def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, watch: JobControl) -> None:
     threads = max(1, min(manner.threads, len(units)))
     waiting: queue.SimpleQueue[tuple[Piece, int]] = queue.SimpleQueue()
     for unit in units:
@@ -262,7 +262,7 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
                     return
                 reader.perform(piece, descriptor, at)
                 if manner.durable:
-                    copying.start_writeback(descriptor, at, piece.nbytes)
+                    copy_bytes.start_writeback(descriptor, at, piece.nbytes)
                 watch.progress(piece.nbytes)
         except BaseException as error:
             failures.append(error)
@@ -305,7 +305,7 @@ class Worker:
     def _copy(self, piece: Copy, target: int, at: int) -> None:
         path = self.reader.path(piece.source, piece.file)
         if path is not None:
-            copying.copy_range(
+            copy_bytes.copy_range(
                 self.reader.descriptor(path),
                 target,
                 piece.start,
@@ -319,7 +319,7 @@ class Worker:
         for offset in range(0, piece.nbytes, 8 << 20):
             length = min(8 << 20, piece.nbytes - offset)
             data = read_remote(piece.source, piece.file, piece.start + offset, length)
-            copying.write_full(target, memoryview(data), at + offset)
+            copy_bytes.write_full(target, memoryview(data), at + offset)
 
     def _multiply(self, piece: Multiply, target: int, at: int) -> None:
         for offset in range(0, piece.nbytes, BUFFER):
@@ -328,7 +328,7 @@ class Worker:
             start, length = piece.start + offset, min(BUFFER, piece.nbytes - offset)
             view = self.reader.bytes_at(piece.source, piece.file, start, length, self._copy_buffer)
             multiply(view, piece.dtype, piece.factor)
-            copying.write_full(target, view, at + offset)
+            copy_bytes.write_full(target, view, at + offset)
 
     def _compute(self, piece: Compute, target: int, at: int) -> None:
         step = chunk_elements(piece.expr, BUFFER // 2)  # no more than a merge computes at once: nothing to be joined
@@ -337,9 +337,9 @@ class Worker:
         while first < piece.stop and not self.stop.is_set():
             last = min(piece.stop, (first // step + 1) * step)
             self.reader.begin_chunk()
-            if piece.expr.light:
+            if piece.expr.numpy_only:
                 data = piece.expr.raw(first, last, self.reader)
             else:
                 data = as_bytes(piece.expr.evaluate(first, last, self.reader))
-            copying.write_full(target, data, at + (first - piece.start) * bits // 8)
+            copy_bytes.write_full(target, data, at + (first - piece.start) * bits // 8)
             first = last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesurgery.families.family import Along, Flag, Routing, correction, routers
+from moesurgery.families.family import ExpertAxisTensor, Flag, RouterRule, correction, router_tensor
 
 W123 = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -12,19 +12,21 @@ def norm_topk(default: bool) -> Flag:
     return Flag(("norm_topk_prob", "moe_renormalize", "route_norm"), default)
 
 
-def sigmoid(knob_default: float, *, knob: str = "routed_scaling_factor", groups: bool = True) -> Routing:
+def sigmoid(
+    routed_scale_default: float, *, routed_scale_key: str = "routed_scaling_factor", groups: bool = True
+) -> RouterRule:
     """Return DeepSeek-V3's routing: sigmoid scores, a selection bias, groups scored by their best two."""
-    return Routing(
+    return RouterRule(
         score="sigmoid",
         renormalised=norm_topk(True),
         groups="top2" if groups else None,
-        knob=knob,
-        knob_default=knob_default,
+        routed_scale_key=routed_scale_key,
+        routed_scale_default=routed_scale_default,
     )
 
 
-GATE = routers("mlp.gate")
-GATE_AND_BIAS: tuple[Along, ...] = (*GATE, *correction("mlp.gate.e_score_correction_bias"))
+GATE = router_tensor("mlp.gate")
+GATE_AND_BIAS: tuple[ExpertAxisTensor, ...] = (*GATE, *correction("mlp.gate.e_score_correction_bias"))
 SHARED_EXPERT = ("mlp.shared_expert", "mlp.shared_expert_gate")
 SHARED_EXPERTS = ("mlp.shared_experts",)
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moesurgery.families.family import Along, Family, InputNorm, Routing, correction, fused, per_expert, routers
+from moesurgery.families.family import (
+    ExpertAxisTensor,
+    Family,
+    InputNorm,
+    RouterRule,
+    correction,
+    fused_layout,
+    per_expert_layout,
+    router_tensor,
+)
 from moesurgery.families.table.common import (
     DEEPSEEK_LAYERS,
     GATE,
@@ -22,7 +31,7 @@ HASH_LAYERS = "its first layers route by a table (tid2eid) of expert numbers per
 def _like_v3(
     name: str,
     *more: str,
-    knob: float,
+    routed_scale_key: float,
     sparse: tuple[str, ...] = DEEPSEEK_LAYERS,
     buffers: tuple[str, ...] = (),
     note: str = "",
@@ -31,10 +40,10 @@ def _like_v3(
     return Family(
         name,
         (name, *more),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE_AND_BIAS,
         shared=SHARED_EXPERTS,
-        routing=sigmoid(knob),
+        routing=sigmoid(routed_scale_key),
         experts_key="n_routed_experts",
         sparse=sparse,
         buffers=buffers,
@@ -42,22 +51,22 @@ def _like_v3(
     )
 
 
-_V2_ROUTING = Routing(
+_V2_ROUTING = RouterRule(
     renormalised=False,
     groups="max",
     groups_if=("topk_method", "group_limited_greedy"),
-    knob="routed_scaling_factor",
-    knob_default=1.0,
+    routed_scale_key="routed_scaling_factor",
+    routed_scale_default=1.0,
 )
 
 DEEPSEEK: tuple[Family, ...] = (
     Family(
         "deepseek",
         ("deepseek",),
-        layouts=(per_expert(),),
+        layouts=(per_expert_layout(),),
         along=GATE,
         shared=SHARED_EXPERTS,
-        routing=Routing(renormalised=norm_topk(False)),
+        routing=RouterRule(renormalised=norm_topk(False)),
         experts_key="n_routed_experts",
         sparse=DEEPSEEK_LAYERS,
         note="DeepSeekMoE 16B, remote code",
@@ -65,7 +74,7 @@ DEEPSEEK: tuple[Family, ...] = (
     Family(
         "deepseek_v2",
         ("deepseek_v2",),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE_AND_BIAS,
         shared=SHARED_EXPERTS,
         routing=_V2_ROUTING,
@@ -76,7 +85,7 @@ DEEPSEEK: tuple[Family, ...] = (
     Family(
         "deepseek_ocr2",
         ("deepseek_ocr2", "deepseek_ocr2_text", "unlimited_ocr", "unlimited_ocr_text"),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         shared=SHARED_EXPERTS,
         routing=_V2_ROUTING,
@@ -84,18 +93,18 @@ DEEPSEEK: tuple[Family, ...] = (
         sparse=DEEPSEEK_LAYERS,
         refuses={"convert": OTHER_NAMES},
     ),
-    _like_v3("deepseek_v3", "kimi_k2", knob=2.5),
+    _like_v3("deepseek_v3", "kimi_k2", routed_scale_key=2.5),
     replace(
-        _like_v3("kimi_k25", knob=2.5, note="transformers 5 writes the text layers as `blocks`"),
+        _like_v3("kimi_k25", routed_scale_key=2.5, note="transformers 5 writes the text layers as `blocks`"),
         also_layers=("blocks",),
     ),
-    _like_v3("deepseek_v32", knob=2.5),
+    _like_v3("deepseek_v32", routed_scale_key=2.5),
     Family(
         "deepseek_v4",
         ("deepseek_v4",),
         layouts=(
-            per_expert("ffn.experts.#", **W123),
-            fused(
+            per_expert_layout("ffn.experts.#", **W123),
+            fused_layout(
                 moved=(
                     ("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
                     ("ffn.shared_experts.w1.", "mlp.shared_experts.gate_proj."),
@@ -106,13 +115,13 @@ DEEPSEEK: tuple[Family, ...] = (
             ),
         ),
         along=(
-            *routers("ffn.gate", "mlp.gate", bias=False),
+            *router_tensor("ffn.gate", "mlp.gate", bias=False),
             *correction("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
-            Along("ffn.gate.tid2eid", "expert_table", parameter=False),
-            Along("mlp.gate.tid2eid", "expert_table", parameter=False),
+            ExpertAxisTensor("ffn.gate.tid2eid", "expert_table", parameter=False),
+            ExpertAxisTensor("mlp.gate.tid2eid", "expert_table", parameter=False),
         ),
         shared=("ffn.shared_experts", "mlp.shared_experts"),
-        routing=Routing(score="sqrt-softplus", knob="routed_scaling_factor", knob_default=1.5),
+        routing=RouterRule(score="sqrt-softplus", routed_scale_key="routed_scaling_factor", routed_scale_default=1.5),
         experts_key="n_routed_experts",
         norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
         refuses={
@@ -122,37 +131,44 @@ DEEPSEEK: tuple[Family, ...] = (
             "to-dense": HASH_LAYERS,
         },
     ),
-    _like_v3("glm4_moe", "glm4_moe_text", knob=1.0),
-    _like_v3("glm4_moe_lite", knob=1.8),
-    _like_v3("glm_moe_dsa", knob=2.5),
-    _like_v3("glm4v_moe", "glm4v_moe_text", knob=1.0),
-    _like_v3("glm5_next", "glm5_next_text", knob=2.5),
-    _like_v3("dots1", knob=1.0),
+    _like_v3("glm4_moe", "glm4_moe_text", routed_scale_key=1.0),
+    _like_v3("glm4_moe_lite", routed_scale_key=1.8),
+    _like_v3("glm_moe_dsa", routed_scale_key=2.5),
+    _like_v3("glm4v_moe", "glm4v_moe_text", routed_scale_key=1.0),
+    _like_v3("glm5_next", "glm5_next_text", routed_scale_key=2.5),
+    _like_v3("dots1", routed_scale_key=1.0),
     _like_v3(
         "dots3_note",
         "dots3_note_text",
-        knob=1.0,
+        routed_scale_key=1.0,
         buffers=("mlp.router_bias", "mlp.e_score_correction_bias"),
         note="the vision tower is a mixture too: it is counted apart and stays as it is",
     ),
-    _like_v3("solar_open", knob=1.0, sparse=()),
-    replace(_like_v3("mimo_v2_flash", knob=1.0, note="routed_scaling_factor may be null, which is 1"), shared=()),
+    _like_v3("solar_open", routed_scale_key=1.0, sparse=()),
     replace(
-        _like_v3("axk1", "AXK1", knob=2.5),
-        layouts=(per_expert(), fused(moved=(("post_mlp_layernorm.", "mlp.post_mlp_layernorm."),))),
+        _like_v3("mimo_v2_flash", routed_scale_key=1.0, note="routed_scaling_factor may be null, which is 1"), shared=()
+    ),
+    replace(
+        _like_v3("axk1", "AXK1", routed_scale_key=2.5),
+        layouts=(per_expert_layout(), fused_layout(moved=(("post_mlp_layernorm.", "mlp.post_mlp_layernorm."),))),
         routing=replace(sigmoid(2.5), after="joint"),
     ),
     replace(
-        _like_v3("axk2", knob=2.5),
+        _like_v3("axk2", routed_scale_key=2.5),
         routing=replace(sigmoid(2.5), no_estimate="the norm before the router is gated by a small network"),
     ),
     Family(
         "mistral4",
         ("mistral4",),
-        layouts=(fused(),),
+        layouts=(fused_layout(),),
         along=GATE,
         shared=SHARED_EXPERTS,
-        routing=Routing(renormalised=norm_topk(True), groups="top2", knob="routed_scaling_factor", knob_default=1.0),
+        routing=RouterRule(
+            renormalised=norm_topk(True),
+            groups="top2",
+            routed_scale_key="routed_scaling_factor",
+            routed_scale_default=1.0,
+        ),
         experts_key="n_routed_experts",
         sparse=DEEPSEEK_LAYERS,
     ),
@@ -160,8 +176,8 @@ DEEPSEEK: tuple[Family, ...] = (
         "mistral_large4",
         ("mistral_large4", "mistral_large4_text"),
         layouts=(
-            per_expert("experts.#", **W123),
-            fused(
+            per_expert_layout("experts.#", **W123),
+            fused_layout(
                 moved=(
                     ("shared_experts.w1.", "mlp.shared_experts.gate_proj."),
                     ("shared_experts.w2.", "mlp.shared_experts.down_proj."),
@@ -170,9 +186,9 @@ DEEPSEEK: tuple[Family, ...] = (
                 )
             ),
         ),
-        along=routers("gate", "mlp.gate"),
+        along=router_tensor("gate", "mlp.gate"),
         shared=("shared_experts", "mlp.shared_experts"),
-        routing=Routing(groups="top2", knob="routed_scaling_factor", knob_default=1.0),
+        routing=RouterRule(groups="top2", routed_scale_key="routed_scaling_factor", routed_scale_default=1.0),
         experts_key="n_routed_experts",
         norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
         buffers=("lerope.alpha", "rotary_emb.alpha"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesurgery.families.family import Family, InputNorm, Routing, correction, fused, per_expert
+from moesurgery.families.family import Family, InputNorm, RouterRule, correction, fused_layout, per_expert_layout
 from moesurgery.families.table.common import GATE, QWEN_LAYERS, SHARED_EXPERT, norm_topk
 
 OMNI_STACKS = "thinker and talker are two stacks of layers with configs of their own"
@@ -11,26 +11,26 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen2_moe",
         ("qwen2_moe",),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
-        routing=Routing(renormalised=norm_topk(False)),
+        routing=RouterRule(renormalised=norm_topk(False)),
         shared=SHARED_EXPERT,
         sparse=QWEN_LAYERS,
     ),
     Family(
         "qwen3_moe",
         ("qwen3_moe",),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
-        routing=Routing(renormalised=norm_topk(False)),
+        routing=RouterRule(renormalised=norm_topk(False)),
         sparse=QWEN_LAYERS,
     ),
     Family(
         "qwen3_next",
         ("qwen3_next",),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
-        routing=Routing(renormalised=norm_topk(True)),
+        routing=RouterRule(renormalised=norm_topk(True)),
         shared=SHARED_EXPERT,
         norm=InputNorm(kind="rms1"),
         sparse=QWEN_LAYERS,
@@ -38,7 +38,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen3_5_moe",
         ("qwen3_5_moe", "qwen3_5_moe_text"),
-        layouts=(fused(), per_expert()),
+        layouts=(fused_layout(), per_expert_layout()),
         along=GATE,
         shared=SHARED_EXPERT,
         norm=InputNorm(kind="rms1"),
@@ -46,7 +46,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen3_vl_moe",
         ("qwen3_vl_moe", "qwen3_vl_moe_text"),
-        layouts=(fused(order="io"), fused()),
+        layouts=(fused_layout(order="io"), fused_layout()),
         along=GATE,
         sparse=QWEN_LAYERS,
         note="one name, two orientations: [E, in, out] as published, [E, out, in] as transformers 5 saves it",
@@ -54,9 +54,9 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen3_omni_moe",
         ("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text"),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
-        routing=Routing(renormalised=norm_topk(True)),
+        routing=RouterRule(renormalised=norm_topk(True)),
         nested=(("thinker_config", "text_config"), ("text_config",), ()),
         sparse=QWEN_LAYERS,
         refuses={"tie-blocks": OMNI_STACKS},
@@ -65,9 +65,9 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen4_exp",
         ("qwen4_exp", "qwen4_exp_text"),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
-        routing=Routing(
+        routing=RouterRule(
             renormalised=norm_topk(True),
             no_estimate="the router reads a learned mix of residual streams, not a norm of the hidden state",
         ),
@@ -76,37 +76,37 @@ QWEN: tuple[Family, ...] = (
     Family(
         "flint",
         ("flint",),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
-        routing=Routing(score="sigmoid", renormalised=norm_topk(True)),
+        routing=RouterRule(score="sigmoid", renormalised=norm_topk(True)),
         shared=SHARED_EXPERT,
         sparse=QWEN_LAYERS,
     ),
     Family(
         "mellum",
         ("mellum",),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
-        routing=Routing(renormalised=norm_topk(True)),
+        routing=RouterRule(renormalised=norm_topk(True)),
         sparse=("mlp_layer_types",),
     ),
     Family(
         "kolibri1",
         ("kolibri1",),
         layouts=(
-            per_expert(),
-            fused(moved=(("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),)),
+            per_expert_layout(),
+            fused_layout(moved=(("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),)),
         ),
         along=(*GATE, *correction("moe.router.expert_bias", "mlp.gate.e_score_correction_bias")),
-        routing=Routing(score="sigmoid", renormalised=norm_topk(False), bias_on="logit", after="joint"),
+        routing=RouterRule(score="sigmoid", renormalised=norm_topk(False), bias_on="logit", after="joint"),
         shared=("mlp.shared_experts",),
     ),
     Family(
         "laguna",
         ("laguna",),
         layouts=(
-            per_expert(),
-            fused(
+            per_expert_layout(),
+            fused_layout(
                 moved=(
                     ("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
                     ("mlp.shared_expert.", "mlp.shared_experts."),
@@ -117,11 +117,11 @@ QWEN: tuple[Family, ...] = (
             *GATE,
             *correction("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias", parameter=True),
         ),
-        routing=Routing(
+        routing=RouterRule(
             score="sigmoid",
             softcap="moe_router_logit_softcapping",
-            knob="moe_routed_scaling_factor",
-            knob_default=1.0,
+            routed_scale_key="moe_routed_scaling_factor",
+            routed_scale_default=1.0,
         ),
         shared=("mlp.shared_expert", "mlp.shared_experts"),
         sparse=("mlp_layer_types",),

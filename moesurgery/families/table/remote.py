@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from moesurgery.families.family import (
-    Along,
+    ExpertAxisTensor,
     Family,
     Flag,
     Layout,
-    Part,
-    Routing,
+    Projection,
+    RouterRule,
     correction,
-    per_expert,
-    routers,
+    per_expert_layout,
+    router_tensor,
     stacked,
 )
 from moesurgery.families.table.common import DEEPSEEK_LAYERS, GATE, SHARED_EXPERTS, norm_topk
@@ -22,10 +22,10 @@ REMOTE: tuple[Family, ...] = (
     Family(
         "bailing_moe",
         ("bailing_moe",),
-        layouts=(per_expert(),),
+        layouts=(per_expert_layout(),),
         along=GATE,
         shared=SHARED_EXPERTS,
-        routing=Routing(renormalised=norm_topk(True)),
+        routing=RouterRule(renormalised=norm_topk(True)),
         architectures=("BailingMoeForCausalLM",),
         sparse=DEEPSEEK_LAYERS,
         note="Ling and Ring of the first generation",
@@ -33,16 +33,16 @@ REMOTE: tuple[Family, ...] = (
     Family(
         "bailing_moe_v2",
         ("bailing_moe", "bailing_moe_v2"),
-        layouts=(per_expert(),),
+        layouts=(per_expert_layout(),),
         along=(*GATE, *correction("mlp.gate.expert_bias")),
         shared=SHARED_EXPERTS,
-        routing=Routing(
+        routing=RouterRule(
             score="sigmoid",
             renormalised=norm_topk(True),
             groups="top2",
             score_flag=Flag(("score_function",), "sigmoid"),
-            knob="routed_scaling_factor",
-            knob_default=1.0,
+            routed_scale_key="routed_scaling_factor",
+            routed_scale_default=1.0,
         ),
         architectures=("BailingMoeV2ForCausalLM",),
         sparse=DEEPSEEK_LAYERS,
@@ -55,19 +55,19 @@ REMOTE: tuple[Family, ...] = (
             Layout(
                 "per-expert",
                 (
-                    Part("mlp.calculator.experts.weight_gate.#", "gate"),
-                    Part("mlp.calculator.experts.weight_up.#", "up"),
-                    Part("mlp.calculator.experts.weight_down.#", "down"),
+                    Projection("mlp.calculator.experts.weight_gate.#", "gate"),
+                    Projection("mlp.calculator.experts.weight_up.#", "up"),
+                    Projection("mlp.calculator.experts.weight_down.#", "down"),
                 ),
             ),
         ),
         along=(),
         router_parts=("mlp.gate",),
-        routing=Routing(
+        routing=RouterRule(
             score="other",
             special="a noisy two-layer gate, balanced by thresholds",
-            knob="score_scale_factor",
-            knob_default=1.0,
+            routed_scale_key="score_scale_factor",
+            routed_scale_default=1.0,
         ),
         top_k_key="num_selects",
         refuses={"drop-experts": TWO_LAYER_GATE, "merge-experts": TWO_LAYER_GATE, "to-dense": TWO_LAYER_GATE},
@@ -77,9 +77,9 @@ REMOTE: tuple[Family, ...] = (
         "openmoe",
         (),
         layouts=(stacked("mlp.experts.wi_gate", "mlp.experts.wi_up", "mlp.experts.wo", order="io"),),
-        along=(Along("mlp.gate_weight", "router"),),
+        along=(ExpertAxisTensor("mlp.gate_weight", "router"),),
         shared=("extra_mlp",),
-        routing=Routing(renormalised=False, special="an expert takes no more tokens than its capacity"),
+        routing=RouterRule(renormalised=False, special="an expert takes no more tokens than its capacity"),
         top_k_key="router_topk",
         architectures=("OpenMoeForCausalLM",),
         sparse=("moe_layer_interval",),
@@ -88,10 +88,10 @@ REMOTE: tuple[Family, ...] = (
     Family(
         "skywork_moe",
         ("skywork_moe",),
-        layouts=(per_expert(),),
-        along=routers("mlp.gate.wg"),
+        layouts=(per_expert_layout(),),
+        along=router_tensor("mlp.gate.wg"),
         router_parts=("mlp.gate",),
-        routing=Routing(score="other", fixed_top_k=2, special="logits are normalised before the softmax"),
+        routing=RouterRule(score="other", fixed_top_k=2, special="logits are normalised before the softmax"),
         note="the published names are not confirmed",
     ),
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from moesurgery.families.family import (
-    Along,
+    ExpertAxisTensor,
     Family,
     InputNorm,
-    Routing,
+    RouterRule,
     correction,
-    fused,
-    per_expert,
-    routers,
+    fused_layout,
+    per_expert_layout,
+    router_tensor,
     stacked,
 )
 from moesurgery.families.table.common import (
@@ -26,7 +26,10 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "exaone_moe",
         ("exaone_moe",),
-        layouts=(per_expert(), fused(moved=(("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),))),
+        layouts=(
+            per_expert_layout(),
+            fused_layout(moved=(("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),)),
+        ),
         along=(*GATE, *correction("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias")),
         shared=SHARED_EXPERTS,
         routing=sigmoid(2.5),
@@ -35,7 +38,10 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "bailing_hybrid",
         ("bailing_hybrid",),
-        layouts=(per_expert(), fused(moved=(("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),))),
+        layouts=(
+            per_expert_layout(),
+            fused_layout(moved=(("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),)),
+        ),
         along=(*GATE, *correction("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias")),
         shared=SHARED_EXPERTS,
         routing=sigmoid(2.5),
@@ -45,9 +51,12 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "kimi_linear",
         ("kimi_linear",),
-        layouts=(per_expert("block_sparse_moe.experts.#", **W123), fused(moved=(("block_sparse_moe.", "mlp."),))),
+        layouts=(
+            per_expert_layout("block_sparse_moe.experts.#", **W123),
+            fused_layout(moved=(("block_sparse_moe.", "mlp."),)),
+        ),
         along=(
-            *routers("block_sparse_moe.gate", "mlp.gate"),
+            *router_tensor("block_sparse_moe.gate", "mlp.gate"),
             *correction("block_sparse_moe.gate.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
         ),
         shared=("block_sparse_moe.shared_experts", "mlp.shared_experts"),
@@ -59,8 +68,8 @@ SIGMOID: tuple[Family, ...] = (
         "hy_v3",
         ("hy_v3",),
         layouts=(
-            per_expert(),
-            fused(
+            per_expert_layout(),
+            fused_layout(
                 moved=(
                     ("mlp.expert_bias", "mlp.e_score_correction_bias"),
                     ("mlp.router.gate.", "mlp.gate."),
@@ -69,17 +78,17 @@ SIGMOID: tuple[Family, ...] = (
             ),
         ),
         along=(
-            *routers("mlp.router.gate", "mlp.gate"),
+            *router_tensor("mlp.router.gate", "mlp.gate"),
             *correction("mlp.expert_bias", "mlp.e_score_correction_bias"),
         ),
         shared=("mlp.shared_mlp", "mlp.shared_experts"),
-        routing=Routing(score="sigmoid", knob="router_scaling_factor", knob_default=2.826),
+        routing=RouterRule(score="sigmoid", routed_scale_key="router_scaling_factor", routed_scale_default=2.826),
         sparse=("mlp_layer_types",),
     ),
     Family(
         "hy_v4",
         ("hy_v4",),
-        layouts=(fused(),),
+        layouts=(fused_layout(),),
         along=GATE_AND_BIAS,
         shared=SHARED_EXPERTS,
         routing=sigmoid(2.827),
@@ -89,8 +98,8 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "lfm2_moe",
         ("lfm2_moe",),
-        layouts=(per_expert("feed_forward.experts.#", **W123), fused("feed_forward.experts")),
-        along=(*routers("feed_forward.gate"), *correction("feed_forward.expert_bias")),
+        layouts=(per_expert_layout("feed_forward.experts.#", **W123), fused_layout("feed_forward.experts")),
+        along=(*router_tensor("feed_forward.gate"), *correction("feed_forward.expert_bias")),
         routing=sigmoid(1.0, groups=False),
         norm=InputNorm("ffn_norm.weight"),
         sparse=("num_dense_layers",),
@@ -98,19 +107,19 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "afmoe",
         ("afmoe",),
-        layouts=(per_expert(), fused()),
-        along=(*routers("mlp.router.gate"), *correction("mlp.expert_bias", parameter=True)),
+        layouts=(per_expert_layout(), fused_layout()),
+        along=(*router_tensor("mlp.router.gate"), *correction("mlp.expert_bias", parameter=True)),
         shared=SHARED_EXPERTS,
-        routing=Routing(score="sigmoid", knob="route_scale", knob_default=1.0, after="joint"),
+        routing=RouterRule(score="sigmoid", routed_scale_key="route_scale", routed_scale_default=1.0, after="joint"),
         norm=InputNorm("pre_mlp_layernorm.weight"),
         sparse=("num_dense_layers",),
     ),
     Family(
         "beam",
         ("beam",),
-        layouts=(per_expert(), fused()),
+        layouts=(per_expert_layout(), fused_layout()),
         along=GATE_AND_BIAS,
-        routing=Routing(score="sigmoid", renormalised=norm_topk(True), groups="top2", after="routed"),
+        routing=RouterRule(score="sigmoid", renormalised=norm_topk(True), groups="top2", after="routed"),
         norm=InputNorm("pre_feedforward_layernorm.weight"),
         sparse=("mlp_layer_types",),
     ),
@@ -118,11 +127,11 @@ SIGMOID: tuple[Family, ...] = (
         "nemotron_h",
         ("nemotron_h", "nemo_speechlm"),
         layouts=(
-            per_expert("mixer.experts.#", gate=None),
+            per_expert_layout("mixer.experts.#", gate=None),
             stacked(None, "mixer.experts.up_proj", "mixer.experts.down_proj"),
             stacked(None, "mixer.experts.gate_and_up_projs", "mixer.experts.down_projs", order="io"),
         ),
-        along=(*routers("mixer.gate"), *correction("mixer.gate.e_score_correction_bias")),
+        along=(*router_tensor("mixer.gate"), *correction("mixer.gate.e_score_correction_bias")),
         shared=("mixer.shared_experts", "mixer.fc1_latent_proj", "mixer.fc2_latent_proj"),
         routing=sigmoid(1.0),
         experts_key="n_routed_experts",
@@ -135,7 +144,7 @@ SIGMOID: tuple[Family, ...] = (
         ("step3p7", "step3p5"),
         layouts=(
             stacked("moe.gate_proj", "moe.up_proj", "moe.down_proj"),
-            fused(
+            fused_layout(
                 moved=(
                     ("moe.router_bias", "mlp.gate.e_score_correction_bias"),
                     ("moe.gate.", "mlp.gate."),
@@ -144,15 +153,15 @@ SIGMOID: tuple[Family, ...] = (
             ),
         ),
         along=(
-            *routers("moe.gate", "mlp.gate"),
+            *router_tensor("moe.gate", "mlp.gate"),
             *correction("moe.router_bias", "mlp.gate.e_score_correction_bias"),
         ),
         shared=("share_expert", "mlp.shared_experts"),
-        routing=Routing(
+        routing=RouterRule(
             score="sigmoid",
             renormalised=norm_topk(True),
-            knob="moe_router_scaling_factor",
-            knob_default=1.0,
+            routed_scale_key="moe_router_scaling_factor",
+            routed_scale_default=1.0,
         ),
         top_k_key="moe_top_k",
         experts_key="moe_num_experts",
@@ -162,10 +171,10 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "muse_spark",
         ("muse_spark", "muse_spark_text"),
-        layouts=(fused(),),
+        layouts=(fused_layout(),),
         along=GATE_AND_BIAS,
         shared=("mlp.pre_expert_proj", "mlp.post_expert_proj"),
-        routing=Routing(score="sigmoid", after="routed"),
+        routing=RouterRule(score="sigmoid", after="routed"),
         experts_key="num_local_experts",
         norm=InputNorm("pre_feedforward_layernorm.weight"),
         sparse=("mlp_layer_types",),
@@ -175,18 +184,18 @@ SIGMOID: tuple[Family, ...] = (
         "inkling",
         ("inkling_mm_model", "inkling_text"),
         layouts=(
-            fused(gate_up="w13_weight", down="w2_weight", interleaved=True),
-            fused(
+            fused_layout(gate_up="w13_weight", down="w2_weight", interleaved=True),
+            fused_layout(
                 moved=(("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),),
             ),
         ),
         along=(
-            Along("mlp.gate.weight", "router", extra=True),
+            ExpertAxisTensor("mlp.gate.weight", "router", extra=True),
             *correction("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),
         ),
         shared=("mlp.shared_experts",),
         router_parts=("mlp.gate.global_scale",),
-        routing=Routing(
+        routing=RouterRule(
             score="other",
             special="shared and chosen experts share one softmax, so another top-k changes the shared weights too",
         ),
@@ -199,14 +208,14 @@ SIGMOID: tuple[Family, ...] = (
         "inkling2",
         ("inkling2", "inkling2_text"),
         layouts=(
-            fused(gate_up="w13_weight", down="w2_weight", interleaved=True),
-            fused(moved=(("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),)),
+            fused_layout(gate_up="w13_weight", down="w2_weight", interleaved=True),
+            fused_layout(moved=(("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),)),
         ),
         along=(
-            *routers("mlp.gate", bias=False),
+            *router_tensor("mlp.gate", bias=False),
             *correction("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),
         ),
-        routing=Routing(score="sigmoid", knob="route_scale", knob_default=8.0),
+        routing=RouterRule(score="sigmoid", routed_scale_key="route_scale", routed_scale_default=8.0),
         experts_key="n_routed_experts",
         norm=InputNorm("mlp_norm.weight", others=("post_attention_layernorm.weight",)),
     ),

@@ -1,0 +1,140 @@
+"""Bytes for evaluations: open files and reusable buffers, one set per thread.
+
+An anonymous mmap is the fastest buffer to read into, and fastest when its offset in the page equals the
+file's (a large bytearray sits at the worst address).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesurgery.checkpoint.source import Source
+from moesurgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+PAGE = 4096
+BUFFER = 1 << 20
+
+
+class Buffer:
+    """One reusable megabyte per thread and nesting level, in the page phase of the file it is read from."""
+
+    def __init__(self, size: int = BUFFER) -> None:
+        self.size = size
+        self._map = mmap.mmap(-1, size + PAGE)
+        self.view = memoryview(self._map)
+
+    def at(self, offset: int, length: int) -> memoryview:
+        """Return `length` bytes whose address agrees with the file offset modulo the page (and with 8)."""
+        phase = offset % PAGE & ~7
+        return self.view[phase : phase + length]
+
+
+def open_to_read(path: Path) -> int:
+    """Open a source file; raise CheckpointError where it cannot be (an OSError would be taken for the output's)."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_full(descriptor: int, view: memoryview, offset: int, where: str) -> None:
+    """Fill `view` from `offset`; raise CheckpointError where the file ends or the disk fails."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{where}, byte {offset + done:,}: {error.strerror}") from None
+        if count == 0:
+            raise CheckpointError(f"{where} ends at byte {offset + done:,}, before its header says")
+        done += count
+
+
+class FileReader:
+    """What one thread keeps while it evaluates expressions. A `expr.nodes.Reader`."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._paths: dict[tuple[Source, str], Path | None] = {}
+        self._buffers: list[Buffer] = []
+        self._used = 0
+        self._passing: Buffer | None = None
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def begin_chunk(self) -> None:
+        """Give all buffers free again: what was read before is no longer needed."""
+        self._used = 0
+
+    def read(self, source: Source, file: str, start: int, nbytes: int) -> torch.Tensor:
+        """Return bytes of a source as a uint8 tensor, valid until the next `begin_chunk`."""
+        import torch
+
+        if nbytes > BUFFER or nbytes == 0:
+            tensor = torch.empty(nbytes, dtype=torch.uint8)
+            self._fill(as_bytes(tensor), source, file, start)
+            return tensor
+        if self._used == len(self._buffers):
+            self._buffers.append(Buffer())
+        self._used += 1
+        return torch.frombuffer(
+            self.bytes_at(source, file, start, nbytes, self._buffers[self._used - 1]), dtype=torch.uint8
+        )
+
+    def passing(self, source: Source, file: str, start: int, nbytes: int) -> memoryview:
+        """Return bytes of a source, valid until the next call: to be decoded at once. Needs no torch."""
+        if nbytes > BUFFER:
+            view = memoryview(bytearray(nbytes))
+            self._fill(view, source, file, start)
+            return view
+        if self._passing is None:
+            self._passing = Buffer()
+        return self.bytes_at(source, file, start, nbytes, self._passing)
+
+    def bytes_at(self, source: Source, file: str, start: int, nbytes: int, buffer: Buffer) -> memoryview:
+        """Return bytes of a source in `buffer`, to be changed in place."""
+        view = buffer.at(start, nbytes)
+        self._fill(view, source, file, start)
+        return view
+
+    def _fill(self, view: memoryview, source: Source, file: str, start: int) -> None:
+        path = self.path(source, file)
+        if path is None:
+            view[:] = read_remote(source, file, start, len(view))
+        else:
+            read_full(self.descriptor(path), view, start, str(path))
+
+    def path(self, source: Source, file: str) -> Path | None:
+        """Return the path of a source file, checked once: it must not lead out of the checkpoint."""
+        if (source, file) not in self._paths:
+            self._paths[source, file] = source.local(file)
+        return self._paths[source, file]
+
+    def descriptor(self, path: Path) -> int:
+        if path not in self._open:
+            self._open[path] = open_to_read(path)
+        return self._open[path]
+
+
+def read_remote(source: Source, file: str, start: int, length: int) -> bytes:
+    """Read a range through the source; raise CheckpointError where it comes back short."""
+    data = source.read(file, start, length)
+    if len(data) != length:
+        raise CheckpointError(f"{file} ends before its header says", "the file is damaged or has changed; start again")
+    return data
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """Return the memory of a tensor as bytes."""
+    import torch
+
+    return values.detach().contiguous().view(-1).view(torch.uint8).numpy().data

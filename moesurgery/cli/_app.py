@@ -1,0 +1,76 @@
+"""All commands, in the order in which `--help` shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+import moesurgery
+from moesurgery.recipe.registry import BUILT_IN, find_operation, operations
+
+# The module of this package where each command is; the operations stand between the two.
+_LOOKING = {"count-params": "count_params", "inspect": "inspect", "families": "families"}
+_OTHERS = {
+    "merge": "merge",
+    "extract-lora": "extract_lora",
+    "run": "recipes",
+    "perplexity": "perplexity",
+    "compare": "perplexity",
+    "validate": "validate",
+    "diff": "diff",
+    "collect": "collect",
+    "probe": "probe",
+    "schema": "recipes",
+    "recipes": "recipes",
+}
+_MODULES = {**_LOOKING, **_OTHERS}
+
+
+def app(first: str = "") -> typer.Typer:
+    """Return the application: all of it, or with the one command that is its `first` argument.
+
+    Importing every command takes longer than a small job does.
+    """
+    made = typer.Typer(
+        help="Surgery on Mixture-of-Experts checkpoints. No model is ever loaded to edit it.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich help forces ANSI codes into CI logs
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_root)
+    known = first in BUILT_IN or first in _MODULES
+    for name in [first] if known else [*_LOOKING, *operations(), *_OTHERS]:
+        if name == "recipes":
+            made.add_typer(import_module("moesurgery.cli.recipes").recipes_app, name=name)
+        else:
+            made.command(name)(_function(name))
+    return made
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name not in _MODULES:
+        from moesurgery.cli._operations import command_for
+
+        return command_for(find_operation(name))
+    function: Callable[..., Any] = getattr(
+        import_module(f"moesurgery.cli.{_MODULES[name]}"), f"{name.replace('-', '_')}_command"
+    )
+    return function
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moesurgery {moesurgery.__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

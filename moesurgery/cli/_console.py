@@ -1,0 +1,140 @@
+"""The one place that prints: results on stdout, everything else on stderr.
+
+Tensor names, file names and config values come from strangers: control characters and direction marks are
+shown escaped, and nothing is parsed as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+from moesurgery.escape import safe
+from moesurgery.write.shard import JobControl
+
+
+class Console:
+    """What a command prints with. `quiet` leaves results and errors only."""
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.colour: bool | None = None
+
+    def result(self, text: str = "") -> None:
+        """Print a line of the answer."""
+        print(safe(text), file=sys.stdout)
+
+    def json(self, value: Any) -> None:
+        """Print one JSON document, the whole of stdout."""
+        print(json.dumps(value, indent=2, ensure_ascii=True), file=sys.stdout)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+        """Print aligned columns; those in `right` are aligned to the right."""
+        cells = [[safe(str(c)) for c in row] for row in (header, *rows)]
+        widths = [max(width(row[i]) for row in cells) for i in range(len(header))]
+        for n, row in enumerate(cells):
+            shown = [
+                " " * (w - width(c)) + c if i in right else c + " " * (w - width(c))
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            line = "  ".join(shown).rstrip()
+            print(self._style(line, "1") if n == 0 else line, file=sys.stdout)
+
+    def note(self, text: str) -> None:
+        """Say something that is not the answer."""
+        if not self.quiet:
+            print(safe(text), file=sys.stderr)
+
+    def warning(self, text: str) -> None:
+        if not self.quiet:
+            print(self._style("warning: ", "33", sys.stderr) + safe(text), file=sys.stderr)
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        for line in message.splitlines() or [""]:
+            print(self._style("error: ", "31;1", sys.stderr) + safe(line), file=sys.stderr)
+        if hint:
+            print(self._style("hint:  ", "36", sys.stderr) + safe(hint), file=sys.stderr)
+
+    def _style(self, text: str, code: str, stream: IO[str] | None = None) -> str:
+        stream = stream or sys.stdout
+        wanted = self.colour
+        if wanted is None:
+            wanted = bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and not os.environ.get("NO_COLOR"))
+        return f"\033[{code}m{text}\033[0m" if wanted else text
+
+    @contextmanager
+    def progress(self, what: str, total: int, *, of_bytes: bool = True) -> Iterator[JobControl]:
+        """Show bytes and rate (or the share done) and time left on stderr while a job runs, on a terminal."""
+        watch = JobControl()
+        if self.quiet or total == 0 or not sys.stderr.isatty():
+            yield watch
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            ProgressColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        lock, moved = threading.Lock(), 0
+        amount: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if of_bytes else [TaskProgressColumn()]
+        bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *amount,
+            TimeRemainingColumn(),
+            console=RichConsole(stderr=True, markup=False),
+            transient=True,
+        )
+        task = bar.add_task(safe(what), total=total)
+        shown = time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal moved, shown
+            with lock:
+                moved += count
+                if time.monotonic() - shown > 0.1:
+                    shown = time.monotonic()
+                    bar.update(task, completed=moved)
+
+        watch.progress = advance
+        with bar:
+            yield watch
+            bar.update(task, completed=moved)
+
+
+def width(text: str) -> int:
+    """Return the columns that `text` takes; wide East Asian characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def human_bytes(count: float) -> str:
+    """Return a size in decimal units, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_count(count: int) -> str:
+    """Return a count of parameters as people say it: 46.70 B."""
+    for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return str(count)
+
+
+console = Console()

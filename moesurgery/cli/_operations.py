@@ -1,0 +1,149 @@
+"""A command for every operation, made from its signature: `moesurgery rescale MODEL --top-k 3`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesurgery.cli import _writing
+from moesurgery.cli._calibrated import OPTIONS, Calibration, prepare, takes_statistics
+from moesurgery.cli._console import console
+from moesurgery.errors import RecipeError
+from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, words_of
+from moesurgery.recipe.reader import Recipe, RecipeStep, load_recipe
+from moesurgery.recipe.registry import Operation, problems
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
+
+WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "output": (_writing.Output, None),
+    "force": (_writing.Force, False),
+    "dry_run": (_writing.DryRun, False),
+    "print_recipe": (_writing.PrintRecipe, False),
+    "max_shard_size": (_writing.MaxShardSize, None),
+    "link": (_writing.Link, False),
+    "card": (_writing.Card, False),
+    "no_fsync": (_writing.NoFsync, False),
+    "checksums": (_writing.Checksums, False),
+    "validate": (_writing.Validate, False),
+    "jobs": (_writing.Jobs, None),
+    "as_json": (_writing.Json, False),
+    "quiet": (_writing.Quiet, False),
+}
+
+
+def command_for(found: Operation) -> Callable[..., None]:
+    """Return a Typer command that runs one operation."""
+
+    calibrated = takes_statistics(found)
+
+    def command(**given: Any) -> None:
+        flags = _writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
+        calibration = Calibration(**{key: given.pop(key) for key in OPTIONS}) if calibrated else Calibration()
+        model = given.pop("model")
+        values = {}
+        for name, text in given.items():
+            if text is not None:
+                values[name] = _value(found.parameters[name], text)
+        recipe = recipe_from_command(found, model, values)
+        console.quiet = flags.quiet
+        measured: Mapping[str, Any] = {}
+        if not flags.print_recipe:
+            _writing.check_early(flags)
+        if len(recipe.steps) == 1:
+            prepared = prepare(found, recipe.model or ".", recipe.steps[0].parameters, calibration, flags)
+            recipe, measured = replace(recipe, steps=prepared.steps), prepared.measured
+        elif calibration != Calibration():
+            raise RecipeError("text is measured for a model or a recipe of one step", f"{model} has more steps")
+        if flags.shard_bytes:
+            recipe = replace(recipe, max_shard_size=flags.shard_bytes)
+        _writing.carry_out(recipe, flags, measured)
+
+    with_signature(command, found, OPTIONS if calibrated else {})
+    return command
+
+
+def recipe_from_command(found: Operation, model: str, values: dict[str, Any]) -> Recipe:
+    """Return the recipe that a command line means: one step on `model`, or the recipe `model` with `values` changed."""
+    if model.endswith((".yaml", ".yml")) and not Path(model).is_dir():
+        return load_recipe(model).changed(found.name, values)
+    wrong = problems(found, values)
+    if wrong:
+        raise RecipeError("\n".join(problem.message for problem in wrong), f"see `moesurgery {found.name} --help`")
+    return Recipe(model, (RecipeStep(found.name, values),), origin="command line")
+
+
+def taking_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a Typer command of a function with a parameter `flags`, which stands for the options of all writers."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "flags"]
+
+    def command(**given: Any) -> None:
+        function(flags=_writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS}), **given)
+
+    _declare(command, [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own], {})
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command
+
+
+def _declare(
+    command: Callable[..., None], parameters: list[inspect.Parameter], more: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Give `command` the signature that Typer reads: parameters of its own, `more`, then the writers' options."""
+    for name, (annotation, default) in (*more.items(), *WRITER_OPTIONS.items()):
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
+def with_signature(command: Callable[..., None], found: Operation, more: Mapping[str, tuple[Any, Any]]) -> None:
+    """Give `command` the signature that Typer reads: model, the operation's parameters, `more`, writers' options."""
+    parameters = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=Model, default=".")]
+    for parameter in found.parameters.values():
+        kind, extra = _option_type(parameter)
+        switches = f"{parameter.option}/--no-{parameter.option[2:]}" if parameter.default is True else parameter.option
+        option = typer.Option(switches, help=_help(parameter), metavar=parameter.param.metavar, **extra)
+        default = inspect.Parameter.empty if parameter.required else None
+        declared: Any = Annotated[kind if parameter.required else kind | None, option]
+        parameters.append(
+            inspect.Parameter(parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=declared, default=default)
+        )
+    _declare(command, parameters, more)
+    command.__doc__ = found.documentation
+    command.__name__ = found.name.replace("-", "_")
+
+
+def _option_type(parameter: Parameter) -> tuple[Any, dict[str, Any]]:
+    """Return what Typer should parse: plain types itself, everything else as text for `from_text`."""
+    kinds = kinds_of(parameter.annotation)
+    if kinds in ((int,), (float,)):
+        return kinds[0], {"min": parameter.param.minimum, "max": parameter.param.maximum}
+    return bool if kinds == (bool,) else str, {}
+
+
+def _help(parameter: Parameter) -> str:
+    text = parameter.param.help[:1].upper() + parameter.param.help[1:]
+    words = words_of(parameter.annotation)
+    told = parameter.default is None and all(re.search(rf"\b{word}\b", text) for word in words)
+    if words and not told:
+        text += ": " + ", ".join(words)
+    if not parameter.required and parameter.default not in (None, False):
+        text += f" [default: {parameter.default}]"
+    return text + "."
+
+
+def _value(parameter: Parameter, given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return from_text(parameter, given)
+    except ValueError as error:
+        raise RecipeError(f"{parameter.option}: {error}") from None

@@ -1,0 +1,271 @@
+"""What all writers share: options, the dry run, progress, and what is said at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from moesurgery.cli._console import console, human_bytes
+from moesurgery.errors import RecipeError
+from moesurgery.expr.nodes import Copy
+from moesurgery.plan.plan import Plan
+from moesurgery.recipe.reader import parse_size
+from moesurgery.write.card import config_changes
+from moesurgery.write.publish import check_output, check_place
+from moesurgery.write.shard_layout import companion_tasks, shard_tasks
+from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
+
+if TYPE_CHECKING:
+    from moesurgery.validate.report import Report
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder to write; named after model and operation by default.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, from headers alone.")]
+PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the equivalent recipe and stop.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option("--max-shard-size", help="Reshard, as in 5GB; the source's shards otherwise.")
+]
+Link = Annotated[bool, typer.Option("--link", help="Hard-link unchanged shards instead of copying them.")]
+Card = Annotated[bool, typer.Option("--card", help="Write README.md even where the model has its own.")]
+NoFsync = Annotated[
+    bool, typer.Option("--no-fsync", help="Do not wait for the disk; a power cut may then damage the output.")
+]
+Checksums = Annotated[
+    bool, typer.Option("--checksums", help="Record the SHA-256 of every shard; reads what was written once more.")
+]
+Validate = Annotated[bool, typer.Option("--validate", help="Validate the output; exit 1 where it is wrong.")]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+
+
+@dataclass(frozen=True)
+class WriterFlags:
+    """The options of a writer as the user gave them."""
+
+    output: Path | None = None
+    force: bool = False
+    dry_run: bool = False
+    print_recipe: bool = False
+    max_shard_size: str | None = None
+    link: bool = False
+    card: bool = False
+    no_fsync: bool = False
+    checksums: bool = False
+    validate: bool = False
+    jobs: int | None = None
+    as_json: bool = False
+    quiet: bool = False
+
+    @property
+    def shard_bytes(self) -> int | None:
+        if self.max_shard_size is None:
+            return None
+        try:
+            return parse_size(self.max_shard_size)
+        except ValueError as error:
+            raise RecipeError(f"--max-shard-size: {error}") from None
+
+
+class Plannable(Protocol):
+    """What a writer carries out: a recipe of operations, or of a merge."""
+
+    def plan(self) -> Plan: ...
+
+    def to_yaml(self) -> str: ...
+
+
+def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None) -> None:
+    """Plan a recipe, then print, weigh or write it, as the flags say. `more` joins the JSON answer."""
+    console.quiet = flags.quiet
+    if flags.print_recipe:
+        print_recipe(recipe, as_json=flags.as_json)
+        return
+    check_early(flags)
+    plan = recipe.plan()
+    for step in plan.steps:
+        for warning in step.warnings:
+            console.warning(warning)
+    output = flags.output or Path(default_name(plan))
+    check_output(plan, Path(os.path.abspath(output)), force=flags.force)
+    if flags.dry_run:
+        dry_run(plan, output, flags, more or {})
+        return
+    report_steps(plan, flags)
+    if plan.checkpoint.other_weights:
+        console.note(
+            "left behind: " + ", ".join(plan.checkpoint.other_weights[:5]) + " (not the safetensors that were edited)"
+        )
+    options = WriteOptions(
+        jobs=flags.jobs,
+        link=flags.link,
+        force=flags.force,
+        card=flags.card,
+        durable=not flags.no_fsync,
+        checksums=flags.checksums,
+    )
+    with console.progress(f"writing {output.name}", plan.nbytes + plan.companion_nbytes) as watch:
+        try:
+            written = write_plan(plan, output, options, watch=watch)
+        except KeyboardInterrupt:
+            partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
+            if partial.exists():
+                console.note(f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up")
+            raise
+    report = _validated(written.path, plan.nbytes) if flags.validate else None
+    if flags.as_json:
+        document = {
+            "schema_version": 1,
+            "output": str(written.path),
+            "shards": written.shards,
+            "shards_resumed": written.resumed,
+            "bytes": written.nbytes,
+            "steps": [
+                {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
+                for s in plan.steps
+            ],
+            **(more or {}),
+        }
+        if report is not None:
+            from moesurgery.validate.report import as_json
+
+            document["validation"] = as_json(report)
+        console.json(document)
+    else:
+        _say_written(output, written)
+        if report is not None:
+            from moesurgery.validate.report_formats import text
+
+            console.result(text(report))
+    if report is not None and report.failed():
+        raise typer.Exit(1)
+
+
+def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
+    """Print a recipe as YAML, or what the YAML says as JSON."""
+    text = recipe.to_yaml()
+    if not as_json:
+        console.result(text.rstrip())
+        return
+    from moesurgery.recipe.yaml_strict import parse_all
+
+    documents = [document.value for document in parse_all(text)]  # a merge may have several stages
+    console.json({"schema_version": 1, "recipe": documents[0] if len(documents) == 1 else documents})
+
+
+def check_early(flags: WriterFlags) -> None:
+    """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
+    if flags.output is not None:
+        check_place(Path(os.path.abspath(flags.output)), force=flags.force)
+
+
+def _validated(output: Path, nbytes: int) -> Report:
+    from moesurgery.validate.run_checks import validate_checkpoint
+
+    with console.progress("validating", nbytes) as watch:
+        return validate_checkpoint(output, progress=watch.progress)
+
+
+def _say_written(output: Path, written: Written) -> None:
+    resumed = f", {written.resumed} of them from the interrupted job" if written.resumed else ""
+    console.result(f"wrote {output} ({human_bytes(written.nbytes)} in {written.shards} shards{resumed})")
+
+
+def report_steps(plan: Plan, flags: WriterFlags) -> None:
+    """Print what each step decided and why."""
+    if flags.as_json or flags.quiet:
+        return
+    for step in plan.steps:
+        console.result(f"{step.operation}: {step.summary}")
+        for line in (*step.details, *step.notes):
+            console.result(f"  {line}")
+        for table in step.tables:
+            console.result()
+            console.table(table.header, table.rows, right=range(1, len(table.header)))
+        if step.tables:
+            console.result()
+
+
+def default_name(plan: Plan) -> str:
+    """Name an output after the model and what was done: `Mixtral-8x7B-rescale-k3`."""
+    model = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", plan.checkpoint.name)).lstrip("-")
+    words = [model or "model"]
+    for step in plan.steps[:3]:
+        words.append(step.operation)
+        if "top_k" in step.parameters:
+            words.append(f"k{step.parameters['top_k']}")
+    return "-".join(words)
+
+
+def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:
+    """Print what writing would do: tensors by kind, config changes, bytes, memory, free space."""
+    tasks = [*shard_tasks(plan), *companion_tasks(plan)]
+    unchanged = set(plan.untouched())
+    kinds = {"unchanged": len(unchanged), "byte ranges": 0, "computed": 0}
+    computed_bytes = 0
+    memory = 0
+    for name, expr in plan.tensors.items():
+        if name in unchanged:
+            continue
+        pieces = list(expr.pieces())
+        if all(isinstance(p, Copy) for p in pieces):
+            kinds["byte ranges"] += 1
+            continue
+        kinds["computed"] += 1
+        computed_bytes += expr.nbytes
+        memory = max(memory, expr.memory)
+    kinds["dropped"] = len(plan.checkpoint.tensors.keys() - plan.tensors.keys())
+    kinds["new"] = len(plan.tensors.keys() - plan.checkpoint.tensors.keys())
+    needed = sum(bytes_needed(task, linked=flags.link) for task in tasks)
+    place = Path(os.path.abspath(output)).parent
+    status = os.statvfs(place if place.exists() else ".")
+    free = status.f_bavail * status.f_frsize
+    changes = config_changes(plan)
+    written = plan.nbytes + plan.companion_nbytes
+    document = {
+        "schema_version": 1,
+        "output": str(output),
+        "shards": len(tasks),
+        "tensors": kinds,
+        "bytes_written": written,
+        "bytes_computed": computed_bytes,
+        "bytes_of_new_disk_space": needed,
+        "bytes_free": free,
+        "peak_memory_per_thread": max(memory, 1 << 21),
+        "config_changes": [{"key": k, "old": a, "new": b} for k, a, b in changes],
+        "steps": [
+            {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report} for s in plan.steps
+        ],
+        **more,
+    }
+    if flags.as_json:
+        console.json(document)
+    else:
+        report_steps(plan, flags)
+        console.result(f"would write {output}: {len(tasks)} shards, {human_bytes(written)}")
+        console.result("tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count))
+        for key, old, new in changes:
+            console.result(f"config.json: {key}: {json.dumps(old)} -> {json.dumps(new)}")
+        console.result(
+            f"computed: {human_bytes(computed_bytes)};"
+            f" new disk space: {human_bytes(needed)} of {human_bytes(free)} free"
+        )
+        if computed_bytes:
+            console.result(
+                f"memory: about {human_bytes(max(memory, 1 << 21))} per thread besides the interpreter and torch"
+            )
+    if needed > free:
+        console.error("it does not fit", "free some space, use --link, or choose another disk with -o")
+        raise typer.Exit(2)

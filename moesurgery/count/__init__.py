@@ -1,0 +1,1 @@
+"""Exact parameter counts and the roofline, from headers alone."""

@@ -1,0 +1,1 @@
+"""What turns a dense decoder into a mixture of experts and back."""

@@ -1,0 +1,1 @@
+"""Lazy tensor expressions: dtype and shape now, values when they are written. Knows nothing of model families."""

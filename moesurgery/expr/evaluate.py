@@ -1,0 +1,51 @@
+"""Values of small expressions while planning: routers, norms, samples of an embedding. No torch for stored ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moesurgery.checkpoint.decode import decode
+from moesurgery.checkpoint.file_reader import FileReader, as_bytes, read_remote
+from moesurgery.errors import RefusedError
+from moesurgery.expr.multiply import multiply
+from moesurgery.expr.nodes import Copy, Expr, Multiply, Slice
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def values_of(expr: Expr, rows: tuple[int, int] | None = None) -> np.ndarray:
+    """Return an expression's values (or those of rows `start:stop`) as float32.
+
+    Raises CheckpointError where a source ends early, RefusedError for packed or 8-bit values.
+    """
+    if rows is not None:
+        expr = Slice(expr, *rows)
+    data = b"".join(_bytes_of(expr))
+    try:
+        return decode(data, expr.dtype, expr.shape)
+    except ValueError as error:
+        name = next((s.info.name for s in expr.stored()), "?")
+        raise RefusedError(f"the values of {name} cannot be read: {error}") from None
+
+
+def _bytes_of(expr: Expr) -> list[bytes]:
+    found: list[bytes] = []
+    for piece in expr.pieces():
+        if isinstance(piece, Copy):
+            found.append(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
+            continue
+        if isinstance(piece, Multiply):
+            data = bytearray(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
+            multiply(memoryview(data), piece.dtype, piece.factor)
+            found.append(bytes(data))
+            continue
+        reader = FileReader()
+        try:
+            if piece.expr.numpy_only:
+                found.append(bytes(piece.expr.raw(piece.start, piece.stop, reader)))
+            else:
+                found.append(bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader))))
+        finally:
+            reader.close()
+    return found

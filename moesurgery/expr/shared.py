@@ -1,0 +1,101 @@
+"""Functions of whole tensors with several results, computed once: an order of rows, the two factors of a matrix.
+
+Expressions that share a `SharedComputation` are evaluated by different threads, for different tensors; the last few results
+are kept, so that it is computed once in each process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
+from moesurgery.expr.tensors import Gather
+
+if TYPE_CHECKING:
+    import torch
+
+KEPT = 8  # solutions in memory, per process
+
+
+@dataclass(frozen=True)
+class SharedComputation:
+    """`function(*values, **parameters)`: a module-level function of torch tensors that returns a tuple of new ones."""
+
+    function: Callable[..., tuple[Any, ...]]
+    of: tuple[Expr, ...]
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        # The digest of a plan is made of this; a function's own text has its address in it.
+        name = f"{self.function.__module__}.{self.function.__qualname__}"
+        return f"Solution({name}, {self.of!r}, {self.parameters!r})"
+
+    def results(self, reader: Reader) -> tuple[torch.Tensor, ...]:
+        """Return what the function gives, computing it at most once at a time."""
+        with _lock:
+            entry = _kept.setdefault(self, _Entry())
+            _kept.move_to_end(self)
+            while len(_kept) > KEPT:
+                _kept.popitem(last=False)
+        with entry.lock:
+            if entry.results is None:
+                values = [expr.evaluate(0, expr.numel, reader).view(expr.shape) for expr in self.of]
+                entry.results = self.function(*values, **dict(self.parameters))
+            return entry.results
+
+
+class _Entry:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.results: tuple[torch.Tensor, ...] | None = None
+
+
+_lock = threading.Lock()
+_kept: OrderedDict[SharedComputation, _Entry] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class SharedResult(Expr):
+    """One of the results of a solution, rounded to `dtype`. Memory: all that the solution reads, and its results."""
+
+    solution: SharedComputation
+    index: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def chunk_multiple(self) -> int:
+        return max(self.numel, 1)
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.solution.of
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        result = self.solution.results(reader)[self.index]
+        if tuple(result.shape) != self.shape:
+            raise AssertionError(f"{self.solution.function.__name__} gave {tuple(result.shape)}, planned {self.shape}")
+        return result.reshape(-1)[start:stop].to(torch_dtype(self.dtype), copy=True)
+
+
+@dataclass(frozen=True)
+class Reordered(Unary):
+    """The rows of `of` in the order that `order`, an I64 vector, turns out to be."""
+
+    order: Expr
+
+    @property
+    def chunk_multiple(self) -> int:
+        return Gather(self.of, tuple(range(self.shape[0]))).chunk_multiple
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.of, self.order)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        order = self.order.evaluate(0, self.order.numel, reader)
+        return Gather(self.of, tuple(order.tolist())).evaluate(start, stop, reader)

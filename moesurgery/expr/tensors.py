@@ -1,0 +1,313 @@
+"""Expressions that need values in memory: weighted sums, columns, transposes, known numbers, functions.
+
+Every node is evaluated in parts of whole granules, so only `Applied` ever holds a whole tensor. Interleaved
+rows or columns need no node of their own: [2I, H] with gate and up alternating, seen as [I, 2H], has gate in
+its first H columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.arrays import decoded, rounded
+from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, element_count
+from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Linear(Expr):
+    """The weighted sum of expressions of one shape, accumulated in float32 and rounded once to `dtype`."""
+
+    terms: tuple[tuple[Expr, float], ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        shapes = {expr.shape for expr, _ in self.terms}
+        if len(shapes) != 1 or not {expr.dtype for expr, _ in self.terms} <= PLAIN_FLOATS:
+            raise ValueError(f"cannot add {[(e.dtype, e.shape) for e, _ in self.terms]}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.terms[0][0].shape
+
+    @property
+    def chunk_multiple(self) -> int:
+        return math.lcm(*(expr.chunk_multiple for expr, _ in self.terms))
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return tuple(expr for expr, _ in self.terms)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        total: torch.Tensor | None = None
+        for expr, weight in self.terms:
+            value = expr.evaluate(start, stop, reader)
+            if total is None:
+                total = value.to(torch.float32).mul_(weight) if value.dtype != torch.float32 else value.mul_(weight)
+            else:
+                total.add_(value.to(torch.float32), alpha=weight)
+        assert total is not None
+        return total.to(torch_dtype(self.dtype))
+
+
+def mean(parts: list[Expr]) -> Expr:
+    """Return the mean of expressions of one dtype and shape, in that dtype."""
+    if len(parts) == 1:
+        return parts[0]
+    return Linear(tuple((part, 1 / len(parts)) for part in parts), parts[0].dtype)
+
+
+def _rows_granule(of: Expr) -> int:
+    """Return the least number of rows (of the last axis) that `of` can give apart."""
+    width = of.shape[-1]
+    return of.chunk_multiple // math.gcd(of.chunk_multiple, width) if width else 1
+
+
+@dataclass(frozen=True)
+class SliceLast(Unary):
+    """Entries `start:stop` of the last axis of `of`."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.of.shape[-1]:
+            raise ValueError(f"columns {self.start}:{self.stop} of {self.of.shape}")
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.of.shape[:-1], self.stop - self.start)
+
+    @property
+    def chunk_multiple(self) -> int:
+        return (self.stop - self.start) * _rows_granule(self.of)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        width, whole = self.stop - self.start, self.of.shape[-1]
+        rows = self.of.evaluate(start // width * whole, stop // width * whole, reader)
+        return rows.view(-1, whole)[:, self.start : self.stop].reshape(-1)
+
+    @property
+    def numpy_only(self) -> bool:
+        return self.of.numpy_only
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        width, whole = self.stop - self.start, self.of.shape[-1]
+        rows = self.of.array(start // width * whole, stop // width * whole, reader)
+        return rows.reshape(-1, whole)[:, self.start : self.stop].reshape(-1)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        import numpy as np
+
+        width, whole, size = self.stop - self.start, self.of.shape[-1], BITS[self.dtype] // 8
+        data = self.of.raw(start // width * whole, stop // width * whole, reader)
+        rows = np.frombuffer(data, np.uint8).reshape(-1, whole * size)
+        return np.ascontiguousarray(rows[:, self.start * size : self.stop * size]).reshape(-1).data
+
+
+def slice_last(of: Expr, start: int, stop: int) -> Expr:
+    """Select entries of the last axis; all of them is `of` itself."""
+    return of if (start, stop) == (0, of.shape[-1]) else SliceLast(of, start, stop)
+
+
+@dataclass(frozen=True)
+class ConcatLast(Expr):
+    """Expressions joined along the last axis. Build with `concat_last`."""
+
+    parts: tuple[Expr, ...]
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.parts[0].dtype
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.parts[0].shape[:-1], sum(part.shape[-1] for part in self.parts))
+
+    @property
+    def chunk_multiple(self) -> int:
+        return self.shape[-1] * math.lcm(*(_rows_granule(part) for part in self.parts))
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.parts
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        width = self.shape[-1]
+        first, last = start // width, stop // width
+        found = []
+        for part in self.parts:
+            w = part.shape[-1]
+            found.append(part.evaluate(first * w, last * w, reader).view(last - first, w))
+        return torch.cat(found, dim=1).view(-1)
+
+
+def concat_last(parts: list[Expr]) -> Expr:
+    """Join along the last axis. All parts have one dtype and equal other axes."""
+    first = parts[0]
+    if any(p.dtype != first.dtype or p.shape[:-1] != first.shape[:-1] for p in parts):
+        raise ValueError(f"cannot join columns of {[(p.dtype, p.shape) for p in parts]}")
+    return first if len(parts) == 1 else ConcatLast(tuple(parts))
+
+
+@dataclass(frozen=True)
+class Transposed(Unary):
+    """The last two axes of `of` exchanged, one matrix at a time."""
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.of.shape[:-2], self.of.shape[-1], self.of.shape[-2])
+
+    @property
+    def chunk_multiple(self) -> int:
+        return math.lcm(self.of.chunk_multiple, self.shape[-1] * self.shape[-2])
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        matrices = self.of.evaluate(start, stop, reader).view(-1, *self.of.shape[-2:])
+        return matrices.transpose(1, 2).reshape(-1)
+
+
+def transpose(of: Expr) -> Expr:
+    """Exchange the last two axes; twice is `of` itself."""
+    return of.of if isinstance(of, Transposed) else Transposed(of)
+
+
+@dataclass(frozen=True)
+class Gather(Unary):
+    """Rows of the first axis in any order, as for a permutation of neurons. For few, long runs use `expr.take`."""
+
+    indices: tuple[int, ...]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (len(self.indices), *self.of.shape[1:])
+
+    @property
+    def row(self) -> int:
+        return element_count(self.of.shape[1:])
+
+    @property
+    def chunk_multiple(self) -> int:
+        # A row of `of` that cannot be evaluated apart means evaluating all of it.
+        return self.row if self.row % self.of.chunk_multiple == 0 else self.numel
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        row = self.row
+        chosen = self.indices[start // row : stop // row]
+        if self.chunk_multiple != row:
+            whole = self.of.evaluate(0, self.of.numel, reader).view(-1, row)
+            return whole[list(chosen)].reshape(-1)
+        kind = torch_dtype(self.dtype)
+        out = torch.empty(len(chosen), row, dtype=kind)
+        at = 0
+        while at < len(chosen):
+            run = 1
+            while at + run < len(chosen) and chosen[at + run] == chosen[at] + run:
+                run += 1
+            first = chosen[at]
+            out[at : at + run] = self.of.evaluate(first * row, (first + run) * row, reader).view(run, row)
+            at += run
+        return out.view(-1)
+
+
+@dataclass(frozen=True)
+class Full(Expr):
+    """One number everywhere."""
+
+    value: float
+    dtype: str
+    shape: tuple[int, ...]
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.full((stop - start,), self.value, dtype=torch_dtype(self.dtype))
+
+    @property
+    def numpy_only(self) -> bool:
+        return self.dtype in PLAIN_FLOATS
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        import numpy as np
+
+        return rounded(np.full(stop - start, self.value), self.dtype)
+
+
+@dataclass(frozen=True)
+class Constant(Expr):
+    """Numbers known while planning, such as a measured router. The plan holds their bytes, so few."""
+
+    data: bytes = field(repr=False)
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str = field(init=False)  # stands for `data` in the plan's own digest
+
+    def __post_init__(self) -> None:
+        import hashlib
+
+        object.__setattr__(self, "digest", hashlib.sha256(self.data).hexdigest())
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.frombuffer(bytearray(self.data), dtype=torch_dtype(self.dtype))[start:stop]
+
+    @property
+    def numpy_only(self) -> bool:
+        return self.dtype in PLAIN_FLOATS
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        return decoded(self.raw(start, stop, reader), self.dtype)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        size = BITS[self.dtype] // 8
+        return memoryview(self.data)[start * size : stop * size]
+
+
+@dataclass(frozen=True)
+class Applied(Expr):
+    """`function(*values, **parameters)` on whole tensors: for what cannot be done in parts.
+
+    `function` is a module-level function of torch tensors in the shapes and dtypes of `of`, returning one
+    tensor; it is rounded to `dtype`. Memory: all inputs and the result at once, in every thread.
+    """
+
+    function: Callable[..., Any]
+    of: tuple[Expr, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    parameters: tuple[tuple[str, Any], ...] = field(default=())
+
+    def __repr__(self) -> str:
+        # The digest of a plan is made of this; a function's own text has its address in it.
+        name = f"{self.function.__module__}.{self.function.__qualname__}"
+        return f"Applied({name}, {self.of!r}, {self.dtype!r}, {self.shape!r}, {self.parameters!r})"
+
+    @property
+    def chunk_multiple(self) -> int:
+        return max(self.numel, 1)
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.of
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        values = [expr.evaluate(0, expr.numel, reader).view(expr.shape) for expr in self.of]
+        result: torch.Tensor = self.function(*values, **dict(self.parameters))
+        if tuple(result.shape) != self.shape:
+            raise AssertionError(f"{self.function.__name__} returned {tuple(result.shape)}, planned {self.shape}")
+        return result.to(torch_dtype(self.dtype)).reshape(-1)

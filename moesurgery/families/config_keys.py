@@ -1,0 +1,190 @@
+"""The numbers of config.json that matter to surgery, read and edited as raw JSON.
+
+config.json is never passed through `AutoConfig`, which renames keys and drops others. Where several
+aliases of one key are present, all of them are read as one and edited together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moesurgery.errors import CheckpointError
+from moesurgery.families.family import (
+    DECODER_LAYERS_KEYS,
+    EXPERTS_KEYS,
+    GROUPS_KEYS,
+    HIDDEN_KEYS,
+    LAYERS_KEYS,
+    TOP_GROUPS_KEYS,
+    TOP_K_KEYS,
+    Family,
+    Flag,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A view of `config` through the entry of `family`."""
+
+    family: Family
+    config: Mapping[str, Any]
+
+    def sections(self) -> list[Mapping[str, Any]]:
+        """Return the objects in which the language model's keys may stand, most specific first."""
+        return [s for path in (*self.family.nested, ()) if (s := section(self.config, path)) is not None]
+
+    def first(self, keys: tuple[str, ...], default: Any = None) -> Any:
+        """Return the first value present under one of `keys`; null counts as absent."""
+        for part in self.sections():
+            for key in keys:
+                if part.get(key) is not None:
+                    return part[key]
+        return default
+
+    def flag(self, flag: Flag | bool) -> Any:
+        """Return what the config says of `flag`, or its default."""
+        if not isinstance(flag, Flag):
+            return flag
+        if flag.null_means_off and any(
+            key in part and part[key] is None for part in self.sections() for key in flag.keys
+        ):
+            return False
+        return self.first(flag.keys, flag.default)
+
+    def integer(self, keys: tuple[str, ...]) -> int | None:
+        """Return a count: an integer, or the one value of a per-layer list. None where absent.
+
+        Raises CheckpointError where it is anything else.
+        """
+        value = self.first(keys)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        if value is None or (type(value) is int and value >= 0):
+            return value
+        raise CheckpointError(f"config.json: {keys_present(self, keys)} is {value!r}, expected a whole number")
+
+    @property
+    def experts(self) -> int | None:
+        return self.integer(EXPERTS_KEYS)
+
+    @property
+    def top_k(self) -> int | None:
+        if self.family.routing.fixed_top_k is not None:
+            return self.family.routing.fixed_top_k
+        return self.integer(TOP_K_KEYS)
+
+    @property
+    def tie_map(self) -> list[int] | None:
+        """For each layer of a model with tied blocks the one whose weights it uses; None for other models.
+
+        Raises CheckpointError where it is no such list.
+        """
+        found = self.first(("layer_tie_map",))
+        if found is None:
+            return None
+        whole = isinstance(found, list) and found and all(type(s) is int and 0 <= s <= i for i, s in enumerate(found))
+        if not whole or any(found[s] != s for s in found):
+            raise CheckpointError(
+                f"config.json: layer_tie_map is {found!r}; an entry names its own position or an earlier one that does"
+            )
+        return list(found)
+
+    @property
+    def layers(self) -> int | None:
+        """The number of layers of the language model; of its deeper stack where it has two."""
+        if (tie_map := self.tie_map) is not None:
+            return len(tie_map)
+        counts = (self.integer(keys) for keys in (LAYERS_KEYS, DECODER_LAYERS_KEYS))
+        return max((count for count in counts if count is not None), default=None)
+
+    @property
+    def hidden(self) -> int | None:
+        return self.integer(HIDDEN_KEYS)
+
+    @property
+    def renormalised(self) -> Any:
+        """Whether the chosen weights are divided by their sum (for DBRX: the order of the norm)."""
+        return self.score == "top-softmax" or self.flag(self.family.routing.renormalised)
+
+    @property
+    def score(self) -> str:
+        """The scoring function, from the config where the family lets it choose."""
+        routing = self.family.routing
+        named = self.flag(routing.score_flag) if routing.score_flag else None
+        named = routing.score_names.get(str(named), named)
+        return str(named) if named in ("softmax", "sigmoid", "top-softmax", "sqrt-softplus") else routing.score
+
+    @property
+    def softcap(self) -> float:
+        """The bound c of router logits c * tanh(logits / c); 0 for none."""
+        key = self.family.routing.softcap
+        return float(self.first((key,), 0.0)) if key else 0.0
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """Return (number of groups, groups kept) where routing is limited to groups."""
+        routing = self.family.routing
+        if routing.groups is None:
+            return None
+        if routing.groups_if and self.first((routing.groups_if[0],)) != routing.groups_if[1]:
+            return None
+        count, kept = self.integer(GROUPS_KEYS), self.integer(TOP_GROUPS_KEYS)
+        return (count, kept) if count and kept and count > 1 else None
+
+    @property
+    def routed_scale_key(self) -> float | None:
+        """The value of the config number that multiplies the routed sum; None where there is none."""
+        routing = self.family.routing
+        if routing.routed_scale_key is None:
+            return None
+        value = self.first((routing.routed_scale_key,), routing.routed_scale_default)
+        if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CheckpointError(f"config.json: {routing.routed_scale_key} is {value!r}, expected a number")
+        return float(value)
+
+
+def section(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """Return the object at `path`, None where it is absent or no object."""
+    found: Any = config
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else None
+
+
+def keys_present(settings: Settings, keys: tuple[str, ...]) -> str:
+    """Name the keys among `keys` that the config holds, for messages."""
+    present = [k for k in keys if any(part.get(k) is not None for part in settings.sections())]
+    return " and ".join(present) or keys[0]
+
+
+def with_value(settings: Settings, keys: tuple[str, ...], value: Any, canonical: str) -> dict[str, Any]:
+    """Return a copy of the config with `value` under every alias present, or under `canonical` if none is.
+
+    A per-layer list stays a list of the same length.
+    """
+    config: dict[str, Any] = copy.deepcopy(dict(settings.config))
+    edited = False
+    for path in dict.fromkeys((*settings.family.nested, ())):
+        part = section(config, path)
+        for key in keys:
+            if part is not None and part.get(key) is not None:
+                old = part[key]
+                part[key] = [value] * len(old) if isinstance(old, list) else value  # type: ignore[index]
+                edited = True
+    if not edited:
+        places = (section(config, path) for path in settings.family.nested)
+        target = next((p for p in places if p is not None), config)
+        target[canonical] = value  # type: ignore[index]
+    return config
+
+
+def with_top_k(settings: Settings, top_k: int) -> dict[str, Any]:
+    """Return a copy of the config with another number of experts per token, and what depends on it."""
+    config = with_value(settings, TOP_K_KEYS, top_k, settings.family.top_k_key)
+    for key, other in settings.family.times_top_k.items():
+        if settings.first((key,)) is not None and (unit := settings.integer((other,))) is not None:
+            config = with_value(replace(settings, config=config), (key,), top_k * unit, key)
+    return config

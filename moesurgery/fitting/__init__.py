@@ -1,0 +1,1 @@
+"""What is measured and fitted on text: statistics, repairs, ablations."""

@@ -1,0 +1,184 @@
+"""What happens without each expert: the loss of the model with one left out, for each (layer, expert) and each index.
+
+Two ways to leave one out: `mask` forbids it to the router, as dropping it would, and the next best is promoted;
+`zero` lets it be chosen and takes away what it says. Layers before the one in question are not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesurgery.fitting.collector import check_routing
+from moesurgery.forward.engine import Engine, Progress, Resume, Streams
+from moesurgery.forward.hooks import ExpertsCall, Hooks
+from moesurgery.forward.loss import window_loss
+from moesurgery.forward.meta_model import ExpertsModule
+from moesurgery.forward.tokens import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+AblationMode = Literal["mask", "zero"]
+ABREAST_BYTES = 1 << 30  # hidden states of variants that go through a layer together
+CHARACTERISTIC = 8
+
+
+@dataclass
+class Ablations:
+    """Loss in nats per token: of the model, without one expert of one layer, and without an index in all layers."""
+
+    base: float
+    tokens: int
+    single: dict[AblationMode, dict[str, dict[int, float]]] = field(default_factory=dict)  # by block, then expert
+    index: dict[AblationMode, dict[int, float]] = field(default_factory=dict)
+
+
+def without(mode: AblationMode, expert: int, where: str | None = None) -> Hooks:
+    """Return a watch that leaves out an expert of one block, or of all."""
+    if mode == "mask":
+        return Hooks(ban=lambda block: [expert] if where in (None, block.where) else [])
+
+    def silenced(call: ExpertsCall) -> Any:
+        if where not in (None, call.block.where):
+            return None
+        return call.run(call.hidden, call.index, call.weights * (call.index != expert))
+
+    return Hooks(experts=silenced)
+
+
+def ablate(
+    engine: Engine,
+    tokens: Tokens,
+    wanted: Mapping[str, Sequence[int]],
+    modes: Sequence[AblationMode],
+    progress: Progress = lambda count: None,
+) -> Ablations:
+    """Measure the model without each wanted expert, by block, and without each index over all layers.
+
+    An index is measured where it is wanted in every block. Where masking would leave a token fewer experts than it
+    is routed to, only `zero` is measured. Raises RefusedError for a family whose code shows no routing.
+    """
+    blocks = check_routing(engine, "probe")
+    top_k = engine.plan.anatomy.settings.top_k or 1
+    size = engine.windows_per_batch(tokens, True)
+    abreast = max(1, ABREAST_BYTES // (4 * tokens.count * _width(engine)))
+    base = engine.start(tokens, batch=size)
+    try:
+        found = Ablations(0.0, tokens.count - len(tokens))
+        for mode in modes:
+            found.single[mode] = {b.where: {} for b in blocks}
+            indices = [e for e in range(blocks[0].block.experts) if all(e in wanted[b.where] for b in blocks)]
+            indices = [] if mode == "mask" and blocks[0].block.experts <= top_k else indices
+            for part in _parts(indices, abreast):
+                watches = [without(mode, e) for e in part]
+                found.index[mode] = found.index.get(mode, {}) | dict(
+                    zip(part, _losses(engine, tokens, watches, size, None, progress), strict=True)
+                )
+        for layer, unit in enumerate(engine.layers):
+            base.to_layer(layer, progress)
+            resume = Resume(layer, [stream.last for stream in base.streams]) if layer else None
+            for block in (b for b in blocks if b.unit == unit.path):
+                for mode in modes:
+                    if mode == "mask" and block.block.experts <= top_k:
+                        continue
+                    for part in _parts(list(wanted[block.where]), abreast):
+                        watches = [without(mode, e, block.where) for e in part]
+                        losses = _losses(engine, tokens, watches, size, resume, progress)
+                        found.single[mode][block.where] |= dict(zip(part, losses, strict=True))
+        base.to_layer(len(engine.layers), progress)
+        found.base = _finished(base)
+    finally:
+        base.close()
+    return found
+
+
+def work(engine: Engine, tokens: Tokens, wanted: Mapping[str, Sequence[int]], modes: int) -> int:
+    """What the progress of `ablate` counts up to, in tokens times layers."""
+    depth = {unit.path: len(engine.layers) - i for i, unit in enumerate(engine.layers)}
+    single = sum(len(wanted[b.where]) * depth[b.unit] for b in engine.routed)
+    indices = set.intersection(*(set(experts) for experts in wanted.values()))
+    return tokens.count * (modes * (single + len(indices) * len(engine.layers)) + len(engine.layers))
+
+
+def _width(engine: Engine) -> int:
+    return int(engine.skeleton.model.config.get_text_config().hidden_size)
+
+
+def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _losses(
+    engine: Engine, tokens: Tokens, watches: Sequence[Hooks], size: int, resume: Resume | None, progress: Progress
+) -> list[float]:
+    """Take variants through the rest of the model side by side, so that each layer is read once for all."""
+    runs: list[Streams] = []
+    try:
+        for watch in watches:
+            runs.append(engine.start(tokens, watch, resume=resume, batch=size))
+        while (unit := runs[0].unit) is not None and runs[0].passed < len(engine.layers):
+            with engine.loaded(unit, pin=True):
+                for run in runs:
+                    run.step(progress)
+            engine.unpin()
+        return [_finished(run) for run in runs]
+    finally:
+        for run in runs:
+            run.close()
+
+
+def _finished(run: Streams) -> float:
+    """Return the loss of a run that is past its layers, in nats per predicted token."""
+    nats, count = 0.0, 0
+    for number, stream in enumerate(run.streams):
+        logits = run.finish(number)
+        for row, ids in enumerate(stream.tokens.ids):
+            nats += window_loss(logits[row], None, ids)[0]
+            count += len(ids) - 1
+    return nats / count
+
+
+def takers(engine: Engine, tokens: Tokens) -> dict[str, list[list[tuple[int, int, float]]]]:
+    """Return, for each block and expert, the tokens that are characteristic of what it is sent.
+
+    Each as (token id, times sent to the expert, share of the token's occurrences), those first whose count times
+    the logarithm of how much more often they come here than elsewhere is largest.
+    """
+    import torch
+
+    keys: dict[str, list[torch.Tensor]] = {}
+
+    def record(call: ExpertsCall) -> None:
+        ids = call.tokens.ids.reshape(-1, 1).to(call.index.device)
+        index = call.index.reshape(len(ids), -1)
+        keys.setdefault(call.block.where, []).append((index * engine.vocabulary + ids).flatten().cpu())
+
+    engine.run(tokens, Hooks(experts=record))
+    values, counts = torch.unique(tokens.ids, return_counts=True)
+    occurs = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    found: dict[str, list[list[tuple[int, int, float]]]] = {}
+    for block in engine.routed:
+        sent, times = torch.unique(torch.cat(keys[block.where]), return_counts=True)
+        experts, ids = sent // engine.vocabulary, sent % engine.vocabulary
+        found[block.where] = []
+        for expert in range(block.block.experts):
+            mine = experts == expert
+            total = int(times[mine].sum())
+            scored = []
+            for token, count in zip(ids[mine].tolist(), times[mine].tolist(), strict=True):
+                lift = (count / max(total, 1)) / (occurs[token] / tokens.ids.numel())
+                scored.append((count * max(0.0, float(torch.log(torch.tensor(lift)))), token, count))
+            best = sorted(scored, reverse=True)[:CHARACTERISTIC]
+            found[block.where].append([(token, count, count / occurs[token]) for _, token, count in best])
+    return found
+
+
+def screened(block: ExpertsModule, scores: Sequence[float], every: bool, most: int = 8) -> list[int]:
+    """Return the experts to probe: all, or in large blocks those of the highest and the lowest scores."""
+    count = block.block.experts
+    if every or count <= 2 * most:
+        return list(range(count))
+    order = sorted(range(count), key=lambda e: scores[e])
+    return sorted({*order[:most], *order[-most:]})

@@ -1,0 +1,163 @@
+"""The matrices of a block's experts fitted to what is missing, in place, one expert after the other (Gauss-Seidel).
+
+`calls` are a block's calls of its experts, `residuals` what is still missing of each call's output [T, H], padding
+left as zero; they are brought up to date after every expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.errors import RefusedError
+from moesurgery.expr.evaluate import values_of
+from moesurgery.fitting import gauss_newton
+from moesurgery.fitting.ridge import RidgeSolution, solve
+from moesurgery.forward.activations import activations, down, reads
+from moesurgery.forward.hooks import ExpertsCall
+from moesurgery.moe.layouts import matrices_of
+from moesurgery.moe.neurons import expert_tensors
+from moesurgery.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_ROWS = 512
+
+Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
+
+
+def fit_expert(
+    expert: int,
+    calls: Sequence[ExpertsCall],
+    residuals: Sequence[torch.Tensor],
+    ridge: float | None,
+    dtype: torch.dtype,
+    *,
+    whole: bool,
+) -> tuple[Matrices, RidgeSolution]:
+    """Fit an expert's down-projection, or with `whole` all its matrices, rounded to `dtype`.
+
+    Returns the new matrices, none where the expert stays as it is, and how they were found.
+    """
+    fit = _fit_all if whole else _fit_down
+    return fit(calls[0].module, expert, _routed_to(expert, calls), residuals, ridge, dtype)
+
+
+def check_names(plan: Plan, call: ExpertsCall) -> None:
+    """Raise RefusedError unless gate, up and down of the plan are what a block's module computes with."""
+    import torch
+
+    block, module = call.block.block, call.module
+    stored = matrices_of([(m, expr) for m, expr in expert_tensors(block, plan.tensors, 0) if not m.stem.bias])
+    found = gauss_newton.matrices(module, 0)
+    same = stored.keys() == found.keys() and all(
+        torch.allclose(torch.from_numpy(values_of(expr)).to(found[role]), found[role], rtol=1e-2, atol=1e-6)
+        for role, expr in stored.items()
+    )
+    if not same:
+        raise RefusedError(
+            f"refit: {block.where}: {type(module).__name__} has gate and up in a form of its own", "use --refit down"
+        )
+
+
+@dataclass
+class _Routed:
+    """The tokens of one call that are routed to an expert: their places [t], weights [t, 1], and inputs [t, H].
+
+    `odd` [t] is whether they are of an odd window.
+    """
+
+    token: torch.Tensor
+    weight: torch.Tensor
+    hidden: torch.Tensor
+    odd: torch.Tensor
+
+
+def _routed_to(expert: int, calls: Sequence[ExpertsCall]) -> list[_Routed]:
+    import torch
+
+    found = []
+    for call in calls:
+        hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
+        token, slot = torch.where(call.index.reshape(len(hidden), -1) == expert)
+        if call.real is not None:
+            token, slot = token[call.real[token]], slot[call.real[token]]
+        weight = call.weights.reshape(len(hidden), -1)[token, slot].float()[:, None]
+        found.append(_Routed(token, weight, hidden[token], call.window[token] % 2 == 1))
+    return found
+
+
+def _fit_down(
+    module: Any,
+    expert: int,
+    mine: Sequence[_Routed],
+    residuals: Sequence[torch.Tensor],
+    ridge: float | None,
+    dtype: torch.dtype,
+) -> tuple[dict[str, torch.Tensor], RidgeSolution]:
+    """Solve for one expert's down-projection, in place, and bring the residuals up to date.
+
+    W = W_e + D, with D minimising sum |r - D g h|^2 + lambda |D|^2, r being what is still missing.
+    """
+    import torch
+
+    weight = down(module, expert)
+    width = weight.shape[1]
+    gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
+    cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
+    said = [activations(module, expert, part.hidden).float() * part.weight for part in mine]
+    for part, h, residual in zip(mine, said, residuals, strict=True):
+        for half, rows in enumerate((~part.odd, part.odd)):
+            _add_products(gram[half], h[rows], h[rows])
+            _add_products(cross[half], residual[part.token[rows]], h[rows])
+    found = solve(gram, cross, ridge)
+    del gram, cross
+    if found.change is None:
+        return {}, found
+    stored: torch.Tensor = (weight.double() + found.change).to(dtype)
+    change = stored.to(weight.dtype) - weight  # what rounding leaves of it
+    weight += change
+    for part, h, residual in zip(mine, said, residuals, strict=True):
+        residual[part.token] -= h @ change.float().T
+    return {"down": stored}, found
+
+
+def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left^T right to `total` [m, n], some rows at a time: the products, in float32, are never there in whole."""
+    for start in range(0, len(total), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        total[rows] += (left[:, rows].T @ right).double()
+
+
+def _fit_all(
+    module: Any,
+    expert: int,
+    mine: Sequence[_Routed],
+    residuals: Sequence[torch.Tensor],
+    ridge: float | None,
+    dtype: torch.dtype,
+) -> tuple[dict[str, torch.Tensor], RidgeSolution]:
+    """Fit all matrices of one expert, in place, and bring the residuals up to date."""
+    import torch
+
+    order = torch.argsort(torch.cat([part.odd for part in mine]).int(), stable=True)
+    read, weight, missing = (
+        torch.cat(parts)[order]
+        for parts in (
+            [reads(module, expert, part.hidden) for part in mine],
+            [part.weight for part in mine],
+            [residual[part.token] for part, residual in zip(mine, residuals, strict=True)],
+        )
+    )
+    even = sum(int((~part.odd).sum()) for part in mine)
+    found = gauss_newton.fit(module, expert, read, weight, missing, even=even, ridge=ridge, dtype=dtype)
+    if found.added is not None:
+        added = torch.empty_like(found.added)
+        added[order] = found.added
+        for part, residual, share in zip(
+            mine, residuals, torch.split(added, [len(p.token) for p in mine]), strict=True
+        ):
+            residual[part.token] -= share
+    return found.matrices, found.change

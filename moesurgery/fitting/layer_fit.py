@@ -1,0 +1,335 @@
+"""Repair an edited model by least squares, layer by layer, so that its stream is what the original's was.
+
+The original and the edited model run side by side on the same tokens. At each layer, the edited block sees its
+own stream, with all layers before it already repaired. What it should add is y, such that the layer's output becomes
+the original's: so it also makes up for what the layers before it left undone. Where a model does not simply add the
+routed output to its stream, y is the output of the original block. Four kinds, each containing the one before it:
+
+    scalar   one factor on the block's output
+    expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
+    down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
+             + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
+    all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
+
+Each solution is drawn to no change, by a ridge that is judged on windows it was not fitted on (`ridge`), so that
+what would not carry over to other text is left as it is. Nothing is trained and no gradient is taken.
+docs/measure.md says where it helps and where it does not.
+
+Memory beside the two models' streams and one layer: the hidden states of all tokens four times. For `down` also the
+activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all` those
+activations seven times and an expert's weights, in float32, three times, or more often while that is below 192 MB.
+Fitted matrices are held until their block is done, as they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.errors import RefusedError
+from moesurgery.expr.nodes import torch_dtype
+from moesurgery.fitting.expert_fit import Matrices, check_names, fit_expert
+from moesurgery.fitting.ridge import RidgeSolution, solve
+from moesurgery.forward.activations import check_form, down
+from moesurgery.forward.engine import Engine, Progress, Streams
+from moesurgery.forward.expert_outputs import ExpertOutputs, expert_outputs
+from moesurgery.forward.hooks import ExpertsCall, Hooks
+from moesurgery.forward.meta_model import ExpertsModule
+from moesurgery.forward.tokens import Tokens
+from moesurgery.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+RepairKind = Literal["scalar", "expert", "down", "all"]
+MATRICES = ("down", "all")
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    """How to fit. `ridge` times the mean diagonal draws a solution to no change; None finds it on held-out windows.
+
+    `sweeps` go over the experts. `down` and `all` leave an expert alone that saw fewer than `minimum` times as many
+    tokens as it has neurons.
+    """
+
+    kind: RepairKind = "down"
+    ridge: float | None = None
+    sweeps: int = 1
+    minimum: float = 2
+
+    def described(self) -> dict[str, Any]:
+        """Return the options as a repair records them."""
+        return {"kind": self.kind, "ridge": "auto" if self.ridge is None else self.ridge, "sweeps": self.sweeps}
+
+
+@dataclass
+class FittedBlock:
+    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
+
+    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being what the edited block
+    adds, over the sum of squares of what the original block added; `error_held_out` is what the ridge was found by,
+    the error of each half of the windows under what the other half gives. `ridges` has the ridge of each solution,
+    None for no change.
+    """
+
+    where: str
+    factors: list[float] | None = None
+    matrices: dict[int, Matrices] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    ridges: list[float | None] = field(default_factory=list)
+    error_before: float = 0.0
+    error_after: float = 0.0
+    error_held_out: float | None = None
+
+
+def fit_layers(
+    original: Engine,
+    edited: Engine,
+    tokens: Tokens,
+    options: RepairOptions,
+    done: Callable[[FittedBlock], None],
+    progress: Progress = lambda count: None,
+) -> None:
+    """Fit every MoE block of `edited` in turn, and hand each to `done`. The plan is left alone.
+
+    Raises RefusedError where the two models have other layers, an experts module has another form, or `down` would
+    have to change quantised weights.
+    """
+    where = {b.where for b in original.blocks}
+    if where != {b.where for b in edited.blocks} or len(original.layers) != len(edited.layers):
+        raise RefusedError("refit: the edited model has other MoE layers than the original")
+    for block in (*original.blocks, *edited.blocks):
+        if block.experts is None:
+            raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
+    if options.kind in MATRICES:
+        _refuse_quantised(edited, options.kind)
+    size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
+    said: dict[str, list[torch.Tensor]] = {}
+    factors: dict[str, torch.Tensor] = {}
+
+    def listen(call: ExpertsCall) -> torch.Tensor:
+        out = call.run()
+        said.setdefault(call.block.where, []).append(out.reshape(-1, out.shape[-1]))
+        return out
+
+    def repaired_output(call: ExpertsCall) -> Any:
+        if call.block.where not in factors:
+            return None
+        return call.run(call.hidden, call.index, call.weights * _each(factors[call.block.where], call.index))
+
+    def repair(block: ExpertsModule, outputs: Sequence[Any]) -> None:
+        """Fit one block. What that took is free again when the next one's turn comes."""
+        assert repaired is not None
+        originals = said.pop(block.where)
+        calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+        total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
+        fitted = _fit(edited.plan, block, calls, missing, total, options)
+        if fitted.factors is not None:
+            factors[block.where] = _tensor(fitted.factors, edited)
+        done(fitted)
+
+    reference: Streams | None = None
+    repaired: Streams | None = None
+    try:
+        reference = original.start(tokens, Hooks(experts=listen), batch=size)
+        repaired = edited.start(tokens, Hooks(experts=repaired_output), batch=size)
+        for layer, unit in enumerate(edited.layers):
+            reference.to_layer(layer)
+            repaired.to_layer(layer)
+            reference.step(progress)
+            outputs = [stream.last for stream in reference.streams]
+            with edited.loaded(unit, pin=True):
+                for block in (b for b in edited.blocks if b.unit == unit.path):
+                    repair(block, outputs)
+                repaired.step(progress)
+            edited.forget(unit)
+    finally:
+        for streams in (reference, repaired):
+            if streams is not None:
+                streams.close()
+
+
+def _refuse_quantised(edited: Engine, kind: RepairKind) -> None:
+    for block in edited.blocks:
+        roles = ("down",) if kind == "down" else ("down", "gate", "up", "gate_up")
+        for member in (member for role in roles for member in block.block.named(role)):
+            if edited.plan.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
+                raise RefusedError(
+                    f"refit: {member.name} is quantised: a fitted weight has no scale",
+                    "use --refit expert, or dequantise first with `moesurgery convert --dequantize`",
+                )
+
+
+def _tensor(factors: Sequence[float], engine: Engine) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([*factors, 1.0], device=engine.device)
+
+
+def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the factor of each chosen expert; 1 for numbers past the last (identity experts)."""
+    return factors[index.clamp(max=len(factors) - 1)]
+
+
+def _missing(
+    streams: Streams,
+    block: ExpertsModule,
+    others: Callable[[ExpertsCall], Any],
+    originals: Sequence[torch.Tensor],
+    outputs: Sequence[Any],
+) -> tuple[list[ExpertsCall], list[torch.Tensor]]:
+    """Return a block's calls on the stream as it stands at its door, and what is missing of what each adds [T, H].
+
+    `originals` is what the original block added, `outputs` what the original layer returned. Padding is zero.
+    """
+    calls: list[ExpertsCall] = []
+    said: list[torch.Tensor] = []
+
+    def listen(call: ExpertsCall) -> Any:
+        if call.block.where != block.where:
+            return others(call)
+        calls.append(call)
+        said.append(call.run())
+        return said[-1]
+
+    found = streams.rehearse(Hooks(experts=listen))
+    share = _share(streams, block, said[0], found[0])
+    missing = []
+    for i, call in enumerate(calls):
+        if share is None:
+            left = (originals[i] - said[i].view_as(originals[i])).float()
+        else:
+            left = (_hidden(outputs[i]).float() - _hidden(found[i]).float()).view_as(originals[i]) / share
+        if call.real is not None:
+            left[~call.real] = 0
+        missing.append(left)
+    return calls, missing
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Return the hidden states among what a layer returns."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _share(streams: Streams, block: ExpertsModule, said: torch.Tensor, output: Any) -> float | None:
+    """Return the number that multiplies a block's routed output on its way into the layer's output; None where it is
+    not simply added. Found by having the experts of the first batch say everything twice."""
+
+    def twice(call: ExpertsCall) -> Any:
+        return 2 * call.run() if call.block.where == block.where else None
+
+    (changed,) = streams.rehearse(Hooks(experts=twice), 1)
+    if _hidden(output).numel() != said.numel():
+        return None
+    change = (_hidden(changed).float() - _hidden(output).float()).flatten()
+    added = said.float().flatten()
+    share = float(change @ added / added.pow(2).sum().clamp(min=1e-30))
+    return share if share > 0 and (change - share * added).norm() <= 0.1 * change.norm() else None
+
+
+def _fit(
+    plan: Plan,
+    block: ExpertsModule,
+    calls: Sequence[ExpertsCall],
+    missing: Sequence[torch.Tensor],
+    total: float,
+    options: RepairOptions,
+) -> FittedBlock:
+    """Fit one block for its calls. `missing` is brought up to date where matrices are fitted."""
+    import torch
+
+    experts = block.block.experts
+    index = torch.cat([call.rows(call.index).flatten() for call in calls])
+    counts = torch.bincount(index[index < experts], minlength=experts)
+    fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
+    if options.kind in MATRICES:
+        changes = _fit_matrices(plan, calls, missing, options, fitted)
+        fitted.error_after = _energy(missing) / total
+    else:
+        changes = [_fit_factors(calls, missing, options, fitted)]
+        fitted.error_after /= total
+    fitted.ridges = [change.ridge for change in changes]
+    if options.ridge is None:
+        fitted.error_held_out = fitted.error_before + sum(c.held_out or 0.0 for c in changes) / total
+    return fitted
+
+
+def _fit_factors(
+    calls: Sequence[ExpertsCall], missing: Sequence[torch.Tensor], options: RepairOptions, fitted: FittedBlock
+) -> RidgeSolution:
+    """Fit the factors of a block, and return how their change from 1 was found."""
+    import torch
+
+    experts, device = calls[0].block.block.experts, missing[0].device
+    gram = torch.zeros(2, experts, experts, dtype=torch.float64, device=device)
+    cross = torch.zeros(2, experts, dtype=torch.float64, device=device)
+    for call, left in zip(calls, missing, strict=True):
+        half = call.window % 2
+        for part in expert_outputs(call, experts, {"": (call.index, call.weights)}):
+            _add_products(gram, cross, part, half[part.rows], left[part.rows])
+    if options.kind == "scalar":
+        change = solve(gram.sum((1, 2), keepdim=True), cross.sum(1).view(2, 1, 1), options.ridge)
+    else:
+        change = solve(gram, cross[:, None], options.ridge)
+    step = torch.zeros(experts, dtype=torch.float64, device=device)
+    if change.change is not None:
+        step += change.change[0]
+    fitted.factors = (1 + step).tolist()
+    fitted.error_after = _energy(missing) + float(step @ gram.sum(0) @ step - 2 * step @ cross.sum(0))
+    return change
+
+
+def _add_products(
+    gram: torch.Tensor, cross: torch.Tensor, part: ExpertOutputs, half: torch.Tensor, missing: torch.Tensor
+) -> None:
+    """Add g_i g_j <f_i, f_j> to gram [2, E, E] and g_i <f_i, missing> to cross [2, E]."""
+    experts = cross.shape[-1]
+    chosen, weights, index = part.chosen[""], part.weights[""], part.index
+    along = (part.outputs @ missing[..., None])[..., 0] * weights
+    cross += _binned((half[:, None] * experts + index)[chosen], along[chosen], 2 * experts).view(2, -1)
+    products = part.products * weights[:, :, None] * weights[:, None, :]
+    both = chosen[:, :, None] & chosen[:, None, :]
+    pairs = (half[:, None, None] * experts + index[:, :, None]) * experts + index[:, None, :]
+    gram += _binned(pairs[both], products[both], 2 * experts**2).view(2, experts, experts)
+
+
+def _binned(index: torch.Tensor, values: torch.Tensor, bins: int) -> torch.Tensor:
+    import torch
+
+    return torch.bincount(index, values.double(), minlength=bins)
+
+
+def _energy(values: Sequence[torch.Tensor]) -> float:
+    return sum(float(v.double().pow(2).sum()) for v in values)
+
+
+def _fit_matrices(
+    plan: Plan,
+    calls: Sequence[ExpertsCall],
+    missing: Sequence[torch.Tensor],
+    options: RepairOptions,
+    fitted: FittedBlock,
+) -> list[RidgeSolution]:
+    """Fit the experts of a block in place, one after the other, and return how each change was found."""
+    block = calls[0].block.block
+    check_form(calls[0])
+    if options.kind == "all":
+        check_names(plan, calls[0])
+    dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
+    changes = []
+    for _ in range(options.sweeps):
+        for expert in range(block.experts):
+            if fitted.tokens[expert] < options.minimum * down(calls[0].module, expert).shape[1]:
+                fitted.skipped = sorted({*fitted.skipped, expert})
+                continue
+            whole = options.kind == "all"
+            matrices, change = fit_expert(expert, calls, missing, options.ridge, dtype, whole=whole)
+            changes.append(change)
+            if matrices:
+                fitted.matrices[expert] = matrices
+    return changes

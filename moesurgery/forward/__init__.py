@@ -1,0 +1,1 @@
+"""The streamed forward pass: a model that does not fit in memory, layer by layer."""

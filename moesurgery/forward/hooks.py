@@ -1,0 +1,81 @@
+"""What is seen, and may be changed, while a model runs: calls of its MoE blocks and of their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.forward.meta_model import ExpertsModule
+from moesurgery.forward.tokens import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class ExpertsCall:
+    """One call of a block's `experts` module: T tokens of one batch.
+
+    hidden [T, H], index [T, k] and weights [T, k] are its inputs: the routing that the model itself computed. Where
+    the code has no such module, `adapters` read the block as if it had, and `module` is the block.
+    `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding. `run()` computes
+    the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
+    """
+
+    block: ExpertsModule
+    module: Any
+    tokens: Tokens
+    first: int  # the number of the batch's first window
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor | None
+    run: Callable[..., torch.Tensor]
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        return self.tokens.mask.reshape(-1).to(self.hidden.device) if self.tokens.mask is not None else None
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the rows [t, …] of values of this call that are no padding."""
+        flat, real = values.reshape(-1, values.shape[-1]), self.real
+        return flat if real is None else flat[real]
+
+    @property
+    def window(self) -> torch.Tensor:
+        """The number of the window of each token [T]."""
+        import torch
+
+        numbers = torch.arange(self.first, self.first + len(self.tokens), device=self.hidden.device)
+        return numbers.repeat_interleave(self.tokens.length)
+
+
+@dataclass
+class BlockCall:
+    """One call of the smallest module that holds a block's router and experts; `run()` is what it does."""
+
+    block: ExpertsModule
+    tokens: Tokens
+    first: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is seen, and may be changed, on the way.
+
+    `experts` is called in place of every `experts` module and returns its output, or None for the usual one.
+    `block` is called in place of the module around router and experts, and returns its output. `ban` returns the
+    experts that a block's router may not choose. `router_logits` has `ExpertsCall.logits` filled in.
+    """
+
+    experts: Callable[[ExpertsCall], Any] | None = None
+    block: Callable[[BlockCall], Any] | None = None
+    ban: Callable[[ExpertsModule], Sequence[int]] | None = None
+    router_logits: bool = False
+
+
+NO_HOOKS = Hooks()

@@ -1,0 +1,157 @@
+"""Checkpoint tensors that are not read yet, in the shape that transformers' weight conversions take.
+
+transformers describes how a checkpoint's tensors become a module's parameters (one tensor per expert into one
+stacked parameter, for example) by operations on tensors. Run on `LazyTensor`s, stacking and joining build
+expressions, so that a whole layer of experts is then read straight into the one parameter that holds it. Any
+other operation falls back to real tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.expr.nodes import Concat, Expr, Slice, concat, reshape, stack, torch_dtype
+from moesurgery.expr.tensors import concat_last, slice_last, transpose
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_BYTES = 32 << 20
+
+
+class LazyTensor:
+    """An expression that passes for a tensor in `torch.stack`, `torch.cat`, `torch.chunk` and `torch.transpose`."""
+
+    def __init__(self, expr: Expr, reader: FileReader) -> None:
+        self.expr = expr
+        self.reader = reader
+
+    @property
+    def shape(self) -> torch.Size:
+        import torch
+
+        return torch.Size(self.expr.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.expr.shape)
+
+    def contiguous(self) -> LazyTensor:
+        return self
+
+    def real(self) -> torch.Tensor:
+        """Return the values in their own dtype."""
+        import torch
+
+        out = torch.empty(self.expr.shape, dtype=torch_dtype(self.expr.dtype))
+        evaluate_into(out, self.expr, self.reader)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.real(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        symbolic = _SYMBOLIC.get(function.__name__)
+        found = symbolic(*args, **kwargs) if symbolic else None
+        return found if found is not None else function(*_real(args), **_real(kwargs))
+
+
+def evaluate_into(out: torch.Tensor, expr: Expr, reader: FileReader) -> None:
+    """Fill a contiguous tensor of any floating dtype with an expression's values, chunk by chunk."""
+    flat = out.view(-1)
+    if isinstance(expr, Concat):
+        at = 0
+        for part in expr.parts:
+            evaluate_into(flat[at : at + part.numel], part, reader)
+            at += part.numel
+        return
+    step = max(1, CHUNK_BYTES // max(1, expr.nbytes // max(1, expr.numel)) // expr.chunk_multiple) * expr.chunk_multiple
+    for start in range(0, expr.numel, step):
+        stop = min(start + step, expr.numel)
+        reader.begin_chunk()
+        flat[start:stop] = expr.evaluate(start, stop, reader)
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, LazyTensor):
+        return value.real()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_real(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _real(v) for k, v in value.items()}
+    return value
+
+
+def _exprs(tensors: Any) -> list[Expr] | None:
+    """Return the expressions of a list of lazy tensors that agree in dtype; None for anything else."""
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(t, LazyTensor) for t in tensors):
+        return None
+    exprs = [t.expr for t in tensors]
+    return exprs if len({e.dtype for e in exprs}) == 1 else None
+
+
+def _stack(tensors: Any, dim: int = 0) -> LazyTensor | None:
+    exprs = _exprs(tensors)
+    return LazyTensor(stack(exprs), tensors[0].reader) if exprs and dim == 0 else None
+
+
+def _cat(tensors: Any, dim: int = 0) -> LazyTensor | None:
+    exprs = _exprs(tensors)
+    if not exprs:
+        return None
+    rank = len(exprs[0].shape)
+    dim %= rank
+    if dim == 0:
+        return LazyTensor(concat(exprs), tensors[0].reader)
+    if dim == rank - 1 and rank > 1:
+        return LazyTensor(concat_last(exprs), tensors[0].reader)
+    if dim != 1:
+        return None
+    # [E, I, H] and [E, I, H] into [E, 2I, H]: expert by expert, the rows of each one after the other.
+    joined = concat([_entry(expr, e) for e in range(exprs[0].shape[0]) for expr in exprs])
+    return LazyTensor(
+        reshape(joined, (exprs[0].shape[0], sum(e.shape[1] for e in exprs), *exprs[0].shape[2:])), tensors[0].reader
+    )
+
+
+def _entry(expr: Expr, index: int) -> Expr:
+    """Return one entry of the first axis, without that axis."""
+    if isinstance(expr, Concat) and len(expr.parts) == expr.shape[0]:
+        return reshape(expr.parts[index], expr.shape[1:])
+    return reshape(Slice(expr, index, index + 1), expr.shape[1:])
+
+
+def _chunk(tensor: Any, chunks: int, dim: int = 0) -> tuple[LazyTensor, ...] | None:
+    if not isinstance(tensor, LazyTensor):
+        return None
+    expr = tensor.expr
+    size = expr.shape[dim]
+    if size % chunks:
+        return None
+    step = size // chunks
+    cuts = [(i * step, (i + 1) * step) for i in range(chunks)]
+    if dim % tensor.ndim == 0:
+        return tuple(LazyTensor(Slice(expr, a, b), tensor.reader) for a, b in cuts)
+    if dim % tensor.ndim == tensor.ndim - 1:
+        return tuple(LazyTensor(slice_last(expr, a, b), tensor.reader) for a, b in cuts)
+    return None
+
+
+def _transpose(tensor: Any, dim0: int, dim1: int) -> LazyTensor | None:
+    if not isinstance(tensor, LazyTensor) or {dim0 % tensor.ndim, dim1 % tensor.ndim} != {
+        tensor.ndim - 1,
+        tensor.ndim - 2,
+    }:
+        return None
+    return LazyTensor(transpose(tensor.expr), tensor.reader)
+
+
+_SYMBOLIC: dict[str, Callable[..., Any]] = {"stack": _stack, "cat": _cat, "chunk": _chunk, "transpose": _transpose}

@@ -1,0 +1,370 @@
+"""A model of transformers without its weights, and the weights of one unit at a time from a plan.
+
+The names and the arrangement of the checkpoint's tensors become those of the module's parameters by
+transformers' own conversion tables, so that every family and layout it loads is read here too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.families.anatomy import MoeBlock, model_type_of
+from moesurgery.families.components import is_vision
+from moesurgery.forward.layer_units import LayerUnit, TensorGroup, decoder_layers, find_units
+from moesurgery.forward.lazy_tensor import LazyTensor, evaluate_into
+from moesurgery.forward.model_config import load_config
+from moesurgery.forward.routing_adapters import UNREAD, adapter_of
+from moesurgery.plan.dequantise import dequantised
+from moesurgery.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """Where a model's module tree has one MoE block of the plan.
+
+    `experts` is the path of the module that is called with (hidden [T, H], indices [T, k], weights [T, k]), or of
+    the block that an adapter reads (`adapters`); None where the family's code has neither, and `unread` says why.
+    `router` and `correction` are paths of parameters. `path` is the smallest module that holds all of it.
+    """
+
+    block: MoeBlock
+    unit: str
+    path: str
+    experts: str | None
+    router: str | None
+    correction: str | None
+    unread: str = ""
+
+    @property
+    def where(self) -> str:
+        return self.block.where
+
+
+class MetaModel:
+    """A model on torch's meta device, and what fills it.
+
+    Raises CheckpointError where transformers has no class for the model, or a tensor is missing or of another
+    shape than its code expects.
+    """
+
+    def __init__(self, plan: Plan, device: str, dtype: str) -> None:
+        import torch
+
+        self.plan = plan
+        self.donor: MetaModel | None = None  # a model that shares its weights where they are the same
+        self.tensors, renamed = dequantised(plan)
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self.model = build(plan, self.dtype)
+        self.text_model = getattr(self.model, "thinker", self.model)  # of a model that also speaks
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    module._buffers[name] = buffer.to(self.device)
+        self._dtypes: dict[str, Any] = self.model._get_dtype_plan(self.dtype)
+        self._reader = FileReader()
+        self.units: dict[str, LayerUnit] = {unit.path: unit for unit in find_units(self.model)}
+        self._loose = LayerUnit("", self.model)
+        self._empty = {
+            name: torch.nn.Parameter(_placeholder(p, self.device), requires_grad=False)
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+        }
+        for name, empty in self._empty.items():
+            self._place(name, empty)
+        self.target: dict[str, str] = {}  # plan name -> parameter (the first, where it is split)
+        self.unused: list[str] = []
+        self._assign()
+        self._check_complete()
+        self.target |= {name: self.target[plain] for name, plain in renamed.items() if plain in self.target}
+        self.layers = decoder_layers(self.units, self.target, plan)
+        self.load(self._loose)
+
+    def blocks(self) -> list[ExpertsModule]:
+        """Return where the MoE blocks of the plan are, in order of layers.
+
+        A block that transformers splits off another's tensors has no module that could be told from it (the
+        vision experts of ERNIE-VL, to which no text goes), and is left out.
+        """
+        found: dict[str, ExpertsModule] = {}
+        for block in self.plan.anatomy.main_blocks:
+            experts = self._experts(block)
+            if experts is not None:
+                found.setdefault(experts.experts or experts.where, experts)
+        return list(found.values())
+
+    def unit_of(self, path: str) -> LayerUnit:
+        """Return the unit that holds a module or parameter; the loose one if none does."""
+        while path:
+            if path in self.units:
+                return self.units[path]
+            path = path.rpartition(".")[0]
+        return self._loose
+
+    def load(self, unit: LayerUnit) -> None:
+        """Read a unit's weights from the plan into its module."""
+        import torch
+
+        done: set[str] = set()
+        with torch.no_grad():
+            for group in unit.groups:
+                if self.donor is not None and self._shared(group, self.donor):
+                    done.add(group.target)
+                    continue
+                for target, value in self._converted(group).items():
+                    if target in self._empty or self._is_buffer(target):
+                        self._set(target, value)
+                        done.add(target)
+        self._refuse_missing([n for n in self._parameters(unit) if n not in done])
+
+    def free(self, unit: LayerUnit) -> None:
+        """Give a unit's weights free."""
+        for name in self._parameters(unit):
+            self._place(name, self._empty[name])
+
+    def _assign(self) -> None:
+        """Decide for each tensor of the plan which parameter it goes to, by transformers' conversion tables."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        state = self.model.state_dict()
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        by_pattern = {p: c for c in converters for p in c.source_patterns}
+        prefix = self.model.base_model_prefix
+        groups: dict[str, TensorGroup] = {}
+        for name in sorted(self.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:
+                target, pattern = rename_source_key(name, [], [], prefix, state)
+            if target not in state:
+                self.unused.append(name)
+                continue
+            self.target[name] = target
+            group = groups.setdefault(target, TensorGroup(target, by_pattern[pattern] if pattern is not None else None))
+            group.names.append((pattern or name, name))
+        for group in groups.values():
+            self.unit_of(group.target).groups.append(group)
+        self._tie(groups)
+        for unit in self.units.values():
+            unit.nbytes = sum(self._empty[n].numel() for n in self._parameters(unit)) * self.dtype.itemsize
+
+    def _check_complete(self) -> None:
+        """Refuse a model of which a weight is missing before anything is computed."""
+        held: set[str] = set()
+        for unit in (*self.units.values(), self._loose):
+            for group in unit.groups:
+                patterns = group.converter.target_patterns if group.converter else [group.target]
+                held.update(group.target.replace(patterns[0], pattern, 1) for pattern in patterns)
+        self._refuse_missing([n for n in self._empty if n not in held and not is_vision(n.split("."))])
+
+    def _refuse_missing(self, missing: list[str]) -> None:
+        if missing:
+            raise CheckpointError(
+                f"{self.plan.checkpoint.source.identity}: {len(missing)} tensors are missing, such as {missing[0]}",
+                "the checkpoint is incomplete, or its config.json belongs to another model",
+            )
+
+    def _tie(self, groups: dict[str, TensorGroup]) -> None:
+        """Let tied parameters that are stored once be read for each module that uses them."""
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            for missing, stored in ((target, source), (source, target)):
+                if missing not in groups and stored in groups and missing in self._empty:
+                    tied = groups[stored]
+                    if self.unit_of(missing) is not self.unit_of(stored):
+                        again = TensorGroup(missing, tied.converter, tied.names)
+                        self.unit_of(missing).groups.append(again)
+
+    def _shared(self, group: TensorGroup, donor: MetaModel) -> bool:
+        """Take a parameter from the donor if it has it in memory and it comes of the same tensors."""
+        if len(getattr(group.converter, "target_patterns", ())) > 1 or donor.target.get(group.names[0][1]) is None:
+            return False
+        empty = donor._empty.get(group.target)
+        if empty is None or donor.tensor(group.target) is empty or empty.shape != self._empty[group.target].shape:
+            return False
+        if any(self.tensors[name] != donor.tensors.get(name) for _, name in group.names):
+            return False
+        self._place(group.target, donor.tensor(group.target))
+        return True
+
+    def _converted(self, group: TensorGroup) -> dict[str, Any]:
+        lazy = [(pattern, name, LazyTensor(self.tensors[name], self._reader)) for pattern, name in group.names]
+        if group.converter is None:
+            return {group.target: lazy[0][2]}
+        converter = copy.deepcopy(group.converter)
+        for pattern, name, tensor in lazy:
+            converter.add_tensor(group.target, name, pattern, tensor)
+        try:
+            found = converter.convert(group.target, model=self.model, config=self.model.config)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{group.target}: transformers cannot make it of {lazy[0][1]}: {error}") from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+    def _set(self, target: str, value: Any) -> None:
+        import torch
+
+        empty = self._empty.get(target)
+        shape = tuple(empty.shape) if empty is not None else tuple(self.tensor(target).shape)
+        if tuple(value.shape) != shape:
+            raise CheckpointError(f"{target} has shape {list(value.shape)}, the model's code expects {list(shape)}")
+        out = torch.empty(shape, dtype=self._dtype_of(target))
+        if isinstance(value, LazyTensor):
+            evaluate_into(out, value.expr, self._reader)
+        else:
+            out.copy_(value)
+        out = out.to(self.device)
+        self._place(target, out if empty is None else torch.nn.Parameter(out, requires_grad=False))
+
+    def _dtype_of(self, target: str) -> torch.dtype:
+        kind: torch.dtype = self.tensor(target).dtype
+        if not kind.is_floating_point:
+            return kind
+        kept = next((d for pattern, d in self._dtypes.items() if pattern in target), None)
+        return kept or (kind if self._is_buffer(target) else self.dtype)
+
+    def _parameters(self, unit: LayerUnit) -> Iterator[str]:
+        if unit is self._loose:
+            yield from (n for n in self._empty if self.unit_of(n) is unit)
+            return
+        for name, _ in unit.module.named_parameters(remove_duplicate=False):
+            yield f"{unit.path}.{name}"
+
+    def tensor(self, target: str) -> Any:
+        """Return the parameter or buffer at a path."""
+        path, _, leaf = target.rpartition(".")
+        return getattr(self.model.get_submodule(path), leaf)
+
+    def _is_buffer(self, target: str) -> bool:
+        path, _, leaf = target.rpartition(".")
+        return leaf in self.model.get_submodule(path)._buffers
+
+    def _place(self, target: str, value: Any) -> None:
+        path, _, leaf = target.rpartition(".")
+        module = self.model.get_submodule(path)
+        (module._buffers if leaf in module._buffers else module._parameters)[leaf] = value
+
+    def _experts(self, block: MoeBlock) -> ExpertsModule | None:
+        """Find a block's modules by where its tensors go."""
+        weights = [m.name for m in block.members if m.part and m.stem.main and m.name in self.target]
+        if not weights:
+            return None
+        owner = self.target[weights[0]].rpartition(".")[0]
+        found: str | None = owner
+        while found and not _takes_routing(self.model.get_submodule(found)):
+            found = found.rpartition(".")[0]
+            if found in self.units or not found:
+                found = None
+        router = self.target.get(block.router.name) if block.router else None
+        correction = next((self.target.get(m.name) for m in block.named("correction_bias")), None)
+        unit = self.unit_of(owner).path
+        path = found or owner
+        unread = "" if found else self._unread(owner, unit)
+        while path != unit and router is not None and not router.startswith(path + "."):
+            path = path.rpartition(".")[0]
+        return ExpertsModule(block, unit, path, found, router, correction, unread)
+
+    def _unread(self, path: str, unit: str) -> str:
+        """Return why no module on the way from `path` up to `unit` shows a routing."""
+        kind = type(self.model.get_submodule(path)).__name__
+        while path and path != unit:
+            path = path.rpartition(".")[0]
+            kind = type(self.model.get_submodule(path)).__name__
+            if kind in UNREAD:
+                return UNREAD[kind]
+        return f"{kind} calls no module with chosen experts and their weights"
+
+
+def _placeholder(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of a parameter's shape and dtype, all NaN, that takes no memory.
+
+    Unlike one on the meta device it does not mislead code that asks for `weight.device`, and what is computed
+    with it by mistake is NaN.
+    """
+    import torch
+
+    kind = parameter.dtype
+    return torch.full((1,), float("nan") if kind.is_floating_point else 0, dtype=kind, device=device).expand(
+        parameter.shape
+    )
+
+
+def _takes_routing(module: Any) -> bool:
+    """Whether a module is called with hidden states, chosen experts and their weights, or can be read as if it were."""
+    import inspect
+
+    if adapter_of(module) is not None:
+        return True
+    names = list(inspect.signature(type(module).forward).parameters)
+    return len(names) == 4 and type(module).__name__.endswith("Experts")
+
+
+def build(plan: Plan, dtype: torch.dtype) -> Any:
+    """Return the model that config.json describes, parameters on the meta device, buffers real.
+
+    Its code is transformers' own: code beside a checkpoint is never imported.
+    """
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    kind = model_type_of(plan.config)
+    if kind not in CONFIG_MAPPING:
+        raise RefusedError(
+            f"transformers {transformers.__version__} has no model code for model_type {kind!r}, so it cannot be run",
+            "counting and editing work without it",
+        )
+    try:
+        config = load_config(plan.config)
+        if config.is_encoder_decoder:
+            raise RefusedError(
+                f"{kind} is an encoder-decoder: it has no loss on running text, and is not run",
+                "counting and editing work without it",
+            )
+        config._experts_implementation = "eager"
+        with torch.no_grad(), parameters_on_meta():
+            return _class_of(plan, config)._from_config(config, dtype=dtype).eval()
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"transformers cannot build the model of config.json: {error}") from error
+
+
+def _class_of(plan: Plan, config: Any) -> Any:
+    """Return the class that `architectures` names, or the causal language model of the config."""
+    import transformers
+
+    for name in plan.config.get("architectures") or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(config)]
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Have modules put every parameter that they register on the meta device; buffers keep their values."""
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: Any, name: str, parameter: Any) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]

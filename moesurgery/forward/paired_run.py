@@ -1,0 +1,67 @@
+"""An edited model beside the original, block by block on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.expert_outputs import RoutingTensors
+from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
+from moesurgery.forward.layer_units import LayerUnit
+from moesurgery.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PairedRun:
+    """Runs single MoE blocks of `plan`. Weights that it has in common with `original` are in memory once."""
+
+    def __init__(self, original: Engine, plan: Plan) -> None:
+        skeleton = original.skeleton
+        self.engine = Engine(
+            plan, device=str(skeleton.device), dtype=str(skeleton.dtype).removeprefix("torch."), keep=0
+        )
+        self.engine.skeleton.donor = skeleton
+        self.original = original
+        self.original.freed.append(self._let_go)
+        self._unit: str | None = None
+
+    def _let_go(self, unit: LayerUnit) -> None:
+        """Hold no weights of a unit that the original has given free: the next one's are about to come."""
+        if unit.path == self._unit:
+            self._unit = None
+            self.engine.forget(self.engine.skeleton.units[unit.path])
+
+    def run(self, call: BlockCall, experts: Callable[[ExpertsCall], Any]) -> None:
+        """Run the block of `call` on the call's inputs, with `experts` in place of its experts module."""
+        import torch
+
+        unit = self.engine.skeleton.units[call.block.unit]
+        if self._unit != unit.path:
+            self.engine.unpin()
+            with self.engine.loaded(unit, pin=True):
+                self._unit = unit.path
+        module = self.engine.skeleton.model.get_submodule(call.block.path)
+        watch = Hooks(experts=experts, router_logits=True)
+        with torch.no_grad(), self.engine.watching(watch, call.tokens, call.first, unit):
+            module(*call.args, **call.kwargs)
+
+    def routing(self, call: BlockCall) -> RoutingTensors:
+        """Return the experts [T, k] and weights [T, k] that the edited block's router chooses."""
+        import torch
+
+        found: list[RoutingTensors] = []
+
+        def experts(seen: ExpertsCall) -> torch.Tensor:
+            found.append((seen.index, seen.weights))
+            return torch.zeros_like(seen.hidden)
+
+        self.run(call, experts)
+        return found[0]
+
+    def close(self) -> None:
+        self.original.freed.remove(self._let_go)
+        self._unit = None
+        self.engine.unpin()

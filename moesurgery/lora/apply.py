@@ -1,0 +1,292 @@
+"""LoRA adapters (PEFT's folders) applied tensor by tensor, those on expert weights too; nothing is materialised.
+
+`W + scale * B A` with A [r, in] and B [out, r] (arXiv 2106.09685); scale is alpha / r, or alpha / sqrt(r) (arXiv
+2312.03732). Adapters on a stack of experts hold all of them in one pair: A is [E * r, in], expert after expert, B
+[out, r * E] with the experts of one rank beside each other. Adapters made for one layout of the experts fit the other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from moesurgery.checkpoint.arrays import rounded
+from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.header import read_header
+from moesurgery.checkpoint.scan import read_object
+from moesurgery.checkpoint.source import open_source
+from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.expr.elementwise import cast
+from moesurgery.expr.nodes import Expr, Reader, Slice, Stored, Unary, reshape, torch_dtype
+from moesurgery.expr.tensors import slice_last, transpose
+from moesurgery.families.components import is_vision
+from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
+from moesurgery.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?")
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)\.(.+)$")
+_REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias")
+
+# Ways to begin that take something away from the base's weights, so that the adapter fits what is left of them.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_ADAPTED_AS_THEY_STAND = ("llama4",)  # families whose experts are [in, out] without their module saying so
+
+
+@dataclass(frozen=True)
+class LowRank(Unary):
+    """`of + factor * left @ right` of [m, n], [m, r] and [r, n], in float32, rounded to the dtype of `of`."""
+
+    left: Expr
+    right: Expr
+    factor: float
+
+    @property
+    def chunk_multiple(self) -> int:
+        rank, width = self.right.shape
+        rows = math.lcm(self.of.chunk_multiple, width) // width
+        return math.lcm(rows, math.lcm(self.left.chunk_multiple, rank) // rank) * width
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.of, self.left, self.right)
+
+    @property
+    def numpy_only(self) -> bool:
+        return all(expr.numpy_only for expr in self.inputs)
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        rank, width = self.right.shape
+        first, last = start // width, stop // width
+        right = self.right.array(0, self.right.numel, reader).reshape(rank, width)
+        left = self.left.array(first * rank, last * rank, reader).reshape(-1, rank)
+        values = self.of.array(start, stop, reader)
+        values += (left @ right * self.factor).reshape(-1)
+        return rounded(values, self.dtype)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.array(start, stop, reader)).to(torch_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The factors of one module: A [r, in] or [E * r, in], B [out, r] or [out, r * E]."""
+
+    module: str
+    a: Expr
+    b: Expr
+    embedding: bool
+
+
+class LoraAdapter:
+    """An adapter folder: its settings, factors by module, and tensors that replace the model's."""
+
+    def __init__(self, reference: str) -> None:
+        source = open_source(reference)
+        sizes = source.files()
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if file not in sizes:
+                hint = "pickled adapters are never opened: convert it first" if ADAPTER_CONFIG in sizes else None
+                raise CheckpointError(f"{source.name} has no {file}", hint or "name a folder that PEFT saved")
+        try:
+            config = read_object(source, ADAPTER_CONFIG, sizes[ADAPTER_CONFIG])
+        except ValueError as error:
+            raise CheckpointError(f"{source.name}/{ADAPTER_CONFIG} {error}") from None
+        header = read_header(
+            ADAPTER_WEIGHTS, sizes[ADAPTER_WEIGHTS], lambda start, length: source.read(ADAPTER_WEIGHTS, start, length)
+        )
+        self.config = config
+        self.checkpoint = Checkpoint(source, config, [header], None, sizes)
+        self.name = source.name
+        self._check()
+        self.tensors = {info.name: Stored(source, info) for info in header.tensors}
+
+    def _check(self) -> None:
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise RefusedError(f"{self.name} is a {kind} adapter: only LoRA adapters can be applied")
+        for key in _REFUSED:
+            if self.config.get(key):
+                raise RefusedError(f"{self.name} has {key}, which is not applied here", "merge it with PEFT first")
+        begun = str(self.config.get("init_lora_weights"))
+        if begun.lower().startswith(_CHANGES_THE_BASE):
+            raise RefusedError(
+                f"{self.name} has init_lora_weights {begun!r}, which changed the weights that it belongs to, too:"
+                " on the model itself it is not what was trained",
+                "save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT first",
+            )
+
+    def factor(self, module: str, rank: int) -> float:
+        """Return what multiplies B A of one module."""
+        alpha = self.config.get("lora_alpha", rank)
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    @cached_property
+    def pairs(self) -> list[_Pair]:
+        found: dict[tuple[str, bool], dict[str, Expr]] = {}
+        for name, expr in self.tensors.items():
+            if match := _FACTOR.fullmatch(name.removeprefix(_PREFIX)):
+                found.setdefault((match[1], match[2] is not None), {})[match[3]] = expr
+        for (module, _), factors in found.items():
+            if factors.keys() != {"A", "B"}:
+                raise CheckpointError(f"{self.name} has only one factor of {module}")
+        return [_Pair(module, f["A"], f["B"], embedding) for (module, embedding), f in found.items()]
+
+    @cached_property
+    def replacements(self) -> dict[str, Expr]:
+        """The tensors that were trained whole, under their names in the model."""
+        found: dict[str, Expr] = {}
+        for name, expr in self.tensors.items():
+            own = name.removeprefix(_PREFIX)
+            if ".lora_magnitude_vector" in own:
+                raise RefusedError(f"{self.name} has {name}: DoRA is not applied here", "merge it with PEFT first")
+            if not _FACTOR.fullmatch(own):
+                found[own.replace(".modules_to_save", "").replace(".base_layer", "")] = expr
+        return found
+
+
+def adapted(plan: Plan, reference: str) -> Plan:
+    """Return the plan with a LoRA adapter applied to its expressions.
+
+    Raises CheckpointError for a folder that holds no adapter, RefusedError where a tensor of it fits nothing.
+    """
+    adapter = LoraAdapter(reference)
+    tensors = dict(plan.tensors)
+    for name, expr in adapter.replacements.items():  # embeddings are saved whole beside their factors
+        if name not in tensors or tensors[name].shape != expr.shape:
+            raise RefusedError(f"{name} of the adapter {adapter.name} fits no tensor of {plan.checkpoint.name}")
+        tensors[name] = cast(expr, tensors[name].dtype)
+    parts = CanonicalTensors(replace(plan, tensors=tensors), plan.checkpoint.name)
+    known = _Names(parts)
+    changed: dict[CanonicalName, Expr] = {}
+    for pair in adapter.pairs:
+        known.apply(pair, adapter, changed)
+    for name, holder in parts.tensors.items():
+        keys = [CanonicalName(holder.layer, path) for path in holder.paths]
+        if any(key in changed for key in keys):
+            tensors[name] = holder.assemble([changed.get(key, parts.part(key)) for key in keys])
+    return replace(plan, sources=(*plan.sources, adapter.checkpoint), tensors=tensors)
+
+
+class _Names:
+    """The parts of a model by the names that they have in any layout of its family."""
+
+    def __init__(self, parts: CanonicalTensors) -> None:
+        self.parts = parts
+        self.keys: dict[str, list[CanonicalName]] = {}
+        self.inside: dict[str, list[str]] = {}  # module -> the parameters in it
+        for key in parts.stored_in:
+            own, others = parts.names(key, key.layer)
+            for name in (own, *others):
+                self.keys.setdefault(name, []).append(key)
+        for name in self.keys:
+            self.inside.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def apply(self, pair: _Pair, adapter: LoraAdapter, changed: dict[CanonicalName, Expr]) -> None:
+        """Enter what a pair of factors makes of the parts that it is for."""
+        module = pair.module.replace(".base_layer", "")
+        for name in self._inside(module):
+            keys = self.keys[name]
+            if self.parts.part(keys[0]).dtype not in PLAIN_FLOATS or len(self.parts.part(keys[0]).shape) != 2:
+                continue
+            if len(keys) == 1 and keys[0] not in changed and self._one(pair, adapter, keys[0], changed):
+                return
+            if len(keys) > 1 and keys[0] not in changed and self._all_experts(pair, adapter, keys, changed):
+                return
+        raise RefusedError(
+            f"{module} of the adapter {adapter.name} (A {list(pair.a.shape)}, B {list(pair.b.shape)}) fits no tensor of"
+            f" {self.parts.label}"
+        )
+
+    def _inside(self, module: str) -> list[str]:
+        """Return the names of the parameters in a module, by its own name or by what transformers calls it."""
+        found = self.inside.get(module) or self.inside.get(self._renamed(module))
+        if found is not None:
+            return found
+        stored = self._in_memory.get(f"{module}.weight")
+        return [stored] if stored is not None else []
+
+    def _renamed(self, module: str) -> str:
+        """Return what a module is called here that transformers holds under another prefix, as in a model with images.
+
+        Modules of a tower beside the language model are never taken for its own.
+        """
+        if is_vision(module.split(".")):
+            return module
+        in_layer = _IN_LAYER.search(module)
+        if in_layer is not None:
+            return self.parts.name_of(int(in_layer[1]), in_layer[2])
+        last = module.rpartition(".")[2]
+        outside = {name for name in self.inside if name.rpartition(".")[2] == last and not is_vision(name.split("."))}
+        return outside.pop() if len(outside) == 1 else module
+
+    @cached_property
+    def _in_memory(self) -> dict[str, str]:
+        """The stored name of every parameter that transformers only renames; none for a model that it does not know."""
+        from moesurgery.forward.meta_model import MetaModel
+
+        try:
+            targets = MetaModel(self.parts.plan, "cpu", "float32").target
+        except (CheckpointError, RefusedError):
+            return {}
+        count = Counter(targets.values())
+        return {target: name for name, target in targets.items() if count[target] == 1}
+
+    def _one(self, pair: _Pair, adapter: LoraAdapter, key: CanonicalName, changed: dict[CanonicalName, Expr]) -> bool:
+        rank = pair.a.shape[0]
+        factor = adapter.factor(pair.module, rank)
+        part = self.parts.part(key)
+        transposed = pair.embedding or bool(adapter.config.get("fan_in_fan_out")) or "~io" in key.path
+        left, right = (transpose(pair.a), transpose(pair.b)) if transposed else (pair.b, pair.a)
+        if part.shape != (left.shape[0], right.shape[1]) or left.shape[1] != right.shape[0]:
+            return False
+        changed[key] = LowRank(part, left, right, factor)
+        return True
+
+    def _all_experts(
+        self, pair: _Pair, adapter: LoraAdapter, keys: list[CanonicalName], changed: dict[CanonicalName, Expr]
+    ) -> bool:
+        """Apply one pair to the same projection of all experts, gate and up together.
+
+        PEFT knows of most models with experts of [in, out] that they are so, and else adapts them as they stand.
+        """
+        family = self.parts.anatomy.family
+        as_they_stand = family is not None and family.name in _ADAPTED_AS_THEY_STAND
+        roles = {key: key.path.split(".")[2].partition("~")[0] for key in keys}
+        numbers = sorted({int(key.path.split(".")[1]) for key in keys})
+        experts = len(numbers)
+        if pair.a.shape[0] % experts:
+            return False
+        rank, (out, _) = pair.a.shape[0] // experts, pair.b.shape
+        factor = adapter.factor(pair.module, rank)
+        by_rank = reshape(pair.b, (out * rank, experts))
+        found = {}
+        for key in keys:
+            number, part = int(key.path.split(".")[1]), self.parts.part(key)
+            a = Slice(pair.a, number * rank, (number + 1) * rank)
+            b = reshape(slice_last(by_rank, number, number + 1), (out, rank))
+            if roles[key] in ("gate", "up") and len(set(roles.values())) == 2:
+                b = Slice(b, 0, out // 2) if roles[key] == "gate" else Slice(b, out // 2, out)
+            left, right = (transpose(a), transpose(b)) if "~io" in key.path and not as_they_stand else (b, a)
+            if part.shape != (left.shape[0], right.shape[1]):
+                return False
+            found[key] = LowRank(part, left, right, factor)
+        changed.update(found)
+        return True

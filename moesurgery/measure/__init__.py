@@ -1,1 +1,0 @@
-"""Measuring: parameter counts and rooflines from headers, and loss by running the model."""

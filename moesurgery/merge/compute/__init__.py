@@ -1,0 +1,1 @@
+"""How a merge method is run on tensors in flat memory."""

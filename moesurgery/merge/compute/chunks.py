@@ -1,0 +1,214 @@
+"""What a method sees: the same tensor of all inputs, in chunks, and sums and ranks over the whole of it.
+
+A unit is what norms, angles and densities are taken over: a tensor, or one projection of one expert. Its inputs are
+never in memory together: every pass reads them again, which costs less than to hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.dtypes import element_count
+from moesurgery.expr.nodes import Expr, Reader
+from moesurgery.merge.compute.backend import Array, NumpyBackend, TorchBackend
+from moesurgery.merge.compute.threshold import NO_THRESHOLD, Threshold, ThresholdSearch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RANDOM_BLOCK = 1 << 15
+SAMPLE_RUNS, SAMPLE_RUN = 128, 512  # what `MergeInputs.cuts` looks at before it reads everything
+
+
+class RandomBits:
+    """Random bits of one key at any place; not for several threads at once."""
+
+    def __init__(self, key: int) -> None:
+        import numpy as np
+
+        self.key = key
+        self._generator = np.random.Philox(key=(key, 0))
+        self._state: Any = self._generator.state
+
+    def at(self, model: int, block: int) -> np.random.Philox:
+        """Return the generator of a block. Setting it costs a sixth of making one."""
+        self._state["state"]["key"][:] = (self.key, model)
+        self._state["state"]["counter"][:] = (0, 0, 0, block)
+        self._generator.state = self._state
+        return self._generator
+
+
+class Chunk:
+    """Elements `start:stop` of a unit: flat arrays, or [rows, width] for methods that want rows."""
+
+    def __init__(self, unit: MergeInputs, start: int, stop: int, models: list[Array], base: Array | None) -> None:
+        self.unit = unit
+        self.start, self.stop = start, stop
+        self.models, self._base = models, base
+
+    @property
+    def base(self) -> Array:
+        assert self._base is not None
+        return self._base
+
+    @cached_property
+    def deltas(self) -> list[Array]:
+        """What each model adds to the base."""
+        return [model - self.base for model in self.models]
+
+    def drawn(self, model: int, probability: Array | float) -> Array:
+        """Return True with `probability` (to 1/65536) per element, by the unit's key and the position alone."""
+        import numpy as np
+
+        found = []
+        for block in range(self.start // RANDOM_BLOCK, -(-self.stop // RANDOM_BLOCK)):
+            drawn = self.unit.random.at(model, block).random_raw(RANDOM_BLOCK // 4).view("<u2")
+            at = block * RANDOM_BLOCK
+            found.append(drawn[max(self.start - at, 0) : min(self.stop - at, RANDOM_BLOCK)])
+        numbers = found[0] if len(found) == 1 else np.concatenate(found)
+        if isinstance(probability, float):
+            threshold = round(probability * 65536)
+            mask = np.ones(len(numbers), bool) if threshold > 65535 else numbers < np.uint16(threshold)
+            return self.unit.engine.given(mask).reshape(self.models[model].shape)
+        scaled = self.unit.engine.given(numbers.astype(np.float32)).reshape(probability.shape)
+        return scaled < probability * 65536
+
+
+class MergeInputs:
+    """The inputs of one merge. `key` is that of its random numbers."""
+
+    def __init__(
+        self,
+        models: Sequence[Expr],
+        base: Expr | None,
+        shape: tuple[int, ...],
+        reader: Reader,
+        engine: NumpyBackend | TorchBackend,
+        *,
+        rows: bool = False,
+        key: int = 0,
+    ) -> None:
+        self.inputs, self.base_input = models, base
+        self.shape, self.numel = shape, element_count(shape)
+        self.width = shape[-1] if shape else 1
+        self.reader, self.engine, self.rows, self.key = reader, engine, rows, key
+
+    @cached_property
+    def random(self) -> RandomBits:
+        return RandomBits(self.key)
+
+    @property
+    def count(self) -> int:
+        """The number of models, without the base."""
+        return len(self.inputs)
+
+    @cached_property
+    def chunk_multiple(self) -> int:
+        from math import lcm
+
+        own = self.width if self.rows else 1
+        return lcm(own, *(e.chunk_multiple for e in (*self.inputs, *((self.base_input,) if self.base_input else ()))))
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes of arrays there are at once."""
+        inputs = self.count + (self.base_input is not None)
+        part = max(self.engine.step // self.chunk_multiple, 1) * self.chunk_multiple
+        return 4 * min(part, self.numel) * (inputs + 3)
+
+    def chunk(self, start: int, stop: int) -> Chunk:
+        """Read elements `start:stop` of all inputs."""
+        shape = (-1, self.width) if self.rows else (-1,)
+
+        def read(expr: Expr) -> Array:
+            return self.engine.read(expr, start, stop, self.reader).reshape(shape)
+
+        base = None if self.base_input is None else read(self.base_input)
+        return Chunk(self, start, stop, [read(expr) for expr in self.inputs], base)
+
+    def spans(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield the parts in which elements `start:stop` are to be looked at."""
+        stop = self.numel if stop is None else stop
+        step = max(1, self.engine.step // self.chunk_multiple) * self.chunk_multiple
+        while start < stop:
+            last = min(stop, (start // step + 1) * step)
+            yield start, last
+            start = last
+
+    def chunks(self) -> Iterator[Chunk]:
+        for start, stop in self.spans():
+            yield self.chunk(start, stop)
+
+    def total(self, function: Callable[[Chunk], Any]) -> np.ndarray:
+        """Return the sum over all chunks of the numbers that `function` gives, in float64."""
+        import numpy as np
+
+        total: np.ndarray | None = None
+        for chunk in self.chunks():
+            part = np.asarray(function(chunk), np.float64)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def cuts(
+        self, function: Callable[[Chunk], Sequence[Array]], counts: Sequence[Sequence[int]]
+    ) -> list[list[Threshold]]:
+        """Return the cuts above which the `counts` largest values of each array of `function` are.
+
+        `function` gives arrays of non-negative numbers, each with its list of counts. Exact, in flat memory: a sample
+        says between which values a cut lies, one pass counts what is above and keeps what is between. Of equal
+        values the later ones are the larger.
+        """
+        searches = [
+            [ThresholdSearch(count, self.numel, sample) for count in wanted]
+            for wanted, sample in zip(counts, self._sample(function), strict=True)
+        ]
+        while any(not search.done for row in searches for search in row):
+            for chunk in self.chunks():
+                for values, row in zip(function(chunk), searches, strict=True):
+                    for search in row:
+                        if not search.done:
+                            search.see(values, self.engine)
+            for row in searches:
+                for search in row:
+                    search.conclude()
+        return [[self._cut(search, function, i) for search in row] for i, row in enumerate(searches)]
+
+    def _sample(self, function: Callable[[Chunk], Sequence[Array]]) -> list[np.ndarray]:
+        """Return some values of each array of `function`, sorted: from evenly spaced runs."""
+        import numpy as np
+
+        run = max(1, -(-SAMPLE_RUN // self.chunk_multiple)) * self.chunk_multiple
+        runs = max(1, min(SAMPLE_RUNS, self.numel // run))
+        if runs * run * 4 > self.numel:
+            starts = [(0, self.numel)]
+        else:
+            gap = self.numel // runs // self.chunk_multiple * self.chunk_multiple
+            starts = [(i * gap, i * gap + run) for i in range(runs)]
+        found: list[list[np.ndarray]] = []
+        for start, stop in starts:
+            for first, last in self.spans(start, stop):
+                for i, values in enumerate(function(self.chunk(first, last))):
+                    if len(found) <= i:
+                        found.append([])
+                    found[i].append(self.engine.taken(values).reshape(-1))
+        return [np.sort(np.concatenate(parts)) for parts in found]
+
+    def _cut(self, search: ThresholdSearch, function: Callable[[Chunk], Sequence[Array]], which: int) -> Threshold:
+        """Turn a finished search into a cut: find the position from which equal values count."""
+        import numpy as np
+
+        if search.count <= 0:
+            return NO_THRESHOLD
+        needed = search.count - search.above
+        for (start, stop), equal in zip(reversed(list(self.spans())), reversed(search.equal), strict=True):
+            if equal < needed:
+                needed -= equal
+                continue
+            if equal == needed:
+                return Threshold(search.value, start)
+            values = self.engine.taken(function(self.chunk(start, stop))[which]).reshape(-1)
+            return Threshold(search.value, start + int(np.flatnonzero(values == search.value)[-needed]))
+        raise AssertionError("the values changed between two passes")

@@ -1,0 +1,1 @@
+"""The merge methods, a file each."""

@@ -1,0 +1,1 @@
+"""mergekit's merge recipes, read strictly."""

@@ -1,0 +1,289 @@
+"""The tokenizer of a merge: its files, and which row of each model's embedding stands for each of its tokens.
+
+tokenizer.json is read and edited as data; no tokenizer library is needed. A union keeps the base's tokens under their
+numbers and appends those of the other models, with their merges, so that text of either is encoded as it was in full
+words; mergekit appends them as literal words, which byte-level texts never hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.arrays import rounded
+from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.errors import RefusedError
+from moesurgery.expr.nodes import Expr, Reader, Slice, reshape, torch_dtype
+from moesurgery.families import components
+from moesurgery.merge.align import NeuronStatistics
+from moesurgery.merge.chat_templates import SETTINGS, TEMPLATE
+from moesurgery.merge.compatibility import tokenizers_differ
+from moesurgery.merge.recipe.tokenizer_config import TokenizerConfig, TokenSource
+from moesurgery.moe.canonical_names import CanonicalTensors
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FILE = "tokenizer.json"
+# Other forms of a tokenizer, stale once tokens are added.
+OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *OTHER_FORMS)
+
+
+@dataclass(frozen=True)
+class Gathered(Expr):
+    """Each row the mean of rows of `options`, as `picks` names them by (option, row); zeros where it names none."""
+
+    options: tuple[Expr, ...]
+    picks: tuple[tuple[tuple[int, int], ...], ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @cached_property
+    def row(self) -> int:
+        return self.numel // max(len(self.picks), 1)
+
+    @property
+    def chunk_multiple(self) -> int:
+        return max(self.row, 1)
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return self.options
+
+    @property
+    def numpy_only(self) -> bool:
+        return all(expr.numpy_only for expr in self.options)
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        import numpy as np
+
+        row = self.row
+        chosen = self.picks[start // row : stop // row]
+        out = np.zeros((len(chosen), row), np.float32)
+        at = 0
+        while at < len(chosen):
+            count = 1
+            if len(chosen[at]) == 1:
+                option, first = chosen[at][0]
+                while at + count < len(chosen) and chosen[at + count] == ((option, first + count),):
+                    count += 1
+                expr = self.options[option]
+                out[at : at + count] = expr.array(first * row, (first + count) * row, reader).reshape(count, row)
+            elif chosen[at]:
+                for option, index in chosen[at]:
+                    out[at] += self.options[option].array(index * row, (index + 1) * row, reader)
+                out[at] /= len(chosen[at])
+            at += count
+        return rounded(out.reshape(-1), self.dtype)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.array(start, stop, reader)).to(torch_dtype(self.dtype))
+
+
+def vocabulary(checkpoint: Checkpoint, label: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return a model's tokenizer.json and the number of every token. Raises RefusedError where it has none."""
+    if FILE not in checkpoint.file_sizes:
+        raise RefusedError(
+            f"{label} has no {FILE}, so its tokens cannot be matched", "save it with a fast tokenizer: it writes one"
+        )
+    try:
+        data = json.loads(checkpoint.source.read(FILE, 0, checkpoint.file_sizes[FILE]))
+        held = data["model"]["vocab"]
+        numbers = dict(held) if isinstance(held, dict) else {piece: i for i, (piece, _) in enumerate(held)}
+        numbers.update({token["content"]: token["id"] for token in data.get("added_tokens") or ()})
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{FILE} of {label} is not understood: {error}") from None
+    return data, numbers
+
+
+def is_kept(wish: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> bool:
+    """Whether a wish leaves the base's tokenizer as it is though its tokens are not known: all models have the same."""
+    base, *others = (parts.plan.checkpoint for parts in models.values())
+    same = all(tokenizers_differ(base, other) is False for other in others)
+    return same and FILE not in base.file_sizes and not wish.tokens and wish.multiple is None
+
+
+def _vocabularies(models: Mapping[str, CanonicalTensors]) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
+    """Return `vocabulary` of each model; one that keeps its tokenizer as another does has that one's."""
+    found: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
+    for name, parts in models.items():
+        checkpoint = parts.plan.checkpoint
+        if FILE in checkpoint.file_sizes:
+            found[name] = vocabulary(checkpoint, parts.label)
+    for name, parts in models.items():
+        if name not in found:
+            like = (n for n in found if tokenizers_differ(models[n].plan.checkpoint, parts.plan.checkpoint) is False)
+            twin = next(like, None)
+            found[name] = found[twin] if twin is not None else vocabulary(parts.plan.checkpoint, parts.label)
+    return {name: found[name] for name in models}
+
+
+class MergedTokenizer:
+    """The tokenizer that a wish makes of those of `models`, the first of which is the base."""
+
+    def __init__(self, wish: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> None:
+        self.wish, self.models = wish, models
+        self.base = next(iter(models))
+        found = _vocabularies(models)
+        self.numbers = {name: numbers for name, (_, numbers) in found.items()}
+        shard_of = wish.source if wish.source not in ("base", "union") else self.base
+        self.data, self.shard_of = copy.deepcopy(found[shard_of][0]), shard_of
+        self.tokens = dict(self.numbers[shard_of])
+        self.added = False
+        self.rescored = False  # pieces of two Unigram models stand side by side, scored apart
+        if wish.source == "union":
+            for name in models:
+                self._join(found[name][0], self.numbers[name], models[name].label)
+        for token in wish.tokens:
+            if token not in self.tokens:
+                self._add(token, special=True)
+        rows = 1 + max(self.tokens.values(), default=-1)
+        if not self.added and wish.source in ("base", self.base):
+            rows = max(rows, self._rows_of(models[self.base]))  # padding rows stay
+        self.rows = -(-rows // wish.multiple) * wish.multiple if wish.multiple else rows
+
+    def _rows_of(self, parts: CanonicalTensors) -> int:
+        """Return how many rows a model's embedding has; 0 where there is none."""
+        sizes = (
+            parts.plan.tensors[name].shape[0]
+            for name, component in parts.anatomy.component.items()
+            if component == components.EMBEDDING and len(parts.plan.tensors[name].shape) == 2
+        )
+        return max(sizes, default=0)
+
+    def is_vocabulary(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor of the base has a row for each token."""
+        parts = self.models[self.base]
+        if parts.anatomy.component.get(name) not in (components.EMBEDDING, components.HEAD) or not shape:
+            return False
+        return shape[0] == self._rows_of(parts)
+
+    def _join(self, data: dict[str, Any], numbers: Mapping[str, int], label: str) -> None:
+        """Append what another tokenizer has and this one has not: pieces, merges, added tokens."""
+        ours, theirs = self.data["model"], data["model"]
+        if ours.get("type") != theirs.get("type"):
+            raise RefusedError(
+                f"the tokenizers are of different kinds, {ours.get('type')} and {theirs.get('type')} ({label}):"
+                " they have no union",
+                "use `tokenizer_source: base`, or one model's",
+            )
+        added = {token["content"]: token for token in data.get("added_tokens") or ()}
+        for token in sorted(numbers, key=numbers.__getitem__):
+            if token in self.tokens:
+                continue
+            if token in added:
+                self._add(token, special=bool(added[token].get("special")), like=added[token])
+            elif isinstance(ours["vocab"], dict):
+                self.added = True
+                ours["vocab"][token] = self.tokens[token] = self._next()
+            else:
+                self._piece(token, theirs)
+        if isinstance(ours.get("merges"), list):
+            seen = {_pair(merge) for merge in ours["merges"]}
+            ours["merges"] += [merge for merge in theirs.get("merges") or () if _pair(merge) not in seen]
+
+    def _piece(self, token: str, theirs: Mapping[str, Any]) -> None:
+        """Append a piece of a Unigram model: its number is its place, so added tokens must not stand behind."""
+        ours = self.data["model"]["vocab"]
+        if self._next() != len(ours):
+            self._add(token, special=False)
+            return
+        self.added = self.rescored = True
+        self.tokens[token] = len(ours)
+        ours.append(next([piece, score] for piece, score in theirs["vocab"] if piece == token))
+
+    def _add(self, token: str, *, special: bool, like: Mapping[str, Any] | None = None) -> None:
+        self.added = True
+        number = self.tokens[token] = self._next()
+        if isinstance(self.data["model"]["vocab"], dict):  # else the library numbers them after all of the model's
+            self.data["model"]["vocab"][token] = number
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+        self.data.setdefault("added_tokens", []).append({**plain, **(like or {}), "id": number, "content": token})
+
+    def _next(self) -> int:
+        return 1 + max(self.tokens.values(), default=-1)
+
+    def files(self) -> dict[str, bytes | None]:
+        """Return the side files that differ from the base's, None for those that go."""
+        found: dict[str, bytes | None] = {}
+        held = self.models[self.shard_of].plan.checkpoint
+        if self.shard_of != self.base:
+            for file in TOKENIZER_FILES:
+                size = held.file_sizes.get(file)
+                found[file] = held.source.read(file, 0, size) if size is not None else None
+        if self.added:
+            found[FILE] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
+            found.update(dict.fromkeys(OTHER_FORMS))
+        base = self.models[self.base].plan.checkpoint.file_sizes
+        return {file: data for file, data in found.items() if data is not None or file in base}
+
+    def resized(self, inputs: Mapping[str, Expr]) -> dict[str, Expr]:
+        """Return a tensor of all models with the rows that the merged tokenizer wants."""
+        names = list(inputs)
+        options = [inputs[name] for name in names]
+        base = names.index(self.base) if self.base in inputs else 0
+        options.append(Slice(NeuronStatistics(_matrix(inputs[names[base]])), 0, 1))
+        text_of = {number: token for token, number in self.tokens.items()}
+        found: dict[str, Expr] = {}
+        for i, name in enumerate(names):
+            picks = tuple(self._picks(text_of.get(n), n, i, names, options, base) for n in range(self.rows))
+            expr = inputs[name]
+            found[name] = Gathered(tuple(options), picks, expr.dtype, (self.rows, *expr.shape[1:]))
+        return found
+
+    def _picks(
+        self, token: str | None, number: int, which: int, names: Sequence[str], options: Sequence[Expr], base: int
+    ) -> tuple[tuple[int, int], ...]:
+        """Return where row `number` of model `which` comes from."""
+        if token is None:  # padding: the base's where it has some, else the mean of its rows
+            return ((base, number),) if number < options[base].shape[0] else ((len(names), 0),)
+        wish = self.wish.tokens.get(token)
+        own = self.numbers[names[which]].get(token)
+        if own is not None and own >= options[which].shape[0]:
+            own = None
+        if own is not None and not (wish is not None and wish.force):
+            return ((which, own),)
+        if wish is not None:
+            return self._wished(token, wish, names, options)
+        found = [
+            (j, n)
+            for j, name in enumerate(names)
+            if (n := self.numbers[name].get(token)) is not None and n < options[j].shape[0]
+        ]
+        return tuple(found) or ((len(names), 0),)
+
+    def _wished(
+        self, token: str, wish: TokenSource, names: Sequence[str], options: Sequence[Expr]
+    ) -> tuple[tuple[int, int], ...]:
+        if wish.model is None:
+            return ()
+        label = self.models[wish.model].label
+        if wish.model not in names:
+            raise RefusedError(
+                f"the token {token!r} takes a row of {label}, which is not merged", "list it under `models:` too"
+            )
+        which = names.index(wish.model)
+        number = wish.number if wish.number is not None else self.numbers[wish.model].get(wish.token or token)
+        if number is None:
+            raise RefusedError(f"the token {wish.token or token!r} is not in the tokenizer of {label}")
+        if not 0 <= number < options[which].shape[0]:
+            raise RefusedError(
+                f"the token {token!r} takes row {number} of {label}, which has {options[which].shape[0]}"
+            )
+        return ((which, number),)
+
+
+def _pair(merge: Any) -> tuple[str, ...]:
+    return tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+
+
+def _matrix(expr: Expr) -> Expr:
+    return expr if len(expr.shape) == 2 else reshape(expr, (expr.shape[0], expr.numel // max(expr.shape[0], 1)))

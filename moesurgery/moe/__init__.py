@@ -1,0 +1,1 @@
+"""The tensor algebra of one MoE block, in every layout."""

@@ -1,0 +1,1 @@
+"""Operations: their registry, their parameters, and the strict YAML that names them."""

@@ -1,0 +1,143 @@
+"""Operations: pure functions from plan to plan, and their registry.
+
+An operation's keyword-only signature is its recipe step, its JSON schema, its command and its documentation:
+
+    @operation("rescale")
+    def rescale(plan: Plan, *, top_k: Annotated[int, Param("experts per token", minimum=1)]) -> Plan:
+        '''Route each token to `top_k` experts.'''
+
+A third party adds one in a module of its own, named under the entry point group `moesurgery.operations`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from moesurgery.errors import RecipeError
+from moesurgery.plan.plan import Plan
+from moesurgery.recipe.parameters import Misfit, NamedFile, Parameter, check_value, named, parameters_of
+
+# The operations of this package, each in the module of its name, in the order in which `--help` shows them.
+BUILT_IN = (
+    "rescale",
+    "drop-experts",
+    "merge-experts",
+    "add-expert",
+    "upcycle",
+    "to-dense",
+    "tie-blocks",
+    "convert",
+    "refit",
+)
+
+
+_PACKAGES = frozenset(("rescale", "upcycle", "tie-blocks"))  # those that are more than one file
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A named operation and what its signature says of it."""
+
+    name: str
+    function: Callable[..., Plan]
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        return parameters_of(self.function)
+
+    def named(self, values: Mapping[str, Any]) -> Iterator[NamedFile]:
+        """Yield where a step's parameters name models and files."""
+        for name, value in values.items():
+            if name in self.parameters:
+                yield from named(self.parameters[name], value)
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    @property
+    def documentation(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+
+_registered: dict[str, Operation] = {}
+_loaded = False
+
+
+def operation(name: str) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
+    """Register a function as the operation `name`."""
+
+    def register(function: Callable[..., Plan]) -> Callable[..., Plan]:
+        _registered[name] = Operation(name, function)
+        return function
+
+    return register
+
+
+def operations() -> Mapping[str, Operation]:
+    """Return all operations by name, built-in ones first."""
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        for name in BUILT_IN:
+            _load(name)
+        for entry in entry_points(group="moesurgery.operations"):
+            entry.load()
+    return {name: _registered[name] for name in dict.fromkeys((*BUILT_IN, *_registered))}
+
+
+def _load(name: str) -> None:
+    module = name.replace("-", "_")
+    import_module(f"moesurgery.surgery.{module}.{module}" if name in _PACKAGES else f"moesurgery.surgery.{module}")
+
+
+def find_operation(name: str) -> Operation:
+    """Return the operation `name`, importing no other if it is built in; raise RecipeError with the nearest name."""
+    if name in BUILT_IN:
+        _load(name)
+        return _registered[name]
+    known = operations()
+    if name not in known:
+        raise RecipeError(f"there is no operation {name!r}", did_you_mean(name, known) or f"known: {', '.join(known)}")
+    return known[name]
+
+
+def did_you_mean(word: str, known: Any) -> str | None:
+    """Return a hint with the nearest of `known`, if one is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def problems(found: Operation, values: Mapping[str, Any]) -> list[Misfit]:
+    """Return everything that is wrong with the parameters of a step, and at which key each of it stands."""
+    wrong = []
+    for name, value in values.items():
+        if name not in found.parameters:
+            hint = did_you_mean(name, found.parameters)
+            known = ", ".join(found.parameters)
+            wrong.append(Misfit((name,), f"{found.name} has no parameter {name!r}: " + (hint or f"it has {known}")))
+        elif problem := check_value(found.parameters[name], value):
+            wrong.append(Misfit(problem.path, f"{found.name}: {problem.message}"))
+    for parameter in found.parameters.values():
+        if parameter.required and parameter.name not in values:
+            wrong.append(Misfit((), f"{found.name} needs {parameter.name}: {parameter.param.help}"))
+    return wrong
+
+
+def apply(plan: Plan, name: str, **values: Any) -> Plan:
+    """Apply one operation to a plan.
+
+    Raises RecipeError for wrong parameters, RefusedError where the edit has no meaning for the model.
+    """
+    found = find_operation(name)
+    wrong = [problem.message for problem in problems(found, values)]
+    if wrong:
+        raise RecipeError(wrong[0], f"see `moesurgery {name} --help`" if len(wrong) == 1 else "; ".join(wrong[1:]))
+    return found.function(plan, **values)

@@ -1,0 +1,1 @@
+"""The files that data-driven edits read: statistics of experts, group fits, repairs."""

@@ -1,0 +1,125 @@
+"""Which experts matter: the criteria that need statistics, and how far two halves of the tokens agree on them.
+
+A criterion gives each expert of a block a score; the lowest are dropped first. N_e is the number of tokens
+routed to e, p_e its share of the router's scores, g_e its weight, f_e its output.
+
+    frequency       N_e                                  (arXiv 2404.05089)
+    soft-frequency  sum of p_e over all tokens           (arXiv 2404.05089)
+    ean             sum of |f_e|                         (expert activation norm, in arXiv 2510.13999)
+    reap            sum of g_e |f_e| / N_e               (arXiv 2510.13999), with N_e at least 32
+    reap-sum        sum of g_e |f_e|
+    gram            least sum |sum_D g_e f_e|^2 over the set D of dropped experts, greedily: the part of the
+                    output that goes, without what the promotion of others brings back
+    recon           for a number of experts to keep: the kept set with the least |y - y'|^2, y' the output with
+                    the router choosing from that set alone (arXiv 2402.14800); see `fitting.keep_search`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from moesurgery.stats.statistics_file import BlockStats, Stats
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MeasuredCriterion = Literal["reap", "reap-sum", "frequency", "soft-frequency", "ean", "gram", "recon"]
+FLOOR = 32  # tokens: a mean over fewer is taken over this many
+SUPER_PERCENTILE = 99.5
+SUPER_SHARE = 0.1
+
+
+def _reap(block: BlockStats) -> np.ndarray:
+    import numpy as np
+
+    found: np.ndarray = block.total("gate_norm") / np.maximum(block.total("count"), FLOOR)
+    return found
+
+
+def _gram(block: BlockStats) -> np.ndarray:
+    """Return the place of each expert in the order in which a greedy choice drops them."""
+    import numpy as np
+
+    gram = block.total("gram")
+    order: list[int] = []
+    cost = np.diag(gram).copy()  # what the sum over the dropped set grows by
+    while len(order) < len(gram):
+        candidates = [e for e in range(len(gram)) if e not in order]
+        chosen = min(candidates, key=lambda e: (cost[e], e))
+        order.append(chosen)
+        cost = cost + 2 * gram[chosen]
+    return np.argsort(order).astype(float)
+
+
+_SCORES: Mapping[MeasuredCriterion, Callable[[BlockStats], np.ndarray]] = {
+    "reap": _reap,
+    "reap-sum": lambda block: block.total("gate_norm"),
+    "frequency": lambda block: block.total("count"),
+    "soft-frequency": lambda block: block.total("probability"),
+    "ean": lambda block: block.total("norm"),
+    "gram": _gram,
+}
+CRITERIA: tuple[MeasuredCriterion, ...] = tuple(_SCORES)
+
+
+def scores(block: BlockStats, by: MeasuredCriterion, keep: int = 0) -> np.ndarray:
+    """Return a score [E] for each expert; higher is more worth keeping. `recon` needs the number to `keep`."""
+    if by == "recon":
+        return block.sums[f"recon@{keep}"]
+    return _SCORES[by](block)
+
+
+def super_experts(stats: Stats) -> dict[str, list[int]]:
+    """Return the experts whose outputs have values far above all others', by block (arXiv 2507.23279).
+
+    Their largest |f| is above the 99.5th percentile of all experts' and above a tenth of the largest, and they
+    stand in the first three quarters of the layers. Pruning one of them can break a model.
+    """
+    import numpy as np
+
+    peaks = np.concatenate([block.total("peak") for block in stats.blocks.values()])
+    limit = max(np.percentile(peaks, SUPER_PERCENTILE), SUPER_SHARE * peaks.max())
+    early = list(stats.blocks)[: -(-3 * len(stats.blocks) // 4)]
+    found = {w: [e for e, peak in enumerate(stats.blocks[w].total("peak")) if peak > limit] for w in early}
+    return {where: experts for where, experts in found.items() if experts}
+
+
+def agreement(stats: Stats, by: MeasuredCriterion, share: float = 0.25) -> dict[str, float]:
+    """Return how far the even and the odd windows agree on a ranking, on average over layers and at worst.
+
+    `spearman`: rank correlation of the scores. `overlap`: how much of the lowest `share` is the same.
+    """
+    import numpy as np
+
+    correlations, overlaps = [], []
+    for block in stats.blocks.values():
+        first, second = (scores(block.half(h), by) for h in (0, 1))
+        correlations.append(spearman(first, second))
+        count = max(1, round(share * len(first)))
+        low = [set(np.argsort(s, kind="stable")[:count].tolist()) for s in (first, second)]
+        overlaps.append(len(low[0] & low[1]) / count)
+    return {
+        "spearman": float(np.mean(correlations)),
+        "spearman_worst": float(np.min(correlations)),
+        "overlap": float(np.mean(overlaps)),
+        "overlap_worst": float(np.min(overlaps)),
+    }
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the rank correlation of two vectors, ties sharing their mean rank; 1 where either is constant."""
+    import numpy as np
+
+    a, b = _ranks(first), _ranks(second)
+    if not a.std() or not b.std():
+        return 1.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse])

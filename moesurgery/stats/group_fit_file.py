@@ -1,0 +1,103 @@
+"""A fit on disk: how the experts of each group go together (`fitting.group_fit`), ready for `merge-experts`.
+
+A safetensors file. For each MoE block that was run, `WHERE/order/E` [I] has the neurons of expert E in the order of
+those of its group's dominant member, `WHERE/router` [M, H] and `WHERE/router_bias` [M] the router's entries for the M
+groups of more than one expert. The metadata has the groups that it was made for, and on what.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.checkpoint.header import TensorInfo, read_header
+from moesurgery.checkpoint.source import LocalSource
+from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.expr.nodes import Expr, Slice, Stored
+
+if TYPE_CHECKING:
+    from moesurgery.fitting.group_fit import GroupFit
+    from moesurgery.surgery.group_experts import Merger
+
+FORMAT = "moesurgery fit 1"
+
+
+def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: Merger, about: Mapping[str, Any]) -> None:
+    """Write what was found for a merge, and `about` it on what."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, Any] = {}
+    for fit in fits:
+        arrays |= {f"{fit.where}/order/{e}": order.astype(np.int64) for e, order in fit.orders.items()}
+        arrays |= {f"{fit.where}/{role}": entries.astype(np.float32) for role, entries in fit.router.items()}
+    blocks = {f.where: {"groups": merger.groups[f.where], "dominant": merger.dominant[f.where]} for f in fits}
+    document = {**about, "align": merger.align, "router": merger.router, "blocks": blocks}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, path, metadata={"format": FORMAT, "about": json.dumps(document)})
+
+
+@dataclass(frozen=True)
+class GroupFitFile:
+    """A fit as it was read. Its tensors are opened when their values are asked for."""
+
+    source: LocalSource
+    about: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def blocks(self) -> Mapping[str, Mapping[str, Any]]:
+        """The groups and dominant members of each block that was run."""
+        found: Mapping[str, Mapping[str, Any]] = self.about["blocks"]
+        return found
+
+    def differences(self, merger: Merger) -> list[str]:
+        """Return in what a merge differs from the one that the fit was made for, in words."""
+        for kind, wanted in (("align", "activations"), ("router", "lse")):
+            if getattr(merger, kind) == wanted != self.about[kind]:
+                return [f"it was made for --{kind} {self.about[kind]}"]
+        for where, block in self.blocks.items():
+            groups, dominant = merger.groups.get(where), merger.dominant.get(where)
+            if groups != block["groups"]:
+                return [f"it has {block['groups']} in {where}, the merge {groups or 'no experts there'}"]
+            if dominant != block["dominant"]:
+                return [f"other members are dominant in {where}"]
+        return []
+
+    def check(self, merger: Merger, path: str) -> None:
+        """Raise RefusedError where the fit was made for another merge."""
+        differs = self.differences(merger)
+        if differs:
+            raise RefusedError(
+                f"merge-experts: {path} was made for another merge: {differs[0]}", "make it again with --text FILE"
+            )
+
+    def order(self, where: str, expert: int) -> Expr:
+        """Return the order [I] of an expert's neurons."""
+        return Stored(self.source, self.tensors[f"{where}/order/{expert}"])
+
+    def row(self, where: str, role: str, number: int) -> Expr:
+        """Return the entry [1, H] or [1] of group `number` in the block's "router" or "router_bias"."""
+        merged = [n for n, group in enumerate(self.blocks[where]["groups"]) if len(group) > 1]
+        at = merged.index(number)
+        return Slice(Stored(self.source, self.tensors[f"{where}/{role}"]), at, at + 1)
+
+
+def open_group_fits(path: str | Path) -> GroupFitFile:
+    """Read a fit. Raises CheckpointError where the file holds none."""
+    file = Path(path).absolute()
+    hint = "make one with `moesurgery merge-experts … --text FILE`"
+    source = LocalSource(file.parent)
+    try:
+        header = read_header(
+            file.name, file.stat().st_size, lambda start, length: source.read(file.name, start, length)
+        )
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{path} cannot be read as a fit of groups: {error}", hint) from None
+    if header.metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no fit of groups", hint)
+    about = json.loads(header.metadata["about"])
+    return GroupFitFile(source, about, {info.name: info for info in header.tensors})

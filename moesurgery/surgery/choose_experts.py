@@ -1,0 +1,175 @@
+"""Which experts: by number, the same in all layers or per layer, or by a criterion.
+
+A criterion gives every expert of a block a score; the lowest are given up first. Two read routers at most; the
+others are computed from statistics of a run over text (`stats.criteria`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.expr.evaluate import values_of
+from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.plan.plan import Plan
+from moesurgery.stats.criteria import MeasuredCriterion
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FreeCriterion = Literal["router-norm", "random"]
+Criterion = Literal[FreeCriterion, MeasuredCriterion]
+DEFAULT_CRITERION: MeasuredCriterion = "reap-sum"  # where there are statistics; docs/measure.md has the table
+LayerKey = int | str  # the number of a layer, or its full name where two have one number
+
+
+def per_block(anatomy: Anatomy, operation: str, value: Any) -> dict[str, Any]:
+    """Return `value` for every block by name: itself, or where it is a mapping, the entry of the block's layer.
+
+    Blocks that a mapping leaves out have no entry. Raises RefusedError for a layer that has no experts or is not there.
+    """
+    if not isinstance(value, Mapping):
+        return {block.where: value for block in anatomy.blocks}
+    keys: dict[str, str] = {}
+    for block in reversed(anatomy.blocks):  # main layers come first, and so win a number
+        keys[str(block.layer)] = keys[block.where] = block.where
+    found = {}
+    for key, entry in value.items():
+        if str(key) not in keys:
+            layers = ", ".join(str(b.layer) for b in anatomy.main_blocks)
+            raise RefusedError(f"{operation}: there is no MoE layer {key!r}", f"the MoE layers are {layers}")
+        found[keys[str(key)]] = entry
+    return found
+
+
+def check_indices(operation: str, block: MoeBlock, indices: Sequence[int]) -> None:
+    """Raise RefusedError for an expert that is not there or is named twice."""
+    for index in indices:
+        if not 0 <= index < block.experts:
+            raise RefusedError(
+                f"{operation}: {block.where} has no expert {index}", f"its experts are 0 to {block.experts - 1}"
+            )
+    if len(set(indices)) != len(indices):
+        raise RefusedError(f"{operation}: an expert of {block.where} is named twice: {sorted(indices)}")
+
+
+def router_rows(plan: Plan, block: MoeBlock) -> np.ndarray:
+    """Return the router's rows [E, H] of a block. Raises RefusedError where its router is no single matrix."""
+    if block.router is None:
+        raise RefusedError(f"{block.where}: its router is not one matrix", "name the experts by number")
+    rows = values_of(plan.tensors[block.router.name])
+    return (rows.T if block.router.axis == 1 else rows)[: block.experts]
+
+
+def _router_norm(plan: Plan, block: MoeBlock, seed: int) -> np.ndarray:
+    """The length of each expert's router row. A softmax ignores what all rows share, so their mean is left out."""
+    import numpy as np
+
+    rows = router_rows(plan, block)
+    if plan.anatomy.settings.score in ("softmax", "top-softmax"):
+        rows = rows - rows.mean(axis=0)
+    return np.asarray(np.linalg.norm(rows, axis=1))
+
+
+def _random(plan: Plan, block: MoeBlock, seed: int) -> np.ndarray:
+    import numpy as np
+
+    digest = hashlib.sha256(f"{seed}/{block.where}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little")).random(block.experts)
+
+
+_FREE: Mapping[FreeCriterion, Callable[[Plan, MoeBlock, int], np.ndarray]] = {
+    "router-norm": _router_norm,
+    "random": _random,
+}
+
+
+def expert_scores(plan: Plan, block: MoeBlock, by: FreeCriterion, seed: int) -> list[float]:
+    """Return a score for each expert of `block` by a criterion that needs no data; higher is more worth keeping."""
+    return [float(score) for score in _FREE[by](plan, block, seed)]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The score of every expert, by block, and what is to be known about it. Protected experts are never given up."""
+
+    scores: Mapping[str, list[float]]
+    protected: Mapping[str, list[int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+
+    def lowest(self, anatomy: Anatomy, where: str, count: int) -> list[int]:
+        guarded = self.protected.get(where, [])
+        return lowest(
+            anatomy, [math.inf if e in guarded else score for e, score in enumerate(self.scores[where])], count
+        )
+
+
+def ranking(
+    plan: Plan, operation: str, by: Criterion, seed: int, stats: str | None, count: int, protect_super: bool
+) -> Ranking:
+    """Rank the experts of every block by `by`, of which `count` are to be given up.
+
+    Blocks that are not run, such as prediction layers, are ranked by their routers. Raises RecipeError where
+    statistics are needed and missing, RefusedError where they are of another model.
+    """
+    blocks = plan.anatomy.blocks
+    if by == "router-norm" or by == "random":
+        return Ranking({b.where: expert_scores(plan, b, by, seed) for b in blocks})
+    if stats is None:
+        raise RecipeError(
+            f"{operation}: --by {by} needs statistics",
+            "give --text FILE to collect them, or --stats FILE from `moesurgery collect`",
+        )
+    from moesurgery.stats.criteria import agreement, scores, super_experts
+    from moesurgery.stats.statistics_file import digest, load_stats
+
+    found = load_stats(stats)
+    found.check(plan.anatomy, operation)
+    kept = plan.anatomy.experts - count
+    if by == "recon" and kept not in found.recon:
+        raise RefusedError(
+            f"{operation}: {stats} has no choice of {kept} experts by reconstruction",
+            f"collect again with `moesurgery collect --recon {kept}`",
+        )
+    ranked = {
+        b.where: scores(found.blocks[b.where], by, kept).tolist()
+        if b.where in found.blocks
+        else expert_scores(plan, b, "router-norm", seed)
+        for b in blocks
+    }
+    notes = []
+    if by != "recon" and count:
+        share = agreement(found, by, count / plan.anatomy.experts)["overlap"]
+        notes.append(f"two halves of the text agree on {100 * share:.0f} % of what is given up by {by}")
+    protected = super_experts(found) if protect_super else {}
+    if protected:
+        notes.append(protected_note(protected))
+    if others := [where for where in ranked if where not in found.blocks]:
+        notes.append(not_run_note(others))
+    return Ranking(ranked, protected, tuple(notes), {"sha256": digest(stats), **found.about})
+
+
+def protected_note(protected: Mapping[str, Sequence[int]]) -> str:
+    named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in protected.items())
+    return f"protected, for outputs far above all others' ({named}); --no-protect-super lets them go"
+
+
+def not_run_note(blocks: Sequence[str]) -> str:
+    return f"{', '.join(blocks)}: not run, so experts were chosen by their router rows"
+
+
+def lowest(anatomy: Anatomy, scores: Sequence[float], count: int) -> list[int]:
+    """Return the `count` experts of the lowest score, as many from each of the router's groups, in ascending order."""
+    groups = anatomy.settings.groups
+    parts = groups[0] if groups else 1
+    size = len(scores) // parts
+    found: list[int] = []
+    for part in range(parts):
+        members = range(part * size, (part + 1) * size)
+        found += sorted(members, key=lambda e: (scores[e], e))[: count // parts]
+    return sorted(found)

@@ -1,0 +1,232 @@
+"""Change the number of active experts, and keep the norm of what they add.
+
+n is the trained top-k, m the new one. The routed output is a sum of expert outputs weighted by gates g_i;
+with A_k = E[sum of g_i^2 over the top k] its norm grows as sqrt(A_k), so the factor that keeps it is
+sqrt(A_n / A_m): docs/rescale.md has the derivation, the sources and what each rule costs on trained models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from moesurgery.errors import RefusedError
+from moesurgery.expr.nodes import Expr
+from moesurgery.families.anatomy import Anatomy, check_stated_top_k
+from moesurgery.families.config_keys import keys_present, with_top_k, with_value
+from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
+from moesurgery.families.quantised import quantisation_config
+from moesurgery.families.routing import routing_class
+from moesurgery.moe.scaling import is_quantised, scaled_output
+from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.recipe.parameters import Param
+from moesurgery.recipe.registry import operation
+from moesurgery.surgery.rescale.rules import DATA_RULES, Factors, Rule, choose_factors, span, spread
+
+Where = Literal["auto", "config", "scales", "weights"]
+
+
+@operation("rescale")
+def rescale(
+    plan: Plan,
+    *,
+    top_k: Annotated[int, Param("the new number of experts per token", minimum=1, metavar="K")],
+    scale: Annotated[
+        Rule | float,
+        Param(
+            "how to choose the factor on the routed output: router, norm, published, none, a number, or from"
+            " statistics: measured, measured-expert, gate, norm-matched"
+        ),
+    ] = "router",
+    where: Annotated[
+        Where, Param("what takes the factor: the config's own number, quantisation scales, weights")
+    ] = "auto",
+    seed: Annotated[int, Param("seed of the sample of embedding rows that `router` uses", minimum=0)] = 0,
+    stats: Annotated[
+        str | None,
+        Param(
+            "statistics from `moesurgery collect --top-k K`, for the rules that need data", metavar="FILE", reads="file"
+        ),
+    ] = None,
+) -> Plan:
+    """Route each token to another number of experts, and rescale their output.
+
+    With n the trained and m the new top-k, `router` (the default) estimates sqrt(A_n / A_m) for each layer
+    from the router itself, without data. `norm` is the even-gates case of the same formula: sqrt(m/n) where
+    the router renormalises its weights (Mixtral, Qwen3-MoE, DeepSeek-V3), sqrt(n/m) where it does not.
+    `published` is sqrt(n/m) for every router, to the letter. `none` changes only the config.
+
+    From statistics: `measured` is least squares between the outputs at the old and the new top-k, one factor per
+    layer; `measured-expert` the same with a factor per expert; `norm-matched` keeps the size of the output;
+    `gate` is the formula of `router` with gates that were seen.
+    """
+    anatomy = plan.anatomy
+    family = anatomy.require_family("rescale")
+    old = _trained_top_k(anatomy)
+    _check_top_k(anatomy, top_k)
+    config = with_top_k(anatomy.settings, top_k)
+    parameters: dict[str, Any] = {"top_k": top_k, "scale": scale, "where": where, "seed": seed}
+    if stats is not None:
+        parameters["stats"] = stats
+    kind = routing_class(anatomy.settings)
+    if kind == "C":
+        note = (
+            f"{family.name} normalises the routed output before adding it, so a factor on it has no effect:"
+            " only the top-k was changed"
+        )
+        report = {"old_top_k": old, "top_k": top_k, "class": kind, "rule": "none", "where": None, "layers": []}
+        return plan.edited(
+            Step("rescale", parameters, f"top-k {old} -> {top_k}", report=report, notes=(note,)), config=config
+        )
+
+    table = choose_factors(plan, anatomy, old, top_k, scale, seed, stats)
+    chosen = table.chosen
+    notes = list(table.notes)
+    place: Where | None = _place(anatomy, plan, where, scale)
+    tensors = plan.tensors
+    flat = [f for factor in chosen.values() for f in spread(factor)]
+    if kind == "D":
+        notes.append(f"{family.name} normalises routed and shared experts together: the factor only moves their ratio")
+    if all(f == 1.0 for f in flat):
+        place = None
+    elif place == "config":
+        routed_scale_key = family.routing.routed_scale_key
+        assert routed_scale_key is not None
+        factor = math.exp(sum(map(math.log, flat)) / len(flat))
+        value = (anatomy.settings.routed_scale_key or 1.0) * factor
+        config = with_value(_settings_with(anatomy, config), (routed_scale_key,), value, routed_scale_key)
+        mean = (
+            "" if len(set(flat)) == 1 else " (geometric mean over layers; --where weights keeps one factor per layer)"
+        )
+        notes.append(
+            f"{routed_scale_key} {anatomy.settings.routed_scale_key:g} -> {value:.6g}{mean}: no weight was touched"
+        )
+    else:
+        changed = {}
+        for block in anatomy.blocks:
+            changed.update(scaled_output(block, plan.tensors, chosen[block.where]))
+        tensors = plan.with_tensors(changed)
+        notes.append(f"{len(changed)} tensors take the factor" + _rounding_note(changed))
+        if place == "scales":
+            notes += _scale_notes(plan.config, chosen.values())
+    report = {
+        "old_top_k": old,
+        "top_k": top_k,
+        "class": kind,
+        "rule": scale if isinstance(scale, str) else "fixed",
+        "where": place,
+        "layers": [
+            {"layer": block.where, "factor": chosen[block.where], "router": table.router.get(block.where)}
+            for block in anatomy.blocks
+        ],
+        "alternatives": table.alternatives,
+    }
+    if table.statistics:
+        report["statistics"] = table.statistics
+    summary = f"top-k {old} -> {top_k}; routed output x {span(chosen)} by rule {_rule_name(scale)}"
+    step = Step("rescale", parameters, summary, (table.reason,), report, tuple(notes), _tables(anatomy, table, scale))
+    return plan.edited(step, tensors=tensors, config=config)
+
+
+def _tables(anatomy: Anatomy, table: Factors, scale: Rule | float) -> tuple[Table, ...]:
+    """Return the factor of each layer, and what every rule gives."""
+    blocks = [block.where for block in anatomy.blocks]
+    rows = [(where, span({where: table.chosen[where]}, ".6f")) for where in blocks]
+    if len(rows) > 24:
+        rows[10:-10] = [(f"… {len(rows) - 20} more layers", "")]
+    rules = []
+    for rule, value in table.alternatives.items():
+        text = value if isinstance(value, str) else "not available" if value is None else f"{value:.6f}"
+        rules.append((rule + (" (used)" if rule == scale else ""), text))
+    return Table(("layer", "factor"), tuple(rows)), Table(("rule", "factor"), tuple(rules))
+
+
+def _settings_with(anatomy: Anatomy, config: Mapping[str, Any]) -> Any:
+    from dataclasses import replace
+
+    return replace(anatomy.settings, config=config)
+
+
+def _rule_name(scale: str | float) -> str:
+    return f"`{scale}`" if isinstance(scale, str) else f"`--scale {scale:g}`"
+
+
+def _trained_top_k(anatomy: Anatomy) -> int:
+    settings = anatomy.settings
+    if settings.family.routing.fixed_top_k is not None:
+        raise RefusedError(
+            f"rescale: {settings.family.name}: the model code always uses top-{settings.family.routing.fixed_top_k}"
+            " and ignores the config key, so changing it would change nothing",
+            "drop or merge experts instead, or change the model code",
+        )
+    old = settings.top_k
+    if old is None:
+        raise RefusedError(f"rescale: config.json has none of {', '.join(TOP_K_KEYS)}", "add the key and try again")
+    check_stated_top_k(anatomy)
+    return old
+
+
+def _check_top_k(anatomy: Anatomy, top_k: int) -> None:
+    experts = anatomy.experts
+    if not 1 <= top_k <= experts:
+        key = keys_present(anatomy.settings, EXPERTS_KEYS)
+        raise RefusedError(
+            f"rescale: top-k {top_k} is impossible: each layer has {experts} experts ({key})",
+            f"choose --top-k between 1 and {experts}",
+        )
+    groups = anatomy.settings.groups
+    if groups is not None:
+        count, kept = groups
+        reachable = kept * experts // count
+        if top_k > reachable:
+            raise RefusedError(
+                f"rescale: top-k {top_k} is impossible: routing keeps {kept} of {count} groups, {reachable} experts",
+                f"choose --top-k up to {reachable}, or raise topk_group in config.json first",
+            )
+
+
+def _place(anatomy: Anatomy, plan: Plan, where: Where, scale: Rule | float) -> Where:
+    routed_scale_key = anatomy.settings.family.routing.routed_scale_key
+    quantised = any(is_quantised(block, plan.tensors) for block in anatomy.blocks)
+    name = anatomy.settings.family.name
+    if where == "auto":
+        # One number for all layers would throw away what was measured of each: only when asked for.
+        exact = routed_scale_key and scale not in DATA_RULES
+        return "config" if exact else "scales" if quantised else "weights"
+    if where == "config" and not routed_scale_key:
+        raise RefusedError(
+            f"rescale: {name} has no config number that multiplies exactly the routed output", "use --where auto"
+        )
+    if where == "config" and scale == "measured-expert":
+        raise RefusedError("rescale: config.json has one number, not one per expert", "use --where auto")
+    if where == "scales" and not quantised:
+        raise RefusedError(
+            "rescale: the down-projections are not quantised: there are no scales", "use --where weights"
+        )
+    if where == "weights" and quantised:
+        raise RefusedError(
+            "rescale: the down-projections are quantised: their weights cannot be multiplied exactly",
+            "use --where scales, or dequantise first with `moesurgery convert --dequantize`",
+        )
+    return where
+
+
+_ROUNDING = {"F64": "2^-53", "F32": "2^-24", "F16": "2^-11", "BF16": "2^-8"}  # of normal numbers, to nearest
+
+
+def _rounding_note(changed: Mapping[str, Expr]) -> str:
+    dtypes = sorted({expr.dtype for expr in changed.values()})
+    kinds = [f"{d} rounded once, by at most {_ROUNDING[d]}" if d in _ROUNDING else f"{d} exactly" for d in dtypes]
+    return f" ({', '.join(kinds)})"
+
+
+def _scale_notes(config: Mapping[str, Any], chosen: Iterable[float | Sequence[float]]) -> list[str]:
+    """Say what engines may expect of scales that a factor changes."""
+    factors = [f for of in chosen for f in (of if isinstance(of, Sequence) else (of,))]
+    if quantisation_config(config).get("scale_fmt") != "ue8m0" or all(math.frexp(f)[0] == 0.5 for f in factors):
+        return []
+    return [
+        "quantization_config says scale_fmt ue8m0, powers of two: they are so no longer, and an engine that relies"
+        " on it will round them; a factor of a power of two keeps them"
+    ]

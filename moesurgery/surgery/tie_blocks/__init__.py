@@ -1,0 +1,1 @@
+"""The operation `tie-blocks`: several positions of the stack run with the weights of one block."""

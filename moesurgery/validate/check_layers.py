@@ -1,0 +1,91 @@
+"""C07, C11, C12: the layers of the tensors and those of the config."""
+
+from __future__ import annotations
+
+from moesurgery.checkpoint.scan import CONFIG
+from moesurgery.families.components import VISION
+from moesurgery.families.family import PREDICTION_KEYS
+from moesurgery.families.moe_layers import moe_layers, positions, ranges
+from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
+from moesurgery.validate.context import Context
+
+TIES = "layer_tie_map"
+# What a layer for multi-token prediction has and no other: DeepSeek-V3's names, which all others took over.
+_MTP_PARTS = frozenset(("eh_proj", "enorm", "hnorm", "shared_head"))
+_MOST_LAYERS = 100_000
+
+
+@check("C07", "C11")
+def layers(subject: Context) -> Outcome:
+    """No layer is missing, none is left over."""
+    if problem := subject.malformed("layers"):
+        yield finding("C07", problem, CONFIG)
+        return
+    stated = subject.setting("layers")
+    if stated is None:
+        yield NotChecked(("C07",), "config.json names no number of layers")
+        return
+    plain, mtp = _layer_numbers(subject)
+    if not plain:
+        yield NotChecked(("C07",), "the layers cannot be told from the tensors' names")
+        return
+    if stated > _MOST_LAYERS:
+        yield finding("C07", f"config.json says {stated} layers; the tensors hold {len(plain)}", CONFIG)
+        return
+    check_ties = subject.config.get(TIES)
+    wanted = {n for n in check_ties if type(n) is int} if isinstance(check_ties, list) else set(range(stated))
+    if missing := sorted(wanted - plain - mtp):
+        yield finding("C07", f"config.json says {stated} layers; there is no tensor of {ranges(missing)}", CONFIG)
+    if extra := sorted(n for n in plain if n >= stated):
+        yield finding("C07", f"config.json says {stated} layers; the tensors hold also {ranges(extra)}", CONFIG)
+    settings = subject.anatomy.settings
+    sparse, found = moe_layers(settings), positions(settings, {block.layer for block in subject.anatomy.main_blocks})
+    if sparse is not None and found and sparse & plain != found & plain:
+        yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(found)}", CONFIG)
+    predicting = settings.first(PREDICTION_KEYS, 0)
+    leftover = sorted(n for n in mtp if n >= stated)[predicting if type(predicting) is int else 0 :]
+    if leftover:
+        message = f"holds layers for multi-token prediction that {CONFIG} does not name: {ranges(leftover)}"
+        yield finding("C11", message, hint="drop them, or set num_nextn_predict_layers")
+
+
+def _layer_numbers(subject: Context) -> tuple[set[int], set[int]]:
+    """Return the layer numbers of the language model, and which of them look like multi-token prediction."""
+    stacks: dict[str, set[int]] = {}
+    parts: dict[int, set[str]] = {}
+    for name, layer in subject.anatomy.layer.items():
+        root, _, rest = name.partition(f".{layer}.")
+        if subject.anatomy.component[name] == VISION or "mtp" in root.split("."):
+            continue
+        stacks.setdefault(root, set()).add(layer)
+        parts.setdefault(layer, set()).add(rest.split(".")[0])
+    deepest = max(stacks.values(), key=len, default=set())
+    mtp = {layer for layer in deepest if not parts[layer].isdisjoint(_MTP_PARTS)}
+    return deepest - mtp, mtp
+
+
+@check("C12")
+def check_ties(subject: Context) -> Outcome:
+    """`layer_tie_map` gives every position a source block, sources are their own, and only they are stored."""
+    found = subject.config.get(TIES)
+    if found is None:
+        return
+    if not isinstance(found, list) or not found or not all(type(n) is int and 0 <= n < len(found) for n in found):
+        yield finding("C12", f"{TIES} is not a list of layer numbers", CONFIG)
+        return
+    stated = subject.setting("layers")
+    if stated is not None and len(found) != stated:
+        yield finding("C12", f"{TIES} has {len(found)} entries for {stated} layers", CONFIG)
+    for position, source in enumerate(found):
+        if found[source] != source:
+            yield finding("C12", f"{TIES}: position {position} takes {source}, which takes {found[source]}", CONFIG)
+    excluded = subject.config.get("layer_tie_exclude")
+    own = [word for word in excluded if isinstance(word, str)] if isinstance(excluded, list) else []
+    twice = [
+        name
+        for name, layer in subject.anatomy.layer.items()
+        if layer < len(found) and layer not in found and not any(word in name for word in own)
+    ]
+    if twice:
+        message = "is stored although its layer is tied to another: loaders untie them" + and_more(twice)
+        yield finding("C12", message, tensor=twice[0])

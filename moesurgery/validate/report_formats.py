@@ -1,0 +1,217 @@
+"""A report as text, JSON, JUnit, SARIF, GitHub annotations and Markdown.
+
+Names of tensors and files come from strangers. Everywhere but in JSON, which keeps them as they are in escaped
+form, each is one line of printable characters, cut where it is too long, and then escaped as the format wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Callable
+from typing import Any
+from xml.etree import ElementTree
+
+import moesurgery
+from moesurgery.checkpoint.finding import Finding, Severity
+from moesurgery.escape import one_line
+from moesurgery.validate.codes import CODES
+from moesurgery.validate.report import Report, as_json
+
+_LONGEST_PATH = 4096
+SHOWN = 12  # findings of one code in what people read
+_DOCS = "https://github.com/moesurgery/moesurgery/blob/main/docs/codes.md"
+_SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def text(report: Report) -> str:
+    """Return what the command prints by default."""
+    lines = [f"{one_line(report.target)}: {report.verdict} (levels: {', '.join(report.levels)})"]
+    shown: dict[str, int] = {}
+    for finding in report.by_gravity:
+        shown[finding.code] = shown.get(finding.code, 0) + 1
+        if shown[finding.code] <= SHOWN:
+            lines.append(f"{finding.severity:<7} {finding.code}  {_line(finding)}")
+            if finding.hint:
+                lines.append(f"             hint: {one_line(finding.hint)}")
+    for code, count in shown.items():
+        if count > SHOWN:
+            lines.append(f"        {code}  … and {count - SHOWN:,} more (--format json lists all)")
+    for key, value in report.measured.items():
+        lines.append(f"measured: {key}: {value}")
+    for skipped in report.not_checked:
+        lines.append(f"not checked: {', '.join(skipped.codes)}: {one_line(skipped.reason)}")
+    if report.ignored:
+        lines.append("ignored: " + ", ".join(f"{n} {code}" for code, n in report.ignored.items()))
+    return "\n".join(lines)
+
+
+def _line(finding: Finding) -> str:
+    where = one_line(finding.where)
+    return f"{where}: {one_line(finding.message)}" if where else one_line(finding.message)
+
+
+def to_json(report: Report) -> str:
+    return json.dumps(as_json(report), indent=2, ensure_ascii=True)
+
+
+def junit(report: Report) -> str:
+    """Return JUnit XML: one test case for each code that was looked for, its findings as one failure."""
+    found: dict[str, list[Finding]] = {code: [] for code in report.checked}
+    for finding in report.by_gravity:
+        found.setdefault(finding.code, []).append(finding)
+    skipped = {code: skip.reason for skip in report.not_checked for code in skip.codes}
+    failures = sum(any(f.severity == "error" for f in findings) for findings in found.values())
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"moesurgery validate {one_line(report.target)}",
+        tests=str(len(found)),
+        failures=str(failures),
+        errors="0",
+        skipped=str(sum(code in skipped and not found[code] for code in found)),
+        time=f"{report.seconds:.3f}",
+    )
+    for code, findings in found.items():
+        case = ElementTree.SubElement(suite, "testcase", classname="moesurgery", name=f"{code} {CODES[code].title}")
+        lines = "\n".join(f"{f.severity}: {_line(f)}" for f in findings)
+        errors = [finding for finding in findings if finding.severity == "error"]
+        if errors:
+            failure = ElementTree.SubElement(case, "failure", message=_line(errors[0]), type=code)
+            failure.text = lines
+        elif findings:
+            ElementTree.SubElement(case, "system-out").text = lines
+        elif code in skipped:
+            ElementTree.SubElement(case, "skipped", message=one_line(skipped[code]))
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def sarif(report: Report) -> str:
+    """Return SARIF 2.1.0. Fingerprints come from code, file and tensor, so that an alert stays one alert."""
+    levels: dict[Severity, str] = {"error": "error", "warning": "warning", "note": "note"}
+    rules = sorted({*report.checked, *(finding.code for finding in report.findings)})
+    run: dict[str, Any] = {
+        "tool": {
+            "driver": {
+                "name": "moesurgery",
+                "version": moesurgery.__version__,
+                "informationUri": _DOCS,
+                "rules": [
+                    {
+                        "id": code,
+                        "shortDescription": {"text": CODES[code].title},
+                        "helpUri": f"{_DOCS}#{CODES[code].level}",
+                        "defaultConfiguration": {"level": levels[CODES[code].severity]},
+                    }
+                    for code in rules
+                ],
+            }
+        },
+        "results": [_sarif_result(finding, levels[finding.severity], rules) for finding in report.by_gravity],
+        "invocations": [
+            {
+                "executionSuccessful": True,
+                "toolExecutionNotifications": [
+                    {
+                        "level": "note",
+                        "message": {"text": f"not checked: {', '.join(s.codes)}: {one_line(s.reason)}"},
+                    }
+                    for s in report.not_checked
+                ],
+            }
+        ],
+        "columnKind": "unicodeCodePoints",
+    }
+    return json.dumps({"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=True)
+
+
+def _sarif_result(finding: Finding, level: str, rules: list[str]) -> dict[str, Any]:
+    message = one_line(finding.message) + (f" ({one_line(finding.hint)})" if finding.hint else "")
+    mark = "\0".join((finding.code, finding.file or "", finding.tensor or ""))
+    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": _uri(finding.file or "config.json")}}}
+    if finding.tensor is not None:
+        location["logicalLocations"] = [{"name": one_line(finding.tensor), "kind": "object"}]
+    return {
+        "ruleId": finding.code,
+        "ruleIndex": rules.index(finding.code),
+        "level": level,
+        "message": {"text": f"{one_line(finding.where)}: {message}" if finding.where else message},
+        "locations": [location],
+        "partialFingerprints": {"moesurgery/v1": hashlib.sha256(mark.encode("utf-8", "replace")).hexdigest()[:32]},
+    }
+
+
+def _uri(file: str) -> str:
+    from urllib.parse import quote
+
+    return quote(file.encode("utf-8", "replace")[:_LONGEST_PATH], safe="/")
+
+
+def github(report: Report) -> str:
+    """Return workflow commands: one annotation for each code, errors first. GitHub shows ten of each kind."""
+    groups: dict[tuple[Severity, str], list[Finding]] = {}
+    for finding in report.by_gravity:
+        groups.setdefault((finding.severity, finding.code), []).append(finding)
+    lines = []
+    kinds: dict[Severity, str] = {"error": "error", "warning": "warning", "note": "notice"}
+    for (severity, code), findings in groups.items():
+        first = findings[0]
+        more = f" (and {len(findings) - 1:,} more {code})" if len(findings) > 1 else ""
+        properties = {"title": f"{code}: {CODES[code].title}"}
+        if first.file is not None:
+            properties = {"file": one_line(first.file), **properties}
+        given = ",".join(f"{key}={_command(value, property_=True)}" for key, value in properties.items())
+        lines.append(f"::{kinds[severity]} {given}::{_command(_line(first) + more)}")
+    lines += [
+        f"::notice title=not checked::{_command(', '.join(s.codes) + ': ' + one_line(s.reason))}"
+        for s in report.not_checked
+    ]
+    lines.append(_command(f"{one_line(report.target)}: {report.verdict}"))
+    return "\n".join(lines)
+
+
+def _command(value: str, *, property_: bool = False) -> str:
+    """Escape a workflow command's message, or one of its properties."""
+    value = value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return value.replace(":", "%3A").replace(",", "%2C") if property_ else value.replace("::", ":%3A")
+
+
+def markdown(report: Report) -> str:
+    """Return a table for a job summary."""
+    lines = [f"### moesurgery validate: {_cell(report.target)}", "", report.verdict.capitalize() + ".", ""]
+    if report.findings:
+        lines += ["| | code | where | what |", "| --- | --- | --- | --- |"]
+        shown: dict[str, int] = {}
+        for finding in report.by_gravity:
+            shown[finding.code] = shown.get(finding.code, 0) + 1
+            if shown[finding.code] <= SHOWN:
+                where = _cell(finding.where)
+                lines.append(f"| {finding.severity} | {finding.code} | {where} | {_cell(finding.message)} |")
+        lines += [f"| | {code} | | … and {n - SHOWN:,} more |" for code, n in shown.items() if n > SHOWN]
+        lines.append("")
+    lines += [f"* not checked: {', '.join(s.codes)}: {_cell(s.reason)}" for s in report.not_checked]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: str) -> str:
+    """Escape text for a table cell: no HTML, no Markdown, no mentions."""
+    escaped = html.escape(one_line(value))
+    return "".join(f"&#{ord(c)};" if c in "|`*_[]()!#@~\\{}" else c for c in escaped)
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {
+    "text": text,
+    "json": to_json,
+    "junit": junit,
+    "sarif": sarif,
+    "github": github,
+}
+# What a report file holds, by its suffix.
+BY_SUFFIX: dict[str, Callable[[Report], str]] = {
+    ".txt": text,
+    ".json": to_json,
+    ".xml": junit,
+    ".sarif": sarif,
+    ".md": markdown,
+}
