@@ -37,8 +37,9 @@ INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I6
 PLAIN_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 # What `--dtype` accepts, and what config.json calls it.
-BY_CONFIG_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+BY_CONFIG_NAME = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 CONFIG_NAMES = {code: name for name, code in BY_CONFIG_NAME.items()}
+COMMON_DTYPES = ("float32", "bfloat16", "float16")  # those that models are trained and run in
 
 
 def element_count(shape: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moesurgery.checkpoint.dtypes import COMMON_DTYPES
 from moesurgery.cli._console import console
 from moesurgery.errors import RecipeError
 from moesurgery.plan.fingerprint import fingerprint
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from moesurgery.forward.text_windows import Domain
     from moesurgery.forward.tokens import Tokens
 
-DTYPES = ("float32", "bfloat16", "float16")
 
 ModelOrRecipe = Annotated[
     str, typer.Argument(help="A checkpoint (folder, hf://, URL), or a recipe of one never written.")
@@ -67,8 +67,8 @@ class Run:
 
     def check(self) -> None:
         """Raise RecipeError for a dtype or device that is not there."""
-        if self.dtype not in DTYPES:
-            raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
+        if self.dtype not in COMMON_DTYPES:
+            raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(COMMON_DTYPES)}")
         check_device(self.device)
 
     def engine(self, plan: Plan) -> Engine:

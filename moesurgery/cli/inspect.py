@@ -13,8 +13,7 @@ from moesurgery.cli._operations import Model
 from moesurgery.cli._writing import Json
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Anatomy, MoeBlock
-from moesurgery.families.config_keys import keys_present
-from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
+from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present
 from moesurgery.families.moe_layers import ranges
 from moesurgery.families.overview import CLASSES, overview
 from moesurgery.families.quantised import method

@@ -12,6 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesurgery.families.config_keys import (
+    EXPERTS_KEYS,
+    GROUPS_KEYS,
+    PREDICTION_KEYS,
+    TOP_GROUPS_KEYS,
+    TOP_K_KEYS,
+)
+
 Projections = Mapping[str, str]  # role -> path of a linear, relative to the layer
 
 LINEAR = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -19,14 +27,13 @@ LINEAR = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 # Keys of config.json that no dense family has.
 MOE_KEYS = frozenset(
     (
-        *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-        *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
+        *(*EXPERTS_KEYS, *TOP_K_KEYS, *GROUPS_KEYS, *TOP_GROUPS_KEYS, *PREDICTION_KEYS),
         *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
         *("n_shared_experts", "num_shared_experts", "num_dense_layers", "first_k_dense_replace"),
         *("mlp_only_layers", "decoder_sparse_step", "moe_layer_freq", "mlp_layer_types"),
-        *("norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "topk_method", "scoring_func"),
+        *("norm_topk_prob", "routed_scaling_factor", "topk_method", "scoring_func"),
         *("use_expert_bias", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
-        *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers"),
+        *("aux_loss_alpha", "seq_aux", "ep_size"),
     )
 )
 

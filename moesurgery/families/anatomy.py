@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.families.config_keys import Settings, keys_present
-from moesurgery.families.family import TOP_K_KEYS, ExpertAxisTensor, ExpertSet, Family, Layout, Projection
+from moesurgery.families.config_keys import TOP_K_KEYS, Settings, keys_present
+from moesurgery.families.family import ExpertAxisTensor, ExpertSet, Family, Layout, Projection
 from moesurgery.families.quantised import TensorName
 from moesurgery.families.table import by_architecture, by_model_type
 

@@ -12,17 +12,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moesurgery.errors import CheckpointError
-from moesurgery.families.family import (
-    DECODER_LAYERS_KEYS,
-    EXPERTS_KEYS,
-    GROUPS_KEYS,
-    HIDDEN_KEYS,
-    LAYERS_KEYS,
-    TOP_GROUPS_KEYS,
-    TOP_K_KEYS,
-    Family,
-    Flag,
+from moesurgery.families.family import Family, Flag
+
+# The names under which config.json files give the same number. All that are present are read and edited.
+EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "num_selects",
+    "router_topk",
 )
+LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "encoder_layers")
+PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
+DECODER_LAYERS_KEYS = ("num_decoder_layers", "decoder_layers")
+HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "dim")
+GROUPS_KEYS = ("n_group", "num_expert_group", "n_groups")
+TOP_GROUPS_KEYS = ("topk_group", "topk_groups")
+DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,20 @@ def with_value(settings: Settings, keys: tuple[str, ...], value: Any, canonical:
         target = next((p for p in places if p is not None), config)
         target[canonical] = value  # type: ignore[index]
     return config
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a copy of the config with `dtype`, under its name in there (`bfloat16`), wherever it names one."""
+    copied = copy.deepcopy(dict(config))
+    sections: list[Any] = [copied]
+    while sections:
+        part = sections.pop()
+        for key, value in part.items():
+            if isinstance(value, dict):
+                sections.append(value)
+            elif key in DTYPE_KEYS and value is not None:
+                part[key] = dtype
+    return copied
 
 
 def with_top_k(settings: Settings, top_k: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a family's experts are stored: `per-expert` (a number in the name) or `fused_layout`.
+    """One way in which a family's experts are stored: `per-expert` (a number in the name) or `fused`.
 
     `moved` says how the other tensors of the MoE module are called beside this layout: pairs of beginnings of
     paths, as the family's first layout has them and as this one does. The first that fits counts.
@@ -179,27 +179,6 @@ class Family:
     buffers: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
-
-
-# The names under which config.json files give the same number. All that are present are read and edited.
-EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "moe_top_k",
-    "top_k_experts",
-    "num_selects",
-    "router_topk",
-)
-LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "encoder_layers")
-PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
-DECODER_LAYERS_KEYS = ("num_decoder_layers", "decoder_layers")
-HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "dim")
-GROUPS_KEYS = ("n_group", "num_expert_group", "n_groups")
-TOP_GROUPS_KEYS = ("topk_group", "topk_groups")
 
 
 def per_expert_layout(

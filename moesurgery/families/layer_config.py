@@ -14,8 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moesurgery.errors import RefusedError
-from moesurgery.families.config_keys import Settings, section
-from moesurgery.families.family import LAYERS_KEYS, PREDICTION_KEYS
+from moesurgery.families.config_keys import LAYERS_KEYS, PREDICTION_KEYS, Settings, section
 from moesurgery.families.quantised import quantisation_config
 
 # One entry per layer.

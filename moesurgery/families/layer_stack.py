@@ -9,8 +9,7 @@ from functools import cached_property
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.components import MTP, VISION
-
-CONTAINERS = ("layers", "blocks", "h", "block")
+from moesurgery.families.tensor_names import split_layer
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def stack_of(anatomy: Anatomy, names: Iterable[str], operation: str) -> Stack:
         component = anatomy.component[name]
         if layer is None or component == VISION or (component == MTP and (depth is None or layer < depth)):
             continue
-        root, container, inside = split_name(name, layer)
+        root, container, inside = _split(name, layer)
         roots.setdefault((root, container), {}).setdefault(layer, {})[inside] = name
     if len(roots) != 1:
         found = ", ".join(f"{root}{container}" for root, container in roots) or "none"
@@ -58,14 +57,10 @@ def stack_of(anatomy: Anatomy, names: Iterable[str], operation: str) -> Stack:
     return Stack(root, container, depth, blocks)
 
 
-def split_name(name: str, layer: int) -> tuple[str, str, str]:
-    """Split `model.layers.7.mlp.up_proj.weight` into ("model.", "layers", "mlp.up_proj.weight")."""
-    for container in CONTAINERS:
-        mark = f"{container}.{layer}."
-        at = 0 if name.startswith(mark) else name.find("." + mark) + 1
-        if at or name.startswith(mark):
-            return name[:at], container, name[at + len(mark) :]
-    raise AssertionError(f"{name} is in no layer")
+def _split(name: str, layer: int) -> tuple[str, str, str]:
+    parts = split_layer(name, layer)
+    assert parts is not None, f"{name} is in no layer"
+    return parts
 
 
 def runs_of(anatomy: Anatomy) -> dict[str, int]:
@@ -78,7 +73,7 @@ def runs_of(anatomy: Anatomy) -> dict[str, int]:
     for name, layer in anatomy.layer.items() if tie_map is not None else ():
         if tie_map is None or layer >= len(tie_map) or anatomy.component[name] in (MTP, VISION):
             continue
-        root, container, inside = split_name(name, layer)
+        root, container, inside = _split(name, layer)
         own = (f"{root}{container}.{i}.{inside}" for i, source in enumerate(tie_map) if source == layer and i != layer)
         found[name] = 1 + sum(other not in anatomy.component for other in own)
     return found

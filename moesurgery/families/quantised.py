@@ -115,11 +115,14 @@ def split_name(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str
     raise AssertionError("the empty suffix always matches")
 
 
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+
+
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the `quantization_config` object, wherever config.json nests it; empty where there is none."""
     for place in (config, config.get("text_config"), config.get("llm_config")):
         if isinstance(place, Mapping):
-            for key in ("quantization_config", "compression_config"):
+            for key in QUANTISATION_KEYS:
                 if isinstance(place.get(key), Mapping):
                     return place[key]  # type: ignore[no-any-return]
     return {}
@@ -127,11 +130,10 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the config without quantisation settings, wherever it nests them."""
-    gone = ("quantization_config", "compression_config")
     return {
         key: without_quantisation(value) if isinstance(value, Mapping) else copy.deepcopy(value)
         for key, value in config.items()
-        if key not in gone
+        if key not in QUANTISATION_KEYS
     }
 
 

@@ -14,8 +14,8 @@ from moesurgery.checkpoint.dtypes import element_count
 from moesurgery.errors import CheckpointError
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, BlockTensor, HasShape, MoeBlock, find_families
-from moesurgery.families.config_keys import Settings
-from moesurgery.families.family import EXPERTS_KEYS, Family, Layout
+from moesurgery.families.config_keys import EXPERTS_KEYS, Settings
+from moesurgery.families.family import Family, Layout
 from moesurgery.families.moe_layers import layers_note
 from moesurgery.families.quantised import packed_weights
 from moesurgery.families.tensor_names import TensorRole, name_template, roles_of

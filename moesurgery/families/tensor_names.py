@@ -17,6 +17,7 @@ from moesurgery.families.quantised import TensorName, packed_bits, split_name, w
 
 _NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 _NUMBER_OR_EXPERT = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")  # takes three times as long
+LAYER_CONTAINERS = ("layers", "blocks", "h", "block")  # what models call the list of their layers
 _ALWAYS_BUFFERS = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
 
 
@@ -73,11 +74,8 @@ def _is_table(dtype: str, place: TensorRole) -> bool:
 def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> TensorRole:
     """Decide what a name template means."""
     stem = split_name(template, dtypes.__contains__, dtypes.__getitem__)
-    lists = (family.layers, *family.also_layers) if family else ("layers", "blocks", "h", "block")
-    for container in lists:
-        root, rest = _split_layer(template, container)
-        if root is not None:
-            break
+    in_layer = split_layer(template, "#", containers_of(family))
+    root, container, rest = in_layer or (None, "layers", template)
     components = template.split(".")
     place = TensorRole(parts.VISION, stem, root, root.count("#") if root is not None else 0, container=container)
     place.buffer = rest.endswith(_ALWAYS_BUFFERS) or (family is not None and rest.endswith(family.buffers))
@@ -120,10 +118,28 @@ def _begins(rest: str, base: str, paths: tuple[str, ...]) -> bool:
     return any(base == path or rest == path or rest.startswith(path + ".") for path in paths)
 
 
-def _split_layer(template: str, container: str) -> tuple[str | None, str]:
-    """Split `model.layers.#.mlp.gate` into ("model.", "mlp.gate"); (None, template) outside layers."""
-    mark = f"{container}.#."
-    at = 0 if template.startswith(mark) else template.find("." + mark) + 1
-    if at == 0 and not template.startswith(mark):
-        return None, template
-    return template[:at], template[at + len(mark) :]
+def containers_of(family: Family | None) -> tuple[str, ...]:
+    """Return what a family's models may call the list of their layers."""
+    return (family.layers, *family.also_layers) if family else LAYER_CONTAINERS
+
+
+def split_layer(
+    name: str, layer: int | str, containers: tuple[str, ...] = LAYER_CONTAINERS
+) -> tuple[str, str, str] | None:
+    """Split `model.layers.7.mlp.up_proj.weight` into ("model.", "layers", "mlp.up_proj.weight").
+
+    `layer` is the number, or "#" for templates; of several `containers` the first that fits counts. None outside of
+    layers.
+    """
+    for container in containers:
+        start = f"{container}.{layer}."
+        at = 0 if name.startswith(start) else name.find("." + start) + 1
+        if at or name.startswith(start):
+            return name[:at], container, name[at + len(start) :]
+    return None
+
+
+def layer_number(name: str, containers: tuple[str, ...] = LAYER_CONTAINERS) -> int | None:
+    """Return the number of the layer that a tensor or module stands in by its name; None outside of layers."""
+    matches = (re.search(rf"(?:^|\.){container}\.(\d+)\.", name) for container in containers)
+    return next((int(match[1]) for match in matches if match is not None), None)

@@ -25,6 +25,7 @@ from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Reader, Slice, Stored, Unary, reshape, torch_dtype
 from moesurgery.expr.tensors import slice_last, transpose
 from moesurgery.families.components import is_vision
+from moesurgery.families.tensor_names import layer_number, split_layer
 from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
 from moesurgery.plan.plan import Plan
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?")
-_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)\.(.+)$")
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias")
 
 # Ways to begin that take something away from the base's weights, so that the adapter fits what is left of them.
@@ -230,9 +230,9 @@ class _Names:
         """
         if is_vision(module.split(".")):
             return module
-        in_layer = _IN_LAYER.search(module)
-        if in_layer is not None:
-            return self.parts.name_of(int(in_layer[1]), in_layer[2])
+        layer = layer_number(module)
+        if layer is not None and (in_layer := split_layer(module, layer)) is not None:
+            return self.parts.name_of(layer, in_layer[2])
         last = module.rpartition(".")[2]
         outside = {name for name in self.inside if name.rpartition(".")[2] == last and not is_vision(name.split("."))}
         return outside.pop() if len(outside) == 1 else module

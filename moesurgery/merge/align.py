@@ -165,14 +165,14 @@ class Aligner:
 
     def _neurons(self, number: int, ours: int, theirs: int) -> Expr:
         """Return the order in which the neurons of an expert match those of expert `number` of the reference."""
-        place = (number, ours, theirs)
-        if place not in self._neuron_orders:
+        experts_pair = (number, ours, theirs)
+        if experts_pair not in self._neuron_orders:
             keys = self.reference.experts(ours)[number]
             mine = [(self.reference.member(key), self.reference.part(key)) for key in keys]
             yours = [self._expert_part(number, key.path.split(".", 2)[2], ours, theirs) for key in keys]
             members = [member for member, _ in mine]
-            self._neuron_orders[place] = neuron_order(mine, list(zip(members, yours, strict=True)))
-        return self._neuron_orders[place]
+            self._neuron_orders[experts_pair] = neuron_order(mine, list(zip(members, yours, strict=True)))
+        return self._neuron_orders[experts_pair]
 
 
 def not_aligned(parts: CanonicalTensors) -> str | None:

@@ -22,39 +22,41 @@ class Arguments:
         self._filters = Filters()
         self._used: dict[
             int, tuple[str, ParameterValue, set[int]]
-        ] = {}  # settings, and the choices of them that counted
+        ] = {}  # values of parameters, and the choices of them that counted
 
-    def of(self, path: str, place: OutputPosition, chosen: list[MergeSource]) -> dict[str, Any]:
+    def of(self, path: str, position: OutputPosition, chosen: list[MergeSource]) -> dict[str, Any]:
         """Return the arguments for one part: a tuple by model for what has a value for each of `chosen`.
 
         Raises RecipeError, with the line, where one is missing or wrong.
         """
-        lead, part = self.sources.lead(place.slice), self.stage.slices[place.slice]
-        outer = (part.settings, self.stage.settings)
-        key = lead.key(path, place)
-        matches = self._filters.matcher(lead.parts, key, place.layer)
-        found: dict[str, Any] = {}
+        lead, part = self.sources.lead(position.slice), self.stage.slices[position.slice]
+        outer = (part.parameters, self.stage.parameters)
+        key = lead.key(path, position)
+        matches = self._filters.matcher(lead.parts, key, position.layer)
+        arguments: dict[str, Any] = {}
         for name, parameter in self.method.parameters.items():
             if per_model(parameter):
-                found[name] = tuple(self._of_model(name, scalar(parameter), path, place, s, outer) for s in chosen)
+                arguments[name] = tuple(
+                    self._of_model(name, scalar(parameter), path, position, s, outer) for s in chosen
+                )
                 continue
-            value = self._resolved(name, outer, matches, place.t)
+            value = self._resolved(name, outer, matches, position.t)
             if value is MISSING:
                 if parameter.required:
-                    raise self._lacking(name, name, outer, lead.parts.names(key, place.layer)[0], part.line)
+                    raise self._lacking(name, name, outer, lead.parts.names(key, position.layer)[0], part.line)
                 value = parameter.default
-            found[name] = round(value) if parameter.annotation is int else value
-        wrong = self.method.refuse(found) if self.method.refuse else None
+            arguments[name] = round(value) if parameter.annotation is int else value
+        wrong = self.method.refuse(arguments) if self.method.refuse else None
         if wrong:
-            where = lead.parts.names(key, place.layer)[0]
+            where = lead.parts.names(key, position.layer)[0]
             raise RecipeError(f"{self.sources.origin}:{part.line}: {self.method.name} at {where}: {wrong}")
-        return found
+        return arguments
 
     def idle(self) -> Iterator[tuple[int, str]]:
         """Yield, with its line, every choice by filter that has counted for no part so far."""
-        for name, setting, counted in self._used.values():
-            for i, choice in enumerate(setting.choices):
-                if i not in counted and (choice.filter is not None or i < len(setting.choices) - 1):
+        for name, value, counted in self._used.values():
+            for i, choice in enumerate(value.choices):
+                if i not in counted and (choice.filter is not None or i < len(value.choices) - 1):
                     what = f"the filter {choice.filter!r}" if choice.filter is not None else "this value"
                     why = "choices before it take all that it means, or the layers in use hold none of that"
                     yield choice.line, f"{what} of {name} has no effect: {why}"
@@ -64,14 +66,14 @@ class Arguments:
         name: str,
         parameter: Parameter,
         path: str,
-        place: OutputPosition,
+        position: OutputPosition,
         source: MergeSource,
         outer: tuple[ParameterValues, ...],
     ) -> Any:
-        key = source.key(path, place)
+        key = source.key(path, position)
         matches = self._filters.matcher(source.parts, key, key.layer)
-        scopes = (source.settings, *outer)
-        value = self._resolved(name, scopes, matches, place.t)
+        scopes = (source.parameters, *outer)
+        value = self._resolved(name, scopes, matches, position.t)
         if value is not MISSING:
             return value
         if parameter.required:
@@ -84,13 +86,13 @@ class Arguments:
     ) -> Any:
         """Return the value of a parameter from the first scope that has one for a tensor; MISSING if none has."""
         for scope in scopes:
-            setting = scope.get(name)
-            if setting is None:
+            given = scope.get(name)
+            if given is None:
                 continue
-            choice = setting.chosen(matches)
-            counted = self._used.setdefault(id(setting), (name, setting, set()))[2]
+            choice = given.chosen(matches)
+            counted = self._used.setdefault(id(given), (name, given, set()))[2]
             if choice is not None:
-                counted.add(setting.choices.index(choice))
+                counted.add(given.choices.index(choice))
                 return choice.at(t)
         return MISSING
 

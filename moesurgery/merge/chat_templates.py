@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from moesurgery.moe.canonical_names import CanonicalTensors
-
-SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 TEMPLATES = {
     "chatml": (
@@ -40,10 +39,10 @@ TEMPLATES = {
 }
 
 
-def chat_template(wish: str, models: Mapping[str, CanonicalTensors]) -> str | None:
+def chat_template(wanted: str, models: Mapping[str, CanonicalTensors]) -> str | None:
     """Return the template that a recipe wants: one that is known by name, Jinja, or `auto`, what most models have."""
-    if wish != "auto":
-        return TEMPLATES.get(wish, wish)
+    if wanted != "auto":
+        return TEMPLATES.get(wanted, wanted)
     found = [template for parts in models.values() if (template := chat_template_of(parts.plan.checkpoint)) is not None]
     return max(found, key=found.count) if found else None
 
@@ -51,11 +50,11 @@ def chat_template(wish: str, models: Mapping[str, CanonicalTensors]) -> str | No
 def chat_template_of(checkpoint: Checkpoint) -> str | None:
     """Return a model's chat template, from whichever file holds it."""
     sizes = checkpoint.file_sizes
-    if TEMPLATE in sizes:
-        return checkpoint.source.read(TEMPLATE, 0, sizes[TEMPLATE]).decode("utf-8", "replace")
-    if SETTINGS in sizes:
+    if CHAT_TEMPLATE in sizes:
+        return checkpoint.source.read(CHAT_TEMPLATE, 0, sizes[CHAT_TEMPLATE]).decode("utf-8", "replace")
+    if TOKENIZER_CONFIG in sizes:
         try:
-            held = json.loads(checkpoint.source.read(SETTINGS, 0, sizes[SETTINGS])).get("chat_template")
+            held = json.loads(checkpoint.source.read(TOKENIZER_CONFIG, 0, sizes[TOKENIZER_CONFIG])).get("chat_template")
         except (ValueError, AttributeError):
             return None
         return held if isinstance(held, str) else None

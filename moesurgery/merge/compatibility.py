@@ -8,7 +8,8 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.strict_json import parse_json
-from moesurgery.families.family import LAYERS_KEYS
+from moesurgery.checkpoint.tokenizer_files import TOKENIZER
+from moesurgery.families.config_keys import LAYERS_KEYS
 
 # Keys that say nothing of how tensors are used, or that are settled elsewhere.
 _IDLE = frozenset(
@@ -26,7 +27,7 @@ _IDLE = frozenset(
         *("max_position_embeddings", "_attn_implementation_autoset", "aux_loss_alpha", "seq_aux", "return_dict"),
     )
 )
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_WITH_VOCABULARY = (TOKENIZER, "tokenizer.model", "vocab.json")
 
 
 def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, stacked: bool) -> str:
@@ -64,10 +65,10 @@ def _short(value: Any) -> str:
 
 def tokenizers_differ(ours: Checkpoint, theirs: Checkpoint) -> bool | None:
     """Whether two models map text to other numbers; None where they have no form of a tokenizer in common."""
-    for file in _TOKENIZER_FILES:
+    for file in _WITH_VOCABULARY:
         if file in ours.file_sizes and file in theirs.file_sizes:
             a, b = (c.source.read(file, 0, c.file_sizes[file]) for c in (ours, theirs))
-            return a != b and (file != "tokenizer.json" or _vocabulary(a) != _vocabulary(b))
+            return a != b and (file != TOKENIZER or _vocabulary(a) != _vocabulary(b))
     return None
 
 

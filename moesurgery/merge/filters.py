@@ -41,27 +41,27 @@ class Filters:
 
     def _is_native(self, parts: CanonicalTensors, key: CanonicalName, text: str) -> bool:
         kind = parts.kind(key)
-        place = (id(parts), kind, text)
-        if place not in self._native:
-            if place[:2] not in self._names:
+        question = (id(parts), kind, text)
+        if question not in self._native:
+            if question[:2] not in self._names:
                 found = [parts.names(k, k.layer) for k in parts.stored_in if parts.kind(k) == kind]
-                self._names[place[:2]] = {own for own, _ in found}, {name for _, others in found for name in others}
-            own, others = self._names[place[:2]]
+                self._names[question[:2]] = {own for own, _ in found}, {name for _, others in found for name in others}
+            own, others = self._names[question[:2]]
             begins = re.compile((r"(?<!\w)" if text[:1].isalnum() else "") + re.escape(text))
-            self._native[place] = any(map(begins.search, own)) or (
+            self._native[question] = any(map(begins.search, own)) or (
                 any(text in name for name in own) and not any(map(begins.search, others))
             )
-        return self._native[place]
+        return self._native[question]
 
 
 def filters_of(stage: Stage) -> Iterator[tuple[str, int]]:
     """Yield all filters of a stage with their lines."""
-    scopes: list[ParameterValues] = [stage.settings]
+    scopes: list[ParameterValues] = [stage.parameters]
     for part in stage.slices:
-        scopes += [part.settings, *(entry.settings for entry in part.inputs)]
+        scopes += [part.parameters, *(entry.parameters for entry in part.inputs)]
     for scope in scopes:
-        for setting in scope.values():
-            for choice in setting.choices:
+        for value in scope.values():
+            for choice in value.choices:
                 if choice.filter is not None:
                     yield choice.filter, choice.line
 

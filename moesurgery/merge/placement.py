@@ -19,7 +19,7 @@ class Placement:
 
     @cached_property
     def tensors(self) -> list[tuple[str, StoredTensor, OutputPosition]]:
-        """The name of each tensor, the tensor whose form it takes, and its place."""
+        """The name of each tensor, the tensor whose form it takes, and its position."""
         return list(self._stacked() if self.stage.stacked else self._whole())
 
     @cached_property
@@ -45,7 +45,7 @@ class Placement:
             for layer in donor.paths.keys() | source.parts.paths.keys():
                 self._same(layer, donor.paths.get(layer, frozenset()), source, layer)
         for name, holder in donor.tensors.items():
-            yield name, holder, self._place(holder)
+            yield name, holder, self._position(holder)
 
     def _stacked(self) -> Iterator[tuple[str, StoredTensor, OutputPosition]]:
         donor = self.sources.donor
@@ -56,7 +56,7 @@ class Placement:
         before = set(list(donor.tensors)[:first])
         for holder in outside:
             if holder.name in before:
-                yield holder.name, holder, self._place(holder)
+                yield holder.name, holder, self._position(holder)
         forms = {donor.paths[layer]: held for layer, held in reversed(donor.by_layer.items())}
         for number, (index, offset, t) in enumerate(self.stack):
             lead = self.sources.lead(index)
@@ -69,10 +69,10 @@ class Placement:
                 yield donor.name_of(number, holder.rest), holder, OutputPosition(index, offset, number, t)
         for holder in outside:
             if holder.name not in before:
-                yield holder.name, holder, self._place(holder)
+                yield holder.name, holder, self._position(holder)
 
-    def _place(self, holder: StoredTensor) -> OutputPosition:
-        """Return the place of a tensor that keeps it: what comes before the layers counts with the first slice."""
+    def _position(self, holder: StoredTensor) -> OutputPosition:
+        """Return the position of a tensor outside of a stack; what comes before the layers is the first slice's."""
         donor = self.sources.donor
         if holder.layer is None:
             after = donor.anatomy.component[holder.name] in ("norm", "head")

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.dtypes import CONFIG_NAMES, PLAIN_FLOATS
+from moesurgery.checkpoint.tokenizer_files import CHAT_TEMPLATE
 from moesurgery.errors import RefusedError, SurgeryError, at_line
 from moesurgery.expr.elementwise import cast, scale
 from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.expr.random import random_key
-from moesurgery.families.config_keys import Settings, with_value
+from moesurgery.families.config_keys import Settings, with_dtype, with_value
 from moesurgery.families.layer_config import LayerOrigin, restacked_config, without_prediction
 from moesurgery.merge.align import Aligner, not_aligned
 from moesurgery.merge.arguments import Arguments
-from moesurgery.merge.chat_templates import TEMPLATE, chat_template
+from moesurgery.merge.chat_templates import chat_template
 from moesurgery.merge.compute.merge_expr import MergeExpr
 from moesurgery.merge.filters import check_filters
 from moesurgery.merge.placement import Placement
 from moesurgery.merge.recipe.merge_recipe import MergeRecipe
-from moesurgery.merge.recipe.stage import DTYPES, Stage
+from moesurgery.merge.recipe.stage import Stage
 from moesurgery.merge.references import Models, label
 from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
 from moesurgery.merge.tokenizer_union import MergedTokenizer, is_kept
@@ -30,7 +30,6 @@ from moesurgery.moe.canonical_names import is_expert
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.write.card import CARD
 
-_NAMES = {code: name for name, code in DTYPES.items()}
 _RANK = ("BF16", "F16", "F32", "F64")
 
 
@@ -60,8 +59,8 @@ class _Merger:
         self._groups: dict[tuple[OutputPosition, tuple[str, ...]], Expr] = {}
 
     def plan(self) -> Plan:
-        donor, parts, placed = self.sources.donor, self.sources.parts, self.placement.tensors
-        check_filters(self.stage, (name for name, _, _ in placed), parts, self.origin)
+        donor, parts, tensors_in_order = self.sources.donor, self.sources.parts, self.placement.tensors
+        check_filters(self.stage, (name for name, _, _ in tensors_in_order), parts, self.origin)
         if self.stage.align and self.sources.others:
             line = self.stage.line_of("align")
             with at_line(self.origin, line):
@@ -76,8 +75,8 @@ class _Merger:
         tensors: dict[str, Expr] = {}
         shard_of: dict[str, str] = {}
         last = next(iter(donor.plan.shard_of.values()))
-        for name, holder, place in placed:
-            tensors[name] = holder.assemble([self._part(path, place) for path in holder.paths])
+        for name, holder, position in tensors_in_order:
+            tensors[name] = holder.assemble([self._part(path, position) for path in holder.paths])
             last = shard_of[name] = donor.plan.shard_of.get(name, last)
         self.warnings += [f"{self.origin}:{line}: {text}" for line, text in self.arguments.idle()]
         files = self._files()
@@ -99,56 +98,56 @@ class _Merger:
 
     # Expressions
 
-    def _part(self, path: str, place: OutputPosition) -> Expr:
+    def _part(self, path: str, position: OutputPosition) -> Expr:
         """Return the merged values of a part, or those of all experts at once where the recipe wants that."""
-        sources = self.sources.by_slice[place.slice]
+        sources = self.sources.by_slice[position.slice]
         at_once = self.stage.granularity == "tensor" and self.method.kind != "elementwise"
         if not (at_once and is_expert(path)):
-            return self._merged(path, place, [self._input(s, path, place) for s in sources])
-        together = _together(path, sources[0].parts.paths[sources[0].key(path, place).layer])
-        group = self._groups.get((place, together))
+            return self._merge_of(path, position, [self._input(s, path, position) for s in sources])
+        together = _together(path, sources[0].parts.paths[sources[0].key(path, position).layer])
+        group = self._groups.get((position, together))
         if group is None:
-            inputs = [concat([self._input(s, one, place) for one in together]) for s in sources]
-            group = self._groups[place, together] = self._merged(together[0], place, inputs)
+            inputs = [concat([self._input(s, one, position) for one in together]) for s in sources]
+            group = self._groups[position, together] = self._merge_of(together[0], position, inputs)
         length = group.shape[0] // len(together)
         index = together.index(path)
         return Slice(group, index * length, (index + 1) * length)
 
-    def _input(self, source: MergeSource, path: str, place: OutputPosition) -> Expr:
+    def _input(self, source: MergeSource, path: str, position: OutputPosition) -> Expr:
         """Return a part of one model, in the order of the base's experts and neurons where the recipe wants that."""
-        key, lead = source.key(path, place), self.sources.lead(place.slice)
+        key, lead = source.key(path, position), self.sources.lead(position.slice)
         if not self.stage.align or source.parts is lead.parts or not source.parts.follows_experts(key):
             return source.parts.part(key)
         pair = (id(lead.parts), id(source.parts))
         if pair not in self._aligners:
             self._aligners[pair] = Aligner(lead.parts, source.parts, self.stage.align)
         with at_line(self.origin, source.line):
-            return self._aligners[pair].part(lead.key(path, place), key)
+            return self._aligners[pair].part(lead.key(path, position), key)
 
-    def _merged(self, path: str, place: OutputPosition, inputs: list[Expr]) -> Expr:
+    def _merge_of(self, path: str, position: OutputPosition, inputs: list[Expr]) -> Expr:
         """Return the method's result for one part, given its values in all sources."""
-        sources = self.sources.by_slice[place.slice]
-        lead = self.sources.lead(place.slice)
+        sources = self.sources.by_slice[position.slice]
+        lead = self.sources.lead(position.slice)
         kept = inputs[sources.index(lead)]
         if kept.dtype not in PLAIN_FLOATS:
-            return self._unmerged(path, place, kept)
-        if self._tokenizer is not None and place.layer is None and self._tokenizer.is_vocabulary(path, kept.shape):
+            return self._unmerged(path, position, kept)
+        if self._tokenizer is not None and position.layer is None and self._tokenizer.is_vocabulary(path, kept.shape):
             inputs = self._resized(sources, inputs)
             kept = inputs[sources.index(lead)]
         for source, expr in zip(sources, inputs, strict=True):
             if expr.shape != kept.shape:
                 with at_line(self.origin, source.line):
-                    raise _unlike(source.parts.stored_in[source.key(path, place)][0].name, source, expr, lead, kept)
+                    raise _unlike(source.parts.stored_in[source.key(path, position)][0].name, source, expr, lead, kept)
         dtype = self._dtype(path, kept, inputs, sources)
-        base = self.sources.base(place.slice)
+        base = self.sources.base(position.slice)
         apart = self.method.base in ("required", "optional") and base is not None
         chosen = [i for i, s in enumerate(sources) if not (apart and s is base)]
-        values = self.arguments.of(path, place, [sources[i] for i in chosen])
+        values = self.arguments.of(path, position, [sources[i] for i in chosen])
         if self.method.name == "passthrough":
             return _scaled(inputs[0], values["scale"][0], dtype)
         if not chosen:  # the base alone: a way to write a model with its adapter
             return cast(kept, dtype)
-        key = random_key(self.stage.seed, f"{place.layer}.{path}") if self.method.random else 0
+        key = random_key(self.stage.seed, f"{position.layer}.{path}") if self.method.random else 0
         return MergeExpr(
             self.method.name,
             tuple(inputs[i] for i in chosen),
@@ -156,18 +155,18 @@ class _Merger:
             tuple(values.items()),
             dtype,
             kept.shape,
-            lead.parts.names(lead.key(path, place), place.layer)[0],
+            lead.parts.names(lead.key(path, position), position.layer)[0],
             key,
             self.method.origin,
             self.device,
         )
 
-    def _unmerged(self, path: str, place: OutputPosition, kept: Expr) -> Expr:
+    def _unmerged(self, path: str, position: OutputPosition, kept: Expr) -> Expr:
         """Return values that are no plain floats: copied where that is meant, else refused."""
-        lead = self.sources.lead(place.slice)
-        holder, _ = lead.parts.stored_in[lead.key(path, place)]
+        lead = self.sources.lead(position.slice)
+        holder, _ = lead.parts.stored_in[lead.key(path, position)]
         weights = lead.parts.anatomy.parameters[holder.name]
-        values = self.arguments.of(path, place, [lead]) if self.method.name == "passthrough" else None
+        values = self.arguments.of(path, position, [lead]) if self.method.name == "passthrough" else None
         if weights and (values is None or values["scale"][0] != 1):
             with at_line(self.origin, lead.line):
                 raise RefusedError(
@@ -214,7 +213,7 @@ class _Merger:
                 line = self.stage.line_of("chat_template")
                 self.warnings.append(f"{self.origin}:{line}: no model has a chat template: none is written")
             else:
-                files[TEMPLATE] = template.encode()
+                files[CHAT_TEMPLATE] = template.encode()
         return files
 
     # What is said about it
@@ -232,7 +231,8 @@ class _Merger:
         if self._tokenizer is not None:
             settings = Settings(donor.anatomy.settings.family, config)
             config = with_value(settings, ("vocab_size",), self._tokenizer.rows, "vocab_size")
-        return _with_dtype(config, {expr.dtype for expr in tensors.values() if expr.dtype in PLAIN_FLOATS})
+        dtypes = {expr.dtype for expr in tensors.values() if expr.dtype in PLAIN_FLOATS}
+        return with_dtype(config, CONFIG_NAMES[dtypes.pop()]) if len(dtypes) == 1 else config
 
     def _shard_size(self) -> int | None:
         headers = self.sources.donor.plan.checkpoint.headers
@@ -257,8 +257,8 @@ class _Merger:
             f"{stage.method.name} of {', '.join(others) or 'nothing'}{base}: {count} tensors",
             report={**report, "layers": len(self.placement.stack)} if stage.stacked else report,
             warnings=tuple(self.warnings),
-            parents={text: self.models.parents(text) for text in stage.places.values()},
-            places={("recipe", *path): text for path, text in stage.places.items()},
+            parents={text: self.models.parents(text) for text in stage.references.values()},
+            places={("recipe", *path): text for path, text in stage.references.items()},
             origin=self.origin,
         )
 
@@ -288,16 +288,3 @@ def _unlike(name: str, source: MergeSource, theirs: Expr, lead: MergeSource, our
     return RefusedError(
         f"{name} is {list(theirs.shape)} in {source.parts.label} and {list(ours.shape)} in {lead.parts.label}", hint
     )
-
-
-def _with_dtype(config: Mapping[str, Any], kinds: set[str]) -> Mapping[str, Any]:
-    """Return the config with the dtype that the tensors have, where it names another."""
-    if len(kinds) != 1:
-        return config
-    name = _NAMES[next(iter(kinds))]
-    found: dict[str, Any] = copy.deepcopy(dict(config))
-    for part in (found, *(p for p in found.values() if isinstance(p, dict))):
-        for key in ("torch_dtype", "dtype"):
-            if isinstance(part.get(key), str):
-                part[key] = name
-    return found

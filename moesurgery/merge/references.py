@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME
 from moesurgery.errors import RecipeError
+from moesurgery.families.config_keys import DTYPE_KEYS
 from moesurgery.families.quantised import method as quantisation_method
+from moesurgery.families.quantised import without_quantisation
 from moesurgery.lora.apply import adapted
-from moesurgery.merge.recipe.stage import DTYPES
 from moesurgery.moe.canonical_names import CanonicalTensors
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan, plan_of
 
-_QUANTISED = ("quantization_config", "compression_config")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -77,21 +78,15 @@ def _plain(plan: Plan) -> Plan:
     """Return the plan with quantised weights as float32 numbers, which are rounded only once they are merged."""
     tensors, renamed = dequantised(plan)
     old = {new: name for name, new in renamed.items()}
-    config = {
-        key: {k: v for k, v in value.items() if k not in _QUANTISED} if isinstance(value, dict) else value
-        for key, value in plan.config.items()
-        if key not in _QUANTISED
-    }
-    return replace(
-        plan, tensors=tensors, config=config, shard_of={name: plan.shard_of[old.get(name, name)] for name in tensors}
-    )
+    shard_of = {name: plan.shard_of[old.get(name, name)] for name in tensors}
+    return replace(plan, tensors=tensors, config=without_quantisation(plan.config), shard_of=shard_of)
 
 
 def _stated_dtype(plan: Plan) -> str:
     """Return the dtype that config.json gives a quantised model's weights; bf16 where it does not say."""
     places = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict))]
-    found = (place.get(key) for place in places for key in ("dtype", "torch_dtype"))
-    return next((DTYPES[name] for name in found if isinstance(name, str) and name in DTYPES), "BF16")
+    found = (place.get(key) for place in places for key in DTYPE_KEYS)
+    return next((BY_CONFIG_NAME[name] for name in found if isinstance(name, str) and name in BY_CONFIG_NAME), "BF16")
 
 
 def located(reference: str) -> str:
@@ -112,5 +107,5 @@ def label(reference: str) -> str:
     model, adapter = split(reference)
     if adapter is not None:
         return f"{label(model)}+{label(adapter)}"
-    place = located(reference)
-    return place.removeprefix("hf://") if place.startswith("hf://") else Path(place).name
+    path = located(reference)
+    return path.removeprefix("hf://") if path.startswith("hf://") else Path(path).name

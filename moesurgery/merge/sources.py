@@ -30,13 +30,13 @@ class MergeSource:
 
     reference: str
     parts: CanonicalTensors
-    settings: ParameterValues
+    parameters: ParameterValues
     first: int  # the layer that the slice's first layer comes from
     line: int
 
-    def key(self, path: str, place: OutputPosition) -> CanonicalName:
+    def key(self, path: str, position: OutputPosition) -> CanonicalName:
         """Return the key of a part of the output in this model."""
-        return CanonicalName(None if place.offset is None else self.first + place.offset, path)
+        return CanonicalName(None if position.offset is None else self.first + position.offset, path)
 
 
 class MergeSources:
@@ -119,7 +119,7 @@ class MergeSources:
                 parts = self.opened(entry.model)
                 _check_range(entry, parts)
             first = entry.layers[0] if entry.layers else 0
-            found.append(MergeSource(entry.model, parts, entry.settings, first, entry.line))
+            found.append(MergeSource(entry.model, parts, entry.parameters, first, entry.line))
         base = part.base or self.stage.base
         if base is None:
             return found

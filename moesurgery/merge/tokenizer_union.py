@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.tokenizer_files import OTHER_FORMS, TOKENIZER, TOKENIZER_FILES
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Slice, reshape, torch_dtype
 from moesurgery.families import components
 from moesurgery.merge.align import NeuronStatistics
-from moesurgery.merge.chat_templates import SETTINGS, TEMPLATE
 from moesurgery.merge.compatibility import tokenizers_differ
 from moesurgery.merge.recipe.tokenizer_config import TokenizerConfig, TokenSource
 from moesurgery.moe.canonical_names import CanonicalTensors
@@ -28,11 +28,6 @@ from moesurgery.moe.canonical_names import CanonicalTensors
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-FILE = "tokenizer.json"
-# Other forms of a tokenizer, stale once tokens are added.
-OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "spiece.model")
-TOKENIZER_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *OTHER_FORMS)
 
 
 @dataclass(frozen=True)
@@ -90,25 +85,26 @@ class Gathered(Expr):
 
 def vocabulary(checkpoint: Checkpoint, label: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Return a model's tokenizer.json and the number of every token. Raises RefusedError where it has none."""
-    if FILE not in checkpoint.file_sizes:
+    if TOKENIZER not in checkpoint.file_sizes:
         raise RefusedError(
-            f"{label} has no {FILE}, so its tokens cannot be matched", "save it with a fast tokenizer: it writes one"
+            f"{label} has no {TOKENIZER}, so its tokens cannot be matched",
+            "save it with a fast tokenizer: it writes one",
         )
     try:
-        data = json.loads(checkpoint.source.read(FILE, 0, checkpoint.file_sizes[FILE]))
+        data = json.loads(checkpoint.source.read(TOKENIZER, 0, checkpoint.file_sizes[TOKENIZER]))
         held = data["model"]["vocab"]
         numbers = dict(held) if isinstance(held, dict) else {piece: i for i, (piece, _) in enumerate(held)}
         numbers.update({token["content"]: token["id"] for token in data.get("added_tokens") or ()})
     except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{FILE} of {label} is not understood: {error}") from None
+        raise RefusedError(f"{TOKENIZER} of {label} is not understood: {error}") from None
     return data, numbers
 
 
-def is_kept(wish: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> bool:
-    """Whether a wish leaves the base's tokenizer as it is though its tokens are not known: all models have the same."""
+def is_kept(config: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> bool:
+    """Whether a recipe leaves the base's tokenizer as it is though its tokens are not known: all have the same."""
     base, *others = (parts.plan.checkpoint for parts in models.values())
     same = all(tokenizers_differ(base, other) is False for other in others)
-    return same and FILE not in base.file_sizes and not wish.tokens and wish.multiple is None
+    return same and TOKENIZER not in base.file_sizes and not config.tokens and config.multiple is None
 
 
 def _vocabularies(models: Mapping[str, CanonicalTensors]) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
@@ -116,7 +112,7 @@ def _vocabularies(models: Mapping[str, CanonicalTensors]) -> dict[str, tuple[dic
     found: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
     for name, parts in models.items():
         checkpoint = parts.plan.checkpoint
-        if FILE in checkpoint.file_sizes:
+        if TOKENIZER in checkpoint.file_sizes:
             found[name] = vocabulary(checkpoint, parts.label)
     for name, parts in models.items():
         if name not in found:
@@ -127,28 +123,28 @@ def _vocabularies(models: Mapping[str, CanonicalTensors]) -> dict[str, tuple[dic
 
 
 class MergedTokenizer:
-    """The tokenizer that a wish makes of those of `models`, the first of which is the base."""
+    """The tokenizer that `config` makes of those of `models`, the first of which is the base."""
 
-    def __init__(self, wish: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> None:
-        self.wish, self.models = wish, models
+    def __init__(self, config: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> None:
+        self.config, self.models = config, models
         self.base = next(iter(models))
         found = _vocabularies(models)
         self.numbers = {name: numbers for name, (_, numbers) in found.items()}
-        shard_of = wish.source if wish.source not in ("base", "union") else self.base
+        shard_of = config.source if config.source not in ("base", "union") else self.base
         self.data, self.shard_of = copy.deepcopy(found[shard_of][0]), shard_of
         self.tokens = dict(self.numbers[shard_of])
         self.added = False
         self.rescored = False  # pieces of two Unigram models stand side by side, scored apart
-        if wish.source == "union":
+        if config.source == "union":
             for name in models:
                 self._join(found[name][0], self.numbers[name], models[name].label)
-        for token in wish.tokens:
+        for token in config.tokens:
             if token not in self.tokens:
                 self._add(token, special=True)
         rows = 1 + max(self.tokens.values(), default=-1)
-        if not self.added and wish.source in ("base", self.base):
+        if not self.added and config.source in ("base", self.base):
             rows = max(rows, self._rows_of(models[self.base]))  # padding rows stay
-        self.rows = -(-rows // wish.multiple) * wish.multiple if wish.multiple else rows
+        self.rows = -(-rows // config.multiple) * config.multiple if config.multiple else rows
 
     def _rows_of(self, parts: CanonicalTensors) -> int:
         """Return how many rows a model's embedding has; 0 where there is none."""
@@ -220,7 +216,7 @@ class MergedTokenizer:
                 size = held.file_sizes.get(file)
                 found[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:
-            found[FILE] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
+            found[TOKENIZER] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
             found.update(dict.fromkeys(OTHER_FORMS))
         base = self.models[self.base].plan.checkpoint.file_sizes
         return {file: data for file, data in found.items() if data is not None or file in base}
@@ -245,14 +241,14 @@ class MergedTokenizer:
         """Return where row `number` of model `which` comes from."""
         if token is None:  # padding: the base's where it has some, else the mean of its rows
             return ((base, number),) if number < options[base].shape[0] else ((len(names), 0),)
-        wish = self.wish.tokens.get(token)
+        source = self.config.tokens.get(token)
         own = self.numbers[names[which]].get(token)
         if own is not None and own >= options[which].shape[0]:
             own = None
-        if own is not None and not (wish is not None and wish.force):
+        if own is not None and not (source is not None and source.force):
             return ((which, own),)
-        if wish is not None:
-            return self._wished(token, wish, names, options)
+        if source is not None:
+            return self._stated_row(token, source, names, options)
         found = [
             (j, n)
             for j, name in enumerate(names)
@@ -260,20 +256,20 @@ class MergedTokenizer:
         ]
         return tuple(found) or ((len(names), 0),)
 
-    def _wished(
-        self, token: str, wish: TokenSource, names: Sequence[str], options: Sequence[Expr]
+    def _stated_row(
+        self, token: str, source: TokenSource, names: Sequence[str], options: Sequence[Expr]
     ) -> tuple[tuple[int, int], ...]:
-        if wish.model is None:
+        if source.model is None:
             return ()
-        label = self.models[wish.model].label
-        if wish.model not in names:
+        label = self.models[source.model].label
+        if source.model not in names:
             raise RefusedError(
                 f"the token {token!r} takes a row of {label}, which is not merged", "list it under `models:` too"
             )
-        which = names.index(wish.model)
-        number = wish.number if wish.number is not None else self.numbers[wish.model].get(wish.token or token)
+        which = names.index(source.model)
+        number = source.number if source.number is not None else self.numbers[source.model].get(source.token or token)
         if number is None:
-            raise RefusedError(f"the token {wish.token or token!r} is not in the tokenizer of {label}")
+            raise RefusedError(f"the token {source.token or token!r} is not in the tokenizer of {label}")
         if not 0 <= number < options[which].shape[0]:
             raise RefusedError(
                 f"the token {token!r} takes row {number} of {label}, which has {options[which].shape[0]}"

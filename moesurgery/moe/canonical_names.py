@@ -17,10 +17,8 @@ from moesurgery.expr.nodes import Expr, Slice, concat, reshape
 from moesurgery.families import components
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.families.family import Projection
+from moesurgery.families.tensor_names import containers_of, split_layer
 from moesurgery.plan.plan import Plan
-
-_CONTAINERS = ("layers", "blocks", "h", "block")
-
 
 _EXPERT = re.compile(r"([^/]+/)?experts\.\d+\.")
 
@@ -84,13 +82,8 @@ class CanonicalTensors:
         self._members = {m.name: (block, m) for block in self.anatomy.blocks for m in block.members}
 
     def _split(self, name: str, layer: int) -> tuple[str, str]:
-        family = self.anatomy.family
-        for container in (family.layers, *family.also_layers) if family else _CONTAINERS:
-            mark = f"{container}.{layer}."
-            at = 0 if name.startswith(mark) else name.find("." + mark) + 1
-            if at or name.startswith(mark):
-                return name[: at + len(container) + 1], name[at + len(mark) :]
-        return "", name
+        parts = split_layer(name, layer, containers_of(self.anatomy.family))
+        return (f"{parts[0]}{parts[1]}.", parts[2]) if parts is not None else ("", name)
 
     @cached_property
     def layers(self) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Anatomy
-from moesurgery.families.config_keys import with_value
-from moesurgery.families.family import EXPERTS_KEYS
+from moesurgery.families.config_keys import EXPERTS_KEYS, with_value
+from moesurgery.families.quantised import QUANTISATION_KEYS
 
 
 def check_blocks(anatomy: Anatomy, operation: str) -> int:
@@ -98,7 +98,7 @@ def with_expert_count(anatomy: Anatomy, count: int, modules: Mapping[str, str | 
     config = with_value(anatomy.settings, EXPERTS_KEYS, count, anatomy.settings.family.experts_key)
     for place in (config, config.get("text_config"), config.get("llm_config")):
         if isinstance(place, dict):
-            for key in ("quantization_config", "compression_config"):
+            for key in QUANTISATION_KEYS:
                 if isinstance(place.get(key), Mapping):
                     place[key] = _renamed(place[key], modules)
     return config

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moesurgery.checkpoint.dtypes import COMMON_DTYPES
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.registry import did_you_mean
 from moesurgery.recipe.yaml_strict import Document
@@ -38,7 +39,6 @@ GATE_MODES = {
     "random": "random",
     "uniform_random": "uniform",
 }
-DTYPES = ("float32", "bfloat16", "float16")
 # What mergekit calls the types that it writes; `architecture` is the beginning of a name.
 ARCHITECTURES = {"mixtral": "mixtral", "qwen moe": "qwen2_moe", "qwen3 moe": "qwen3_moe"}
 _DEEPSEEK = "deepseek moe"
@@ -72,8 +72,8 @@ def read(document: Document, wrong: list[tuple[int, str]]) -> MergekitRecipe | N
         hint = did_you_mean(str(mode), GATE_MODES) or f"known: {', '.join(GATE_MODES)}"
         wrong.append((document.line(("gate_mode",)), f"gate_mode is {mode!r}: {hint}"))
     dtype = value.get("dtype")
-    if dtype is not None and dtype not in DTYPES:
-        wrong.append((document.line(("dtype",)), f"dtype is {dtype!r}: expected {', '.join(DTYPES)}"))
+    if dtype is not None and dtype not in COMMON_DTYPES:
+        wrong.append((document.line(("dtype",)), f"dtype is {dtype!r}: expected {', '.join(COMMON_DTYPES)}"))
     top_k = value.get("experts_per_token", 2)
     if type(top_k) is not int or top_k < 1:
         wrong.append((document.line(("experts_per_token",)), f"experts_per_token is {top_k!r}: expected 1 or more"))

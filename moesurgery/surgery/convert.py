@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.config_keys import DTYPE_KEYS, with_dtype
 from moesurgery.families.family import Layout
 from moesurgery.families.quantised import method, without_quantisation
 from moesurgery.moe.expert_axis import Entries
@@ -67,7 +67,7 @@ def convert(
 
 def _dequantised(plan: Plan, dtype: str | None) -> tuple[Plan, str]:
     """Return the plan with plain weights: of `dtype`, else of the one that the config names, else bf16."""
-    stated = plan.anatomy.settings.first(("dtype", "torch_dtype"))
+    stated = plan.anatomy.settings.first(DTYPE_KEYS)
     target = dtype or BY_CONFIG_NAME.get(str(stated), "BF16")
     tensors, renamed = dequantised(plan, target)
     if tensors.keys() == plan.tensors.keys():
@@ -91,7 +91,7 @@ def _cast(plan: Plan, dtype: str) -> tuple[Plan, str]:
         for name, expr in plan.tensors.items()
     }
     count = sum(tensors[name] is not expr for name, expr in plan.tensors.items())
-    config = _with_dtype(plan.config, CONFIG_NAMES[dtype])
+    config = with_dtype(plan.config, CONFIG_NAMES[dtype])
     what = f"{count} tensors cast to {dtype}"
     return plan.edited(Step(_NAME, {}, what), tensors=tensors, config=config), what
 
@@ -103,20 +103,6 @@ def _kept(anatomy: Anatomy) -> set[str]:
     """
     kept = {name for name, count in anatomy.parameters.items() if count == 0}
     return kept | {m.name for block in anatomy.blocks for m in block.members if m.role == "correction_bias"}
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the config with `dtype` wherever it names one."""
-    found = copy.deepcopy(dict(config))
-    places: list[Any] = [found]
-    while places:
-        place = places.pop()
-        for key, value in place.items():
-            if isinstance(value, dict):
-                places.append(value)
-            elif key in ("dtype", "torch_dtype") and value is not None:
-                place[key] = dtype
-    return found
 
 
 def _relaid(plan: Plan, kind: _Kind) -> tuple[Plan, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from moesurgery.checkpoint.tokenizer_files import TOKENIZER_CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.context import Context
 
@@ -109,7 +110,7 @@ def chat_templates(subject: Context) -> list[Template]:
             except CheckpointError:
                 continue  # S11 says so
             found.append(Template(file, "the template", text))
-    for file in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+    for file in (TOKENIZER_CONFIG, "chat_template.json", "processor_config.json"):
         config = subject.object_or_none(file) or {}
         value = config.get("chat_template")
         if isinstance(value, str):

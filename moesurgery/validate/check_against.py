@@ -13,9 +13,9 @@ from moesurgery.checkpoint.checkpoint import PROVENANCE, open_checkpoint
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.scan import CONFIG
+from moesurgery.checkpoint.tokenizer_files import TOKENIZER_FILES
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError, SurgeryError
 from moesurgery.expr.nodes import Copy
-from moesurgery.merge.tokenizer_union import TOKENIZER_FILES
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.context import Context

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, INTEGERS, PLAIN_FLOATS
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
+from moesurgery.families.config_keys import DTYPE_KEYS
 from moesurgery.families.quantised import method, quantisation_config, split_name
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.check import Outcome, and_more, check, finding
@@ -61,7 +62,7 @@ def _mixed(subject: Context, quantised: bool) -> Iterator[Finding]:
 
 
 def _stated(subject: Context) -> Iterator[Finding]:
-    stated = subject.anatomy.settings.first(("dtype", "torch_dtype"))
+    stated = subject.anatomy.settings.first(DTYPE_KEYS)
     wanted = BY_CONFIG_NAME.get(stated.removeprefix("torch.")) if isinstance(stated, str) else None
     held: Counter[str] = Counter()
     for name, weights in subject.anatomy.parameters.items():

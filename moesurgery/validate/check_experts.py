@@ -8,8 +8,7 @@ from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import MoeBlock, model_type_of
-from moesurgery.families.config_keys import keys_present
-from moesurgery.families.family import EXPERTS_KEYS, GROUPS_KEYS, TOP_GROUPS_KEYS, TOP_K_KEYS
+from moesurgery.families.config_keys import EXPERTS_KEYS, GROUPS_KEYS, TOP_GROUPS_KEYS, TOP_K_KEYS, keys_present
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.context import Context
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.components import VISION
-from moesurgery.families.family import PREDICTION_KEYS
+from moesurgery.families.config_keys import PREDICTION_KEYS
 from moesurgery.families.moe_layers import moe_layers, positions, ranges
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.context import Context

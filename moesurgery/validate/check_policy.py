@@ -11,6 +11,7 @@ from typing import Any
 
 import moesurgery.tied
 from moesurgery.checkpoint.scan import CONFIG, INDEX
+from moesurgery.checkpoint.tokenizer_files import TOKENIZER_CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.chat_template_scan import chat_templates
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
@@ -18,7 +19,7 @@ from moesurgery.validate.context import Context
 from moesurgery.validate.pickle_scan import find_pickle
 
 # The JSON files of a checkpoint in which loaders look for code.
-_CONFIGS = (CONFIG, "generation_config.json", "tokenizer_config.json", "processor_config.json")
+_CONFIGS = (CONFIG, "generation_config.json", TOKENIZER_CONFIG, "processor_config.json")
 _CODE_KEYS = ("_attn_implementation_internal", "_experts_implementation_internal")
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 

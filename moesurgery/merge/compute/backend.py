@@ -30,14 +30,14 @@ class NumpyBackend:
 
     step = STEP
 
-    def given(self, values: np.ndarray) -> Array:
+    def from_numpy(self, values: np.ndarray) -> Array:
         return values
 
     def read(self, expr: Expr, start: int, stop: int, reader: Reader) -> Array:
         """Return elements `start:stop` of an input, in float32 or float64."""
         return expr.array(start, stop, reader)
 
-    def taken(self, values: Array) -> np.ndarray:
+    def to_numpy(self, values: Array) -> np.ndarray:
         import numpy as np
 
         return np.asarray(values)
@@ -54,7 +54,7 @@ class TorchBackend:
         self.name = name
         self.step = STEP if name == "cpu" else DEVICE_STEP
 
-    def given(self, values: np.ndarray) -> Array:
+    def from_numpy(self, values: np.ndarray) -> Array:
         import torch
 
         return torch.from_numpy(values).to(self.name)
@@ -63,12 +63,12 @@ class TorchBackend:
         import torch
 
         if not (isinstance(expr, Stored) and expr.numpy_only):
-            return self.given(expr.array(start, stop, reader))
+            return self.from_numpy(expr.array(start, stop, reader))
         data = torch.frombuffer(expr.raw(start, stop, reader), dtype=torch_dtype(expr.dtype))
         # A copy always: the bytes are overwritten by the next read.
         return data.to(self.name, torch.float64 if expr.dtype == "F64" else torch.float32, copy=True)
 
-    def taken(self, values: Array) -> np.ndarray:
+    def to_numpy(self, values: Array) -> np.ndarray:
         return values.cpu().numpy()  # type: ignore[no-any-return]
 
     def encoded(self, values: Array, dtype: str) -> memoryview:

@@ -1,6 +1,6 @@
 """What a method sees: the same tensor of all inputs, in chunks, and sums and ranks over the whole of it.
 
-A unit is what norms, angles and densities are taken over: a tensor, or one projection of one expert. Its inputs are
+What norms, angles and densities are taken over is a tensor, or one projection of one expert. The inputs are
 never in memory together: every pass reads them again, which costs less than to hold them.
 """
 
@@ -13,38 +13,20 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.dtypes import element_count
 from moesurgery.expr.nodes import Expr, Reader
 from moesurgery.merge.compute.backend import Array, NumpyBackend, TorchBackend
+from moesurgery.merge.compute.random_bits import RandomBits
 from moesurgery.merge.compute.threshold import NO_THRESHOLD, Threshold, ThresholdSearch
 
 if TYPE_CHECKING:
     import numpy as np
 
-RANDOM_BLOCK = 1 << 15
-SAMPLE_RUNS, SAMPLE_RUN = 128, 512  # what `MergeInputs.cuts` looks at before it reads everything
-
-
-class RandomBits:
-    """Random bits of one key at any place; not for several threads at once."""
-
-    def __init__(self, key: int) -> None:
-        import numpy as np
-
-        self.key = key
-        self._generator = np.random.Philox(key=(key, 0))
-        self._state: Any = self._generator.state
-
-    def at(self, model: int, block: int) -> np.random.Philox:
-        """Return the generator of a block. Setting it costs a sixth of making one."""
-        self._state["state"]["key"][:] = (self.key, model)
-        self._state["state"]["counter"][:] = (0, 0, 0, block)
-        self._generator.state = self._state
-        return self._generator
+_SAMPLE_RUNS, _SAMPLE_RUN = 128, 512  # what `MergeInputs.thresholds` looks at before it reads everything
 
 
 class Chunk:
-    """Elements `start:stop` of a unit: flat arrays, or [rows, width] for methods that want rows."""
+    """Elements `start:stop` of the inputs: flat arrays, or [rows, width] for methods that want rows."""
 
-    def __init__(self, unit: MergeInputs, start: int, stop: int, models: list[Array], base: Array | None) -> None:
-        self.unit = unit
+    def __init__(self, inputs: MergeInputs, start: int, stop: int, models: list[Array], base: Array | None) -> None:
+        self._inputs = inputs
         self.start, self.stop = start, stop
         self.models, self._base = models, base
 
@@ -58,21 +40,17 @@ class Chunk:
         """What each model adds to the base."""
         return [model - self.base for model in self.models]
 
-    def drawn(self, model: int, probability: Array | float) -> Array:
-        """Return True with `probability` (to 1/65536) per element, by the unit's key and the position alone."""
+    def random_mask(self, model: int, probability: Array | float) -> Array:
+        """Return True with `probability` (to 1/65536) per element, by the merge's key and the position alone."""
         import numpy as np
 
-        found = []
-        for block in range(self.start // RANDOM_BLOCK, -(-self.stop // RANDOM_BLOCK)):
-            drawn = self.unit.random.at(model, block).random_raw(RANDOM_BLOCK // 4).view("<u2")
-            at = block * RANDOM_BLOCK
-            found.append(drawn[max(self.start - at, 0) : min(self.stop - at, RANDOM_BLOCK)])
-        numbers = found[0] if len(found) == 1 else np.concatenate(found)
+        numbers = self._inputs.random.numbers(model, self.start, self.stop)
+        backend = self._inputs.backend
         if isinstance(probability, float):
             threshold = round(probability * 65536)
             mask = np.ones(len(numbers), bool) if threshold > 65535 else numbers < np.uint16(threshold)
-            return self.unit.engine.given(mask).reshape(self.models[model].shape)
-        scaled = self.unit.engine.given(numbers.astype(np.float32)).reshape(probability.shape)
+            return backend.from_numpy(mask).reshape(self.models[model].shape)
+        scaled = backend.from_numpy(numbers.astype(np.float32)).reshape(probability.shape)
         return scaled < probability * 65536
 
 
@@ -85,15 +63,15 @@ class MergeInputs:
         base: Expr | None,
         shape: tuple[int, ...],
         reader: Reader,
-        engine: NumpyBackend | TorchBackend,
+        backend: NumpyBackend | TorchBackend,
         *,
         rows: bool = False,
         key: int = 0,
     ) -> None:
-        self.inputs, self.base_input = models, base
+        self.models, self.base = models, base
         self.shape, self.numel = shape, element_count(shape)
         self.width = shape[-1] if shape else 1
-        self.reader, self.engine, self.rows, self.key = reader, engine, rows, key
+        self.reader, self.backend, self.rows, self.key = reader, backend, rows, key
 
     @cached_property
     def random(self) -> RandomBits:
@@ -102,20 +80,20 @@ class MergeInputs:
     @property
     def count(self) -> int:
         """The number of models, without the base."""
-        return len(self.inputs)
+        return len(self.models)
 
     @cached_property
     def chunk_multiple(self) -> int:
         from math import lcm
 
         own = self.width if self.rows else 1
-        return lcm(own, *(e.chunk_multiple for e in (*self.inputs, *((self.base_input,) if self.base_input else ()))))
+        return lcm(own, *(e.chunk_multiple for e in (*self.models, *((self.base,) if self.base else ()))))
 
     @property
     def memory(self) -> int:
         """About how many bytes of arrays there are at once."""
-        inputs = self.count + (self.base_input is not None)
-        part = max(self.engine.step // self.chunk_multiple, 1) * self.chunk_multiple
+        inputs = self.count + (self.base is not None)
+        part = max(self.backend.step // self.chunk_multiple, 1) * self.chunk_multiple
         return 4 * min(part, self.numel) * (inputs + 3)
 
     def chunk(self, start: int, stop: int) -> Chunk:
@@ -123,15 +101,15 @@ class MergeInputs:
         shape = (-1, self.width) if self.rows else (-1,)
 
         def read(expr: Expr) -> Array:
-            return self.engine.read(expr, start, stop, self.reader).reshape(shape)
+            return self.backend.read(expr, start, stop, self.reader).reshape(shape)
 
-        base = None if self.base_input is None else read(self.base_input)
-        return Chunk(self, start, stop, [read(expr) for expr in self.inputs], base)
+        base = None if self.base is None else read(self.base)
+        return Chunk(self, start, stop, [read(expr) for expr in self.models], base)
 
     def spans(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield the parts in which elements `start:stop` are to be looked at."""
         stop = self.numel if stop is None else stop
-        step = max(1, self.engine.step // self.chunk_multiple) * self.chunk_multiple
+        step = max(1, self.backend.step // self.chunk_multiple) * self.chunk_multiple
         while start < stop:
             last = min(stop, (start // step + 1) * step)
             yield start, last
@@ -152,13 +130,13 @@ class MergeInputs:
         assert total is not None
         return total
 
-    def cuts(
+    def thresholds(
         self, function: Callable[[Chunk], Sequence[Array]], counts: Sequence[Sequence[int]]
     ) -> list[list[Threshold]]:
-        """Return the cuts above which the `counts` largest values of each array of `function` are.
+        """Return the thresholds above which the `counts` largest values of each array of `function` are.
 
         `function` gives arrays of non-negative numbers, each with its list of counts. Exact, in flat memory: a sample
-        says between which values a cut lies, one pass counts what is above and keeps what is between. Of equal
+        says between which values a threshold lies, one pass counts what is above and keeps what is between. Of equal
         values the later ones are the larger.
         """
         searches = [
@@ -170,34 +148,36 @@ class MergeInputs:
                 for values, row in zip(function(chunk), searches, strict=True):
                     for search in row:
                         if not search.done:
-                            search.see(values, self.engine)
+                            search.count_in(values, self.backend)
             for row in searches:
                 for search in row:
                     search.conclude()
-        return [[self._cut(search, function, i) for search in row] for i, row in enumerate(searches)]
+        return [[self._threshold(search, function, i) for search in row] for i, row in enumerate(searches)]
 
     def _sample(self, function: Callable[[Chunk], Sequence[Array]]) -> list[np.ndarray]:
         """Return some values of each array of `function`, sorted: from evenly spaced runs."""
         import numpy as np
 
-        run = max(1, -(-SAMPLE_RUN // self.chunk_multiple)) * self.chunk_multiple
-        runs = max(1, min(SAMPLE_RUNS, self.numel // run))
+        run = max(1, -(-_SAMPLE_RUN // self.chunk_multiple)) * self.chunk_multiple
+        runs = max(1, min(_SAMPLE_RUNS, self.numel // run))
         if runs * run * 4 > self.numel:
             starts = [(0, self.numel)]
         else:
             gap = self.numel // runs // self.chunk_multiple * self.chunk_multiple
             starts = [(i * gap, i * gap + run) for i in range(runs)]
-        found: list[list[np.ndarray]] = []
+        samples: list[list[np.ndarray]] = []
         for start, stop in starts:
             for first, last in self.spans(start, stop):
                 for i, values in enumerate(function(self.chunk(first, last))):
-                    if len(found) <= i:
-                        found.append([])
-                    found[i].append(self.engine.taken(values).reshape(-1))
-        return [np.sort(np.concatenate(parts)) for parts in found]
+                    if len(samples) <= i:
+                        samples.append([])
+                    samples[i].append(self.backend.to_numpy(values).reshape(-1))
+        return [np.sort(np.concatenate(parts)) for parts in samples]
 
-    def _cut(self, search: ThresholdSearch, function: Callable[[Chunk], Sequence[Array]], which: int) -> Threshold:
-        """Turn a finished search into a cut: find the position from which equal values count."""
+    def _threshold(
+        self, search: ThresholdSearch, function: Callable[[Chunk], Sequence[Array]], which: int
+    ) -> Threshold:
+        """Turn a finished search into a threshold: find the position from which equal values count."""
         import numpy as np
 
         if search.count <= 0:
@@ -209,6 +189,6 @@ class MergeInputs:
                 continue
             if equal == needed:
                 return Threshold(search.value, start)
-            values = self.engine.taken(function(self.chunk(start, stop))[which]).reshape(-1)
+            values = self.backend.to_numpy(function(self.chunk(start, stop))[which]).reshape(-1)
             return Threshold(search.value, start + int(np.flatnonzero(values == search.value)[-needed]))
         raise AssertionError("the values changed between two passes")

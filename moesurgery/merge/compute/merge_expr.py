@@ -1,4 +1,4 @@
-"""The expression of a merge: one unit of the output, computed from the same unit of every input."""
+"""The expression of a merge: one tensor of the output, computed from the same tensor of every input."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-DOT_RUN = 4096  # shorter than what BLAS would share out to threads of its own, which are slower here than one
+_DOT_RUN = 4096  # shorter than what BLAS would share out to threads of its own, which are slower here than one
 
-_host = NumpyBackend()
+_numpy = NumpyBackend()
 
 
 class _Memo:
-    """What was found out about a unit, once for all chunks and threads; not part of the expression."""
+    """What was computed over whole tensors, once for all chunks and threads; not part of the expression."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -62,7 +62,7 @@ class MergeExpr(Expr):
 
     @cached_property
     def _digest(self) -> str:
-        # Where a unit spans many tensors, many expressions refer to it: its text is made once.
+        # Where a merge spans many tensors, many expressions refer to it: its text is made once.
         text = repr(
             (self.method, self.models, self.base, self.parameters, self.dtype, self.shape, self.key, self.device)
         )
@@ -80,7 +80,7 @@ class MergeExpr(Expr):
     def chunk_multiple(self) -> int:
         if self._method.kind == "whole":
             return max(self.numel, 1)
-        return self._unit(None).chunk_multiple  # type: ignore[arg-type]
+        return self._merge_inputs(None).chunk_multiple  # type: ignore[arg-type]
 
     @property
     def numpy_only(self) -> bool:
@@ -90,7 +90,7 @@ class MergeExpr(Expr):
     def memory(self) -> int:
         return max(
             super().memory,
-            self._unit(None).memory,  # type: ignore[arg-type]
+            self._merge_inputs(None).memory,  # type: ignore[arg-type]
             *(expr.memory for expr in self.inputs),
         )
 
@@ -102,25 +102,25 @@ class MergeExpr(Expr):
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         import numpy as np
 
-        engine = self._engine
-        parts = [engine.encoded(values, self.dtype) for values in self._computed(start, stop, reader)]
+        backend = self._backend
+        parts = [backend.encoded(values, self.dtype) for values in self._computed(start, stop, reader)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.frombuffer(p, np.uint8) for p in parts]).data
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
 
-        engine = self._engine
-        parts = [rounded(engine.taken(values), self.dtype) for values in self._computed(start, stop, reader)]
+        backend = self._backend
+        parts = [rounded(backend.to_numpy(values), self.dtype) for values in self._computed(start, stop, reader)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _unit(self, reader: Reader) -> MergeInputs:
+    def _merge_inputs(self, reader: Reader) -> MergeInputs:
         method = self._method
         rows = method.rows or (method.kind == "combination" and self._axis is not None)
-        return MergeInputs(self.models, self.base, self.shape, reader, self._engine, rows=rows, key=self.key)
+        return MergeInputs(self.models, self.base, self.shape, reader, self._backend, rows=rows, key=self.key)
 
     @property
-    def _engine(self) -> NumpyBackend | TorchBackend:
-        return TorchBackend(self.device or "cpu") if self.device or self._method.torch else _host
+    def _backend(self) -> NumpyBackend | TorchBackend:
+        return TorchBackend(self.device or "cpu") if self.device or self._method.torch else _numpy
 
     @property
     def _axis(self) -> str | None:
@@ -132,29 +132,29 @@ class MergeExpr(Expr):
         """Yield elements `start:stop` part by part, flat, not rounded yet."""
         import numpy as np
 
-        unit = self._unit(reader)
+        inputs = self._merge_inputs(reader)
         try:
             with np.errstate(all="ignore"):
-                act = self._action(unit)
+                act = self._action(inputs)
                 if self._method.kind == "whole":
-                    yield act(unit.chunk(0, self.numel)).reshape(-1)[start:stop]
+                    yield act(inputs.chunk(0, self.numel)).reshape(-1)[start:stop]
                     return
-                for span in unit.spans(start, stop):
-                    yield act(unit.chunk(*span)).reshape(-1)
+                for span in inputs.spans(start, stop):
+                    yield act(inputs.chunk(*span)).reshape(-1)
         except SurgeryError as error:
             raise type(error)(f"{self.name}: {error.message}", error.hint) from None
 
-    def _action(self, unit: MergeInputs) -> Callable[[Chunk], Array]:
-        """Return what to do with each chunk, after looking over the unit where the method wants that."""
+    def _action(self, inputs: MergeInputs) -> Callable[[Chunk], Array]:
+        """Return what to do with each chunk, after looking over all of the inputs where the method wants that."""
         method, values = self._method, dict(self.parameters)
         if method.kind in ("elementwise", "whole"):
             return lambda chunk: self._called(chunk, values)
         with self._memo.lock:
             if self._memo.act is None:
                 if method.kind == "streamed":
-                    self._memo.act = method.call(unit, values=values)
+                    self._memo.act = method.call(inputs, values=values)
                 else:
-                    self._memo.act = combine(unit, lambda gram: method.call(gram, values=values), self._axis)
+                    self._memo.act = combine(inputs, lambda gram: method.call(gram, values=values), self._axis)
             return self._memo.act
 
     def _called(self, chunk: Chunk, values: dict[str, Any]) -> Array:
@@ -174,49 +174,51 @@ class MergeExpr(Expr):
 
 
 def combine(
-    unit: MergeInputs, coefficients: Callable[[np.ndarray], np.ndarray], axis: str | None
+    inputs: MergeInputs, coefficients: Callable[[np.ndarray], np.ndarray], axis: str | None
 ) -> Callable[[Chunk], Array]:
     """Return the action of a combination: a weighted sum of the inputs, with weights from their inner products.
 
     With a base, the inner products are of the differences to it, and the sum of these is added to it. `axis`: one
-    set of weights for each row or column, instead of one for the whole unit.
+    set of weights for each row or column, instead of one for the whole tensor.
     """
 
     def vectors(chunk: Chunk) -> list[Array]:
-        return chunk.models if unit.base_input is None else chunk.deltas
+        return chunk.models if inputs.base is None else chunk.deltas
 
     def combined(chunk: Chunk, factors: np.ndarray) -> Array:
         total, *others = vectors(chunk)  # used for the last time, so changed in place
         for i, vector in enumerate((total, *others)):
-            vector *= float(factors[i]) if factors.ndim == 1 else unit.engine.given(_shaped(factors[..., i], axis))
+            vector *= (
+                float(factors[i]) if factors.ndim == 1 else inputs.backend.from_numpy(_shaped(factors[..., i], axis))
+            )
         for vector in others:
             total += vector
-        if unit.base_input is not None:
+        if inputs.base is not None:
             total += chunk.base
         return total
 
     if axis == "rows":
-        return lambda chunk: combined(chunk, coefficients(_gram(unit, vectors(chunk), -1)))
-    gram = unit.total(lambda chunk: _gram(unit, vectors(chunk), 0 if axis == "columns" else None))
+        return lambda chunk: combined(chunk, coefficients(_gram(inputs, vectors(chunk), -1)))
+    gram = inputs.total(lambda chunk: _gram(inputs, vectors(chunk), 0 if axis == "columns" else None))
     factors = coefficients(gram)
     return lambda chunk: combined(chunk, factors)
 
 
-def _gram(unit: MergeInputs, vectors: list[Array], axis: int | None) -> np.ndarray:
+def _gram(inputs: MergeInputs, vectors: list[Array], axis: int | None) -> np.ndarray:
     """Return the inner products [n, n] in float64, or [rows, n, n] and [columns, n, n] along an axis."""
     import numpy as np
 
     count = len(vectors)
-    found: list[list[Any]] = [[None] * count for _ in range(count)]
+    products: list[list[Any]] = [[None] * count for _ in range(count)]
     for i in range(count):
         for j in range(i, count):
             product = (
                 _inner(vectors[i].reshape(-1), vectors[j].reshape(-1))
                 if axis is None
-                else unit.engine.taken((vectors[i] * vectors[j]).sum(axis))
+                else inputs.backend.to_numpy((vectors[i] * vectors[j]).sum(axis))
             )
-            found[i][j] = found[j][i] = product
-    gram = np.array(found, np.float64)
+            products[i][j] = products[j][i] = product
+    gram = np.array(products, np.float64)
     return gram if axis is None else np.moveaxis(gram, -1, 0)
 
 
@@ -224,10 +226,10 @@ def _inner(first: Array, second: Array) -> float:
     """Return the inner product: short runs in float32, their sum in float64."""
     import numpy as np
 
-    whole = len(first) // DOT_RUN * DOT_RUN
+    whole = len(first) // _DOT_RUN * _DOT_RUN
     if not isinstance(first, np.ndarray) or not whole:
         return float(first @ second)
-    runs = first[:whole].reshape(-1, 1, DOT_RUN) @ second[:whole].reshape(-1, DOT_RUN, 1)
+    runs = first[:whole].reshape(-1, 1, _DOT_RUN) @ second[:whole].reshape(-1, _DOT_RUN, 1)
     return float(runs.sum(dtype=np.float64)) + float(first[whole:] @ second[whole:])
 
 

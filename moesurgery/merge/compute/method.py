@@ -11,7 +11,7 @@ A method's keyword-only signature is its recipe parameters and their documentati
     def closest(gram, *, ...): return coefficients      # and returns the factors of a weighted sum
 
     @merge_method("trimmed", kind="streamed")           # looks over the whole tensor in chunks, then acts on each
-    def trimmed(unit, *, ...): return lambda chunk: ...
+    def trimmed(inputs, *, ...): return lambda chunk: ...
 
     @merge_method("mine")                               # "whole": torch tensors in their shapes
     def mine(models, *, ...): return tensor
@@ -42,7 +42,7 @@ from moesurgery.recipe.registry import did_you_mean
 
 # The modules of this package that define methods, in the order in which the documentation lists them.
 _BUILT_IN = (
-    *("linear", "slerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare", "breadcrumbs", "della", "sce"),
+    *("linear", "slerp", "multislerp", "karcher", "ties", "sce"),
     *("model_stock", "nearswap", "arcee_fusion", "ram"),
 )
 

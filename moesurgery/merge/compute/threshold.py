@@ -1,4 +1,4 @@
-"""The cut above which the n largest of many values are, found in passes over them in flat memory."""
+"""The threshold above which the n largest of many values are, found in passes over them in flat memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ThresholdSearch:
         self._aim()
 
     def _aim(self) -> None:
-        """Choose the values between which the cut is expected."""
+        """Choose the values between which the threshold is expected."""
         import numpy as np
 
         size = len(self.sample)
@@ -62,7 +62,7 @@ class ThresholdSearch:
             self._high = self.sample[int(last)] if last < size - 1 else np.float32(np.inf)
         self._over, self._kept, self._equal_high, self._equal_low = 0, [], [], []  # type: ignore[var-annotated]
 
-    def see(self, values: Array, engine: NumpyBackend | TorchBackend) -> None:
+    def count_in(self, values: Array, backend: NumpyBackend | TorchBackend) -> None:
         """Count the values of one chunk."""
         low, high = float(self._low), float(self._high)
         xp = namespace(values)
@@ -70,11 +70,11 @@ class ThresholdSearch:
         self._equal_high.append(int(xp.count_nonzero(values == high)))
         if low == high:
             return
-        self._kept.append(engine.taken(values[(values > low) & (values < high)]))
+        self._kept.append(backend.to_numpy(values[(values > low) & (values < high)]))
         self._equal_low.append(int(xp.count_nonzero(values == low)))
 
     def conclude(self) -> None:
-        """Say where the cut is, or look further away."""
+        """Say where the threshold is, or look further away."""
         import numpy as np
 
         if self.done:

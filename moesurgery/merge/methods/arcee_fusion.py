@@ -10,25 +10,25 @@ from moesurgery.merge.compute.method import merge_method
 
 
 @merge_method("arcee_fusion", kind="streamed", models=(1, 1), base="required", rows=True)
-def arcee_fusion(unit: MergeInputs) -> Callable[[Chunk], Array]:
+def arcee_fusion(inputs: MergeInputs) -> Callable[[Chunk], Array]:
     """Take an element from the model where its importance is an outlier, else from the base.
 
     Importance is `|w - base|` times the divergence KL(softmax(row of w) || softmax(row of base)); an outlier is at
     least the median plus 1.5 times the distance of the quartiles. Arcee Fusion (MergeKit 0.1).
     """
-    count = unit.numel
+    count = inputs.numel
 
     def from_top(share: float) -> int:
         return count - int(share * (count - 1))
 
     ranks = [[from_top(0.75), count - (count - 1) // 2, from_top(0.25)]]
-    upper, median, lower = (cut.value for cut in unit.cuts(lambda chunk: [_importance(chunk)], ranks)[0])
+    upper, median, lower = (t.value for t in inputs.thresholds(lambda chunk: [_importance(chunk)], ranks)[0])
     threshold = median + 1.5 * (upper - lower)
 
-    def merged(chunk: Chunk) -> Array:
+    def merge(chunk: Chunk) -> Array:
         return namespace(chunk.base).where(_importance(chunk) >= threshold, chunk.models[0], chunk.base)
 
-    return merged
+    return merge
 
 
 def _importance(chunk: Chunk) -> Array:

@@ -13,7 +13,7 @@ from moesurgery.recipe.parameters import Param
 Least = Annotated[float, Param("a difference up to this counts as none", minimum=0)]
 
 
-def _merged(chunk: Chunk, epsilon: float, factors: Sequence[float]) -> Array:
+def _mean_of_changes(chunk: Chunk, epsilon: float, factors: Sequence[float]) -> Array:
     xp = namespace(chunk.base)
     changed = [abs(delta) > epsilon for delta in chunk.deltas]
     count = sum(changed[1:], changed[0] * 1)
@@ -28,17 +28,17 @@ def _merged(chunk: Chunk, epsilon: float, factors: Sequence[float]) -> Array:
 
 
 @merge_method("ram", kind="streamed", models=(0, None), base="required")
-def ram(unit: MergeInputs, *, epsilon: Least = 1e-5) -> Callable[[Chunk], Array]:
+def ram(inputs: MergeInputs, *, epsilon: Least = 1e-5) -> Callable[[Chunk], Array]:
     """At each position, the mean of the differences that are not negligible.
 
     So a change that only one model made is kept whole. RAM (arXiv 2601.13572).
     """
-    return lambda chunk: _merged(chunk, epsilon, [1.0] * unit.count)
+    return lambda chunk: _mean_of_changes(chunk, epsilon, [1.0] * inputs.count)
 
 
 @merge_method("ramplus_tl", kind="streamed", models=(0, None), base="required")
 def ramplus_tl(
-    unit: MergeInputs,
+    inputs: MergeInputs,
     *,
     epsilon: Least = 1e-5,
     r: Annotated[float, Param("how much a change of one model alone is strengthened", minimum=0)] = 0.1,
@@ -56,6 +56,6 @@ def ramplus_tl(
             float(number) for mask in changed for number in ((mask & (count > 1)).sum(), (mask & (count == 1)).sum())
         ]
 
-    found = unit.total(counted).reshape(-1, 2)
-    factors = [1 + r * min(shared / own if own else alpha, alpha) for shared, own in found]
-    return lambda chunk: _merged(chunk, epsilon, factors)
+    counts = inputs.total(counted).reshape(-1, 2)
+    factors = [1 + r * min(shared / own if own else alpha, alpha) for shared, own in counts]
+    return lambda chunk: _mean_of_changes(chunk, epsilon, factors)

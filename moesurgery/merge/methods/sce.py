@@ -8,13 +8,13 @@ from typing import Annotated
 from moesurgery.merge.compute.backend import Array
 from moesurgery.merge.compute.chunks import Chunk, MergeInputs
 from moesurgery.merge.compute.method import merge_method
-from moesurgery.merge.methods.task_vectors import Mask, agreeing
+from moesurgery.merge.methods.ties import Mask, sum_of_agreeing
 from moesurgery.recipe.parameters import Param
 
 
 @merge_method("sce", kind="streamed", models=(0, None), base="required")
 def sce(
-    unit: MergeInputs,
+    inputs: MergeInputs,
     *,
     select_topk: Annotated[
         float,
@@ -27,9 +27,9 @@ def sce(
     Of each position only the differences with the sign of their sum count. SCE (FuseChat, arXiv 2408.07990).
     """
     chosen = None
-    if select_topk < 1 and unit.count > 1:  # one model alone does not vary: there is nothing to select by
-        varying = int(unit.total(lambda chunk: [int(_differ(chunk).sum())])[0])
-        chosen = unit.cuts(lambda chunk: [_variance(chunk)], [[int(select_topk * varying)]])[0][0]
+    if select_topk < 1 and inputs.count > 1:  # one model alone does not vary: there is nothing to select by
+        varying = int(inputs.total(lambda chunk: [int(_differ(chunk).sum())])[0])
+        chosen = inputs.thresholds(lambda chunk: [_variance(chunk)], [[int(select_topk * varying)]])[0][0]
 
     def differences(chunk: Chunk) -> list[Array]:
         if chosen is None:
@@ -37,25 +37,25 @@ def sce(
         mask = chosen.mask(_variance(chunk), chunk.start)
         return [delta * mask for delta in chunk.deltas]
 
-    squares = unit.total(lambda chunk: [float((d * d).sum()) for d in differences(chunk)])
+    squares = inputs.total(lambda chunk: [float((d * d).sum()) for d in differences(chunk)])
     total = float(squares.sum())
-    weight = [float(square) / total if total else 1 / unit.count for square in squares]
+    weight = [float(square) / total if total else 1 / inputs.count for square in squares]
 
-    def merged(chunk: Chunk) -> Array:
-        found = differences(chunk)
-        positive = sum(found[1:], found[0]) >= 0
-        return chunk.base + agreeing([d * w for d, w in zip(found, weight, strict=True)], weight, positive, True)
+    def merge(chunk: Chunk) -> Array:
+        kept = differences(chunk)
+        positive = sum(kept[1:], kept[0]) >= 0
+        return chunk.base + sum_of_agreeing([d * w for d, w in zip(kept, weight, strict=True)], weight, positive, True)
 
-    return merged
+    return merge
 
 
 def _differ(chunk: Chunk) -> Array:
     """Return where the models are not all the same."""
     first = chunk.models[0]
-    found = first != first
+    differ = first != first
     for model in chunk.models[1:]:
-        found = found | (model != first)
-    return found
+        differ = differ | (model != first)
+    return differ
 
 
 def _variance(chunk: Chunk) -> Array:

@@ -29,17 +29,17 @@ class FilteredValue:
         if not isinstance(self.value, tuple):
             return self.value
         last = len(self.value) - 1
-        place = t * last
-        at = min(int(place), last)
+        position = t * last
+        at = min(int(position), last)
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.value):
             return self.value[at]
-        share = place - at
+        share = position - at
         return (1 - share) * self.value[at] + share * self.value[min(at + 1, last)]
 
 
 @dataclass(frozen=True)
 class ParameterValue:
-    """All choices of one parameter in one place of a recipe."""
+    """All choices of one parameter at one point of a recipe."""
 
     choices: tuple[FilteredValue, ...]
 
@@ -52,7 +52,10 @@ ParameterValues = Mapping[str, ParameterValue]
 
 
 def read_parameter_value(value: Any, line_of: Callable[..., int]) -> ParameterValue:
-    """Read a setting; `line_of` gives the line of a path below it. Raises ValueError with a line and a reason."""
+    """Read what a recipe gives a parameter; `line_of` gives the line of a path below it.
+
+    Raises ValueError with a line and a reason.
+    """
     if isinstance(value, dict):
         return ParameterValue((_choice(value, line_of()),))
     if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
@@ -79,20 +82,20 @@ def _values(value: Any, line: int) -> Any:
     return tuple(value)
 
 
-def scalars(setting: ParameterValue) -> Iterator[tuple[Any, int]]:
-    """Yield every single value of a setting with its line."""
-    for choice in setting.choices:
+def scalars(given: ParameterValue) -> Iterator[tuple[Any, int]]:
+    """Yield every single value of a parameter with its line."""
+    for choice in given.choices:
         for value in choice.value if isinstance(choice.value, tuple) else (choice.value,):
             yield value, choice.line
 
 
-def converted(setting: ParameterValue, convert: Callable[[Any], Any]) -> ParameterValue:
-    """Return the setting with every single value converted."""
+def converted(given: ParameterValue, convert: Callable[[Any], Any]) -> ParameterValue:
+    """Return the choices with every single value converted."""
     return ParameterValue(
         tuple(
             FilteredValue(
                 c.filter, tuple(map(convert, c.value)) if isinstance(c.value, tuple) else convert(c.value), c.line
             )
-            for c in setting.choices
+            for c in given.choices
         )
     )

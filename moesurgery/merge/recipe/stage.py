@@ -10,8 +10,6 @@ from moesurgery.merge.compute.method import Method
 from moesurgery.merge.recipe.parameter_values import ParameterValues
 from moesurgery.merge.recipe.tokenizer_config import TokenizerConfig
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-
 
 @dataclass(frozen=True)
 class Input:
@@ -19,17 +17,17 @@ class Input:
 
     model: str
     layers: tuple[int, int] | None
-    settings: ParameterValues
+    parameters: ParameterValues
     line: int
 
 
 @dataclass(frozen=True)
 class LayerSlice:
-    """Layers of the output that are made of the same layers of the inputs. `settings` are the slice's own."""
+    """Layers of the output that are made of the same layers of the inputs. `parameters` are the slice's own."""
 
     inputs: tuple[Input, ...]
     base: str | None
-    settings: ParameterValues
+    parameters: ParameterValues
     line: int
 
 
@@ -37,8 +35,8 @@ class LayerSlice:
 class Stage:
     """One document. `stacked`: it lists slices, so the number of layers may change.
 
-    `align`: what of the other models is put in the order of the base's: "experts", "neurons". `places`: where in
-    `value`, the document as data, models are named, and how.
+    `align`: what of the other models is put in the order of the base's: "experts", "neurons". `references`: the
+    models that `value`, the document as data, names, by the path there.
     """
 
     name: str | None
@@ -46,7 +44,7 @@ class Stage:
     slices: tuple[LayerSlice, ...]
     stacked: bool
     base: str | None
-    settings: ParameterValues
+    parameters: ParameterValues
     dtype: str | None = None
     granularity: Literal["expert", "tensor"] = "expert"
     align: frozenset[str] = frozenset()
@@ -57,18 +55,18 @@ class Stage:
     lines: dict[str, int] = field(default_factory=dict)
     warnings: tuple[tuple[int, str], ...] = ()
     value: dict[str, Any] = field(default_factory=dict)
-    places: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
+    references: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
         """All models that the stage names, in the order in which it does, the base first."""
-        found = [] if self.base is None else [self.base]
+        models = [] if self.base is None else [self.base]
         for part in self.slices:
-            found += [entry.model for entry in part.inputs] + ([part.base] if part.base else [])
+            models += [entry.model for entry in part.inputs] + ([part.base] if part.base else [])
         if self.tokenizer is not None:
-            wishes = [wish.model for wish in self.tokenizer.tokens.values() if wish and wish.model]
-            found += [m for m in (self.tokenizer.source, *wishes) if m not in ("base", "union")]
-        return list(dict.fromkeys(found))
+            token_sources = [s.model for s in self.tokenizer.tokens.values() if s and s.model]
+            models += [m for m in (self.tokenizer.source, *token_sources) if m not in ("base", "union")]
+        return list(dict.fromkeys(models))
 
     def line_of(self, key: str) -> int:
         return self.lines.get(key, self.line)
@@ -79,4 +77,4 @@ class Stage:
 
     def line_naming(self, model: str) -> int:
         """Return the line of the document's key under which a model is named first."""
-        return self.line_of(next(str(path[0]) for path, text in self.places.items() if text == model))
+        return self.line_of(next(str(path[0]) for path, text in self.references.items() if text == model))

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
+from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME
 from moesurgery.errors import RecipeError
 from moesurgery.merge.compute.method import Method, find_method, methods, per_model, problem, scalar
 from moesurgery.merge.recipe.parameter_values import ParameterValue, converted, read_parameter_value, scalars
-from moesurgery.merge.recipe.stage import DTYPES, Input, LayerSlice, Stage
+from moesurgery.merge.recipe.stage import Input, LayerSlice, Stage
 from moesurgery.merge.recipe.tokenizer_reader import TokenizerReader
 from moesurgery.recipe.registry import did_you_mean
 from moesurgery.recipe.yaml_strict import Document
@@ -37,7 +38,7 @@ class StageReader:
         self.wrong: list[tuple[int, str]] = []
         self.warnings: list[tuple[int, str]] = []
         self.method: Method | None = None
-        self.places: dict[tuple[Any, ...], str] = {}
+        self.references: dict[tuple[Any, ...], str] = {}
         self.anchors: set[tuple[Any, ...]] = set()  # keys that hold values for elsewhere
 
     def stage(self) -> Stage | None:
@@ -58,26 +59,26 @@ class StageReader:
             if stacked
             else self.models(body["models"], (*path, "models"))
         )
-        outer = self.settings(value, ())
-        inner = self.settings(body, path) if path else {}
-        wishes = TokenizerReader(self)
+        outer = self.parameters(value, ())
+        inner = self.parameters(body, path) if path else {}
+        tokenizer = TokenizerReader(self)
         found = Stage(
             name=self.one_of(value, "name", str, "text"),
             method=self.method,
             slices=tuple(slices),
             stacked=stacked,
             base=base,
-            settings={**outer, **inner},
+            parameters={**outer, **inner},
             dtype=self.dtype(value),
             granularity=self.granularity(value),
             align=self.align(value),
-            tokenizer=wishes.tokenizer(value),
-            chat_template=wishes.chat_template(value),
+            tokenizer=tokenizer.tokenizer(value),
+            chat_template=tokenizer.chat_template(value),
             seed=self.seed(value),
             line=line,
             lines={str(key): self.document.line((key,)) for key in value},
             value=value,
-            places=self.places,
+            references=self.references,
         )
         self.counts(found)
         self.idle(found)
@@ -153,7 +154,7 @@ class StageReader:
             yield LayerSlice(
                 inputs,
                 self.reference(base, (*here, "base_model")) if base is not None else None,
-                self.settings(entry, here),
+                self.parameters(entry, here),
                 line,
             )
 
@@ -179,7 +180,7 @@ class StageReader:
             if (model, layers) in seen:
                 self.wrong.append((line, f"{model} is listed twice: its parameters could not be told apart"))
             seen.add((model, layers))
-            yield Input(model, layers, self.settings(entry, here, source=True), line)
+            yield Input(model, layers, self.parameters(entry, here, source=True), line)
 
     def layers(self, entry: dict[str, Any], path: tuple[Any, ...]) -> tuple[int, int] | None:
         value = entry.get("layer_range")
@@ -193,18 +194,18 @@ class StageReader:
     def reference(self, value: Any, path: tuple[Any, ...]) -> str | None:
         """Return a model reference as text: `path[@revision][+adapter[@revision]]`."""
         if isinstance(value, str) and value.strip():
-            self.places[path] = value.strip()
+            self.references[path] = value.strip()
             return value.strip()
         if isinstance(value, dict) and value.get("model") is not None:
             self.keys(value, path, ("model", "lora", "override_architecture"))
             parts = [_path_of(value["model"]), _path_of(value["lora"]) if value.get("lora") is not None else ""]
             if all(part is not None for part in parts):
-                self.places[path] = "+".join(part for part in parts if part)
-                return self.places[path]
+                self.references[path] = "+".join(part for part in parts if part)
+                return self.references[path]
         self.complain(path, f"{path[-1]} is {value!r}, expected a path or org/name")
         return None
 
-    def settings(
+    def parameters(
         self, holder: dict[str, Any], path: tuple[Any, ...], *, source: bool = False
     ) -> dict[str, ParameterValue]:
         """Read the `parameters` of a document, a slice or one of its models (`source`)."""
@@ -217,12 +218,12 @@ class StageReader:
             return {}
         found = {}
         for name, given in value.items():
-            setting = self.setting(str(name), given, (*path, name), source)
-            if setting is not None:
-                found[str(name)] = setting
+            parameter_value = self.parameter_value(str(name), given, (*path, name), source)
+            if parameter_value is not None:
+                found[str(name)] = parameter_value
         return found
 
-    def setting(self, name: str, given: Any, path: tuple[Any, ...], source: bool) -> ParameterValue | None:
+    def parameter_value(self, name: str, given: Any, path: tuple[Any, ...], source: bool) -> ParameterValue | None:
         method, line = self.method, self.document.line(path)
         if method is None:
             return None
@@ -241,19 +242,21 @@ class StageReader:
             )
             return None
         try:
-            setting = read_parameter_value(given, lambda *below: self.document.line((*path, *below)))
+            parameter_value = read_parameter_value(given, lambda *below: self.document.line((*path, *below)))
         except ValueError as error:
             where, message = error.args
             self.wrong.append((where, f"{name}: {message}"))
             return None
         if scalar(parameter).annotation in (int, float):  # mergekit reads numbers in quotes, too
-            setting = converted(setting, _number)
+            parameter_value = converted(parameter_value, _number)
         if parameter.annotation is bool:  # recipes that mergekit-evolve wrote have 1.0 for true
-            setting = converted(setting, lambda v: bool(v) if type(v) in (int, float) and v in (0, 1) else v)
-        for value, where in scalars(setting):
+            parameter_value = converted(
+                parameter_value, lambda v: bool(v) if type(v) in (int, float) and v in (0, 1) else v
+            )
+        for value, where in scalars(parameter_value):
             if found := problem(parameter, value):
                 self.wrong.append((where, found))
-        return setting
+        return parameter_value
 
     def counts(self, stage: Stage) -> None:
         """Check how many models the method gets in each slice, and that it has a base model where it needs one."""
@@ -279,7 +282,7 @@ class StageReader:
                 self.wrong.append((part.line, f"{method.name} merges {wanted} models{beside}; here are {count}"))
 
     def idle(self, stage: Stage) -> None:
-        """Warn of what a recipe says that decides nothing, in this place or for this method."""
+        """Warn of what a recipe says that decides nothing, here or for this method."""
         method = stage.method
         if stage.granularity == "tensor" and method.kind == "elementwise":
             what = f"granularity has no effect: {method.name} takes each element by itself"
@@ -296,8 +299,8 @@ class StageReader:
                 self.warnings.append((part.line, f"only the base model is merged here: the result is {base} itself"))
                 continue
             for entry in part.inputs:
-                for name, setting in entry.settings.items() if entry.model == base else ():
-                    line = setting.choices[0].line
+                for name, given in entry.parameters.items() if entry.model == base else ():
+                    line = given.choices[0].line
                     self.warnings.append((line, f"{name} has no effect on the base model of {method.name}"))
 
     def keys(self, value: dict[str, Any], path: tuple[Any, ...], known: tuple[str, ...]) -> None:
@@ -326,10 +329,10 @@ class StageReader:
             if given is None:
                 continue
             name = str(given).removeprefix("torch.")
-            if name not in DTYPES:
-                hint = did_you_mean(name, DTYPES) or f"one of {', '.join(DTYPES)}"
+            if name not in BY_CONFIG_NAME:
+                hint = did_you_mean(name, BY_CONFIG_NAME) or f"one of {', '.join(BY_CONFIG_NAME)}"
                 self.complain((key,), f"{key} is {given!r}: {hint}")
-            found = DTYPES.get(name, found)
+            found = BY_CONFIG_NAME.get(name, found)
         return found
 
     def granularity(self, value: dict[str, Any]) -> Literal["expert", "tensor"]:

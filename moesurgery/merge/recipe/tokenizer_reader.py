@@ -37,11 +37,11 @@ class TokenizerReader:
                 (*path, "pad_to_multiple_of"), f"pad_to_multiple_of is {multiple!r}, expected a whole number"
             )
             multiple = None
-        held = given.get("tokens") or {}
-        if not isinstance(held, dict):
+        by_token = given.get("tokens") or {}
+        if not isinstance(by_token, dict):
             self.of.complain((*path, "tokens"), "tokens is a mapping: {<token>: {source: MODEL}}")
-            held = {}
-        tokens = {str(token): self.token(wish, (*path, "tokens", token)) for token, wish in held.items()}
+            by_token = {}
+        tokens = {str(token): self.token(source, (*path, "tokens", token)) for token, source in by_token.items()}
         return TokenizerConfig(model or "base", tokens, multiple)
 
     def tokenizer_source(self, value: Any, path: tuple[Any, ...]) -> str | None:
@@ -49,15 +49,15 @@ class TokenizerReader:
             value = value.removeprefix("model:")  # as mergekit's documentation once had it
         return value if value in ("base", "union") else self.of.reference(value, path)
 
-    def token(self, wish: Any, path: tuple[Any, ...]) -> TokenSource | None:
+    def token(self, given: Any, path: tuple[Any, ...]) -> TokenSource | None:
         """Read where the embedding of one token comes from."""
-        if wish is None or wish == {}:
+        if given is None or given == {}:
             return None
-        if not isinstance(wish, dict):
+        if not isinstance(given, dict):
             self.of.complain(path, "a token is a mapping: {source: MODEL, force: true}")
             return None
-        self.of.keys(wish, path, ("source", "force"))
-        source, force = wish.get("source"), wish.get("force") or False
+        self.of.keys(given, path, ("source", "force"))
+        source, force = given.get("source"), given.get("force") or False
         if not isinstance(force, bool):
             self.of.complain((*path, "force"), f"force is {force!r}, expected true or false")
         if source is None:

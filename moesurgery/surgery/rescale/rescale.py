@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.families.anatomy import Anatomy, check_stated_top_k
-from moesurgery.families.config_keys import keys_present, with_top_k, with_value
-from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
+from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present, with_top_k, with_value
 from moesurgery.families.quantised import quantisation_config
 from moesurgery.families.routing import routing_class
 from moesurgery.moe.scaling import is_quantised, scaled_output

@@ -16,9 +16,10 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.decoders.architecture import Architecture
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice
+from moesurgery.families.tensor_names import layer_number, split_layer
 from moesurgery.plan.plan import Plan
 
-_IN_LAYER = re.compile(r"(?P<root>.*?layers\.)(?P<layer>\d+)\.(?P<rest>.+)")
+_CONTAINERS = ("layers",)  # as all dense types call the list of their layers
 _OUTSIDE = re.compile(r"(.*\.)?(embed_tokens|norm|embedding_norm|lm_head)\.weight")
 _BUFFERS = ("rotary_emb.inv_freq", "inv_freq")
 
@@ -82,22 +83,22 @@ def dense_model_of(plan: Plan, architecture: Architecture) -> DenseModel:
     prefixes: set[str] = set()
     dropped, foreign = [], []
     for name, expr in plan.tensors.items():
-        match = _IN_LAYER.fullmatch(name)
+        layer = layer_number(name, _CONTAINERS)
         if name.endswith(_BUFFERS):
             dropped.append(name)
-        elif match is None:
+        elif layer is None:
             if _OUTSIDE.fullmatch(name) or (name.endswith("lm_head.bias") and traits["head_bias"]):
                 others[name] = expr
             else:
                 foreign.append(name)
-        elif int(match["layer"]) >= count:
+        elif layer >= count:
             foreign.append(name)
         else:
-            prefixes.add(match["root"])
-            rest = match["rest"]
+            prefix, rest = _split(name, layer)
+            prefixes.add(prefix)
             module = rest.removesuffix(".weight")
             if module in architecture.ffn.modules and rest.endswith(".weight"):
-                found[int(match["layer"])][module] = name
+                found[layer][module] = name
             elif _has_place(rest, architecture, traits):
                 others[name] = expr
             else:
@@ -121,6 +122,13 @@ def dense_model_of(plan: Plan, architecture: Architecture) -> DenseModel:
     return DenseModel(plan, architecture, traits, prefixes.pop(), tuple(layers), others, layer_of, tuple(dropped))
 
 
+def _split(name: str, layer: int) -> tuple[str, str]:
+    """Split `model.layers.7.mlp.up_proj.weight` into ("model.layers.", "mlp.up_proj.weight")."""
+    parts = split_layer(name, layer, _CONTAINERS)
+    assert parts is not None, f"{name} is in no layer"
+    return f"{parts[0]}{parts[1]}.", parts[2]
+
+
 def _has_place(rest: str, architecture: Architecture, traits: Mapping[str, Any]) -> bool:
     """Whether a layer of the type, with these traits, has the tensor `rest`."""
     modules = (*architecture.modules, *architecture.some)
@@ -138,7 +146,8 @@ def _check_complete(
     others: Mapping[str, Expr], architecture: Architecture, traits: Mapping[str, Any], count: int
 ) -> None:
     """Every layer must have its weights, and the biases that the config promises: loaders would make them up."""
-    present = Counter(match["rest"] for name in others if (match := _IN_LAYER.fullmatch(name)))
+    layers = {name: layer_number(name, _CONTAINERS) for name in others}
+    present = Counter(_split(name, layer)[1] for name, layer in layers.items() if layer is not None)
     for module in architecture.modules:
         if present[module] + present[f"{module}.weight"] != count:
             raise CheckpointError(f"upcycle: {count} layers, but {present[f'{module}.weight']} have {module}.weight")

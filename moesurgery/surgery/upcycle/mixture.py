@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME
 from moesurgery.decoders.architecture import Moe
 from moesurgery.decoders.dense_names import MOE_KEYS
 from moesurgery.decoders.pairs import Conversion, Pair
@@ -30,8 +31,6 @@ from moesurgery.surgery.upcycle.expert_tensors import (
 
 if TYPE_CHECKING:
     import torch
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Mixture:
             if any(rewrite.rounds for rewrite in self.conversion.rewrites):
                 found.append(f"norms or embeddings that this pair rewrites, in {down.dtype}")
         if dtype := self.given["dtype"]:
-            exact = ("F32", "BF16", "F16") if dtype == "float32" else (DTYPES[dtype],)
+            exact = ("F32", "BF16", "F16") if dtype == "float32" else (BY_CONFIG_NAME[dtype],)
             if any(expr.dtype not in exact for expr in self.base.plan.tensors.values()):
                 found.append(f"all weights, to {dtype}")
         return found
@@ -143,7 +142,7 @@ class Mixture:
                 add(places[layer].get(name, {}), tensors, plan.shard_of[name])
         tensors.update(late)
         if self.given["dtype"]:
-            tensors = as_type(tensors, DTYPES[self.given["dtype"]])
+            tensors = as_type(tensors, BY_CONFIG_NAME[self.given["dtype"]])
         if correction := self.pair.target.correction:
             shape = (1,) * correction.axis + (self.design.experts,)
             for i in range(len(base.layers)):
@@ -178,7 +177,7 @@ class Mixture:
         copies = routed_tensors(prefix, groups, self.design, self._layout(), changes)
         new = shared_tensors(prefix, shared, self.design, self.moe, given["seed"])
         name = prefix + self.pair.target.router.path
-        new[name] = cast(self._router(name, ffn.hidden, rows), DTYPES.get(given["dtype"], ffn.gate.dtype))
+        new[name] = cast(self._router(name, ffn.hidden, rows), BY_CONFIG_NAME.get(given["dtype"], ffn.gate.dtype))
         return copies, new
 
     def _layout(self) -> Layout:

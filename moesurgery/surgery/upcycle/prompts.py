@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moesurgery.checkpoint.tokenizer_files import TOKENIZER_FILES
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward.model_config import harmless
 from moesurgery.forward.tokens import Tokens, padded
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 PromptMode = Literal["hidden", "hidden_avg", "cheap_embed"]
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja"),
-)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def _tokenizer(plan: Plan) -> Any:
     import transformers
 
     source = plan.checkpoint.source
-    present = [file for file in _TOKENIZER_FILES if file in plan.checkpoint.file_sizes]
+    present = [file for file in TOKENIZER_FILES if file in plan.checkpoint.file_sizes]
     if not present:
         raise CheckpointError(
             f"{source.identity} has no tokenizer, which prompts need", "copy tokenizer.json beside the model"
