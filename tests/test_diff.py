@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moesurgery.checkpoint.decode import numbers
+from moesurgery.checkpoint.arrays import numbers
 from tests.conftest import Result
 from tests.patient import Patient, admit
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.decode import decode
+from moesurgery.checkpoint.arrays import decoded
 from moesurgery.checkpoint.file_reader import FileReader, as_bytes, read_remote
 from moesurgery.errors import RefusedError
 from moesurgery.expr.multiply import multiply
@@ -23,7 +23,7 @@ def values_of(expr: Expr, rows: tuple[int, int] | None = None) -> np.ndarray:
         expr = Slice(expr, *rows)
     data = b"".join(_bytes_of(expr))
     try:
-        return decode(data, expr.dtype, expr.shape)
+        return decoded(data, expr.dtype).astype("float32", copy=False).reshape(expr.shape)
     except ValueError as error:
         name = next((s.info.name for s in expr.stored()), "?")
         raise RefusedError(f"the values of {name} cannot be read: {error}") from None

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moesurgery.checkpoint.arrays import numbers
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.checkpoint.decode import numbers
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import read_remote
 from moesurgery.checkpoint.header import TensorInfo

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from moesurgery.checkpoint.decode import numbers
+from moesurgery.checkpoint.arrays import numbers
 from moesurgery.checkpoint.file_reader import BUFFER, Buffer, FileReader, read_remote
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.source import Source
