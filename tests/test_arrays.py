@@ -117,7 +117,7 @@ source = LocalSource(Path({str(tmp_path)!r}))
 header = read_header(file, source.files()[file], lambda s, n: source.read(file, s, n))
 a = Stored(source, header.tensors[0])
 expr = stack([scale(cast(a, "F32"), 2.0), cast(a, "F32")])
-assert expr.light and len(expr.raw(0, 80, FileReader())) == 320
+assert expr.numpy_only and len(expr.raw(0, 80, FileReader())) == 320
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

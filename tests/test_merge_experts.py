@@ -207,7 +207,7 @@ def test_matching_equals_brute_force() -> None:
 def test_matching_is_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(50, 8), torch.randn(50, 8)
     whole = matched_rows(a, b)[0]
-    monkeypatch.setattr("moesurgery.moe.neuron_matching.BLOCK", 7)
+    monkeypatch.setattr("moesurgery.moe.neuron_matching._BLOCK", 7)
     assert torch.equal(matched_rows(a, b)[0], whole)
     with pytest.raises(RefusedError, match="NaN"):
         matched_rows(a, b / 0)

@@ -13,7 +13,7 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.fitting import gauss_newton
 from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
-from moesurgery.fitting.ridge import PATH, RidgeSolution, solve
+from moesurgery.fitting.ridge import RIDGE_PATH, RidgeSolution, solve
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.tokens import Tokens, padded
 from moesurgery.plan.plan import Plan
@@ -255,7 +255,7 @@ def test_the_ridge_is_the_one_that_serves_the_other_half_best() -> None:
         gram, cross = sums(h, r)
         scale = float(gram.sum(0).diagonal().mean())
         errors = {}
-        for ridge in PATH:
+        for ridge in RIDGE_PATH:
             fits = [torch.linalg.solve(gram[a] + ridge * scale * torch.eye(12), cross[a].T) for a in (0, 1)]
             errors[ridge] = sum(float((r[1 - a] - h[1 - a] @ fits[a]).pow(2).sum()) for a in (0, 1))
         best = min(errors, key=errors.__getitem__)
@@ -299,7 +299,7 @@ def test_the_held_out_error_is_never_above_none(models: Any, kind: str) -> None:
     for entry in repaired(models("mixtral"), kind=kind, minimum=1):
         assert entry.error_held_out is not None
         assert entry.error_after <= entry.error_held_out <= entry.error_before
-        path = gauss_newton.PATH if kind == "all" else PATH
+        path = gauss_newton.GAUSS_NEWTON_PATH if kind == "all" else RIDGE_PATH
         assert all(ridge is None or ridge in path for ridge in entry.ridges)
 
 

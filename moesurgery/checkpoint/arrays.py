@@ -64,8 +64,8 @@ def _eight_bit_values(dtype: str) -> np.ndarray:
     import ml_dtypes
     import numpy as np
 
-    codes = np.arange(256, dtype=np.uint8)
-    return codes.view(getattr(ml_dtypes, _EIGHT_BIT_FLOATS[dtype])).astype(np.float32)
+    codes = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, _EIGHT_BIT_FLOATS[dtype]))
+    return np.asarray(codes, np.float32)
 
 
 def encoded(values: np.ndarray, dtype: str) -> memoryview:

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-MAX_DEPTH = 100
+_MAX_DEPTH = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -53,7 +53,7 @@ def parse_json(data: bytes, *, config: bool = False) -> Any:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if config and _deeper_than(value, MAX_DEPTH):
+    if config and _deeper_than(value, _MAX_DEPTH):
         raise ValueError("nested too deeply")
     return value
 

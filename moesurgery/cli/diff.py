@@ -14,7 +14,7 @@ from moesurgery.escape import one_line
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.difference import Difference, TensorDifference, diff_checkpoints
 
-SHOWN = 40
+_SHOWN = 40
 
 
 def diff_command(
@@ -52,9 +52,9 @@ def _show(found: Difference, each: bool) -> None:
             name = tensor.name if each else name_template(tensor.name)[0]
             groups.setdefault((tensor.kind, name), []).append(tensor)
         rows = [_row(kind, name, tensors) for (kind, name), tensors in groups.items()]
-        left_out = len(rows) - SHOWN
+        left_out = len(rows) - _SHOWN
         header = ("", "tensors", "how many", "before", "after", "max |a-b|", "relative", "cosine")
-        console.table(header, rows if each else rows[:SHOWN], right=(2, 5, 6, 7))
+        console.table(header, rows if each else rows[:_SHOWN], right=(2, 5, 6, 7))
         if left_out > 0 and not each:
             console.result(f"… and {left_out} more kinds (--each shows all)")
     console.result(f"{len(found.tensors)} tensors differ, {found.equal} are equal")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moesurgery.fitting.ablation import Ablations
     from moesurgery.stats.statistics_file import BlockStats, Stats
 
-TOKENS = 4096
+_TOKENS = 4096
 MODES = {"mask": ["mask"], "zero": ["zero"], "both": ["mask", "zero"]}
 
 
@@ -40,7 +40,7 @@ def probe_command(
         typer.Option("--all", help="Leave out every expert; by default at most 16 per layer, by reap-sum."),
     ] = False,
     window: _run_options.Window = 512,
-    tokens: _run_options.CalibrationTokens = TOKENS,
+    tokens: _run_options.CalibrationTokens = _TOKENS,
     seed: _run_options.CalibrationSeed = 0,
     dtype: _run_options.DtypeOption = "float32",
     device: _run_options.DeviceOption = "cpu",

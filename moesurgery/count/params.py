@@ -19,7 +19,7 @@ from moesurgery.families.anatomy import Anatomy, HasShape, check_stated_top_k
 from moesurgery.families.layer_stack import runs_of
 from moesurgery.families.quantised import method
 
-SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 1
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Counts:
     def as_json(self) -> dict[str, Any]:
         """Return the documented JSON form; `total_params`, `active_params` and the rest of the schema."""
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": _SCHEMA_VERSION,
             "family": self.family,
             "model_type": self.model_type,
             "total_params": self.total,

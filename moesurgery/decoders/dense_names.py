@@ -61,7 +61,7 @@ class DensePair:
 NO_WINDOW = (None, False, 0)
 QWEN2_SHARED = {role: path.replace("mlp.", "mlp.shared_expert.") for role, path in LINEAR.items()}
 QWEN2_DEFAULTS = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16}
-GRANITE_SHARED = {"gate_up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"}
+_GRANITE_SHARED = {"gate_up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"}
 
 # Where one MoE family has several dense ones, the first that fits is taken.
 DENSE_NAMES: tuple[DensePair, ...] = (
@@ -117,7 +117,7 @@ DENSE_NAMES: tuple[DensePair, ...] = (
         defaults={"hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4},
     ),
     DensePair("granitemoe", "granite", "GraniteForCausalLM"),
-    DensePair("granitemoeshared", "granite", "GraniteForCausalLM", shared=GRANITE_SHARED),
+    DensePair("granitemoeshared", "granite", "GraniteForCausalLM", shared=_GRANITE_SHARED),
     DensePair(
         "deepseek_v3",
         "youtu",

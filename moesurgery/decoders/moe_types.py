@@ -44,17 +44,17 @@ from moesurgery.decoders.shared_traits import (
 )
 from moesurgery.decoders.traits import Always, TraitChoice, TraitKey
 
-SHARED_EXPERTS = SharedExpertNames("mlp.shared_experts", count="n_shared_experts")
+_SHARED_EXPERTS = SharedExpertNames("mlp.shared_experts", count="n_shared_experts")
 GATED_EXPERT = SharedExpertNames(
     "mlp.shared_expert", gate="mlp.shared_expert_gate", width="shared_expert_intermediate_size"
 )
-GRANITE_SHARED = SharedExpertNames("shared_mlp", width="shared_intermediate_size", optional=True, fused=True)
+_GRANITE_SHARED = SharedExpertNames("shared_mlp", width="shared_intermediate_size", optional=True, fused=True)
 SPARSE = {"mlp_layer_types": "sparse"}
 
 
 def deepseek(per_layer: Mapping[str, Any] | None = None, **settings: Any) -> Moe:
     shared = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, **settings}
-    return Moe("moe_intermediate_size", SHARED_EXPERTS, shared, per_layer or {})
+    return Moe("moe_intermediate_size", _SHARED_EXPERTS, shared, per_layer or {})
 
 
 QWEN_MOE = Moe("moe_intermediate_size", settings={"decoder_sparse_step": 1, "mlp_only_layers": []})
@@ -156,7 +156,7 @@ MOE_TYPES: tuple[Architecture, ...] = (
         "GraniteMoeSharedForCausalLM",
         GRANITE,
         QKVO_BIAS,
-        moe=Moe("intermediate_size", GRANITE_SHARED),
+        moe=Moe("intermediate_size", _GRANITE_SHARED),
     ),
     mixture(
         "granitemoehybrid",
@@ -170,7 +170,7 @@ MOE_TYPES: tuple[Architecture, ...] = (
         },
         moe=Moe(
             "intermediate_size",
-            replace(GRANITE_SHARED, optional=False),
+            replace(_GRANITE_SHARED, optional=False),
             settings={"mamba_n_heads": 1, "mamba_d_head": "auto"},  # no layer has them, but they must fit the width
         ),
     ),
@@ -181,7 +181,7 @@ MOE_TYPES: tuple[Architecture, ...] = (
         QKVO_BIAS,
         SINKS,
         modules=(*LLAMA_MODULES, "self_attn.sinks"),
-        moe=Moe("intermediate_size", GRANITE_SHARED),
+        moe=Moe("intermediate_size", _GRANITE_SHARED),
     ),
     mixture(
         "flex_olmo",

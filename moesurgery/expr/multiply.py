@@ -7,7 +7,7 @@ through all 65,536 patterns): one rounding, to nearest even. A NaN stays a NaN.
 
 from __future__ import annotations
 
-CHUNK = 1 << 18  # elements: smaller parts pay more for each operation than the caches give back
+_CHUNK = 1 << 18  # elements: smaller parts pay more for each operation than the caches give back
 
 _PLAIN = {"F64": ("<f8", "<f8"), "F32": ("<f4", "<f4"), "F16": ("<f2", "<f4"), "BF16": ("bfloat16", "<f4")}
 
@@ -20,8 +20,8 @@ def multiply(data: memoryview, dtype: str, factor: float) -> None:
     stored, computed = map(np.dtype, _PLAIN[dtype])
     values = np.frombuffer(data, stored)
     with np.errstate(all="ignore"):  # overflow to infinity is the right answer here
-        for at in range(0, len(values), CHUNK):
-            part = values[at : at + CHUNK]
+        for at in range(0, len(values), _CHUNK):
+            part = values[at : at + _CHUNK]
             wide = part.astype(computed)
             wide *= computed.type(factor)
             part[:] = wide

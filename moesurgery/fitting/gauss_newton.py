@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 STEPS = 12
-PATH = (0.3, 1.0, 3.0, 10.0, 30.0)  # lambda over the mean effect of a weight
+GAUSS_NEWTON_PATH = (0.3, 1.0, 3.0, 10.0, 30.0)  # lambda over the mean effect of a weight
 PATH_BYTES = 192 << 20  # bounds the changes and directions of the ridges that are fitted at once
-BLOCK = 1 << 20  # numbers that are added up in float64 at once
+_BLOCK = 1 << 20  # numbers that are added up in float64 at once
 HALVINGS = 3  # tries, each with half the change of the one before
 
 Arrange = Callable[["torch.Tensor"], "torch.Tensor"]  # [..., P] -> [..., 2, I] or [..., 1, I], a view
@@ -171,7 +171,7 @@ def _dot(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float
     blocks = (
         x.double() @ y.double()
         for a, b in zip(first, second, strict=True)
-        for x, y in zip(torch.split(a.reshape(-1), BLOCK), torch.split(b.reshape(-1), BLOCK), strict=True)
+        for x, y in zip(torch.split(a.reshape(-1), _BLOCK), torch.split(b.reshape(-1), _BLOCK), strict=True)
     )
     return float(sum(blocks))
 
@@ -189,14 +189,14 @@ def chosen(problem: Linearised, missing: torch.Tensor, even: int, ridge: float |
         none = _dot([missing[even:]], [missing[even:]])
         errors: list[float] = []
         together = max(1, PATH_BYTES // (2 * problem.nbytes))
-        for start in range(0, len(PATH), together):
-            for step in conjugate(problem.rows(0, even), missing[:even], PATH[start : start + together]):
+        for start in range(0, len(GAUSS_NEWTON_PATH), together):
+            for step in conjugate(problem.rows(0, even), missing[:even], GAUSS_NEWTON_PATH[start : start + together]):
                 left = missing[even:] - odd.adds(step)
                 errors.append(_dot([left], [left]) - none)
-        best = min(range(len(PATH)), key=errors.__getitem__)
+        best = min(range(len(GAUSS_NEWTON_PATH)), key=errors.__getitem__)
         if not errors[best] < 0:
             return None, RidgeSolution(None, None, 0.0)
-        ridge, held_out = PATH[best], errors[best] * len(missing) / max(1, len(missing) - even)
+        ridge, held_out = GAUSS_NEWTON_PATH[best], errors[best] * len(missing) / max(1, len(missing) - even)
     (step,) = conjugate(problem, missing, [ridge])
     problem.to_weights(step)
     return step, RidgeSolution(None, ridge, held_out)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PATH = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda over the mean diagonal of the sum of h h^T
-ROWS = 256  # of a change that are solved for together
+RIDGE_PATH = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda over the mean diagonal of the sum of h h^T
+_ROWS = 256  # of a change that are solved for together
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float | None) -> Ridge
     room = torch.empty_like(gram[0])
     held_out = None
     if ridge is None:
-        judged = [0.0] * len(PATH)
+        judged = [0.0] * len(RIDGE_PATH)
         for fitted, other in ((0, 1), (1, 0)):
-            for i, tried in enumerate(PATH):
+            for i, tried in enumerate(RIDGE_PATH):
                 solver = _solver(gram[fitted : fitted + 1], tried * scale, room)
                 judged[i] += _judged(solver, cross[fitted], gram[other], cross[other])
-        best = min(range(len(PATH)), key=judged.__getitem__)
+        best = min(range(len(RIDGE_PATH)), key=judged.__getitem__)
         if judged[best] >= 0:
             return RidgeSolution(None, None, 0.0)
-        ridge, held_out = PATH[best], judged[best]
+        ridge, held_out = RIDGE_PATH[best], judged[best]
     solver = _solver(gram, ridge * scale, room)
-    blocks = zip(torch.split(cross[0], ROWS), torch.split(cross[1], ROWS), strict=True)
+    blocks = zip(torch.split(cross[0], _ROWS), torch.split(cross[1], _ROWS), strict=True)
     return RidgeSolution(torch.cat([solver(even + odd) for even, odd in blocks]), ridge, held_out)
 
 
@@ -70,7 +70,7 @@ def _judged(
     import torch
 
     total = cross.new_zeros(())
-    for ours, theirs in zip(torch.split(cross, ROWS), torch.split(wanted, ROWS), strict=True):
+    for ours, theirs in zip(torch.split(cross, _ROWS), torch.split(wanted, _ROWS), strict=True):
         change = solver(ours)
         total += ((change @ gram - 2 * theirs) * change).sum()
     return float(total)

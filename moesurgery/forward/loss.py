@@ -16,7 +16,7 @@ from moesurgery.forward.tokens import Tokens
 if TYPE_CHECKING:
     import torch
 
-ROWS = 512  # of logits, whose softmax is computed together
+_ROWS = 512  # of logits, whose softmax is computed together
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def window_loss(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch
 
     nats = divergence = 0.0
     targets = ids[1:].to(logits.device)
-    for start in range(0, len(targets), ROWS):
-        log = torch.log_softmax(logits[:-1][start : start + ROWS].float(), dim=-1)
-        nats -= log.gather(1, targets[start : start + ROWS, None]).double().sum().item()
+    for start in range(0, len(targets), _ROWS):
+        log = torch.log_softmax(logits[:-1][start : start + _ROWS].float(), dim=-1)
+        nats -= log.gather(1, targets[start : start + _ROWS, None]).double().sum().item()
         if reference is not None:
-            base = torch.log_softmax(reference[:-1][start : start + ROWS].float(), dim=-1)
+            base = torch.log_softmax(reference[:-1][start : start + _ROWS].float(), dim=-1)
             divergence += (base.exp() * (base - log)).sum(-1).double().sum().item()
     if not math.isfinite(nats):
         raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")

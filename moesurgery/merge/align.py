@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-STEP = 1 << 20  # elements of an expert in memory at a time while it is summed up
+_STEP = 1 << 20  # elements of an expert in memory at a time while it is summed up
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class NeuronStatistics(Expr):
         import torch
 
         count, width = self.of.shape
-        step = max(1, STEP // lcm(width, self.of.chunk_multiple)) * lcm(width, self.of.chunk_multiple)
+        step = max(1, _STEP // lcm(width, self.of.chunk_multiple)) * lcm(width, self.of.chunk_multiple)
         total = torch.zeros(2, width, dtype=torch.float64)
         for first in range(0, self.of.numel, step):
             rows = self.of.evaluate(first, min(first + step, self.of.numel), reader).view(-1, width).double()

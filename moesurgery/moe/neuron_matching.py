@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-BLOCK = 1024  # rows of the similarity matrix made at a time: no second float32 copy of an expert
+_BLOCK = 1024  # rows of the similarity matrix made at a time: no second float32 copy of an expert
 
 
 def neuron_order(reference: list[tuple[BlockTensor, Expr]], other: list[tuple[BlockTensor, Expr]]) -> Expr:
@@ -58,8 +58,8 @@ def products(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
 
     found = np.empty((len(first), len(second)))
     turned = second.float().t()
-    for start in range(0, len(first), BLOCK):
-        found[start : start + BLOCK] = (first[start : start + BLOCK].float() @ turned).numpy()
+    for start in range(0, len(first), _BLOCK):
+        found[start : start + _BLOCK] = (first[start : start + _BLOCK].float() @ turned).numpy()
     return found
 
 

@@ -29,7 +29,7 @@ from moesurgery.plan.plan import Plan
 from moesurgery.recipe.registry import did_you_mean
 from moesurgery.recipe.yaml_strict import Document
 
-KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
+_KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "residual_scale", "noise_scale")
 GATE_MODES = {
     "hidden": "hidden",
@@ -63,8 +63,8 @@ def read(document: Document, wrong: list[tuple[int, str]]) -> MergekitRecipe | N
     value = document.value
     before = len(wrong)
     for key in value:
-        if key not in KEYS:
-            hint = did_you_mean(str(key), KEYS) or f"a mergekit-moe recipe has {', '.join(KEYS)}"
+        if key not in _KEYS:
+            hint = did_you_mean(str(key), _KEYS) or f"a mergekit-moe recipe has {', '.join(_KEYS)}"
             wrong.append((document.line((key,)), f"unknown key {key!r} (mergekit-moe ignores it): {hint}"))
     base = _text(document, ("base_model",), wrong)
     mode = value.get("gate_mode", "hidden")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moesurgery.merge.recipe.merge_recipe import MergeRecipe
     from moesurgery.recipe.yaml_strict import Document
 
-KEYS = ("model", "steps", "max_shard_size")
+_KEYS = ("model", "steps", "max_shard_size")
 _SIZE = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*")
 
 
@@ -130,8 +130,8 @@ def _build(document: Document, wrong: list[tuple[int, str]], origin: str) -> Rec
         wrong.append((1, "a recipe is a mapping with `model:` and `steps:`"))
         return None
     for key in value:
-        if key not in KEYS:
-            hint = did_you_mean(str(key), KEYS) or f"a recipe has {', '.join(KEYS)}"
+        if key not in _KEYS:
+            hint = did_you_mean(str(key), _KEYS) or f"a recipe has {', '.join(_KEYS)}"
             wrong.append((document.line((key,)), f"unknown key {key!r}: {hint}"))
     model = value.get("model")
     if model is not None and not isinstance(model, str):

@@ -18,7 +18,7 @@ import yaml
 from moesurgery.errors import RecipeError
 
 MAX_BYTES = 4_000_000
-MAX_DEPTH = 40
+_MAX_DEPTH = 40
 MAX_NODES = 200_000
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -123,8 +123,8 @@ class _Builder:
             if self.nodes == MAX_NODES + 1:
                 self.problem(line, "has too many values (anchors repeated?)")
             return None
-        if depth > MAX_DEPTH or id(node) in self.open:
-            self.problem(line, "is nested too deeply" if depth > MAX_DEPTH else "an anchor contains itself")
+        if depth > _MAX_DEPTH or id(node) in self.open:
+            self.problem(line, "is nested too deeply" if depth > _MAX_DEPTH else "an anchor contains itself")
             return None
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, line)

@@ -20,7 +20,7 @@ from moesurgery.stats.statistics_file import BlockStats
 if TYPE_CHECKING:
     import numpy as np
 
-RIDGE = 0.01
+_RIDGE = 0.01
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> float:
@@ -45,7 +45,7 @@ def measured_expert(block: BlockStats, top_k: int) -> list[float]:
     return [float(s) for s in per_expert_factor(block.total(f"gram@{top_k}"), block.total(f"cross@{top_k}"))]
 
 
-def per_expert_factor(gram: np.ndarray, cross: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
+def per_expert_factor(gram: np.ndarray, cross: np.ndarray, ridge: float = _RIDGE) -> np.ndarray:
     """Solve A s = b with a ridge towards 1 of `ridge` times the mean diagonal; silent experts keep 1."""
     import numpy as np
 

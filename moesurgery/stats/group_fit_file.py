@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moesurgery.fitting.group_fit import GroupFit
     from moesurgery.surgery.group_experts import Merger
 
-FORMAT = "moesurgery fit 1"
+_FORMAT = "moesurgery fit 1"
 
 
 def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: Merger, about: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: Merger, about:
     blocks = {f.where: {"groups": merger.groups[f.where], "dominant": merger.dominant[f.where]} for f in fits}
     document = {**about, "align": merger.align, "router": merger.router, "blocks": blocks}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata={"format": FORMAT, "about": json.dumps(document)})
+    save_file(arrays, path, metadata={"format": _FORMAT, "about": json.dumps(document)})
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def open_group_fits(path: str | Path) -> GroupFitFile:
         )
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path} cannot be read as a fit of groups: {error}", hint) from None
-    if header.metadata.get("format") != FORMAT:
+    if header.metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no fit of groups", hint)
     about = json.loads(header.metadata["about"])
     return GroupFitFile(source, about, {info.name: info for info in header.tensors})

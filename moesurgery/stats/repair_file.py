@@ -21,8 +21,8 @@ from moesurgery.expr.nodes import Expr, Stored
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import FittedBlock
 
-INDEX = "refit.json"
-FORMAT = "moesurgery refit 1"
+REPAIR_INDEX = "refit.json"
+_FORMAT = "moesurgery refit 1"
 
 
 class RepairWriter:
@@ -33,7 +33,7 @@ class RepairWriter:
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
         if folder.exists():
-            ours = [folder / INDEX, *folder.glob("layer-*.safetensors")]
+            ours = [folder / REPAIR_INDEX, *folder.glob("layer-*.safetensors")]
             if not folder.is_dir() or set(folder.iterdir()) - set(ours):
                 raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
             if ours[0].exists() and not force:
@@ -67,8 +67,8 @@ class RepairWriter:
         )
 
     def close(self, about: Mapping[str, Any]) -> None:
-        document = {"format": FORMAT, **about, "layers": self.layers}
-        (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        document = {"format": _FORMAT, **about, "layers": self.layers}
+        (self.folder / REPAIR_INDEX).write_text(json.dumps(document, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Repair:
 
 def open_repair(folder: str | Path) -> Repair:
     """Read a repair. Raises CheckpointError where the folder holds none."""
-    path = Path(folder) / INDEX
+    path = Path(folder) / REPAIR_INDEX
     hint = "make one with `moesurgery … --refit down --text FILE`"
     try:
         document = json.loads(path.read_text())
-        if document["format"] != FORMAT:
+        if document["format"] != _FORMAT:
             raise CheckpointError(f"{path} is no repair", hint)
         layers = {str(entry["layer"]): entry for entry in document.pop("layers")}
     except (OSError, ValueError, KeyError, TypeError) as error:

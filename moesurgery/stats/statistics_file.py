@@ -45,7 +45,7 @@ from moesurgery.families.anatomy import Anatomy
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = "moesurgery statistics 1"
+_FORMAT = "moesurgery statistics 1"
 WHOLE = frozenset({"output", "output_all", "gated_all"})  # [E, H]: kept once, in float32
 
 
@@ -147,7 +147,7 @@ class Stats:
             for name, values in block.sums.items()
         }
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, target, metadata={"format": FORMAT, "about": json.dumps(self.about)})
+        save_file(arrays, target, metadata={"format": _FORMAT, "about": json.dumps(self.about)})
         return target
 
 
@@ -159,7 +159,7 @@ def load_stats(path: str | Path) -> Stats:
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") != _FORMAT:
                 raise CheckpointError(f"{path} holds no statistics", "make them with `moesurgery collect`")
             for key in file.keys():  # noqa: SIM118 - no mapping
                 where, _, name = key.rpartition("/")

@@ -18,7 +18,7 @@ from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.check_vocabulary import embedding_of, head_of, is_tied
 from moesurgery.validate.context import Context
-from moesurgery.validate.tensor_statistics import BLOCK, FORMATS, SHORTEST_RUN, Span, Statistics, survey
+from moesurgery.validate.tensor_statistics import BLOCK, FLOAT_FORMATS, SHORTEST_RUN, Span, Statistics, survey
 
 FAR = 100.0  # times the median of its siblings: what makes an expert strange in its layer
 VERY_FAR = 1000.0  # what makes a tensor strange among the layers: norms and biases do vary
@@ -83,7 +83,7 @@ def values(subject: Context) -> Outcome:
     yield from _strange(subject, judged)
     yield from _tails(subject, judged)
     parameters = subject.anatomy.parameters
-    unknown = sorted({j.span.info.dtype for j in judged if parameters[j.span.info.name]} - FORMATS.keys())
+    unknown = sorted({j.span.info.dtype for j in judged if parameters[j.span.info.name]} - FLOAT_FORMATS.keys())
     if unknown:
         yield NotChecked(("V01", "V04"), f"the values of {', '.join(unknown)} tensors: packed, judged as bytes only")
 

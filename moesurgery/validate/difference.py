@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +13,11 @@ from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import read_remote
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.write.card import json_differences
+from moesurgery.write.copy_bytes import ByteProgress
 
 PART = 1 << 20  # elements compared at a time
 
 DifferenceKind = Literal["added", "removed", "shape", "dtype", "values"]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Difference:
         return not self.tensors and not self.config
 
 
-def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = lambda count: None) -> Difference:
+def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: ByteProgress = lambda count: None) -> Difference:
     """Compare two checkpoints; `progress` is told the bytes that were compared. Raises CheckpointError."""
     found = list(_differing(a, b, progress))
     equal = len(a.tensors.keys() | b.tensors.keys()) - len(found)
     return Difference(tuple(found), tuple(json_differences(a.config, b.config)), equal)
 
 
-def _differing(a: Checkpoint, b: Checkpoint, progress: Progress) -> Iterator[TensorDifference]:
+def _differing(a: Checkpoint, b: Checkpoint, progress: ByteProgress) -> Iterator[TensorDifference]:
     for name, mine in a.tensors.items():
         theirs = b.tensors.get(name)
         before = (mine.dtype, mine.shape)

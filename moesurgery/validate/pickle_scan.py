@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
+
+from moesurgery.checkpoint.header import ReadAt
 
 MAX_PICKLE = 8 << 20  # bytes of one pickle that are read: what comes later is not judged, and said so
 MAX_MEMBERS = 64
@@ -27,8 +28,6 @@ _BUILT_IN = frozenset(
     )
 )
 _NEVER = frozenset(("eval", "exec", "load", "system", "popen", "hub", "compile", "import_module", "getattr"))
-
-ReadAt = Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.validate.check import NotChecked
 from moesurgery.validate.codes import Level
 
-SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 1
 _GRAVITY: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 
 
@@ -59,7 +59,7 @@ class Report:
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report as data. Names are as they stand in the checkpoint: escape them where you show them."""
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": _SCHEMA_VERSION,
         "tool": "moesurgery",
         "version": moesurgery.__version__,
         "target": report.target,

@@ -28,7 +28,7 @@ _REMOTE_CHUNK = 16 << 20
 _SAMPLE = 8
 
 # numpy's unsigned type, the bits of the magnitude, and the largest finite magnitude.
-FORMATS: dict[str, tuple[str, int, int]] = {
+FLOAT_FORMATS: dict[str, tuple[str, int, int]] = {
     "BF16": ("<u2", 0x7FFF, 0x7F7F),
     "F16": ("<u2", 0x7FFF, 0x7BFF),
     "F32": ("<u4", 0x7FFFFFFF, 0x7F7FFFFF),
@@ -71,7 +71,7 @@ class Statistics:
         """Take in the bytes from `at`, which follow those taken in before, in whole blocks but for the last."""
         import numpy as np
 
-        if dtype in FORMATS:
+        if dtype in FLOAT_FORMATS:
             self._magnitudes(data, dtype)
             self._sample(data, dtype)
         whole = len(data) // 8 * 8
@@ -88,7 +88,7 @@ class Statistics:
     def _sample(self, data: memoryview, dtype: str) -> None:
         import numpy as np
 
-        codes = np.ascontiguousarray(np.frombuffer(data, FORMATS[dtype][0])[::_SAMPLE])
+        codes = np.ascontiguousarray(np.frombuffer(data, FLOAT_FORMATS[dtype][0])[::_SAMPLE])
         values = numbers(codes.data.cast("B"), dtype)
         assert values is not None
         with np.errstate(all="ignore"):
@@ -100,7 +100,7 @@ class Statistics:
     def _magnitudes(self, data: memoryview, dtype: str) -> None:
         import numpy as np
 
-        kind, mask, largest_finite = FORMATS[dtype]
+        kind, mask, largest_finite = FLOAT_FORMATS[dtype]
         codes = np.frombuffer(data, kind)
         codes = codes & codes.dtype.type(mask)
         top = int(codes.max(initial=0))

@@ -12,7 +12,7 @@ from moesurgery.plan.plan import Plan, Step
 from moesurgery.write.source_names import SourceNames
 
 CARD = "README.md"
-SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 1
 
 
 def recipe_from_steps(plan: Plan) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
     `outputs` are the files that were written, with their digests, so that `validate` can tell them from others.
     """
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": _SCHEMA_VERSION,
         "tool": "moesurgery",
         "version": moesurgery.__version__,
         "recipe": recipe_from_steps(plan),

@@ -25,7 +25,7 @@ _FALLBACK = frozenset(
 )
 _SYNC_FILE_RANGE_WRITE = 2
 
-Progress = Callable[[int], None]
+ByteProgress = Callable[[int], None]  # is told how many more bytes were handled
 
 
 def write_full(descriptor: int, view: memoryview, offset: int) -> None:
@@ -101,7 +101,7 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
-def copy_file(source: Path, target: Path, progress: Progress, stop: threading.Event, *, durable: bool) -> None:
+def copy_file(source: Path, target: Path, progress: ByteProgress, stop: threading.Event, *, durable: bool) -> None:
     """Copy a whole file, leaving its holes holes. The target must not exist."""
     buffer = Buffer()
     read = open_to_read(source)

@@ -28,7 +28,7 @@ from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.multiply import multiply
 from moesurgery.expr.nodes import Compute, Copy, Expr, Multiply, Piece
 from moesurgery.write import copy_bytes
-from moesurgery.write.copy_bytes import Progress
+from moesurgery.write.copy_bytes import ByteProgress
 
 WORK = ".moesurgery"  # inside the .partial directory: temporary files and manifests
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
@@ -63,7 +63,7 @@ class Manner:
 class JobControl:
     """How a running task is seen and stopped from outside; not used across processes."""
 
-    progress: Progress = field(default=lambda count: None)
+    progress: ByteProgress = field(default=lambda count: None)
     stop: threading.Event = field(default_factory=threading.Event)
 
 

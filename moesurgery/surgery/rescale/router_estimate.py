@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_ROWS = 8192
-RUNS = 64  # the sample is 64 runs of neighbouring rows: few reads, also over a network
+_RUNS = 64  # the sample is 64 runs of neighbouring rows: few reads, also over a network
 MAX_WORK = 4e11  # multiply-adds in all routers together
 
 
@@ -67,10 +67,10 @@ def embedding_sample(plan: Plan, anatomy: Anatomy, seed: int, rows: int) -> np.n
     if vocabulary <= rows:
         sample = values_of(embedding)
     else:
-        length = rows // RUNS
-        stride = vocabulary / RUNS
-        draws = np.random.default_rng(seed).random(RUNS)
-        starts = [int(i * stride + draws[i] * (stride - length)) for i in range(RUNS)]
+        length = rows // _RUNS
+        stride = vocabulary / _RUNS
+        draws = np.random.default_rng(seed).random(_RUNS)
+        starts = [int(i * stride + draws[i] * (stride - length)) for i in range(_RUNS)]
         remote = any(stored.source.local(stored.info.file) is None for stored in embedding.stored())
         with ThreadPoolExecutor(8 if remote else 1) as pool:  # on a disk, threads take longer to meet than to read
             sample = np.concatenate(list(pool.map(lambda s: values_of(embedding, (s, s + length)), starts)))

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 Distances = Literal["sampled", "exact", "none"]
-RUNS = 8  # places in a tensor
+_RUNS = 8  # places in a tensor
 SAMPLE = 1 << 16  # values per kind of tensor and block
 EXPERTS = 8  # of those stored apart, as many are looked at
-CHUNK = 1 << 20  # values at a time
+_CHUNK = 1 << 20  # values at a time
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 Compared = tuple[str, int, Expr, Sequence[Expr]]  # name inside the block, position, the tensor, the mean of these
@@ -72,10 +72,10 @@ def _runs(expr: Expr, sample: int | None) -> Iterator[tuple[int, int]]:
     width = max(1, expr.shape[-1] if expr.shape else 1)
     rows = expr.numel // width
     if sample is None or expr.numel <= sample:
-        step = max(1, CHUNK // width)
+        step = max(1, _CHUNK // width)
         yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
         return
-    runs = min(RUNS, max(1, sample // width))
+    runs = min(_RUNS, max(1, sample // width))
     length = max(1, sample // width // runs)
     for run in range(runs):
         start = (rows - length) * (2 * run + 1) // (2 * runs)

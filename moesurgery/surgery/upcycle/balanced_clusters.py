@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 ROUNDS = 8
-BITS = 12  # a row's entries are whole numbers below 2^BITS after normalisation
-BLOCK = 1024  # rows that are widened to float64 at a time
+_BITS = 12  # a row's entries are whole numbers below 2^_BITS after normalisation
+_BLOCK = 1024  # rows that are widened to float64 at a time
 
 
 def shuffled(count: int, key: int) -> np.ndarray:
@@ -31,14 +31,14 @@ def balanced_clusters(gate: torch.Tensor, parts: int, key: int) -> np.ndarray:
     import numpy as np
 
     rows = np.empty(tuple(gate.shape), np.int16)
-    for at in range(0, len(rows), BLOCK):
-        rows[at : at + BLOCK] = _of_length(gate[at : at + BLOCK].float().numpy(), BITS)
+    for at in range(0, len(rows), _BLOCK):
+        rows[at : at + _BLOCK] = _of_length(gate[at : at + _BLOCK].float().numpy(), _BITS)
     centres = rows[np.sort(shuffled(len(rows), key)[:parts])].astype(np.float64)
     labels = np.full(len(rows), -1)
     for _ in range(ROUNDS):
         likeness = np.empty((len(rows), parts))
-        for at in range(0, len(rows), BLOCK):
-            likeness[at : at + BLOCK] = rows[at : at + BLOCK].astype(np.float64) @ centres.T
+        for at in range(0, len(rows), _BLOCK):
+            likeness[at : at + _BLOCK] = rows[at : at + _BLOCK].astype(np.float64) @ centres.T
         new = _assigned(likeness)
         if np.array_equal(new, labels):
             break
@@ -68,24 +68,24 @@ def _assigned(likeness: np.ndarray) -> np.ndarray:
 
 
 def _centres(rows: np.ndarray, labels: np.ndarray, parts: int) -> np.ndarray:
-    """Return the direction of each cluster's sum, at a length of about 2^BITS, in whole numbers."""
+    """Return the direction of each cluster's sum, at a length of about 2^_BITS, in whole numbers."""
     import numpy as np
 
     found = np.empty((parts, rows.shape[1]))
     for part in range(parts):
         total = np.zeros(rows.shape[1])
         members = rows[labels == part]
-        for at in range(0, len(members), BLOCK):
-            total += members[at : at + BLOCK].astype(np.float64).sum(axis=0)
-        found[part] = _of_length(total[None], BITS + 6)[0]
+        for at in range(0, len(members), _BLOCK):
+            total += members[at : at + _BLOCK].astype(np.float64).sum(axis=0)
+        found[part] = _of_length(total[None], _BITS + 6)[0]
     return found
 
 
 def _of_length(rows: np.ndarray, bits: int) -> np.ndarray:
-    """Return rows at a length of about 2^BITS in whole numbers, by way of whole numbers below 2^bits."""
+    """Return rows at a length of about 2^_BITS in whole numbers, by way of whole numbers below 2^bits."""
     import numpy as np
 
     exponent = np.frexp(np.abs(rows).max(axis=1, keepdims=True, initial=1e-30))[1]
     whole = np.rint(np.ldexp(rows.astype(np.float64), bits - exponent))
     length = np.sqrt((whole * whole).sum(axis=1, keepdims=True))
-    return np.asarray(np.rint(whole * (1 << BITS) / np.maximum(length, 1.0)))
+    return np.asarray(np.rint(whole * (1 << _BITS) / np.maximum(length, 1.0)))

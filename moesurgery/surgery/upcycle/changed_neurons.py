@@ -1,8 +1,8 @@
 """Expressions that change some neurons of an FFN: parts of it, neurons drawn anew, noise.
 
-What they need to know of the weights (clusters of gate rows, mean and deviation of what is replaced) is a `SharedComputation`:
-found when the first byte is written, once, so that planning reads headers alone. Random numbers depend on a key and
-on the position, not on order, threads or chunks.
+What they need to know of the weights (clusters of gate rows, mean and deviation of what is replaced) is a
+`SharedComputation`: computed once, when the first byte is written, so that planning reads headers alone. Random
+numbers depend on a key and on the position, not on order, threads or chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moesurgery.expr.tensors import Gather
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 20  # elements that are widened together
+_BLOCK = 1 << 20  # elements that are widened together
 
 
 def partition(gate: Expr, method: str, parts: int, key: int) -> SharedComputation:
@@ -198,5 +198,5 @@ def _moments(of: torch.Tensor) -> torch.Tensor:
 
 def _blocks(of: torch.Tensor) -> Iterator[torch.Tensor]:
     flat = of.reshape(-1)
-    for start in range(0, len(flat), BLOCK):
-        yield flat[start : start + BLOCK].double()
+    for start in range(0, len(flat), _BLOCK):
+        yield flat[start : start + _BLOCK].double()

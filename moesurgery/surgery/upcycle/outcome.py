@@ -15,10 +15,10 @@ from moesurgery.plan.plan import Plan
 if TYPE_CHECKING:
     from moesurgery.forward.text_windows import Domain
 
-PROMPT = 256  # tokens
-WINDOW = 512
+_PROMPT = 256  # tokens
+_WINDOW = 512
 WINDOWS = 20  # of each text
-TOLERANCE = 1e-3  # of the largest logit, where the mixture should be exact: what rounding of factors may come to
+_TOLERANCE = 1e-3  # of the largest logit, where the mixture should be exact: what rounding of factors may come to
 
 
 def logits_compared(dense: Plan, mixture: Plan, texts: Sequence[str], *, exact: bool) -> tuple[str, dict[str, Any]]:
@@ -33,13 +33,13 @@ def logits_compared(dense: Plan, mixture: Plan, texts: Sequence[str], *, exact: 
 
     before = Engine(dense)
     if texts:
-        ids = _domains(dense, texts[:1], PROMPT, 1)[0].windows
+        ids = _domains(dense, texts[:1], _PROMPT, 1)[0].windows
     else:
-        length = _window(dense, PROMPT)
+        length = _window(dense, _PROMPT)
         ids = torch.randint(before.vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     expected, found = before.logits(Tokens(ids)), Engine(mixture).logits(Tokens(ids))
     difference, scale = (expected - found).abs().max().item(), expected.abs().max().item()
-    if exact and not difference <= TOLERANCE * max(1.0, scale):
+    if exact and not difference <= _TOLERANCE * max(1.0, scale):
         raise RefusedError(
             f"upcycle: the mixture's logits differ from the dense model's by {difference:.2g}, of up to {scale:.2g}",
             "nothing was written; please report it",
@@ -57,7 +57,7 @@ def loss_compared(dense: Plan, mixture: Plan, texts: Sequence[str]) -> tuple[str
     from moesurgery.forward.engine import Engine
     from moesurgery.forward.loss import compared, mean_loss
 
-    domains = _domains(dense, texts, WINDOW, WINDOWS)
+    domains = _domains(dense, texts, _WINDOW, WINDOWS)
     before, after = (mean_loss(losses) for losses in compared([Engine(dense), Engine(mixture)], domains))
     text = (
         f"measured on {after.tokens:,} tokens: {after.nats:.4f} nats per token, {after.nats - before.nats:+.4f} over"

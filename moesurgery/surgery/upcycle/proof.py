@@ -20,10 +20,10 @@ from moesurgery.errors import RefusedError
 from moesurgery.forward.model_config import harmless
 from moesurgery.surgery.upcycle.dense_model import DenseModel
 
-TOLERANCE = 1e-5
+_TOLERANCE = 1e-5
 LAYERS = 8
-PROMPT = 48  # tokens; longer than everything below
-WINDOW = 8
+_PROMPT = 48  # tokens; longer than everything below
+_WINDOW = 8
 CONTEXT = 16  # the original context, before RoPE scaling
 LONGEST = 32
 VOCABULARY = 64
@@ -53,13 +53,13 @@ class Proof:
     @property
     def text(self) -> str:
         return (
-            f"proof: a clone of {self.layers} small layers with random weights, on {PROMPT} tokens, beyond window and"
+            f"proof: a clone of {self.layers} small layers with random weights, on {_PROMPT} tokens, beyond window and"
             f" original context: largest difference of logits {self.difference:.1e}, logits up to {self.scale:.2g}"
         )
 
     @property
     def report(self) -> dict[str, Any]:
-        return {"max_logit_difference": self.difference, "max_logit": self.scale, "tokens": PROMPT}
+        return {"max_logit_difference": self.difference, "max_logit": self.scale, "tokens": _PROMPT}
 
 
 def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any]) -> Proof:
@@ -93,14 +93,14 @@ def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any]) -> Proof:
             ) from None
         plan = upcycle(plan_of(open_checkpoint(before)), **parameters, proof=False)
         write_plan(plan, after, WriteOptions(jobs=1, durable=False))
-        prompt = torch.randint(3, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+        prompt = torch.randint(3, VOCABULARY, (2, _PROMPT), generator=torch.Generator().manual_seed(1))
         expected, found = logits_of(before, prompt), logits_of(after, prompt)
     result = Proof(
         (expected - found).abs().max().item(),
         expected.abs().max().item(),
         config["num_hidden_layers"],
     )
-    if not result.difference <= TOLERANCE * max(1.0, result.scale):
+    if not result.difference <= _TOLERANCE * max(1.0, result.scale):
         raise RefusedError(
             f"upcycle: the proof failed: a small {pair.target_type} made this way differs from its"
             f" {pair.source_type} by {result.difference:.2g} in logits of up to {result.scale:.2g}",
@@ -174,7 +174,7 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
         "head_dim": width,
         "max_position_embeddings": LONGEST,
         "max_window_layers": _upper(config, count, len(shown)),
-        "sliding_window": WINDOW if _window_fills(config) else 4 * PROMPT,
+        "sliding_window": _WINDOW if _window_fills(config) else 4 * _PROMPT,
         "original_max_position_embeddings": CONTEXT,
         "pad_token_id": 0,
         "bos_token_id": 1,
