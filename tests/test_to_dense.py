@@ -15,6 +15,13 @@ import transformers
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.decoders.dense_names import DENSE_NAMES, MOE_KEYS, DensePair
 from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.families.config_keys import (
+    EXPERTS_KEYS,
+    GROUPS_KEYS,
+    PREDICTION_KEYS,
+    TOP_GROUPS_KEYS,
+    TOP_K_KEYS,
+)
 from tests.conftest import Result
 from tests.quantise import make_fp8, rewrite
 from tests.tiny import load, logits, read_config, read_tensors, same_bits, save_tiny
@@ -159,6 +166,16 @@ def test_keys_and_defaults_are_those_of_transformers(pair: DensePair) -> None:
     assert differing == dict(pair.defaults)
     left = moe.keys() - dense.keys() - MOE_KEYS - set(pair.drops) - {"sliding_window"}
     assert not left
+
+
+def test_no_key_of_a_mixture_stays_under_any_of_its_names(models: Any, tmp_path: Path) -> None:
+    """Whatever name a config has for a number of the mixture, a dense model must not keep it."""
+    keys = {*EXPERTS_KEYS, *TOP_K_KEYS, *GROUPS_KEYS, *TOP_GROUPS_KEYS, *PREDICTION_KEYS}
+    assert keys <= MOE_KEYS
+    path = models("mixtral")
+    rewrite(path, tmp_path / "model", read_tensors(path), {"top_k_experts": 2, "num_selects": 2, "router_topk": 2})
+    after = apply(plan_of(open_checkpoint(tmp_path / "model")), "to-dense", expert=0).config
+    assert not keys & after.keys()
 
 
 def test_a_silent_config_keeps_the_familys_defaults(models: Any, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Copy(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """Elements `start:stop` of `expr` (flattened) to evaluate. Cut only at multiples of `expr.granule`."""
+    """Elements `start:stop` of `expr` (flattened) to evaluate. Cut only at multiples of `expr.chunk_multiple`."""
 
     expr: Expr
     start: int
@@ -202,33 +202,33 @@ class Stored(Expr):
         yield self
 
 
-def _granules(of: Expr, start: int, stop: int) -> tuple[int, int]:
-    """Return the elements of the whole granules that `start:stop` lie in."""
+def _in_multiples(of: Expr, start: int, stop: int) -> tuple[int, int]:
+    """Return the elements of the multiples of `chunk_multiple` that `start:stop` lie in."""
     return start // of.chunk_multiple * of.chunk_multiple, min(
         of.numel, -(-stop // of.chunk_multiple) * of.chunk_multiple
     )
 
 
 def _evaluated(of: Expr, start: int, stop: int, reader: Reader) -> torch.Tensor:
-    """Evaluate any elements: a part of a tensor need not begin where a granule of the whole does."""
-    first, last = _granules(of, start, stop)
+    """Evaluate any elements: a part of a tensor need not begin where a part of the whole that can be evaluated does."""
+    first, last = _in_multiples(of, start, stop)
     return of.evaluate(first, last, reader)[start - first : stop - first]
 
 
 def _array(of: Expr, start: int, stop: int, reader: Reader) -> np.ndarray:
-    first, last = _granules(of, start, stop)
+    first, last = _in_multiples(of, start, stop)
     return of.array(first, last, reader)[start - first : stop - first]
 
 
 def _raw(of: Expr, start: int, stop: int, reader: Reader) -> memoryview:
-    first, last = _granules(of, start, stop)
+    first, last = _in_multiples(of, start, stop)
     bits = BITS[of.dtype]
     return of.raw(first, last, reader)[(start - first) * bits // 8 : (stop - first) * bits // 8]
 
 
 @dataclass(frozen=True)
 class Unary(Expr):
-    """An expression of one other, with its dtype, shape and granule where it does not say otherwise."""
+    """An expression of one other, with its dtype, shape and `chunk_multiple` where it does not say otherwise."""
 
     of: Expr
 
@@ -392,7 +392,7 @@ def window(pieces: Iterator[Piece], start: int, stop: int, bits: int) -> Iterato
             yield piece._replace(start=piece.start + first * bits // 8, nbytes=(last - first) * bits // 8)
             continue
         first, last = piece.start + first, piece.start + last
-        if _granules(piece.expr, first, last) == (first, last):
+        if _in_multiples(piece.expr, first, last) == (first, last):
             yield piece._replace(start=first, stop=last)
         else:
             flat = reshape(piece.expr, (piece.expr.numel,))

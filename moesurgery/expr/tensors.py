@@ -1,6 +1,6 @@
 """Expressions that need values in memory: weighted sums, columns, transposes, known numbers, functions.
 
-Every node is evaluated in parts of whole granules, so only `Applied` ever holds a whole tensor. Interleaved
+Every node is evaluated in multiples of its `chunk_multiple`, so only `Applied` ever holds a whole tensor. Interleaved
 rows or columns need no node of their own: [2I, H] with gate and up alternating, seen as [I, 2H], has gate in
 its first H columns.
 """
@@ -67,7 +67,7 @@ def mean(parts: list[Expr]) -> Expr:
     return Linear(tuple((part, 1 / len(parts)) for part in parts), parts[0].dtype)
 
 
-def _rows_granule(of: Expr) -> int:
+def _rows_multiple(of: Expr) -> int:
     """Return the least number of rows (of the last axis) that `of` can give apart."""
     width = of.shape[-1]
     return of.chunk_multiple // math.gcd(of.chunk_multiple, width) if width else 1
@@ -90,7 +90,7 @@ class SliceLast(Unary):
 
     @property
     def chunk_multiple(self) -> int:
-        return (self.stop - self.start) * _rows_granule(self.of)
+        return (self.stop - self.start) * _rows_multiple(self.of)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         width, whole = self.stop - self.start, self.of.shape[-1]
@@ -136,7 +136,7 @@ class ConcatLast(Expr):
 
     @property
     def chunk_multiple(self) -> int:
-        return self.shape[-1] * math.lcm(*(_rows_granule(part) for part in self.parts))
+        return self.shape[-1] * math.lcm(*(_rows_multiple(part) for part in self.parts))
 
     @property
     def inputs(self) -> tuple[Expr, ...]:

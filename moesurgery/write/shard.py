@@ -240,7 +240,7 @@ def _cut(piece: Piece, at: int) -> Iterator[tuple[Piece, int]]:
 
 
 def chunk_elements(expr: Expr, nbytes: int) -> int:
-    """Return how many elements make up about `nbytes`, in whole granules."""
+    """Return how many elements make up about `nbytes`, in whole multiples of `chunk_multiple`."""
     wanted = max(1, nbytes * 8 // BITS[expr.dtype])
     return max(1, wanted // expr.chunk_multiple) * expr.chunk_multiple
 
