@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moesurgery.checkpoint.file_reader import FileReader, as_bytes
+from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import Cast, Exponent, Scale, cast, scale
 from moesurgery.expr.evaluate import values_of
-from moesurgery.expr.multiply import multiply
-from moesurgery.expr.nodes import Copy, Expr, Multiply, Slice, Stored, concat, reshape, stack, take
+from moesurgery.expr.nodes import Copy, Expr, Slice, Stored, concat, reshape, stack, take
 from moesurgery.expr.tensors import transpose
+from moesurgery.write.recompute import Recomputer
 
 FACTORS = (0.8164965809277261, 1.2247448713915890, 0.5, 3.0, -1.1, 1e-3, 1e30, 1.0000001)
 
@@ -32,18 +32,10 @@ def stored(tmp_path: Path, **tensors: torch.Tensor) -> dict[str, Stored]:
 
 
 def value(expr: Expr, dtype: torch.dtype) -> torch.Tensor:
-    """Evaluate through the pieces, as the writer does."""
-    reader, data = FileReader(), b""
-    for piece in expr.pieces():
-        if isinstance(piece, Copy):
-            data += piece.source.read(piece.file, piece.start, piece.nbytes)
-        elif isinstance(piece, Multiply):
-            part = bytearray(piece.source.read(piece.file, piece.start, piece.nbytes))
-            multiply(memoryview(part), piece.dtype, piece.factor)
-            data += part
-        else:
-            data += bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader)))
-    reader.close()
+    """Evaluate as the writer does."""
+    recomputer = Recomputer()
+    data = b"".join(part for _, part in recomputer.pieces("x", expr))
+    recomputer.close()
     return torch.frombuffer(bytearray(data), dtype=dtype).view(expr.shape)
 
 

@@ -92,6 +92,22 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(kept, copy=False) if kept else decoded(encoded(values, dtype), dtype)
 
 
+def scaled(data: memoryview, dtype: str, factor: float) -> memoryview:
+    """Return the bytes of the plain floats in `data` times `factor`, with one rounding to nearest even.
+
+    They are those of torch's `(x.float() * factor).to(dtype)` for every finite value and infinity. A NaN stays a NaN.
+    """
+    import numpy as np
+    from ml_dtypes import bfloat16
+
+    stored = np.dtype(bfloat16 if dtype == "BF16" else _FLOATS[dtype])
+    computed = np.dtype("<f8" if dtype == "F64" else "<f4")
+    with np.errstate(all="ignore"):  # overflow to infinity is the right answer here
+        values = np.frombuffer(data, stored).astype(computed)
+        values *= computed.type(factor)
+        return values.astype(stored, copy=False).view(np.uint8).data
+
+
 def keep_freed_memory() -> None:
     """Tell malloc to keep what temporaries of a chunk give back.
 

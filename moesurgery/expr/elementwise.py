@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.arrays import rounded
+from moesurgery.checkpoint.arrays import rounded, scaled
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Copy, Expr, Multiply, Piece, Reader, Unary, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +23,6 @@ class Scale(Unary):
 
     factor: float
 
-    def pieces(self) -> Iterator[Piece]:
-        inner = list(self.of.pieces())
-        if all(isinstance(piece, Copy) for piece in inner):
-            yield from (Multiply(*piece, self.dtype, self.factor) for piece in inner if isinstance(piece, Copy))
-        else:
-            yield from super().pieces()
-
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         # A Python float multiplies bf16 and f16 in float32 with one rounding; a tensor would round first.
         return self.of.evaluate(start, stop, reader).mul_(self.factor)
@@ -43,6 +35,9 @@ class Scale(Unary):
         values = self.of.array(start, stop, reader)
         values *= self.factor
         return rounded(values, self.dtype)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        return scaled(self.of.raw(start, stop, reader), self.dtype, self.factor)
 
 
 def scale(of: Expr, factor: float) -> Expr:

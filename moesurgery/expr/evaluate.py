@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from moesurgery.checkpoint.arrays import decoded
 from moesurgery.checkpoint.file_reader import FileReader, as_bytes, read_remote
 from moesurgery.errors import RefusedError
-from moesurgery.expr.multiply import multiply
-from moesurgery.expr.nodes import Copy, Expr, Multiply, Slice
+from moesurgery.expr.nodes import Copy, Expr, Slice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +33,6 @@ def _bytes_of(expr: Expr) -> list[bytes]:
     for piece in expr.pieces():
         if isinstance(piece, Copy):
             found.append(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
-            continue
-        if isinstance(piece, Multiply):
-            data = bytearray(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
-            multiply(memoryview(data), piece.dtype, piece.factor)
-            found.append(bytes(data))
             continue
         reader = FileReader()
         try:

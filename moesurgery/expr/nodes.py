@@ -1,12 +1,11 @@
 """Lazy tensor expressions: dtype and shape now, values later.
 
 An expression that only selects or joins stored tensors compiles to byte ranges of the source files
-(`Copy`), which the kernel copies. A factor on such ranges compiles to `Multiply`, which needs no torch. All
-other arithmetic compiles to `Compute`: flat element ranges, evaluated chunk by chunk. Every node rounds to
-its own dtype, so a recipe of several steps gives the bytes that the same steps give one by one with files
-between them.
+(`Copy`), which the kernel copies. All arithmetic compiles to `Compute`: flat element ranges, evaluated chunk
+by chunk, the common kinds by numpy alone. Every node rounds to its own dtype, so a recipe of several steps
+gives the bytes that the same steps give one by one with files between them.
 
-Expressions are immutable and picklable. torch is imported only to evaluate one.
+Expressions are immutable and picklable. torch is imported only to evaluate those that need it.
 """
 
 from __future__ import annotations
@@ -48,18 +47,7 @@ class Compute(NamedTuple):
         return (self.stop - self.start) * BITS[self.expr.dtype] // 8
 
 
-class Multiply(NamedTuple):
-    """Bytes of a plain floating type to copy times a factor: see `expr.multiply`."""
-
-    source: Source
-    file: str
-    start: int
-    nbytes: int
-    dtype: str
-    factor: float
-
-
-Piece = Copy | Multiply | Compute
+Piece = Copy | Compute
 
 
 class Reader(Protocol):
@@ -388,7 +376,7 @@ def window(pieces: Iterator[Piece], start: int, stop: int, bits: int) -> Iterato
         at += count
         if first >= last:
             continue
-        if isinstance(piece, (Copy, Multiply)):
+        if isinstance(piece, Copy):
             yield piece._replace(start=piece.start + first * bits // 8, nbytes=(last - first) * bits // 8)
             continue
         first, last = piece.start + first, piece.start + last

@@ -25,8 +25,7 @@ from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, 
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
-from moesurgery.expr.multiply import multiply
-from moesurgery.expr.nodes import Compute, Copy, Expr, Multiply, Piece
+from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
 from moesurgery.write import copy_bytes
 from moesurgery.write.copy_bytes import ByteProgress
 
@@ -198,7 +197,7 @@ def _write_body(task: ShardTask, target: Path, manner: Manner, watch: JobControl
 
 def units_of(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
     """Yield (piece, offset in the file) in units of work: neighbours joined, large pieces cut."""
-    pending: Copy | Multiply | None = None
+    pending: Copy | None = None
     pending_at = 0
     for _, expr in entries:
         for piece in expr.pieces():
@@ -217,8 +216,8 @@ def units_of(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[P
         yield from _cut(pending, pending_at)
 
 
-def _follows(piece: Piece, before: Copy | Multiply) -> bool:
-    """Whether `piece` continues `before` in the same file, with the same factor."""
+def _follows(piece: Piece, before: Copy) -> bool:
+    """Whether `piece` continues `before` in the same file."""
     if isinstance(piece, Compute):
         return False
     return piece == before._replace(start=before.start + before.nbytes, nbytes=piece.nbytes)
@@ -297,8 +296,6 @@ class Worker:
         """Write one unit of work at byte `at` of the open file `target`."""
         if isinstance(piece, Copy):
             self._copy(piece, target, at)
-        elif isinstance(piece, Multiply):
-            self._multiply(piece, target, at)
         else:
             self._compute(piece, target, at)
 
@@ -320,15 +317,6 @@ class Worker:
             length = min(8 << 20, piece.nbytes - offset)
             data = read_remote(piece.source, piece.file, piece.start + offset, length)
             copy_bytes.write_full(target, memoryview(data), at + offset)
-
-    def _multiply(self, piece: Multiply, target: int, at: int) -> None:
-        for offset in range(0, piece.nbytes, BUFFER):
-            if self.stop.is_set():
-                return
-            start, length = piece.start + offset, min(BUFFER, piece.nbytes - offset)
-            view = self.reader.bytes_at(piece.source, piece.file, start, length, self._copy_buffer)
-            multiply(view, piece.dtype, piece.factor)
-            copy_bytes.write_full(target, view, at + offset)
 
     def _compute(self, piece: Compute, target: int, at: int) -> None:
         step = chunk_elements(piece.expr, BUFFER // 2)  # no more than a merge computes at once: nothing to be joined
