@@ -13,9 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moesurgery._version import __version__
 from moesurgery.tied import install as _register_tied_models
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Anatomy",
@@ -48,7 +47,7 @@ _HOME = {
     "WriteOptions": "moesurgery.write.write_plan",
     "apply": "moesurgery.recipe.registry",
     "count_params": "moesurgery.count.params",
-    "load_merge_recipe": "moesurgery.merge.recipe.merge_recipe",
+    "load_merge_recipe": "moesurgery.merge.merge_recipe",
     "load_recipe": "moesurgery.recipe.reader",
     "merge_method": "moesurgery.merge.compute.method",
     "open_checkpoint": "moesurgery.checkpoint.checkpoint",
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
     from moesurgery.families.anatomy import Anatomy
     from moesurgery.families.recognition import recognise
     from moesurgery.merge.compute.method import merge_method
-    from moesurgery.merge.recipe.merge_recipe import load_merge_recipe
+    from moesurgery.merge.merge_recipe import load_merge_recipe
     from moesurgery.plan.plan import Plan, plan_of
     from moesurgery.recipe.parameters import Param
     from moesurgery.recipe.reader import Recipe, load_recipe

@@ -13,11 +13,11 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from moesurgery.fitting.ablation import ablate
 from moesurgery.fitting.collector import collect
-from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.tokens import Tokens
-from moesurgery.stats.repair_file import RepairWriter
+from moesurgery.stats.repair_file import FittedBlock, RepairWriter
 from tests.tiny import PROMPT, load, logits
 
 ADAPTED = ("llama4_text", "llama4", "jetmoe")

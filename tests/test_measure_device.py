@@ -16,10 +16,11 @@ from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.fitting.ablation import ablate
 from moesurgery.fitting.collector import collect
 from moesurgery.fitting.group_fit import fit_groups
-from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.forward import engine as engine_module
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.tokens import Tokens
+from moesurgery.stats.repair_file import FittedBlock
 from moesurgery.surgery.group_experts import merger
 from tests.quantise import make_fp8, make_mxfp4
 from tests.test_refit import TEXT

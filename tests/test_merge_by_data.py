@@ -19,12 +19,13 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError
 from moesurgery.fitting.collector import collect
 from moesurgery.fitting.group_fit import RIDGE, fit_groups
-from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.tokens import Tokens, padded
 from moesurgery.moe.clustering import around_centroids
 from moesurgery.stats.criteria import scores
 from moesurgery.stats.group_fit_file import save_group_fits
+from moesurgery.stats.repair_file import FittedBlock
 from moesurgery.stats.statistics_file import Stats
 from moesurgery.surgery import group_experts
 from tests.conftest import Result

@@ -12,12 +12,12 @@ import torch
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.fitting import gauss_newton
-from moesurgery.fitting.layer_fit import FittedBlock, RepairOptions, fit_layers
+from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.fitting.ridge import PATH, RidgeSolution, solve
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.tokens import Tokens, padded
 from moesurgery.plan.plan import Plan
-from moesurgery.stats.repair_file import RepairWriter
+from moesurgery.stats.repair_file import FittedBlock, RepairWriter
 from tests.conftest import Result
 from tests.quantise import make_fp8
 from tests.tiny import load, read_tensors, same_bits

@@ -19,7 +19,7 @@ import yaml
 
 from moesurgery import write_plan
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.merge.recipe.merge_recipe import parse_merge_recipe
+from moesurgery.merge.merge_recipe import parse_merge_recipe
 from moesurgery.validate.check import NotChecked
 from moesurgery.validate.report import Report
 from moesurgery.validate.report_formats import BY_SUFFIX, FORMATS, SHOWN

@@ -65,12 +65,13 @@ class CalibrationCache:
 
         Raises OutputError where the repair there is of something else.
         """
+        from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.fitting.layer_fit import fit_layers
-        from moesurgery.stats.repair_file import INDEX, RepairWriter, open_repair
+        from moesurgery.stats.repair_file import RepairWriter, open_repair
 
         folder = self.output.with_name(f"{self.output.name}.refit")
         about = self.about | {"edited": fingerprint(edited), **options.described()}
-        if (folder / INDEX).exists() and not self.force:
+        if (folder / REPAIR_INDEX).exists() and not self.force:
             check_same(folder, "a repair", about_differences(open_repair(folder).about, about), "fit again,")
             console.note(f"the repair in {folder} is used again")
             return folder

@@ -14,7 +14,8 @@ import typer
 from moesurgery.cli import _writing
 from moesurgery.cli._console import console
 from moesurgery.errors import RecipeError
-from moesurgery.recipe.reader import load_any_recipe, load_recipe, recipe_schema
+from moesurgery.merge.merge_recipe import load_any_recipe
+from moesurgery.recipe.reader import load_recipe, recipe_schema
 from moesurgery.recipe.registry import did_you_mean
 
 recipes_app = typer.Typer(

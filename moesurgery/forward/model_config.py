@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.scan import CONFIG
+from moesurgery.checkpoint.filenames import CONFIG
 
 _LEFT_OUT = frozenset(
     (

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.filenames import TOKENIZER
 from moesurgery.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER = "tokenizer.json"
 DOCUMENT_BREAK = "\f"  # a form feed on a line of its own separates documents in a text file
 
 

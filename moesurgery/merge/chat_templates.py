@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.filenames import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from moesurgery.moe.canonical_names import CanonicalTensors
-
-SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 TEMPLATES = {
     "chatml": (
@@ -51,11 +50,11 @@ def chat_template(wish: str, models: Mapping[str, CanonicalTensors]) -> str | No
 def chat_template_of(checkpoint: Checkpoint) -> str | None:
     """Return a model's chat template, from whichever file holds it."""
     sizes = checkpoint.file_sizes
-    if TEMPLATE in sizes:
-        return checkpoint.source.read(TEMPLATE, 0, sizes[TEMPLATE]).decode("utf-8", "replace")
-    if SETTINGS in sizes:
+    if CHAT_TEMPLATE in sizes:
+        return checkpoint.source.read(CHAT_TEMPLATE, 0, sizes[CHAT_TEMPLATE]).decode("utf-8", "replace")
+    if TOKENIZER_CONFIG in sizes:
         try:
-            held = json.loads(checkpoint.source.read(SETTINGS, 0, sizes[SETTINGS])).get("chat_template")
+            held = json.loads(checkpoint.source.read(TOKENIZER_CONFIG, 0, sizes[TOKENIZER_CONFIG])).get("chat_template")
         except (ValueError, AttributeError):
             return None
         return held if isinstance(held, str) else None

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.filenames import (
+    OTHER_TOKENIZER_FORMS,
+    TOKENIZER,
+    TOKENIZER_FILES,
+)
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Slice, reshape, torch_dtype
 from moesurgery.families import components
 from moesurgery.merge.align import NeuronStatistics
-from moesurgery.merge.chat_templates import SETTINGS, TEMPLATE
 from moesurgery.merge.compatibility import tokenizers_differ
 from moesurgery.merge.recipe.tokenizer_config import TokenizerConfig, TokenSource
 from moesurgery.moe.canonical_names import CanonicalTensors
@@ -28,11 +32,6 @@ from moesurgery.moe.canonical_names import CanonicalTensors
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-FILE = "tokenizer.json"
-# Other forms of a tokenizer, stale once tokens are added.
-OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "vocab.txt", "spiece.model")
-TOKENIZER_FILES = (FILE, SETTINGS, TEMPLATE, "special_tokens_map.json", *OTHER_FORMS)
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,18 @@ class Gathered(Expr):
 
 def vocabulary(checkpoint: Checkpoint, label: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Return a model's tokenizer.json and the number of every token. Raises RefusedError where it has none."""
-    if FILE not in checkpoint.file_sizes:
+    if TOKENIZER not in checkpoint.file_sizes:
         raise RefusedError(
-            f"{label} has no {FILE}, so its tokens cannot be matched", "save it with a fast tokenizer: it writes one"
+            f"{label} has no {TOKENIZER}, so its tokens cannot be matched",
+            "save it with a fast tokenizer: it writes one",
         )
     try:
-        data = json.loads(checkpoint.source.read(FILE, 0, checkpoint.file_sizes[FILE]))
+        data = json.loads(checkpoint.source.read(TOKENIZER, 0, checkpoint.file_sizes[TOKENIZER]))
         held = data["model"]["vocab"]
         numbers = dict(held) if isinstance(held, dict) else {piece: i for i, (piece, _) in enumerate(held)}
         numbers.update({token["content"]: token["id"] for token in data.get("added_tokens") or ()})
     except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{FILE} of {label} is not understood: {error}") from None
+        raise RefusedError(f"{TOKENIZER} of {label} is not understood: {error}") from None
     return data, numbers
 
 
@@ -108,7 +108,7 @@ def is_kept(wish: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> bo
     """Whether a wish leaves the base's tokenizer as it is though its tokens are not known: all models have the same."""
     base, *others = (parts.plan.checkpoint for parts in models.values())
     same = all(tokenizers_differ(base, other) is False for other in others)
-    return same and FILE not in base.file_sizes and not wish.tokens and wish.multiple is None
+    return same and TOKENIZER not in base.file_sizes and not wish.tokens and wish.multiple is None
 
 
 def _vocabularies(models: Mapping[str, CanonicalTensors]) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
@@ -116,7 +116,7 @@ def _vocabularies(models: Mapping[str, CanonicalTensors]) -> dict[str, tuple[dic
     found: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
     for name, parts in models.items():
         checkpoint = parts.plan.checkpoint
-        if FILE in checkpoint.file_sizes:
+        if TOKENIZER in checkpoint.file_sizes:
             found[name] = vocabulary(checkpoint, parts.label)
     for name, parts in models.items():
         if name not in found:
@@ -220,8 +220,8 @@ class MergedTokenizer:
                 size = held.file_sizes.get(file)
                 found[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:
-            found[FILE] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
-            found.update(dict.fromkeys(OTHER_FORMS))
+            found[TOKENIZER] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
+            found.update(dict.fromkeys(OTHER_TOKENIZER_FORMS))
         base = self.models[self.base].plan.checkpoint.file_sizes
         return {file: data for file, data in found.items() if data is not None or file in base}
 

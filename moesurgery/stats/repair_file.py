@@ -9,20 +9,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.filenames import REPAIR_INDEX
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, OutputError
 from moesurgery.expr.nodes import Expr, Stored
 
 if TYPE_CHECKING:
-    from moesurgery.fitting.layer_fit import FittedBlock
+    import torch
 
-INDEX = "refit.json"
 FORMAT = "moesurgery refit 1"
+
+
+Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
+
+
+@dataclass
+class FittedBlock:
+    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
+
+    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being what the edited block
+    adds, over the sum of squares of what the original block added; `error_held_out` is what the ridge was found by,
+    the error of each half of the windows under what the other half gives. `ridges` has the ridge of each solution,
+    None for no change.
+    """
+
+    where: str
+    factors: list[float] | None = None
+    matrices: dict[int, Matrices] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    ridges: list[float | None] = field(default_factory=list)
+    error_before: float = 0.0
+    error_after: float = 0.0
+    error_held_out: float | None = None
 
 
 class RepairWriter:
@@ -33,7 +57,7 @@ class RepairWriter:
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
         if folder.exists():
-            ours = [folder / INDEX, *folder.glob("layer-*.safetensors")]
+            ours = [folder / REPAIR_INDEX, *folder.glob("layer-*.safetensors")]
             if not folder.is_dir() or set(folder.iterdir()) - set(ours):
                 raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
             if ours[0].exists() and not force:
@@ -68,7 +92,7 @@ class RepairWriter:
 
     def close(self, about: Mapping[str, Any]) -> None:
         document = {"format": FORMAT, **about, "layers": self.layers}
-        (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        (self.folder / REPAIR_INDEX).write_text(json.dumps(document, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,7 @@ class Repair:
 
 def open_repair(folder: str | Path) -> Repair:
     """Read a repair. Raises CheckpointError where the folder holds none."""
-    path = Path(folder) / INDEX
+    path = Path(folder) / REPAIR_INDEX
     hint = "make one with `moesurgery … --refit down --text FILE`"
     try:
         document = json.loads(path.read_text())

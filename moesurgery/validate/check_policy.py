@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moesurgery.tied
-from moesurgery.checkpoint.scan import CONFIG, INDEX
+from moesurgery.checkpoint.filenames import CONFIG, INDEX
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.chat_template_scan import chat_templates
 from moesurgery.validate.check import NotChecked, Outcome, check, finding

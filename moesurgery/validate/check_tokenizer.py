@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moesurgery.checkpoint.filenames import TOKENIZER, TOKENIZER_CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.chat_template_scan import chat_templates
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.check_vocabulary import embedding_of
 from moesurgery.validate.context import Context
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moesurgery.checkpoint.checkpoint import SINGLE
 from moesurgery.checkpoint.file_reader import PAGE
+from moesurgery.checkpoint.filenames import SINGLE
 from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.plan.plan import Plan
 from moesurgery.write.shard import ShardTask

@@ -1,67 +1,23 @@
-"""mergekit's merge recipes, read strictly: every mistake with its line, before a model is opened.
-
-    models:                                # or slices: [{sources: [{model: …, layer_range: [0, 16]}]}]
-      - model: ./a
-        parameters: {weight: 0.6, density: 0.5}
-      - model: org/b
-        parameters: {weight: 0.4, density: [0.3, 0.7]}
-    merge_method: ties
-    base_model: org/base
-    dtype: bfloat16
-
-What mergekit ignores in silence is an error here, or a warning where recipes that are around would stop running.
-Several documents with `name:` are stages: a later one may use an earlier one's name as a model.
-"""
+"""The documents of a merge recipe as stages, each after those that it uses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from moesurgery.errors import RecipeError
 from moesurgery.merge.recipe.stage import Stage
 from moesurgery.merge.recipe.stage_reader import StageReader
-from moesurgery.plan.plan import Plan
 from moesurgery.recipe.mergekit_moe import is_mergekit_moe
-from moesurgery.recipe.yaml_strict import parse_all, recipe_text
-
-
-@dataclass(frozen=True)
-class MergeRecipe:
-    """The stages of a recipe file, each after those that it uses; the last is the output.
-
-    `origin` is the file's name, for messages. `device`: where torch computes; "" for numpy.
-    """
-
-    stages: tuple[Stage, ...]
-    origin: str
-    text: str = ""
-    max_shard_size: int | None = None
-    device: str = ""
-
-    def plan(self) -> Plan:
-        """Open all models and plan the result. Raises SurgeryError, with the recipe's line where it has one."""
-        from moesurgery.merge.plan_merge import plan_merge
-
-        plan = plan_merge(self)
-        return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
-
-    def to_yaml(self) -> str:
-        return self.text
-
-
-def load_merge_recipe(path: str | Path) -> MergeRecipe:
-    """Read a recipe file. Raises RecipeError with every mistake in it."""
-    return parse_merge_recipe(recipe_text(path), str(path))
+from moesurgery.recipe.yaml_strict import parse_all
 
 
 def is_merge_recipe(text: str) -> bool:
     """Whether a recipe is of a merge rather than of operations."""
-    return any(isinstance(found.value, dict) and "merge_method" in found.value for found in parse_all(text))
+    return any(isinstance(document.value, dict) and "merge_method" in document.value for document in parse_all(text))
 
 
-def parse_merge_recipe(text: str, origin: str = "recipe") -> MergeRecipe:
-    """Read a recipe from text. Raises RecipeError with every mistake in it."""
+def read_stages(text: str, origin: str) -> tuple[Stage, ...]:
+    """Return the stages of a recipe, the last of which is the output. Raises RecipeError with every mistake in it."""
     wrong: list[tuple[int, str]] = []
     stages = []
     documents = parse_all(text)
@@ -79,7 +35,7 @@ def parse_merge_recipe(text: str, origin: str = "recipe") -> MergeRecipe:
     if wrong:
         lines = [f"{origin}:{line}: {message}" for line, message in sorted(set(wrong))]
         raise RecipeError("\n".join(lines), "docs/merge.md shows what a merge recipe may hold")
-    return MergeRecipe(tuple(ordered), origin, text)
+    return tuple(ordered)
 
 
 def _ordered(stages: list[Stage], wrong: list[tuple[int, str]]) -> list[Stage]:
