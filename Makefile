@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test quick lint format clean
 
 # torch first and by its exact version: a bare `torch` pulls gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -18,6 +18,10 @@ demo: $(READY)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The fast unit tests alone.
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/unit tests/test_structure.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

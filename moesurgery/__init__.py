@@ -1,6 +1,6 @@
 """Surgery on Mixture-of-Experts checkpoints in Hugging Face format.
 
-The public Python API; everything heavy is imported when first used.
+The public Python API. Importing it changes nothing outside itself, and imports everything heavy when first used.
 
     import moesurgery
     plan = moesurgery.plan_of(moesurgery.open_checkpoint("model/"))
@@ -14,7 +14,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moesurgery._version import __version__
-from moesurgery.tied import install as _register_tied_models
 
 __all__ = [
     "Anatomy",
@@ -34,6 +33,7 @@ __all__ = [
     "operation",
     "plan_of",
     "recognise",
+    "register_tied_models",
     "write_plan",
 ]
 
@@ -54,6 +54,7 @@ _HOME = {
     "operation": "moesurgery.recipe.registry",
     "plan_of": "moesurgery.plan.plan",
     "recognise": "moesurgery.families.recognition",
+    "register_tied_models": "moesurgery.tied.registration",
     "write_plan": "moesurgery.write.write_plan",
 }
 
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from moesurgery.recipe.parameters import Param
     from moesurgery.recipe.reader import Recipe, load_recipe
     from moesurgery.recipe.registry import apply, operation
+    from moesurgery.tied.registration import register_tied_models
     from moesurgery.write.write_plan import WriteOptions, write_plan
 
 
@@ -76,6 +78,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moesurgery' has no attribute {name!r}")
-
-
-_register_tied_models()

@@ -13,6 +13,7 @@ import typer
 
 from moesurgery.cli import _writing
 from moesurgery.cli._console import console
+from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.errors import RecipeError
 from moesurgery.merge.merge_recipe import load_any_recipe
 from moesurgery.recipe.reader import load_recipe, recipe_schema
@@ -122,5 +123,5 @@ def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files
             wrong += 1
             console.result(error.message)
     if wrong:
-        raise typer.Exit(1)
+        raise typer.Exit(ANSWER_IS_NO)
     console.result(f"{len(files)} recipes, nothing wrong")

@@ -1,7 +1,7 @@
 """A factor on bytes of bf16, f16, f32 or f64, in place, with numpy: the one arithmetic that needs no torch.
 
 Importing torch takes seconds and 200 MB; scaling down-projections is the main job of many runs. The result
-has the bits of `(x.float() * factor).to(dtype)` for every finite value and infinity (tests/test_expr.py goes
+has the bits of `(x.float() * factor).to(dtype)` for every finite value and infinity (tests/unit/expr/test_expr.py goes
 through all 65,536 patterns): one rounding, to nearest even. A NaN stays a NaN.
 """
 
