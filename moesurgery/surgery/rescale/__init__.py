@@ -1,5 +1,5 @@
 """The operation `rescale`: the number of active experts, and the factor that keeps the norm of what they add.
 
-Public: `rescale.rescale`. `rules` chooses the factor, `router_estimate` estimates it without data; where it goes is
+Public: `rescale.rescale`. `rules` chooses the factor, `data_free_factor` estimates it without data; where it goes is
 `moe.scaling`.
 """

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from moesurgery import count_params, open_checkpoint, recognise
-from moesurgery.count.roofline import ACCELERATORS, roofline
+from moesurgery.count.accelerators import ACCELERATORS
+from moesurgery.count.roofline import roofline
 from tests.conftest import ROOT, Result
 from tests.headers import header_checkpoint
 from tests.tiny import TINY, load

@@ -21,7 +21,7 @@ from moesurgery.families.family import Projection
 from moesurgery.families.routing import second_moments
 from moesurgery.families.table import FAMILIES, by_model_type
 from moesurgery.families.table.remote import REMOTE
-from moesurgery.surgery.rescale.router_estimate import normalised
+from moesurgery.surgery.rescale.data_free_factor import normalised
 from tests.families import LAYOUTS, ROWS
 from tests.quantise import rewrite
 from tests.tiny import load, logits, read_tensors
