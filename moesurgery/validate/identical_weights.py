@@ -1,4 +1,4 @@
-"""V03 and V07: experts of one layer, and layers, that hold the same weights. Equal fingerprints are compared in full."""
+"""V03 and V07: experts of one layer, and layers, that hold the same weights, found by their fingerprints."""
 
 from __future__ import annotations
 
