@@ -14,12 +14,12 @@ from moesurgery.validate.judged_tensors import Judged, same_bytes
 def twin_experts(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
     """Experts of one layer that are the same, byte for byte. Equal fingerprints are compared in full."""
     spans: dict[tuple[str, int], list[Judged]] = {}
-    shard_of = {member.name: block.where for block in subject.whole_blocks for member in block.members}
+    block_of = {member.name: block.where for block in subject.whole_blocks for member in block.members}
     for one in judged:
         if one.member is not None and one.member.part is not None and one.member.stem.main:
             number = one.span.expert if one.span.expert is not None else one.member.expert
             if number is not None:
-                spans.setdefault((shard_of[one.span.info.name], number), []).append(one)
+                spans.setdefault((block_of[one.span.info.name], number), []).append(one)
     layers: dict[str, dict[tuple[object, ...], list[int]]] = {}
     for (where, number), parts in spans.items():
         parts.sort(key=lambda one: (one.member.part.path, one.member.stem.suffix))  # type: ignore[union-attr]
