@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test quick package lint format clean
 
 # torch first and by its exact version: a bare `torch` pulls gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -19,10 +19,25 @@ demo: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The fast unit tests alone.
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/unit tests/test_structure.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Wheel and sdist, each installed in a fresh environment and run there: every command, every recipe.
+package:
+	rm -rf out/dist out/package
+	$(PYTHON) -m venv out/package
+	out/package/bin/python -m pip install --quiet --disable-pip-version-check build "$$(grep '^torch==' constraints.txt)"
+	out/package/bin/python -m build --outdir out/dist .
+	out/package/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt out/dist/*.whl
+	out/package/bin/python -I tests/smoke.py examples/demo/model out/package/wheel
+	out/package/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall out/dist/*.tar.gz
+	out/package/bin/python -I tests/smoke.py examples/demo/model out/package/sdist
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """Surgery on Mixture-of-Experts checkpoints in Hugging Face format.
 
-The public Python API; everything heavy is imported when first used.
+The public Python API. Importing it changes nothing outside itself, and imports everything heavy when first used.
 
     import moesurgery
     plan = moesurgery.plan_of(moesurgery.open_checkpoint("model/"))
@@ -13,9 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.tied import install as _register_tied_models
-
-__version__ = "0.1.0"
+from moesurgery._version import __version__
 
 __all__ = [
     "Anatomy",
@@ -35,6 +33,7 @@ __all__ = [
     "operation",
     "plan_of",
     "recognise",
+    "register_tied_models",
     "write_plan",
 ]
 
@@ -48,13 +47,14 @@ _HOME = {
     "WriteOptions": "moesurgery.write.write_plan",
     "apply": "moesurgery.recipe.registry",
     "count_params": "moesurgery.count.params",
-    "load_merge_recipe": "moesurgery.merge.recipe.merge_recipe",
+    "load_merge_recipe": "moesurgery.merge.merge_recipe",
     "load_recipe": "moesurgery.recipe.reader",
     "merge_method": "moesurgery.merge.compute.method",
     "open_checkpoint": "moesurgery.checkpoint.checkpoint",
     "operation": "moesurgery.recipe.registry",
     "plan_of": "moesurgery.plan.plan",
     "recognise": "moesurgery.families.recognition",
+    "register_tied_models": "moesurgery.tied.registration",
     "write_plan": "moesurgery.write.write_plan",
 }
 
@@ -65,11 +65,12 @@ if TYPE_CHECKING:
     from moesurgery.families.anatomy import Anatomy
     from moesurgery.families.recognition import recognise
     from moesurgery.merge.compute.method import merge_method
-    from moesurgery.merge.recipe.merge_recipe import load_merge_recipe
+    from moesurgery.merge.merge_recipe import load_merge_recipe
     from moesurgery.plan.plan import Plan, plan_of
     from moesurgery.recipe.parameters import Param
     from moesurgery.recipe.reader import Recipe, load_recipe
     from moesurgery.recipe.registry import apply, operation
+    from moesurgery.tied.registration import register_tied_models
     from moesurgery.write.write_plan import WriteOptions, write_plan
 
 
@@ -77,6 +78,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moesurgery' has no attribute {name!r}")
-
-
-_register_tied_models()

@@ -25,6 +25,7 @@ def test_exported_names() -> None:
             "operation",
             "plan_of",
             "recognise",
+            "register_tied_models",
             "write_plan",
         ]
     )

@@ -1,4 +1,4 @@
-"""One meaning per name: no public name is defined by two modules of the package, and no file name occurs twice."""
+"""One meaning per name: no public name is defined by two modules of the package."""
 
 from __future__ import annotations
 
@@ -33,11 +33,3 @@ def test_no_public_name_has_two_meanings() -> None:
     twice = {name: sorted(paths) for name, paths in homes.items() if len(paths) > 1}
     assert "open_checkpoint" in homes
     assert not twice
-
-
-def test_no_file_name_occurs_twice() -> None:
-    folders = defaultdict(list)
-    for path in PACKAGE.rglob("*.py"):
-        if path.name != "__init__.py":
-            folders[path.name].append(str(path.parent.relative_to(PACKAGE)))
-    assert not {name: where for name, where in folders.items() if len(where) > 1}

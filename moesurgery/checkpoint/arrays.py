@@ -92,7 +92,7 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(kept, copy=False) if kept else decoded(encoded(values, dtype), dtype)
 
 
-def scaled(data: memoryview, dtype: str, factor: float) -> memoryview:
+def multiplied(data: memoryview, dtype: str, factor: float) -> memoryview:
     """Return the bytes of the plain floats in `data` times `factor`, with one rounding to nearest even.
 
     They are those of torch's `(x.float() * factor).to(dtype)` for every finite value and infinity. A NaN stays a NaN.

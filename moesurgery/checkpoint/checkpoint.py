@@ -10,16 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moesurgery.checkpoint.filenames import CONFIG, INDEX, PROVENANCE
 from moesurgery.checkpoint.header import Header, TensorInfo
-from moesurgery.checkpoint.scan import CONFIG, INDEX, OTHER_WEIGHTS, SINGLE, Scan, scan_checkpoint
+from moesurgery.checkpoint.scan import OTHER_WEIGHTS, Scan, scan_checkpoint
 from moesurgery.checkpoint.source import Source, open_source
-
-PROVENANCE = "moesurgery.json"
 
 # What a directory listing adds and no model needs.
 _NEVER_CARRIED = (INDEX, PROVENANCE, CONFIG, ".gitattributes", ".gitignore")
-
-__all__ = ["CONFIG", "INDEX", "PROVENANCE", "SINGLE", "Checkpoint", "checkpoint_of", "open_checkpoint"]
 
 
 @dataclass

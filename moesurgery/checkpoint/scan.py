@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesurgery.checkpoint.filenames import CONFIG, INDEX, SINGLE
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.checkpoint.header import Header, TensorInfo, scan_header
 from moesurgery.checkpoint.source import LocalSource, Source, is_contained
@@ -18,9 +19,6 @@ from moesurgery.checkpoint.strict_json import parse_json, repeated_keys
 from moesurgery.cpu_count import cores
 from moesurgery.errors import CheckpointError
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 16_000_000
 MAX_INDEX_BYTES = 200_000_000
 MAX_ALIKE = 1000  # findings with one code: a hostile index could make millions

@@ -1,6 +1,7 @@
-"""The command line: commands parse, call and render. `main` is the one place with exit codes.
+"""The command line: a file for each command, which parses, calls and renders.
 
-0 done, valid or same; 1 the answer is no; 2 could not; 130 interrupted.
+Public: `main`, the one place where an error becomes an exit code (`_exit_codes`). Modules with an underscore are shared
+by commands. Nothing here computes, and nothing but `_console` prints.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 import traceback
 
+from moesurgery.cli._exit_codes import DONE, FAILED, INTERRUPTED
 from moesurgery.errors import SurgeryError
 
 DEBUG = "MOESURGERY_DEBUG"
@@ -27,19 +29,19 @@ def main(arguments: list[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         code = app(given[0] if given else "")(args=arguments, standalone_mode=False)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return code if isinstance(code, int) else DONE
     except SurgeryError as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         console.error(error.message, error.hint)
-        return 2
+        return FAILED
     except BrokenPipeError:
         # The reader of our output is gone (`| head`); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
+        return FAILED
     except KeyboardInterrupt:
         console.note("interrupted")
-        return 130
+        return INTERRUPTED
     except Exception as error:
         return _other(error)
 
@@ -50,20 +52,20 @@ def _other(error: Exception) -> int:
 
     if type(error).__name__ == "Abort":
         console.note("interrupted")
-        return 130
+        return INTERRUPTED
     message = getattr(error, "format_message", None)
     if message is not None:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "moesurgery"
         console.error(message(), f"see `{path} --help`")
-        return 2
+        return FAILED
     if os.environ.get(DEBUG):
         traceback.print_exc()
     console.error(
         f"this is a bug in moesurgery: {type(error).__name__}: {error}",
         f"set {DEBUG}=1 for the traceback and report it; nothing was written over",
     )
-    return 2
+    return FAILED
 
 
 def run() -> None:

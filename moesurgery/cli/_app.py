@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-import moesurgery
+from moesurgery._version import __version__
 from moesurgery.recipe.registry import BUILT_IN, find_operation, operations
 
 # The module of this package where each command is; the operations stand between the two.
@@ -64,7 +64,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"moesurgery {moesurgery.__version__}")
+        typer.echo(f"moesurgery {__version__}")
         raise typer.Exit()
 
 

@@ -65,8 +65,9 @@ class CalibrationCache:
 
         Raises OutputError where the repair there is of something else.
         """
+        from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.fitting.layer_fit import fit_layers
-        from moesurgery.stats.repair_file import REPAIR_INDEX, RepairWriter, open_repair
+        from moesurgery.stats.repair_file import RepairWriter, open_repair
 
         folder = self.output.with_name(f"{self.output.name}.refit")
         about = self.about | {"edited": fingerprint(edited), **options.described()}

@@ -13,9 +13,9 @@ from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.checkpoint.dtypes import COMMON_DTYPES
 from moesurgery.cli._console import console
 from moesurgery.errors import RecipeError
+from moesurgery.merge.merge_recipe import load_any_recipe
 from moesurgery.plan.fingerprint import fingerprint
 from moesurgery.plan.plan import Plan, plan_of
-from moesurgery.recipe.reader import load_any_recipe
 
 if TYPE_CHECKING:
     from moesurgery.forward.engine import Engine

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
@@ -150,7 +151,7 @@ def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | N
 
             console.result(text(report))
     if report is not None and report.failed():
-        raise typer.Exit(1)
+        raise typer.Exit(ANSWER_IS_NO)
 
 
 def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
@@ -268,4 +269,4 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
             )
     if needed > free:
         console.error("it does not fit", "free some space, use --link, or choose another disk with -o")
-        raise typer.Exit(2)
+        raise typer.Exit(FAILED)

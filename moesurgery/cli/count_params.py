@@ -10,8 +10,9 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli._console import console, human_bytes, human_count
 from moesurgery.cli._operations import Model
 from moesurgery.cli._writing import Json
+from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.count.params import Counts, count_params
-from moesurgery.count.roofline import ACCELERATORS, Roofline, roofline
+from moesurgery.count.roofline import Roofline, roofline
 from moesurgery.errors import RecipeError
 from moesurgery.families.components import MAIN_COMPONENTS, VISION
 from moesurgery.families.recognition import recognise

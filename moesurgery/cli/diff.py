@@ -9,6 +9,7 @@ import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli._console import console
+from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.cli._writing import Json, Quiet
 from moesurgery.escape import one_line
 from moesurgery.families.tensor_names import name_template
@@ -37,7 +38,7 @@ def diff_command(
     else:
         _show(found, each)
     if not found.same:
-        raise typer.Exit(1)
+        raise typer.Exit(ANSWER_IS_NO)
 
 
 def _show(found: Difference, each: bool) -> None:

@@ -12,7 +12,7 @@ from moesurgery.cli import _writing
 from moesurgery.cli._operations import taking_flags
 from moesurgery.cli._run_options import check_device
 from moesurgery.merge.compute.method import load_methods
-from moesurgery.merge.recipe.merge_recipe import load_merge_recipe
+from moesurgery.merge.merge_recipe import load_merge_recipe
 
 
 @taking_flags

@@ -75,7 +75,7 @@ def probe_command(
     modes: Any = MODES[mode]
     with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:
         found = ablate(engine, windows, wanted, modes, watch.progress)
-    from moesurgery.checkpoint.tokenizer_files import TOKENIZER
+    from moesurgery.checkpoint.filenames import TOKENIZER
     from moesurgery.forward.text_windows import load_tokenizer
 
     # Text that was given as token ids needs no tokenizer.

@@ -13,8 +13,10 @@ import typer
 
 from moesurgery.cli import _writing
 from moesurgery.cli._console import console
+from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.errors import RecipeError
-from moesurgery.recipe.reader import load_any_recipe, load_recipe, recipe_schema
+from moesurgery.merge.merge_recipe import load_any_recipe
+from moesurgery.recipe.reader import load_recipe, recipe_schema
 from moesurgery.recipe.registry import did_you_mean
 
 recipes_app = typer.Typer(
@@ -121,5 +123,5 @@ def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files
             wrong += 1
             console.result(error.message)
     if wrong:
-        raise typer.Exit(1)
+        raise typer.Exit(ANSWER_IS_NO)
     console.result(f"{len(files)} recipes, nothing wrong")

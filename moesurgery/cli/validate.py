@@ -11,6 +11,7 @@ import typer
 from moesurgery.checkpoint.finding import Severity
 from moesurgery.checkpoint.source import open_source
 from moesurgery.cli._console import console
+from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.cli._operations import Model
 from moesurgery.cli._writing import Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
@@ -93,7 +94,7 @@ def validate_command(
         )
     write_reports(report, report_format, reports or ())
     if report.failed(severity):
-        raise typer.Exit(1)
+        raise typer.Exit(ANSWER_IS_NO)
 
 
 def _bytes_to_read(model: str, level: Level | None, parents: int) -> int:

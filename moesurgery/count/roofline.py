@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moesurgery.count.accelerators import Accelerator
+from moesurgery.count.kv_cache import kv_layers
 from moesurgery.count.params import Counts
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
@@ -26,34 +28,6 @@ from moesurgery.families.layer_stack import runs_of
 KV_BYTES_PER_VALUE = 2
 BATCHES = (1, 8, 32, 128, 512)
 MAX_BATCH = 1 << 20
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """Dense bf16 peak in TFLOP/s and memory bandwidth in TB/s, from the makers' data sheets."""
-
-    name: str
-    tflops: float
-    terabytes_per_second: float
-
-    @property
-    def ridge(self) -> float:
-        """FLOPs per byte above which a kernel is compute bound."""
-        return self.tflops / self.terabytes_per_second
-
-
-ACCELERATORS = {
-    a.name: a
-    for a in (
-        Accelerator("a100", 312, 2.04),
-        Accelerator("h100", 989, 3.35),
-        Accelerator("h200", 989, 4.8),
-        Accelerator("b200", 2250, 8.0),
-        Accelerator("mi300x", 1307, 5.3),
-        Accelerator("l40s", 362, 0.864),
-        Accelerator("rtx4090", 165, 1.008),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -161,60 +135,3 @@ def _first_above(intensity: Any, ridge: float) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if intensity(middle) >= ridge else (middle, high)
     return high
-
-
-def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[int, int, int | None]] | None:
-    """Return, per attention layer, (cached values per token, heads * (d_qk + d_v), window or None).
-
-    Widths come from the key and value projections that are stored; None where they cannot be told.
-    """
-    first = anatomy.settings.first
-
-    def size(*keys: str) -> int | None:
-        value = first(keys)
-        return value if type(value) is int and value > 0 else None
-
-    heads = size("num_attention_heads", "n_heads", "n_head")
-    stated = first(("head_dim", "attention_head_dim"))
-    head_dim = stated if stated is not None else (anatomy.settings.hidden or 0) // (heads or 1)
-    if heads is None or type(head_dim) is not int:
-        return None
-    latent, rope = size("kv_lora_rank"), size("qk_rope_head_dim")
-    types, window = first(("layer_types",)), first(("sliding_window",))
-    if first(("use_sliding_window",)) is False or not isinstance(window, int):
-        window = None
-    keys: dict[int, int] = {}
-    values: dict[int, int] = {}
-    latents: set[int] = set()
-    fused: set[int] = set()
-    for name in tensors:
-        layer, component = anatomy.layer.get(name), anatomy.component[name]
-        if layer is None or component != parts.ATTENTION or not name.endswith(".weight"):
-            continue
-        module = name.split(".")[-2]
-        if module in ("k_proj", "wk"):
-            keys[layer] = tensors[name].shape[0]
-        elif module in ("v_proj", "wv"):
-            values[layer] = tensors[name].shape[0]
-        elif module in ("kv_a_proj_with_mqa", "kv_a_proj"):
-            latents.add(layer)
-        elif module in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj"):
-            fused.add(layer)
-    kv_heads = size("num_key_value_heads", "n_kv_heads", "kv_n_heads") or heads
-    found = []
-    known = keys.keys() | latents | fused
-    # Every position has keys and values of its own, whatever block it runs.
-    positions = anatomy.settings.tie_map or range(max(known, default=-1) + 1)
-    for position, layer in enumerate(positions):
-        if layer not in known:
-            continue
-        sliding = isinstance(types, list) and position < len(types) and types[position] == "sliding_attention"
-        limit = window if sliding or (window and not isinstance(types, list)) else None
-        if layer in latents and latent and rope:
-            d_qk, d_v = (size("qk_nope_head_dim") or 0) + rope, size("v_head_dim") or 0
-            found.append((latent + rope, heads * (d_qk + d_v), limit))
-        elif layer in keys:
-            found.append((keys[layer] + values.get(layer, keys[layer]), heads * 2 * head_dim, limit))
-        else:
-            found.append((2 * kv_heads * head_dim, heads * 2 * head_dim, limit))
-    return found or None

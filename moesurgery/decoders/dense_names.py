@@ -3,7 +3,7 @@
 A pair holds what differs: names, the config keys that only the MoE family has, and the defaults of the MoE family's
 config that are not those of the dense one (a key that config.json leaves out has to be written then). The pairs
 were found exact with transformers 5.23: a MoE of equal experts and its dense model have the same logits
-(tests/test_to_dense.py, which also checks the keys and defaults against transformers' config classes).
+(tests/commands/test_to_dense.py, which also checks the keys and defaults against transformers' config classes).
 """
 
 from __future__ import annotations

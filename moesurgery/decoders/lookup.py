@@ -2,8 +2,8 @@
 
 An entry says where the type's config keeps each trait and what its code fixes (`traits`), which modules a layer has
 besides its FFN, and how the FFN or the experts are stored on the Hub. Sources: the configuration and modeling files
-of transformers 5.23. `tests/test_architectures.py` holds every default to transformers' own, and
-`tests/test_upcycle_pairs.py` what the entries say of pairs to forward passes.
+of transformers 5.23. `tests/unit/decoders/test_architectures.py` holds every default to transformers' own, and
+`tests/unit/surgery/test_upcycle_pairs.py` what the entries say of pairs to forward passes.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ every trait of the source is written as the target keeps it. What the target can
 the pair's `rewrites`; otherwise this very model would lose something, and the pair is refused for it. The way back has
 a table of its own (`dense`), since a mixture's config need not come from a dense one's.
 
-`tests/test_upcycle_pairs.py` runs every pair: written, loaded by transformers, logits equal beyond windows and
-original contexts.
+`tests/unit/surgery/test_upcycle_pairs.py` runs every pair: written, loaded by transformers, logits equal beyond
+windows and original contexts.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.arrays import rounded, scaled
+from moesurgery.checkpoint.arrays import multiplied, rounded
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
@@ -37,7 +37,7 @@ class Scale(Unary):
         return rounded(values, self.dtype)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
-        return scaled(self.of.raw(start, stop, reader), self.dtype, self.factor)
+        return multiplied(self.of.raw(start, stop, reader), self.dtype, self.factor)
 
 
 def scale(of: Expr, factor: float) -> Expr:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.fitting.collector import check_routing
 from moesurgery.forward.engine import Engine, Progress, Resume, Streams
+from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.loss import window_loss
-from moesurgery.forward.meta_model import ExpertsModule
 from moesurgery.forward.tokens import Tokens
 
 if TYPE_CHECKING:

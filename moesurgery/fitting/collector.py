@@ -9,9 +9,9 @@ from moesurgery.errors import RefusedError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.keep_search import best_kept
 from moesurgery.forward.engine import Engine, Progress
-from moesurgery.forward.expert_outputs import ExpertOutputs, RoutingTensors, expert_outputs, one_expert
+from moesurgery.forward.expert_outputs import ExpertOutputs, expert_outputs, one_expert
+from moesurgery.forward.experts_module import ExpertsModule, RoutingTensors
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
-from moesurgery.forward.meta_model import ExpertsModule
 from moesurgery.forward.paired_run import PairedRun
 from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.expert_counts import check_remaining

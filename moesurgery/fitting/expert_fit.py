@@ -19,13 +19,12 @@ from moesurgery.forward.hooks import ExpertsCall
 from moesurgery.moe.layouts import matrices_of
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan
+from moesurgery.stats.repair_file import Matrices
 
 if TYPE_CHECKING:
     import torch
 
 BLOCK_ROWS = 512
-
-Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
 
 
 def fit_expert(

@@ -20,7 +20,6 @@ one of the hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.file_reader import FileReader
@@ -35,6 +34,7 @@ from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.neuron_matching import neuron_features, optimal_assignment, products
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan
+from moesurgery.stats.group_fit_file import GroupFit
 from moesurgery.surgery.choose_experts import router_rows
 from moesurgery.surgery.group_experts import NAME, Merger
 
@@ -44,19 +44,6 @@ if TYPE_CHECKING:
 
 RIDGE = 1e-3
 LOGITS_CLOSE = 0.02  # of the largest logit: what computing in bfloat16 leaves
-
-
-@dataclass
-class GroupFit:
-    """What was found for one block.
-
-    orders[e] [I] for each member of a group but the dominant one; router["router"] [M, H] and router["router_bias"] [M]
-    for the M groups of several experts.
-    """
-
-    where: str
-    orders: dict[int, np.ndarray] = field(default_factory=dict)
-    router: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def fit_groups(

@@ -14,7 +14,8 @@ from math import comb
 from typing import TYPE_CHECKING
 
 from moesurgery.forward.engine import Engine
-from moesurgery.forward.expert_outputs import RoutingTensors, one_expert
+from moesurgery.forward.expert_outputs import one_expert
+from moesurgery.forward.experts_module import RoutingTensors
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
 
 if TYPE_CHECKING:

@@ -24,21 +24,22 @@ Fitted matrices are held until their block is done, as they are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
-from moesurgery.fitting.expert_fit import Matrices, check_names, fit_expert
+from moesurgery.fitting.expert_fit import check_names, fit_expert
 from moesurgery.fitting.ridge import RidgeSolution, solve
 from moesurgery.forward.activations import check_form, down
 from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.expert_outputs import ExpertOutputs, expert_outputs
+from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
-from moesurgery.forward.meta_model import ExpertsModule
 from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
+from moesurgery.stats.repair_file import FittedBlock
 
 if TYPE_CHECKING:
     import torch
@@ -63,27 +64,6 @@ class RepairOptions:
     def described(self) -> dict[str, Any]:
         """Return the options as a repair records them."""
         return {"kind": self.kind, "ridge": "auto" if self.ridge is None else self.ridge, "sweeps": self.sweeps}
-
-
-@dataclass
-class FittedBlock:
-    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
-
-    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being what the edited block
-    adds, over the sum of squares of what the original block added; `error_held_out` is what the ridge was found by,
-    the error of each half of the windows under what the other half gives. `ridges` has the ridge of each solution,
-    None for no change.
-    """
-
-    where: str
-    factors: list[float] | None = None
-    matrices: dict[int, Matrices] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
-    ridges: list[float | None] = field(default_factory=list)
-    error_before: float = 0.0
-    error_after: float = 0.0
-    error_held_out: float | None = None
 
 
 def fit_layers(

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.forward.coroutine import Coroutine, current
+from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import NO_HOOKS, BlockCall, ExpertsCall, Hooks
 from moesurgery.forward.layer_units import LayerUnit
-from moesurgery.forward.meta_model import ExpertsModule, MetaModel
+from moesurgery.forward.meta_model import MetaModel
 from moesurgery.forward.router_logits import RouterTap
 from moesurgery.forward.routing_adapters import adapter_of, routed
 from moesurgery.forward.tokens import Tokens

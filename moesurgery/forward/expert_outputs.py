@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from moesurgery.forward.experts_module import RoutingTensors
 from moesurgery.forward.hooks import ExpertsCall
 
 if TYPE_CHECKING:
     import torch
 
 PART_BYTES = 128 << 20
-
-RoutingTensors = tuple["torch.Tensor", "torch.Tensor"]  # chosen experts [T, k] and their weights [T, k]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.forward.meta_model import ExpertsModule
+from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.tokens import Tokens
 
 if TYPE_CHECKING:

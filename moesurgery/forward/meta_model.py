@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import MoeBlock, model_type_of
 from moesurgery.families.components import is_vision
+from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.layer_units import LayerUnit, TensorGroup, decoder_layers, find_units
 from moesurgery.forward.lazy_tensor import LazyTensor, evaluate_into
 from moesurgery.forward.model_config import load_config
@@ -25,28 +25,6 @@ from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class ExpertsModule:
-    """Where a model's module tree has one MoE block of the plan.
-
-    `experts` is the path of the module that is called with (hidden [T, H], indices [T, k], weights [T, k]), or of
-    the block that an adapter reads (`adapters`); None where the family's code has neither, and `unread` says why.
-    `router` and `correction` are paths of parameters. `path` is the smallest module that holds all of it.
-    """
-
-    block: MoeBlock
-    unit: str
-    path: str
-    experts: str | None
-    router: str | None
-    correction: str | None
-    unread: str = ""
-
-    @property
-    def where(self) -> str:
-        return self.block.where
 
 
 class MetaModel:

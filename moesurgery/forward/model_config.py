@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.scan import CONFIG
+from moesurgery.checkpoint.filenames import CONFIG
+from moesurgery.tied.registration import register_tied_models
 
 _LEFT_OUT = frozenset(
     (
@@ -46,6 +47,7 @@ def load_config(config: Mapping[str, Any]) -> Any:
     """Return the config object. Raises whatever transformers does where it refuses the config."""
     import transformers
 
+    register_tied_models()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, CONFIG).write_text(json.dumps(harmless(config)))
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.forward.engine import Engine
-from moesurgery.forward.expert_outputs import RoutingTensors
+from moesurgery.forward.experts_module import RoutingTensors
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
 from moesurgery.forward.layer_units import LayerUnit
 from moesurgery.plan.plan import Plan

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from moesurgery.forward.expert_outputs import RoutingTensors
+    from moesurgery.forward.experts_module import RoutingTensors
 
 UNREAD = {
     "JetMoeMoA": "what an attention expert says depends on the other tokens, so it has no output of its own",

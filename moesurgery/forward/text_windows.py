@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.checkpoint.tokenizer_files import TOKENIZER
+from moesurgery.checkpoint.filenames import TOKENIZER
 from moesurgery.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:

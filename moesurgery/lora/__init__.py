@@ -1,1 +1,4 @@
-"""LoRA adapters: applied to a model, and extracted from two."""
+"""LoRA adapters in PEFT's format: applied to a model, and extracted from two.
+
+Public: `apply.LoraAdapter`, `apply.adapted`, `extract.extract_lora`. Adapters of tied blocks are made by `surgery`.
+"""

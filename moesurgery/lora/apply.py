@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.scan import read_object
 from moesurgery.checkpoint.source import open_source
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?")
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias")

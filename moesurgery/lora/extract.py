@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr
-from moesurgery.lora.apply import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.moe.canonical_names import CanonicalTensors
 
 if TYPE_CHECKING:

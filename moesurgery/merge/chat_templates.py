@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.checkpoint.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG
+from moesurgery.checkpoint.filenames import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from moesurgery.moe.canonical_names import CanonicalTensors
 
 TEMPLATES = {

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.filenames import TOKENIZER
 from moesurgery.checkpoint.strict_json import parse_json
-from moesurgery.checkpoint.tokenizer_files import TOKENIZER
 from moesurgery.families.config_keys import LAYERS_KEYS
 
 # Keys that say nothing of how tensors are used, or that are settled elsewhere.

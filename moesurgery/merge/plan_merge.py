@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.dtypes import CONFIG_NAMES, PLAIN_FLOATS
-from moesurgery.checkpoint.tokenizer_files import CHAT_TEMPLATE
+from moesurgery.checkpoint.filenames import CARD, CHAT_TEMPLATE
 from moesurgery.errors import RefusedError, SurgeryError, at_line
 from moesurgery.expr.elementwise import cast, scale
 from moesurgery.expr.nodes import Expr, Slice, concat
@@ -21,28 +21,27 @@ from moesurgery.merge.chat_templates import chat_template
 from moesurgery.merge.compute.merge_expr import MergeExpr
 from moesurgery.merge.filters import check_filters
 from moesurgery.merge.placement import Placement
-from moesurgery.merge.recipe.merge_recipe import MergeRecipe
 from moesurgery.merge.recipe.stage import Stage
 from moesurgery.merge.references import Models, label
 from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
 from moesurgery.merge.tokenizer_union import MergedTokenizer, is_kept
 from moesurgery.moe.canonical_names import is_expert
 from moesurgery.plan.plan import Plan, Step
-from moesurgery.write.card import CARD
 
 _RANK = ("BF16", "F16", "F32", "F64")
 
 
-def plan_merge(recipe: MergeRecipe, models: Models | None = None) -> Plan:
+def plan_stages(stages: Sequence[Stage], origin: str, device: str = "", models: Models | None = None) -> Plan:
     """Return the plan of a recipe's last stage; earlier stages become part of its expressions.
 
-    Opens headers only. Raises SurgeryError, with the recipe's line where it has one.
+    Opens headers only. `origin` is the recipe's name, for messages; `device` as in `MergeRecipe`. Raises SurgeryError,
+    with the recipe's line where it has one.
     """
     models = models or Models()
-    for stage in recipe.stages[:-1]:
+    for stage in stages[:-1]:
         assert stage.name is not None
-        models.stages[stage.name] = _Merger(stage, models, recipe.origin, recipe.device).plan()
-    return _Merger(recipe.stages[-1], models, recipe.origin, recipe.device).plan()
+        models.stages[stage.name] = _Merger(stage, models, origin, device).plan()
+    return _Merger(stages[-1], models, origin, device).plan()
 
 
 class _Merger:

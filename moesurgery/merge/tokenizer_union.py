@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.checkpoint.tokenizer_files import OTHER_FORMS, TOKENIZER, TOKENIZER_FILES
+from moesurgery.checkpoint.filenames import (
+    OTHER_TOKENIZER_FORMS,
+    TOKENIZER,
+    TOKENIZER_FILES,
+)
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Slice, reshape, torch_dtype
 from moesurgery.families import components
@@ -130,9 +134,9 @@ class MergedTokenizer:
         self.base = next(iter(models))
         found = _vocabularies(models)
         self.numbers = {name: numbers for name, (_, numbers) in found.items()}
-        shard_of = config.source if config.source not in ("base", "union") else self.base
-        self.data, self.shard_of = copy.deepcopy(found[shard_of][0]), shard_of
-        self.tokens = dict(self.numbers[shard_of])
+        vocabulary_model = config.source if config.source not in ("base", "union") else self.base
+        self.data, self.vocabulary_model = copy.deepcopy(found[vocabulary_model][0]), vocabulary_model
+        self.tokens = dict(self.numbers[vocabulary_model])
         self.added = False
         self.rescored = False  # pieces of two Unigram models stand side by side, scored apart
         if config.source == "union":
@@ -210,14 +214,14 @@ class MergedTokenizer:
     def files(self) -> dict[str, bytes | None]:
         """Return the side files that differ from the base's, None for those that go."""
         found: dict[str, bytes | None] = {}
-        held = self.models[self.shard_of].plan.checkpoint
-        if self.shard_of != self.base:
+        held = self.models[self.vocabulary_model].plan.checkpoint
+        if self.vocabulary_model != self.base:
             for file in TOKENIZER_FILES:
                 size = held.file_sizes.get(file)
                 found[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:
             found[TOKENIZER] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
-            found.update(dict.fromkeys(OTHER_FORMS))
+            found.update(dict.fromkeys(OTHER_TOKENIZER_FORMS))
         base = self.models[self.base].plan.checkpoint.file_sizes
         return {file: data for file, data in found.items() if data is not None or file in base}
 

@@ -1,1 +1,5 @@
-"""Lazy tensor expressions and the plan of an output checkpoint."""
+"""The plan of an output checkpoint: its tensors as expressions, its config, its files, the steps that led there.
+
+Public: `plan.Plan`, `plan.plan_of`, `dequantise.dequantised`, `fingerprint.fingerprint`. Operations that change a plan
+belong to `surgery`, what writes one to `write`.
+"""

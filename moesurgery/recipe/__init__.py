@@ -1,1 +1,5 @@
-"""Operations: their registry, their parameters, and the strict YAML that names them."""
+"""Operations as recipes name them: their registry, their parameters, and strict YAML.
+
+Public: `registry` (`operation`, `apply`), `parameters.Param`, `reader.load_recipe`, `yaml_strict`, `mergekit_moe`. The
+operations register themselves from `surgery`; merge recipes are in `merge`.
+"""

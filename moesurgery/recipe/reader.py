@@ -23,7 +23,6 @@ from moesurgery.recipe.parameters import schema_of
 from moesurgery.recipe.registry import did_you_mean, find_operation, operations, problems
 
 if TYPE_CHECKING:
-    from moesurgery.merge.recipe.merge_recipe import MergeRecipe
     from moesurgery.recipe.yaml_strict import Document
 
 _KEYS = ("model", "steps", "max_shard_size")
@@ -95,15 +94,6 @@ def load_recipe(path: str | Path) -> Recipe:
     from moesurgery.recipe.yaml_strict import recipe_text
 
     return parse_recipe(recipe_text(path), str(path))
-
-
-def load_any_recipe(path: str | Path) -> Recipe | MergeRecipe:
-    """Read a recipe file of operations or of a merge. Raises RecipeError with every mistake in it."""
-    from moesurgery.merge.recipe.merge_recipe import is_merge_recipe, parse_merge_recipe
-    from moesurgery.recipe.yaml_strict import recipe_text
-
-    text = recipe_text(path)
-    return parse_merge_recipe(text, str(path)) if is_merge_recipe(text) else parse_recipe(text, str(path))
 
 
 def parse_recipe(text: str, origin: str = "recipe") -> Recipe:

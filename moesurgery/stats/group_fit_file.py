@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moesurgery.checkpoint.header import TensorInfo, read_header
 from moesurgery.checkpoint.source import LocalSource
@@ -19,13 +19,38 @@ from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice, Stored
 
 if TYPE_CHECKING:
-    from moesurgery.fitting.group_fit import GroupFit
-    from moesurgery.surgery.group_experts import Merger
+    import numpy as np
 
 _FORMAT = "moesurgery fit 1"
 
 
-def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: Merger, about: Mapping[str, Any]) -> None:
+class MergedGroups(Protocol):
+    """The groups of a merge that a fit is made for: by block, the members of each group and its dominant one."""
+
+    @property
+    def groups(self) -> Mapping[str, list[list[int]]]: ...
+    @property
+    def dominant(self) -> Mapping[str, list[int]]: ...
+    @property
+    def align(self) -> str: ...
+    @property
+    def router(self) -> str: ...
+
+
+@dataclass
+class GroupFit:
+    """What was found for one block.
+
+    orders[e] [I] for each member of a group but the dominant one; router["router"] [M, H] and router["router_bias"] [M]
+    for the M groups of several experts.
+    """
+
+    where: str
+    orders: dict[int, np.ndarray] = field(default_factory=dict)
+    router: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: MergedGroups, about: Mapping[str, Any]) -> None:
     """Write what was found for a merge, and `about` it on what."""
     import numpy as np
     from safetensors.numpy import save_file
@@ -54,7 +79,7 @@ class GroupFitFile:
         found: Mapping[str, Mapping[str, Any]] = self.about["blocks"]
         return found
 
-    def differences(self, merger: Merger) -> list[str]:
+    def differences(self, merger: MergedGroups) -> list[str]:
         """Return in what a merge differs from the one that the fit was made for, in words."""
         for kind, wanted in (("align", "activations"), ("router", "lse")):
             if getattr(merger, kind) == wanted != self.about[kind]:
@@ -67,7 +92,7 @@ class GroupFitFile:
                 return [f"other members are dominant in {where}"]
         return []
 
-    def check(self, merger: Merger, path: str) -> None:
+    def check(self, merger: MergedGroups, path: str) -> None:
         """Raise RefusedError where the fit was made for another merge."""
         differs = self.differences(merger)
         if differs:

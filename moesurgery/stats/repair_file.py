@@ -9,20 +9,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.filenames import REPAIR_INDEX
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, OutputError
 from moesurgery.expr.nodes import Expr, Stored
 
 if TYPE_CHECKING:
-    from moesurgery.fitting.layer_fit import FittedBlock
+    import torch
 
-REPAIR_INDEX = "refit.json"
 _FORMAT = "moesurgery refit 1"
+
+
+Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
+
+
+@dataclass
+class FittedBlock:
+    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
+
+    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being what the edited block
+    adds, over the sum of squares of what the original block added; `error_held_out` is what the ridge was found by,
+    the error of each half of the windows under what the other half gives. `ridges` has the ridge of each solution,
+    None for no change.
+    """
+
+    where: str
+    factors: list[float] | None = None
+    matrices: dict[int, Matrices] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    ridges: list[float | None] = field(default_factory=list)
+    error_before: float = 0.0
+    error_after: float = 0.0
+    error_held_out: float | None = None
 
 
 class RepairWriter:

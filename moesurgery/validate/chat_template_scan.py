@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.tokenizer_files import TOKENIZER_CONFIG
+from moesurgery.checkpoint.filenames import TOKENIZER_CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.context import Context
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-from moesurgery.checkpoint.checkpoint import PROVENANCE, open_checkpoint
+from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.filenames import CARD, CONFIG, PROVENANCE, TOKENIZER_FILES
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.header import TensorInfo
-from moesurgery.checkpoint.scan import CONFIG
-from moesurgery.checkpoint.tokenizer_files import TOKENIZER_FILES
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError, SurgeryError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan, plan_of
@@ -21,7 +20,7 @@ from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.context import Context
 from moesurgery.validate.parent_models import Given
 from moesurgery.validate.replay_recipe import device_of, parents_of, replanned, steps_of
-from moesurgery.write.card import CARD, json_differences
+from moesurgery.write.card import json_differences
 from moesurgery.write.recompute import Recomputer
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.anatomy import model_type_of
 from moesurgery.families.quantised import method, packed_bits, split_name
 from moesurgery.families.tensor_names import name_template

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, INTEGERS, PLAIN_FLOATS
+from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.config_keys import DTYPE_KEYS
 from moesurgery.families.quantised import method, quantisation_config, split_name
 from moesurgery.families.tensor_names import name_template

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import MoeBlock, model_type_of
 from moesurgery.families.config_keys import EXPERTS_KEYS, GROUPS_KEYS, TOP_GROUPS_KEYS, TOP_K_KEYS, keys_present

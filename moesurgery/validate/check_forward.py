@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.checkpoint import PROVENANCE, Checkpoint, open_checkpoint
+from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moesurgery.checkpoint.filenames import PROVENANCE
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.errors import SurgeryError
 from moesurgery.plan.plan import plan_of

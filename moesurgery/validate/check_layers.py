@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesurgery.checkpoint.scan import CONFIG
+from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.families.components import VISION
 from moesurgery.families.config_keys import PREDICTION_KEYS
 from moesurgery.families.moe_layers import moe_layers, positions, ranges

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moesurgery.tied
-from moesurgery.checkpoint.scan import CONFIG, INDEX
-from moesurgery.checkpoint.tokenizer_files import TOKENIZER_CONFIG
+from moesurgery.checkpoint.filenames import CONFIG, INDEX, TOKENIZER_CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.chat_template_scan import chat_templates
 from moesurgery.validate.check import NotChecked, Outcome, check, finding

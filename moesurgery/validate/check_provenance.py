@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moesurgery.checkpoint.checkpoint import PROVENANCE
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
+from moesurgery.checkpoint.filenames import CONFIG, PROVENANCE
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.context import Context

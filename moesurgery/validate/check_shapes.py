@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.components import NORM
 from moesurgery.families.tensor_names import name_template

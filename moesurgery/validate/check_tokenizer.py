@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moesurgery.checkpoint.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
+from moesurgery.checkpoint.filenames import TOKENIZER, TOKENIZER_CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.validate.chat_template_scan import chat_templates
 from moesurgery.validate.check import NotChecked, Outcome, check, finding

@@ -3,67 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from statistics import median
 
 from moesurgery.checkpoint.dtypes import element_count
 from moesurgery.checkpoint.finding import Finding, Severity
-from moesurgery.checkpoint.header import TensorInfo
-from moesurgery.cpu_count import cores
 from moesurgery.errors import CheckpointError
-from moesurgery.families.anatomy import BlockTensor, model_type_of
+from moesurgery.families.anatomy import model_type_of
 from moesurgery.families.components import EMBEDDING, HEAD, NORM, OTHER, ROUTED, ROUTER, VISION
-from moesurgery.families.moe_layers import ranges
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.check_vocabulary import embedding_of, head_of, is_tied
 from moesurgery.validate.context import Context
-from moesurgery.validate.tensor_statistics import BLOCK, FLOAT_FORMATS, SHORTEST_RUN, Span, Statistics, survey
+from moesurgery.validate.identical_weights import same_layers, twin_experts
+from moesurgery.validate.judged_tensors import Judged, same_bytes, survey_of
+from moesurgery.validate.tensor_statistics import BLOCK, FLOAT_FORMATS, SHORTEST_RUN, Span
 
 FAR = 100.0  # times the median of its siblings: what makes an expert strange in its layer
 VERY_FAR = 1000.0  # what makes a tensor strange among the layers: norms and biases do vary
 NEAR_OVERFLOW = {"F16": 60_000.0, "BF16": 1e30, "F32": 1e30}
-_PART = 8 << 20
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A span, what it is, and what was found in it."""
-
-    span: Span
-    member: BlockTensor | None
-    component: str
-    statistics: Statistics
-
-    @property
-    def where(self) -> str:
-        return f"expert {self.span.expert} of " if self.span.expert is not None else ""
-
-
-def survey_of(subject: Context) -> list[Judged]:
-    """Read every weight once. Raises CheckpointError where one cannot be read."""
-    members = {member.name: member for block in subject.whole_blocks for member in block.members}
-    experts = {member.name: block.experts for block in subject.whole_blocks for member in block.members}
-    spans: list[Span] = []
-    for name, info in subject.tensors.items():
-        member = members.get(name)
-        count = experts[name] if member is not None and member.part is not None and member.axis == 0 else 0
-        spans += _spans(info, count)
-    threads = min(4, cores())
-    found = survey(subject.source, spans, subject.progress, threads)
-    component = subject.anatomy.component
-    return [
-        Judged(span, members.get(span.info.name), component[span.info.name], statistics)
-        for span, statistics in zip(spans, found, strict=True)
-    ]
-
-
-def _spans(info: TensorInfo, experts: int) -> list[Span]:
-    """Cut stacked experts apart where they are whole bytes; leave everything else in one piece."""
-    if not experts or len(info.shape) < 2 or info.shape[0] % experts or info.nbytes % experts:
-        return [Span(info, None, info.start, info.nbytes)]
-    size = info.nbytes // experts
-    return [Span(info, e, info.start + e * size, size) for e in range(experts)]
 
 
 @check("V01", "V02", "V03", "V04", "V05", "V07")
@@ -78,8 +35,8 @@ def values(subject: Context) -> Outcome:
         yield from _not_finite(subject, one)
         yield from _zero(subject, one)
         yield from _stretches(subject, one)
-    yield from _twins(subject, judged)
-    yield from _same_layers(subject, judged)
+    yield from twin_experts(subject, judged)
+    yield from same_layers(subject, judged)
     yield from _strange(subject, judged)
     yield from _tails(subject, judged)
     parameters = subject.anatomy.parameters
@@ -154,74 +111,6 @@ def _tails(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
                     message = f"{one.where}it is zero to its end, as is the rest of the file: {zeros:,} bytes"
                     yield finding("V05", message, file, one.span.info.name, hint=_WRITTEN_PARTLY)
             break
-
-
-def _twins(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
-    """Experts of one layer that are the same, byte for byte. Equal fingerprints are compared in full."""
-    spans: dict[tuple[str, int], list[Judged]] = {}
-    shard_of = {member.name: block.where for block in subject.whole_blocks for member in block.members}
-    for one in judged:
-        if one.member is not None and one.member.part is not None and one.member.stem.main:
-            number = one.span.expert if one.span.expert is not None else one.member.expert
-            if number is not None:
-                spans.setdefault((shard_of[one.span.info.name], number), []).append(one)
-    layers: dict[str, dict[tuple[object, ...], list[int]]] = {}
-    for (where, number), parts in spans.items():
-        parts.sort(key=lambda one: (one.member.part.path, one.member.stem.suffix))  # type: ignore[union-attr]
-        mark = tuple(one.statistics.fingerprint for one in parts)
-        layers.setdefault(where, {}).setdefault(mark, []).append(number)
-    for where, marks in layers.items():
-        for numbers in marks.values():
-            first = spans[where, numbers[0]]
-            if all(one.statistics.zero for one in first):
-                continue  # V02 says so
-            same = [n for n in numbers[1:] if _equal(subject, first, spans[where, n])]
-            if same:
-                shown = ", ".join(map(str, [numbers[0], *same][:12]))
-                yield finding("V03", f"{where}: experts {shown} are identical" + (", …" if len(same) > 11 else ""))
-
-
-def _same_layers(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
-    """Layers that hold the same weights, as when a writer takes one for another."""
-    layers: dict[tuple[str, int], list[Judged]] = {}
-    for one in judged:
-        name = one.span.info.name
-        if (number := subject.anatomy.layer.get(name)) is not None:
-            layers.setdefault((name.partition(f".{number}.")[0], number), []).append(one)
-    marks: dict[tuple[object, ...], list[tuple[str, int]]] = {}
-    for (stack, number), parts in layers.items():
-        if not all(one.statistics.zero for one in parts):
-            parts.sort(key=lambda one: (_within(one, number), one.span.start))
-            contents = ((_within(one, number), one.statistics.fingerprint) for one in parts)
-            marks.setdefault((stack, *contents), []).append((stack, number))
-    for found in marks.values():
-        first = layers[found[0]]
-        same = [n for _, n in found[1:] if _equal(subject, first, layers[found[0][0], n])]
-        if same:
-            yield finding("V07", f"{found[0][0]}: layers {ranges([found[0][1], *same])} are identical")
-
-
-def _within(one: Judged, layer: int) -> str:
-    """Return the name of a tensor in its layer."""
-    return one.span.info.name.partition(f".{layer}.")[2]
-
-
-def _equal(subject: Context, first: list[Judged], second: list[Judged]) -> bool:
-    return len(first) == len(second) and all(
-        same_bytes(subject, a.span, b.span) for a, b in zip(first, second, strict=True)
-    )
-
-
-def same_bytes(subject: Context, a: Span, b: Span) -> bool:
-    """Whether two spans hold the same bytes."""
-    if a.nbytes != b.nbytes:
-        return False
-    for at in range(0, a.nbytes, _PART):
-        length = min(_PART, a.nbytes - at)
-        mine = subject.source.read(a.info.file, a.start + at, length)
-        if mine != subject.source.read(b.info.file, b.start + at, length):
-            return False
-    return True
 
 
 def _strange(subject: Context, judged: list[Judged]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moesurgery.checkpoint.scan import CONFIG
+from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.errors import CheckpointError
 from moesurgery.families.components import EMBEDDING, HEAD
 from moesurgery.validate.check import NotChecked, Outcome, check, finding

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, checkpoint_of
+from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.header import TensorInfo
-from moesurgery.checkpoint.scan import CONFIG, MAX_CONFIG_BYTES, Scan, read_object
+from moesurgery.checkpoint.scan import MAX_CONFIG_BYTES, Scan, read_object
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Anatomy, MoeBlock

@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.checkpoint import PROVENANCE, open_checkpoint
+from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.filenames import ADAPTER_CONFIG as ADAPTER
+from moesurgery.checkpoint.filenames import PROVENANCE
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.source import open_source
-from moesurgery.lora.apply import ADAPTER_CONFIG as ADAPTER
 from moesurgery.lora.apply import LoraAdapter
 from moesurgery.validate.check import finding
 

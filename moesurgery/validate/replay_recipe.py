@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moesurgery.checkpoint.checkpoint import PROVENANCE, open_checkpoint
+from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.filenames import PROVENANCE
 from moesurgery.errors import RecipeError
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.parameters import with_texts
@@ -68,8 +69,7 @@ def device_of(steps: Steps) -> str:
 
 
 def _merged(stages: list[dict[str, Any]], parents: Parents) -> Plan:
-    from moesurgery.merge.plan_merge import plan_merge
-    from moesurgery.merge.recipe.merge_recipe import parse_merge_recipe
+    from moesurgery.merge.merge_recipe import parse_merge_recipe
     from moesurgery.merge.references import Models
 
     for stage in stages:
@@ -78,7 +78,7 @@ def _merged(stages: list[dict[str, Any]], parents: Parents) -> Plan:
     recipe = replace(
         parse_merge_recipe(text, PROVENANCE), device=device_of([(MERGE_OPERATION, stage) for stage in stages])
     )
-    return plan_merge(recipe, Models(parents.where))
+    return recipe.plan(Models(parents.where))
 
 
 def _check_method(stage: Mapping[str, Any]) -> None:

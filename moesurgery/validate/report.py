@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import moesurgery
+from moesurgery._version import __version__
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.validate.check import NotChecked
 from moesurgery.validate.codes import Level
@@ -61,7 +61,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "schema_version": _SCHEMA_VERSION,
         "tool": "moesurgery",
-        "version": moesurgery.__version__,
+        "version": __version__,
         "target": report.target,
         "levels": list(report.levels),
         "errors": report.errors,

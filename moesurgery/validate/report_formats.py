@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
-import moesurgery
+from moesurgery._version import __version__
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.escape import one_line
 from moesurgery.validate.codes import CODES
@@ -95,7 +95,7 @@ def sarif(report: Report) -> str:
         "tool": {
             "driver": {
                 "name": "moesurgery",
-                "version": moesurgery.__version__,
+                "version": __version__,
                 "informationUri": _DOCS,
                 "rules": [
                     {

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
-import moesurgery
+from moesurgery._version import __version__
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.write.source_names import SourceNames
 
-CARD = "README.md"
 _SCHEMA_VERSION = 1
 
 
@@ -35,7 +34,7 @@ def provenance(plan: Plan, outputs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "schema_version": _SCHEMA_VERSION,
         "tool": "moesurgery",
-        "version": moesurgery.__version__,
+        "version": __version__,
         "recipe": recipe_from_steps(plan),
         "inputs": [
             {
@@ -97,7 +96,7 @@ def card_text(plan: Plan) -> str:
         f"# {parents[0].rsplit('/', 1)[-1]}, edited",
         "",
     ]
-    lines.append(f"Made with moesurgery {moesurgery.__version__} from {', '.join(parents)}.")
+    lines.append(f"Made with moesurgery {__version__} from {', '.join(parents)}.")
     for step in plan.steps:
         lines += ["", *_step_lines(step)]
     changes = config_changes(plan)

@@ -12,11 +12,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+from moesurgery.checkpoint.filenames import WORK
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
 from moesurgery.write import copy_bytes
-from moesurgery.write.shard import WORK, disk_error
+from moesurgery.write.shard import disk_error
 
 # What `--force` may replace: the files of which a checkpoint consists.
 _CHECKPOINT_SUFFIXES = frozenset(

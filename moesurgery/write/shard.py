@@ -22,6 +22,7 @@ from typing import Any
 from moesurgery.checkpoint.arrays import keep_freed_memory
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
+from moesurgery.checkpoint.filenames import WORK
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
@@ -29,7 +30,6 @@ from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
 from moesurgery.write import copy_bytes
 from moesurgery.write.copy_bytes import ByteProgress
 
-WORK = ".moesurgery"  # inside the .partial directory: temporary files and manifests
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
 
 

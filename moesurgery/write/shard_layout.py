@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moesurgery.checkpoint.checkpoint import SINGLE
 from moesurgery.checkpoint.file_reader import PAGE
+from moesurgery.checkpoint.filenames import SINGLE
 from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.plan.plan import Plan
 from moesurgery.write.shard import ShardTask
@@ -57,8 +57,8 @@ def _cut(plan: Plan, names: list[str], limit: int) -> list[list[str]]:
 def _names(plan: Plan, groups: list[list[str]]) -> list[str]:
     """Keep the source's file names where there is a shard for each; else the Hub's usual ones."""
     shards = plan.checkpoint.shards
-    homes = [{plan.shard_of[name] for name in group} for group in groups]
-    if len(groups) == len(shards) and all(shard_of == {file} for shard_of, file in zip(homes, shards, strict=True)):
+    sources = [{plan.shard_of[name] for name in group} for group in groups]
+    if len(groups) == len(shards) and all(source == {file} for source, file in zip(sources, shards, strict=True)):
         return shards
     if len(groups) == 1:
         return [SINGLE]

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moesurgery
-from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE, Checkpoint
+from moesurgery._version import __version__
+from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
+from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, SINGLE, WORK
 from moesurgery.checkpoint.header import header_digest, read_header
 from moesurgery.checkpoint.source import LocalSource, Source
 from moesurgery.checkpoint.strict_json import write_json
@@ -30,9 +31,9 @@ from moesurgery.errors import OutputError
 from moesurgery.expr.nodes import Compute
 from moesurgery.plan.plan import Plan
 from moesurgery.write import copy_bytes
-from moesurgery.write.card import CARD, card_text, provenance
+from moesurgery.write.card import card_text, provenance
 from moesurgery.write.publish import check_output, claim, publish
-from moesurgery.write.shard import WORK, JobControl, Manner, ShardTask, disk_error, done, write_shard
+from moesurgery.write.shard import JobControl, Manner, ShardTask, disk_error, done, write_shard
 from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 
 
@@ -107,7 +108,7 @@ def write_plan(
 
 def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
     """Return a digest of everything that decides the output: inputs, expressions, config, version."""
-    digest = hashlib.sha256(f"moesurgery {moesurgery.__version__}\n".encode())
+    digest = hashlib.sha256(f"moesurgery {__version__}\n".encode())
     for checkpoint in plan.sources:
         digest.update(checkpoint.source.identity.encode())
         for header in checkpoint.headers:

@@ -1,1 +1,4 @@
-"""The merge methods, a file each."""
+"""The merge methods: annotated functions of arrays.
+
+Public: nothing; `compute.method` finds them by name. No method reads files or knows tensor names.
+"""

@@ -1,1 +1,4 @@
-"""mergekit's merge recipes, read strictly."""
+"""mergekit's merge recipes, read strictly: every mistake with its line.
+
+Public: `documents.read_stages`, `stage.Stage`. No model is opened here.
+"""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from moesurgery.merge.chat_templates import TEMPLATES
 from moesurgery.merge.recipe.tokenizer_config import TokenizerConfig, TokenSource
 from moesurgery.recipe.registry import did_you_mean
 
-if TYPE_CHECKING:
-    from moesurgery.merge.recipe.stage_reader import StageReader
+
+class DocumentReader(Protocol):
+    """What reads the rest of the document (`stage_reader`), and gathers what is wrong with it."""
+
+    def complain(self, path: tuple[Any, ...], message: str) -> None: ...
+    def keys(self, value: dict[str, Any], path: tuple[Any, ...], known: tuple[str, ...]) -> None: ...
+    def reference(self, value: Any, path: tuple[Any, ...]) -> str | None: ...
+    def one_of(self, value: dict[str, Any], key: str, kind: Any, what: str) -> Any: ...
 
 
 class TokenizerReader:
     """Reads those keys of a document for the reader `of` all of it."""
 
-    def __init__(self, of: StageReader) -> None:
+    def __init__(self, of: DocumentReader) -> None:
         self.of = of
 
     def tokenizer(self, value: dict[str, Any]) -> TokenizerConfig | None:

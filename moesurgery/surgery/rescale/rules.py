@@ -15,7 +15,7 @@ from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.routing import even_gates_factor
 from moesurgery.plan.plan import Plan
-from moesurgery.surgery.rescale.router_estimate import router_factors
+from moesurgery.surgery.rescale.data_free_factor import router_factors
 
 Rule = Literal["router", "norm", "published", "none", "gate", "norm-matched", "measured", "measured-expert"]
 DATA_RULES = ("gate", "norm-matched", "measured", "measured-expert")

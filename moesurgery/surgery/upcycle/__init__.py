@@ -1,1 +1,4 @@
-"""The parts of `upcycle`: dense models taken apart, experts, routers, prompts, the proof."""
+"""The operation `upcycle`: one or several dense models into a mixture of experts.
+
+Public: `upcycle.upcycle`. `design` has the algebra of exactness at step 0; what each type computes is in `decoders`.
+"""

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesurgery.checkpoint.tokenizer_files import TOKENIZER_FILES
+from moesurgery.checkpoint.filenames import TOKENIZER_FILES
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward.model_config import harmless
 from moesurgery.forward.tokens import Tokens, padded

@@ -2,7 +2,7 @@
 
 The clone has the real model's type, flags, multipliers, biases and layer pattern, and every size is small: a few
 layers that show each kind of layer, a window, a chunk and an original context shorter than the prompt. It goes
-through this very upcycle, is written, loaded by transformers, and must give the dense clone's logits. So a default
+through this very upcycle, is saved, loaded by transformers, and must give the dense clone's logits. So a default
 that the target fills in, a window that it drops, or a tensor that it does not read shows, whatever the real size.
 """
 
@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.checkpoint.filenames import CONFIG, SINGLE
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.decoders.pairs import Pair
 from moesurgery.errors import RefusedError
 from moesurgery.forward.model_config import harmless
+from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.surgery.upcycle.dense_model import DenseModel
 
 _TOLERANCE = 1e-5
@@ -62,14 +67,12 @@ class Proof:
         return {"max_logit_difference": self.difference, "max_logit": self.scale, "tokens": _PROMPT}
 
 
-def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any]) -> Proof:
-    """Run the upcycle `given` on a clone. Raises RefusedError where the mixture is not the dense clone."""
-    import torch
+def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any], upcycle: Callable[..., Plan]) -> Proof:
+    """Run the operation `upcycle` with the parameters `given` on a clone.
 
-    from moesurgery.checkpoint.checkpoint import open_checkpoint
-    from moesurgery.plan.plan import plan_of
-    from moesurgery.surgery.upcycle.upcycle import upcycle
-    from moesurgery.write.write_plan import WriteOptions, write_plan
+    Raises RefusedError where the mixture is not the dense clone.
+    """
+    import torch
 
     parts = given["experts"] if given["split"] else given["granularity"]
     config = shrunk(dense.plan.config, parts or len(given["sources"] or ()) * given["granularity"])
@@ -92,7 +95,7 @@ def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any]) -> Proof:
                 "correct config.json, or use --no-proof",
             ) from None
         plan = upcycle(plan_of(open_checkpoint(before)), **parameters, proof=False)
-        write_plan(plan, after, WriteOptions(jobs=1, durable=False))
+        _save(plan, after)
         prompt = torch.randint(3, VOCABULARY, (2, _PROMPT), generator=torch.Generator().manual_seed(1))
         expected, found = logits_of(before, prompt), logits_of(after, prompt)
     result = Proof(
@@ -107,6 +110,19 @@ def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any]) -> Proof:
             "nothing was written; the pair does not hold for this config: please report it",
         )
     return result
+
+
+def _save(plan: Plan, folder: Path) -> None:
+    """Write a plan that fits in memory as transformers writes a model, with the safetensors library."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    reader = FileReader()
+    tensors = {
+        name: expr.evaluate(0, expr.numel, reader).clone().reshape(expr.shape) for name, expr in plan.tensors.items()
+    }
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(write_json(plan.config))
 
 
 def random_model(config: Mapping[str, Any]) -> Any:

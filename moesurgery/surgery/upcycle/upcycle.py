@@ -195,7 +195,7 @@ def _finished(mixture: Mixture, proof: bool) -> Plan:
     if proof:
         from moesurgery.surgery.upcycle.proof import prove
 
-        found = prove(base, mixture.pair, given)
+        found = prove(base, mixture.pair, given, upcycle)
         report["proof"] = found.report
         details.append(found.text)
     step = Step(

@@ -1,0 +1,251 @@
+"""Reports: hostile names in every format, SARIF's shape, the GitHub action and the pre-commit hooks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+import yaml
+
+from moesurgery import write_plan
+from moesurgery.checkpoint.finding import Finding
+from moesurgery.merge.merge_recipe import parse_merge_recipe
+from moesurgery.validate.check import NotChecked
+from moesurgery.validate.report import Report
+from moesurgery.validate.report_formats import BY_SUFFIX, FORMATS, SHOWN
+from tests.conftest import ROOT, Result
+
+Cli = Callable[..., Result]
+
+HOSTILE = [
+    "line\nbreak\r\n::error file=x::injected",
+    "::set-output name=a::b",
+    "100%25 %0A::warning::x",
+    "\x1b[2J\x1b]0;title\x07",
+    "\u202eright to left\u2066",
+    "]]><script>alert(1)</script>",
+    "a|b|c\n| --- |\n[click](javascript:x) @someone #1 `code`",
+    "[bold red]markup[/bold red] [/]",
+    "null\x00byte \ud800 half",
+    "x" * 100_000,
+]
+
+
+def report(name: str) -> Report:
+    """A report in which `name` stands wherever a stranger's text may."""
+    findings = tuple(Finding(code, name, name, name, name, severity) for code, severity in SEVERITIES)
+    return Report(name, ("container",), findings, (NotChecked(("C03",), name),), ("P01", "S01", "C03"), {"P05": 1})
+
+
+SEVERITIES: list[tuple[str, Any]] = [("S01", "error"), ("P01", "warning"), ("S01", "note"), ("I02", "error")]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("form", [*FORMATS.values(), *BY_SUFFIX.values()], ids=lambda f: f.__name__)
+def test_hostile_names_stay_names(form: Callable[[Report], str], name: str) -> None:
+    text = form(report(name))
+    text.encode()  # what was half a character is none any more
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "\u202e" not in text
+    if form.__name__ != "to_json":  # data, as it is
+        assert len(text) < 60_000
+    calm = form(report("calm"))
+    if form.__name__ == "github":
+        assert len(text.splitlines()) == len(calm.splitlines())
+        commands = [line for line in text.splitlines() if line.startswith("::")]
+        assert all(re.match(r"::(error|warning|notice) [^:]*::[^\n]*$", line) for line in commands)
+        assert "::" not in re.sub(r"^::\w+ [^:]*::", "", text, flags=re.MULTILINE)
+    elif form.__name__ == "junit":
+        assert shape(ElementTree.fromstring(text)) == shape(ElementTree.fromstring(calm))
+    elif form.__name__ == "markdown":
+        assert len(text.splitlines()) == len(calm.splitlines())
+        assert [line.count("|") for line in text.splitlines()] == [line.count("|") for line in calm.splitlines()]
+        assert not re.search(r"<script|\]\(|@someone", text)
+    elif form.__name__ in ("sarif", "to_json"):
+        assert keys(json.loads(text)) == keys(json.loads(calm))
+
+
+def shape(element: ElementTree.Element) -> Any:
+    return element.tag, sorted(element.attrib), [shape(child) for child in element]
+
+
+def keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: keys(inner) for key, inner in value.items()}
+    return [keys(inner) for inner in value] if isinstance(value, list) else None
+
+
+# The parts of the OASIS schema of SARIF 2.1.0 that a report of ours uses, none of them optional for GitHub.
+MESSAGE = {"type": "object", "required": ["text"], "properties": {"text": {"type": "string", "minLength": 1}}}
+RESULT = {
+    "type": "object",
+    "required": ["ruleId", "ruleIndex", "level", "message", "locations", "partialFingerprints"],
+    "additionalProperties": False,
+    "properties": {
+        "ruleId": {"type": "string"},
+        "ruleIndex": {"type": "integer", "minimum": 0},
+        "level": {"enum": ["none", "note", "warning", "error"]},
+        "message": MESSAGE,
+        "partialFingerprints": {"type": "object", "additionalProperties": {"type": "string"}},
+        "locations": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "required": ["physicalLocation"],
+                "properties": {
+                    "physicalLocation": {
+                        "required": ["artifactLocation"],
+                        "properties": {
+                            "artifactLocation": {
+                                "required": ["uri"],
+                                "properties": {"uri": {"type": "string", "pattern": r"^[A-Za-z0-9_.~/%-]+$"}},
+                            }
+                        },
+                    },
+                    "logicalLocations": {"type": "array", "items": {"required": ["name", "kind"]}},
+                },
+            },
+        },
+    },
+}
+RULE = {
+    "required": ["id", "shortDescription", "helpUri", "defaultConfiguration"],
+    "properties": {"shortDescription": MESSAGE, "helpUri": {"type": "string", "pattern": "^https://"}},
+}
+SARIF = {
+    "type": "object",
+    "required": ["$schema", "version", "runs"],
+    "properties": {
+        "version": {"const": "2.1.0"},
+        "runs": {
+            "type": "array",
+            "items": {
+                "required": ["tool", "results"],
+                "properties": {
+                    "tool": {
+                        "required": ["driver"],
+                        "properties": {
+                            "driver": {
+                                "required": ["name", "version", "rules"],
+                                "properties": {"rules": {"type": "array", "uniqueItems": True, "items": RULE}},
+                            }
+                        },
+                    },
+                    "results": {"type": "array", "items": RESULT},
+                    "columnKind": {"enum": ["utf16CodeUnits", "unicodeCodePoints"]},
+                },
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["calm", *HOSTILE], ids=range(len(HOSTILE) + 1))
+def test_sarif_is_what_code_scanning_takes(name: str) -> None:
+    document = json.loads(FORMATS["sarif"](report(name)))
+    jsonschema.validate(document, SARIF)
+    (run,) = document["runs"]
+    ids = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
+    assert all(ids[result["ruleIndex"]] == result["ruleId"] for result in run["results"])
+
+
+def test_an_alert_stays_the_same_alert() -> None:
+    """The fingerprint is of what is wrong and where, and not of how that is put."""
+    told = [Finding("S06", message, "model.safetensors", "w") for message in ("is truncated at 7", "is truncated at 9")]
+    prints = [json.loads(FORMATS["sarif"](Report("m", (), (f,))))["runs"][0]["results"][0] for f in told]
+    assert prints[0]["partialFingerprints"] == prints[1]["partialFingerprints"]
+    other = Finding("S06", "is truncated at 7", "model.safetensors", "v")
+    assert json.loads(FORMATS["sarif"](Report("m", (), (other,))))["runs"][0]["results"][0] != prints[0]
+
+
+def test_thousands_of_findings_stay_readable() -> None:
+    findings = tuple(Finding("C11", "left over", tensor=f"t{i}", severity="warning") for i in range(5000))
+    for form in ("text", "github"):
+        assert len(FORMATS[form](Report("m", (), findings)).splitlines()) <= SHOWN + 3
+    assert len(json.loads(FORMATS["json"](Report("m", (), findings)))["findings"]) == 5000
+
+
+# The action
+
+
+def action() -> Any:
+    return yaml.safe_load((ROOT / "action.yml").read_text())
+
+
+def test_inputs_are_never_pasted_into_a_script() -> None:
+    for step in action()["runs"]["steps"]:
+        assert "${{" not in step["run"]
+    assert set(re.findall(r"inputs\.([\w-]+)", (ROOT / "action.yml").read_text())) == set(action()["inputs"])
+
+
+def run_action(tmp_path: Path, **given: str) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+    """Run the action's script with its inputs as the runner gives them; return its outputs too."""
+    (step,) = [step for step in action()["runs"]["steps"] if step.get("id") == "validate"]
+    assert set(given) == set(step["env"])
+    files = {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", step["run"]],
+        env={**os.environ, **given, **files, "RUNNER_TEMP": str(tmp_path), "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    return done, dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
+
+
+def test_the_action_takes_several_references(demo: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other one"
+    shutil.copytree(demo, other)
+    text = f"models: [{demo}, {other}]\nmerge_method: linear\nparameters: {{weight: 1}}\n"
+    write_plan(parse_merge_recipe(text).plan(), tmp_path / "out")
+    inputs = {"TARGET": str(tmp_path / "out"), "LEVEL": "container", "FAIL_ON": "warning", "IGNORE": ""}
+    done, _ = run_action(tmp_path, AGAINST=f"{other}\n{demo}\n", **inputs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done, _ = run_action(tmp_path, AGAINST=str(demo), **inputs)
+    assert done.returncode == 1
+    assert "its recipe needs other one" in done.stdout
+
+
+@pytest.mark.parametrize(("top_k", "code"), [(2, 0), (99, 1)])
+def test_the_action_validates(demo: Path, tmp_path: Path, top_k: int, code: int) -> None:
+    folder = tmp_path / "; rm -rf $(pwd) --level"
+    folder.mkdir()
+    for path in demo.iterdir():
+        os.link(path, folder / path.name) if path.name != "config.json" else None
+    config = json.loads((demo / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+    given = {"TARGET": str(folder), "LEVEL": "config", "AGAINST": "", "FAIL_ON": "error", "IGNORE": "C03 C14"}
+    done, output = run_action(tmp_path, **given)
+    assert done.returncode == code, done.stderr
+    assert output["errors"] == str(code)
+    assert json.loads(Path(output["report"]).read_text())["errors"] == code
+    assert Path(output["sarif"]).exists()
+    assert ("::error file=config.json,title=C06" in done.stdout) == bool(code)
+    assert (tmp_path / "summary").read_text().startswith("### moesurgery validate")
+
+
+def test_the_hooks_name_commands_that_exist(cli: Cli, tmp_path: Path) -> None:
+    hooks = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
+    good = sorted((ROOT / "recipes").rglob("*.yaml"))
+    pattern = re.compile(hooks["moesurgery-recipe"]["files"])
+    assert all(pattern.search(path.relative_to(ROOT).as_posix()) for path in good)
+    program, *words = hooks["moesurgery-recipe"]["entry"].split()
+    assert program == "moesurgery"
+    assert cli(*words, *good).code == 0
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("steps:\n  - rescale: {top_q: 3}\n")
+    result = cli(*words, good[0], wrong)
+    assert result.code == 1
+    assert f"{wrong}:2" in result.out
+    program, *words = hooks["moesurgery-validate"]["entry"].split()
+    assert cli(*words, ROOT / "examples" / "demo" / "model").code == 0
