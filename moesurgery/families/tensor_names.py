@@ -139,7 +139,12 @@ def split_layer(
     return None
 
 
-def layer_number(name: str, containers: tuple[str, ...] = LAYER_CONTAINERS) -> int | None:
-    """Return the number of the layer that a tensor or module stands in by its name; None outside of layers."""
-    matches = (re.search(rf"(?:^|\.){container}\.(\d+)\.", name) for container in containers)
-    return next((int(match[1]) for match in matches if match is not None), None)
+def find_layer(name: str, containers: tuple[str, ...] = LAYER_CONTAINERS) -> tuple[str, int, str] | None:
+    """Split `model.layers.7.mlp.up_proj.weight` into ("model.layers.", 7, "mlp.up_proj.weight").
+
+    Of several `containers` the first that fits counts. None outside of layers.
+    """
+    for container in containers:
+        if match := re.search(rf"(?:^|\.){container}\.(?=(\d+)\.)", name):
+            return name[: match.end()], int(match[1]), name[match.end() + len(match[1]) + 1 :]
+    return None

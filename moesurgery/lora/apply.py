@@ -26,7 +26,7 @@ from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Reader, Slice, Stored, Unary, reshape, torch_dtype
 from moesurgery.expr.tensors import slice_last, transpose
 from moesurgery.families.components import is_vision
-from moesurgery.families.tensor_names import layer_number, split_layer
+from moesurgery.families.tensor_names import find_layer
 from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
 from moesurgery.plan.plan import Plan
 
@@ -230,9 +230,9 @@ class _Names:
         """
         if is_vision(module.split(".")):
             return module
-        layer = layer_number(module)
-        if layer is not None and (in_layer := split_layer(module, layer)) is not None:
-            return self.parts.name_of(layer, in_layer[2])
+        in_layer = find_layer(module)
+        if in_layer is not None:
+            return self.parts.name_of(in_layer[1], in_layer[2])
         last = module.rpartition(".")[2]
         outside = {name for name in self.inside if name.rpartition(".")[2] == last and not is_vision(name.split("."))}
         return outside.pop() if len(outside) == 1 else module

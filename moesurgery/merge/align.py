@@ -117,12 +117,12 @@ class Aligner:
         number, _, name = rest.partition(".")
         if int(number) not in self.reference.experts(ours.layer):
             return self.other.part(theirs)
-        found = self._expert_part(int(number), name, ours.layer, theirs.layer)
+        values = self._expert_part(int(number), name, ours.layer, theirs.layer)
         member = self.reference.member(ours)
         if not self.neurons or not has_neurons(member):
-            return found
+            return values
         order = self._neurons(int(number), ours.layer, theirs.layer)
-        return from_neuron_rows(member, Reordered(neuron_rows(member, found), order))
+        return from_neuron_rows(member, Reordered(neuron_rows(member, values), order))
 
     def _router(self, expr: Expr, axis: int, ours: int, theirs: int) -> Expr:
         """Return a tensor of the router with its entries, along `axis` 0 or 1, in the order of the reference."""
@@ -194,18 +194,18 @@ def not_aligned(parts: CanonicalTensors) -> str | None:
 
 def _traits(parts: CanonicalTensors, layer: int) -> list[Expr]:
     """Return what the experts of a layer are recognised by: router rows [E, H], then moments [2, F] of each expert."""
-    found: list[Expr] = []
+    traits: list[Expr] = []
     router = CanonicalName(layer, "router.router")
     experts = parts.experts(layer)
     if router in parts.stored_in:
         rows = transpose(parts.part(router)) if parts.member(router).axis == 1 else parts.part(router)
-        found.append(cast(Slice(rows, 0, len(experts)), "F32"))
+        traits.append(cast(Slice(rows, 0, len(experts)), "F32"))
     for number in sorted(experts):
         for key in sorted(experts[number]):  # files keep projections in any order
             member = parts.member(key)
             if has_neurons(member):
-                found.append(NeuronStatistics(neuron_rows(member, parts.part(key))))
-    return found
+                traits.append(NeuronStatistics(neuron_rows(member, parts.part(key))))
+    return traits
 
 
 def matched_experts(*traits: torch.Tensor, count: int, groups: int) -> tuple[torch.Tensor]:

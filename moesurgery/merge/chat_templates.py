@@ -43,8 +43,9 @@ def chat_template(wanted: str, models: Mapping[str, CanonicalTensors]) -> str | 
     """Return the template that a recipe wants: one that is known by name, Jinja, or `auto`, what most models have."""
     if wanted != "auto":
         return TEMPLATES.get(wanted, wanted)
-    found = [template for parts in models.values() if (template := chat_template_of(parts.plan.checkpoint)) is not None]
-    return max(found, key=found.count) if found else None
+    held = (chat_template_of(parts.plan.checkpoint) for parts in models.values())
+    templates = [template for template in held if template is not None]
+    return max(templates, key=templates.count) if templates else None
 
 
 def chat_template_of(checkpoint: Checkpoint) -> str | None:

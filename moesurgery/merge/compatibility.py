@@ -35,13 +35,13 @@ def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, st
 
     `stacked`: numbers of layers, and lists by layer, are settled by the recipe's slices.
     """
-    found = []
+    differences = []
     for key, a, b in _differences(ours, theirs, ""):
         last = key.rsplit(".", 1)[-1]
         by_layer = last in LAYERS_KEYS or isinstance(a, list) or isinstance(b, list)
         if last not in _IDLE and not (stacked and by_layer):
-            found.append(f"{key} {_short(a)} and {_short(b)}")
-    return ", ".join(found)
+            differences.append(f"{key} {_short(a)} and {_short(b)}")
+    return ", ".join(differences)
 
 
 def _differences(ours: Any, theirs: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -44,8 +44,8 @@ class Filters:
         question = (id(parts), kind, text)
         if question not in self._native:
             if question[:2] not in self._names:
-                found = [parts.names(k, k.layer) for k in parts.stored_in if parts.kind(k) == kind]
-                self._names[question[:2]] = {own for own, _ in found}, {name for _, others in found for name in others}
+                names = [parts.names(k, k.layer) for k in parts.stored_in if parts.kind(k) == kind]
+                self._names[question[:2]] = {own for own, _ in names}, {name for _, others in names for name in others}
             own, others = self._names[question[:2]]
             begins = re.compile((r"(?<!\w)" if text[:1].isalnum() else "") + re.escape(text))
             self._native[question] = any(map(begins.search, own)) or (

@@ -25,12 +25,12 @@ class Placement:
     @cached_property
     def stack(self) -> list[tuple[int, int, float]]:
         """The layers of a stacked output: slice, layer within it, and how far along it that is."""
-        found = []
+        layers = []
         for index, part in enumerate(self.stage.slices):
             first, last = part.inputs[0].layers or (0, 0)
             count = last - first
-            found += [(index, i, i / (count - 1) if count > 1 else 1.0) for i in range(count)]
-        return found
+            layers += [(index, i, i / (count - 1) if count > 1 else 1.0) for i in range(count)]
+        return layers
 
     @property
     def left_out(self) -> list[int]:

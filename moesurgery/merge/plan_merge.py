@@ -198,8 +198,8 @@ class _Merger:
         assert self._tokenizer is not None
         named = {s.reference: expr for s, expr in zip(sources, inputs, strict=True)}
         with at_line(self.origin, self.stage.tokenizer_line):
-            found = self._tokenizer.resized(named)
-        return [found[s.reference] for s in sources]
+            resized = self._tokenizer.resized(named)
+        return [resized[s.reference] for s in sources]
 
     def _files(self) -> dict[str, bytes | None]:
         """Return the side files that differ from the base's: another tokenizer or chat template, and its card."""

@@ -84,9 +84,9 @@ def _plain(plan: Plan) -> Plan:
 
 def _stated_dtype(plan: Plan) -> str:
     """Return the dtype that config.json gives a quantised model's weights; bf16 where it does not say."""
-    places = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict))]
-    found = (place.get(key) for place in places for key in DTYPE_KEYS)
-    return next((BY_CONFIG_NAME[name] for name in found if isinstance(name, str) and name in BY_CONFIG_NAME), "BF16")
+    sections = [plan.config, *(v for v in plan.config.values() if isinstance(v, dict))]
+    names = (section.get(key) for section in sections for key in DTYPE_KEYS)
+    return next((BY_CONFIG_NAME[name] for name in names if isinstance(name, str) and name in BY_CONFIG_NAME), "BF16")
 
 
 def located(reference: str) -> str:

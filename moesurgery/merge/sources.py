@@ -55,7 +55,8 @@ class MergeSources:
     @cached_property
     def others(self) -> list[MergeSource]:
         """One source of every model but the donor."""
-        return list({s.reference: s for found in self.by_slice for s in found if s.parts is not self.donor}.values())
+        sources = (source for slice_sources in self.by_slice for source in slice_sources)
+        return list({s.reference: s for s in sources if s.parts is not self.donor}.values())
 
     @cached_property
     def parts(self) -> list[CanonicalTensors]:
@@ -69,11 +70,11 @@ class MergeSources:
 
     def named(self) -> dict[str, CanonicalTensors]:
         """Return all models that the stage names, those for its tokenizer alone too, by reference."""
-        found = {}
+        models = {}
         for name in self.stage.models:
             with at_line(self.origin, self.stage.line_naming(name)):
-                found[name] = self.opened(name)
-        return found
+                models[name] = self.opened(name)
+        return models
 
     def lead(self, index: int) -> MergeSource:
         """Return the source of a slice that the output's form follows: the donor, or the first."""
@@ -101,9 +102,9 @@ class MergeSources:
                         f"{parts.label} has {parts.layers} layers, {donor.label} {donor.layers}",
                         "`slices:` with `layer_range:` say which of them merge",
                     )
-            found = config_differences(donor.plan.config, parts.plan.config, stacked=stacked)
-            if found:
-                yield source.line, f"config.json of {parts.label} disagrees, {donor.label}'s counts: {found}"
+            differences = config_differences(donor.plan.config, parts.plan.config, stacked=stacked)
+            if differences:
+                yield source.line, f"config.json of {parts.label} disagrees, {donor.label}'s counts: {differences}"
             if self.stage.tokenizer is None and tokenizers_differ(donor.plan.checkpoint, parts.plan.checkpoint):
                 yield (
                     source.line,
@@ -113,23 +114,23 @@ class MergeSources:
 
     def _opened_slice(self, part: LayerSlice) -> list[MergeSource]:
         """Return the models of a slice in the order in which the method takes them, the base first or apart."""
-        found = []
+        sources = []
         for entry in part.inputs:
             with at_line(self.origin, entry.line):
                 parts = self.opened(entry.model)
                 _check_range(entry, parts)
             first = entry.layers[0] if entry.layers else 0
-            found.append(MergeSource(entry.model, parts, entry.parameters, first, entry.line))
+            sources.append(MergeSource(entry.model, parts, entry.parameters, first, entry.line))
         base = part.base or self.stage.base
         if base is None:
-            return found
-        if not self.stage.stacked and all(s.reference != base for s in found):
+            return sources
+        if not self.stage.stacked and all(s.reference != base for s in sources):
             line = self.stage.line_of("base_model")
             with at_line(self.origin, line):
-                found.append(MergeSource(base, self.opened(base), {}, 0, line))
+                sources.append(MergeSource(base, self.opened(base), {}, 0, line))
         if self.stage.method.base == "first":
-            found.sort(key=lambda s: s.reference != base)
-        return found
+            sources.sort(key=lambda s: s.reference != base)
+        return sources
 
 
 def _check_range(entry: Input, parts: CanonicalTensors) -> None:

@@ -113,17 +113,17 @@ def is_kept(config: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> 
 
 def _vocabularies(models: Mapping[str, CanonicalTensors]) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
     """Return `vocabulary` of each model; one that keeps its tokenizer as another does has that one's."""
-    found: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
+    by_model: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
     for name, parts in models.items():
         checkpoint = parts.plan.checkpoint
         if TOKENIZER in checkpoint.file_sizes:
-            found[name] = vocabulary(checkpoint, parts.label)
+            by_model[name] = vocabulary(checkpoint, parts.label)
     for name, parts in models.items():
-        if name not in found:
-            like = (n for n in found if tokenizers_differ(models[n].plan.checkpoint, parts.plan.checkpoint) is False)
+        if name not in by_model:
+            like = (n for n in by_model if tokenizers_differ(models[n].plan.checkpoint, parts.plan.checkpoint) is False)
             twin = next(like, None)
-            found[name] = found[twin] if twin is not None else vocabulary(parts.plan.checkpoint, parts.label)
-    return {name: found[name] for name in models}
+            by_model[name] = by_model[twin] if twin is not None else vocabulary(parts.plan.checkpoint, parts.label)
+    return {name: by_model[name] for name in models}
 
 
 class MergedTokenizer:
@@ -132,16 +132,16 @@ class MergedTokenizer:
     def __init__(self, config: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> None:
         self.config, self.models = config, models
         self.base = next(iter(models))
-        found = _vocabularies(models)
-        self.numbers = {name: numbers for name, (_, numbers) in found.items()}
+        vocabularies = _vocabularies(models)
+        self.numbers = {name: numbers for name, (_, numbers) in vocabularies.items()}
         vocabulary_model = config.source if config.source not in ("base", "union") else self.base
-        self.data, self.vocabulary_model = copy.deepcopy(found[vocabulary_model][0]), vocabulary_model
+        self.data, self.vocabulary_model = copy.deepcopy(vocabularies[vocabulary_model][0]), vocabulary_model
         self.tokens = dict(self.numbers[vocabulary_model])
         self.added = False
         self.rescored = False  # pieces of two Unigram models stand side by side, scored apart
         if config.source == "union":
             for name in models:
-                self._join(found[name][0], self.numbers[name], models[name].label)
+                self._join(vocabularies[name][0], self.numbers[name], models[name].label)
         for token in config.tokens:
             if token not in self.tokens:
                 self._add(token, special=True)
@@ -213,17 +213,17 @@ class MergedTokenizer:
 
     def files(self) -> dict[str, bytes | None]:
         """Return the side files that differ from the base's, None for those that go."""
-        found: dict[str, bytes | None] = {}
+        files: dict[str, bytes | None] = {}
         held = self.models[self.vocabulary_model].plan.checkpoint
         if self.vocabulary_model != self.base:
             for file in TOKENIZER_FILES:
                 size = held.file_sizes.get(file)
-                found[file] = held.source.read(file, 0, size) if size is not None else None
+                files[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:
-            found[TOKENIZER] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
-            found.update(dict.fromkeys(OTHER_TOKENIZER_FORMS))
+            files[TOKENIZER] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
+            files.update(dict.fromkeys(OTHER_TOKENIZER_FORMS))
         base = self.models[self.base].plan.checkpoint.file_sizes
-        return {file: data for file, data in found.items() if data is not None or file in base}
+        return {file: data for file, data in files.items() if data is not None or file in base}
 
     def resized(self, inputs: Mapping[str, Expr]) -> dict[str, Expr]:
         """Return a tensor of all models with the rows that the merged tokenizer wants."""
@@ -232,12 +232,12 @@ class MergedTokenizer:
         base = names.index(self.base) if self.base in inputs else 0
         options.append(Slice(NeuronStatistics(_matrix(inputs[names[base]])), 0, 1))
         text_of = {number: token for token, number in self.tokens.items()}
-        found: dict[str, Expr] = {}
+        resized: dict[str, Expr] = {}
         for i, name in enumerate(names):
             picks = tuple(self._picks(text_of.get(n), n, i, names, options, base) for n in range(self.rows))
             expr = inputs[name]
-            found[name] = Gathered(tuple(options), picks, expr.dtype, (self.rows, *expr.shape[1:]))
-        return found
+            resized[name] = Gathered(tuple(options), picks, expr.dtype, (self.rows, *expr.shape[1:]))
+        return resized
 
     def _picks(
         self, token: str | None, number: int, which: int, names: Sequence[str], options: Sequence[Expr], base: int
@@ -253,12 +253,12 @@ class MergedTokenizer:
             return ((which, own),)
         if source is not None:
             return self._stated_row(token, source, names, options)
-        found = [
+        rows = [
             (j, n)
             for j, name in enumerate(names)
             if (n := self.numbers[name].get(token)) is not None and n < options[j].shape[0]
         ]
-        return tuple(found) or ((len(names), 0),)
+        return tuple(rows) or ((len(names), 0),)
 
     def _stated_row(
         self, token: str, source: TokenSource, names: Sequence[str], options: Sequence[Expr]

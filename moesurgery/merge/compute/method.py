@@ -125,8 +125,8 @@ def scalar(parameter: Parameter) -> Parameter:
 
 def problem(parameter: Parameter, value: Any) -> str | None:
     """Return what is wrong with one value (of one model) of a parameter."""
-    found = check_value(scalar(parameter), value)
-    return found.message if found else None
+    misfit = check_value(scalar(parameter), value)
+    return misfit.message if misfit else None
 
 
 def merge_method(
@@ -207,12 +207,12 @@ def load_methods(path: str | Path) -> list[str]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise RecipeError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
-    found = [name for name, method in _registered.items() if before.get(name) is not method]
-    if not found:
+    registered = [name for name, method in _registered.items() if before.get(name) is not method]
+    if not registered:
         raise RecipeError(
             f"{path} registers no merge method", 'write @moesurgery.merge_method("name") above a function'
         )
-    return found
+    return registered
 
 
 def _origin_of(function: Callable[..., Any]) -> tuple[str, str] | None:

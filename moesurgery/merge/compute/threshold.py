@@ -27,10 +27,10 @@ class Threshold:
             return values >= self.value
         if self.position >= start + count:
             return values > self.value
-        found = (values > self.value).reshape(-1)
+        mask = (values > self.value).reshape(-1)
         rest = self.position - start
-        found[rest:] = values.reshape(-1)[rest:] >= self.value
-        return found.reshape(values.shape)
+        mask[rest:] = values.reshape(-1)[rest:] >= self.value
+        return mask.reshape(values.shape)
 
 
 NO_THRESHOLD = Threshold(float("inf"), 0)

@@ -62,7 +62,7 @@ class StageReader:
         outer = self.parameters(value, ())
         inner = self.parameters(body, path) if path else {}
         tokenizer = TokenizerReader(self)
-        found = Stage(
+        stage = Stage(
             name=self.one_of(value, "name", str, "text"),
             method=self.method,
             slices=tuple(slices),
@@ -80,11 +80,11 @@ class StageReader:
             value=value,
             references=self.references,
         )
-        self.counts(found)
-        self.idle(found)
+        self.counts(stage)
+        self.idle(stage)
         repeated = self.document.repeated
         self.wrong += [self.document.twice(path, line) for path, line in repeated.items() if path not in self.anchors]
-        return replace(found, warnings=tuple(self.warnings))
+        return replace(stage, warnings=tuple(self.warnings))
 
     def complain(self, path: tuple[Any, ...], message: str) -> None:
         """Enter what is wrong with the value at a path."""
@@ -216,12 +216,12 @@ class StageReader:
         if not isinstance(value, dict):
             self.complain(path, "parameters is a mapping: {weight: 0.5}")
             return {}
-        found = {}
+        parameters = {}
         for name, given in value.items():
             parameter_value = self.parameter_value(str(name), given, (*path, name), source)
             if parameter_value is not None:
-                found[str(name)] = parameter_value
-        return found
+                parameters[str(name)] = parameter_value
+        return parameters
 
     def parameter_value(self, name: str, given: Any, path: tuple[Any, ...], source: bool) -> ParameterValue | None:
         method, line = self.method, self.document.line(path)
@@ -254,8 +254,8 @@ class StageReader:
                 parameter_value, lambda v: bool(v) if type(v) in (int, float) and v in (0, 1) else v
             )
         for value, where in scalars(parameter_value):
-            if found := problem(parameter, value):
-                self.wrong.append((where, found))
+            if wrong := problem(parameter, value):
+                self.wrong.append((where, wrong))
         return parameter_value
 
     def counts(self, stage: Stage) -> None:
@@ -323,7 +323,7 @@ class StageReader:
                 self.wrong.append((line, f"unknown key {key!r}: {hint}"))
 
     def dtype(self, value: dict[str, Any]) -> str | None:
-        found = None
+        dtype = None
         for key in ("dtype", "out_dtype"):  # the second counts where both are given
             given = value.get(key)
             if given is None:
@@ -332,8 +332,8 @@ class StageReader:
             if name not in BY_CONFIG_NAME:
                 hint = did_you_mean(name, BY_CONFIG_NAME) or f"one of {', '.join(BY_CONFIG_NAME)}"
                 self.complain((key,), f"{key} is {given!r}: {hint}")
-            found = BY_CONFIG_NAME.get(name, found)
-        return found
+            dtype = BY_CONFIG_NAME.get(name, dtype)
+        return dtype
 
     def granularity(self, value: dict[str, Any]) -> Literal["expert", "tensor"]:
         given = value.get("granularity", "expert")
@@ -355,8 +355,8 @@ class StageReader:
         """Return the seed, which LazyMergekit's recipes call random_seed."""
         if value.get("seed") is not None and value.get("random_seed") is not None:
             self.complain(("random_seed",), "give seed or random_seed, not both")
-        found = [self.one_of(value, key, int, "a whole number") for key in ("seed", "random_seed")]
-        return found[0] or found[1] or 0
+        seeds = [self.one_of(value, key, int, "a whole number") for key in ("seed", "random_seed")]
+        return seeds[0] or seeds[1] or 0
 
     def one_of(self, value: dict[str, Any], key: str, kind: Callable[..., Any], what: str) -> Any:
         given = value.get(key)

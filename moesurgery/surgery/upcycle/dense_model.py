@@ -16,7 +16,7 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.decoders.architecture import Architecture
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice
-from moesurgery.families.tensor_names import layer_number, split_layer
+from moesurgery.families.tensor_names import find_layer
 from moesurgery.plan.plan import Plan
 
 _CONTAINERS = ("layers",)  # as all dense types call the list of their layers
@@ -83,18 +83,18 @@ def dense_model_of(plan: Plan, architecture: Architecture) -> DenseModel:
     prefixes: set[str] = set()
     dropped, foreign = [], []
     for name, expr in plan.tensors.items():
-        layer = layer_number(name, _CONTAINERS)
+        in_layer = find_layer(name, _CONTAINERS)
         if name.endswith(_BUFFERS):
             dropped.append(name)
-        elif layer is None:
+        elif in_layer is None:
             if _OUTSIDE.fullmatch(name) or (name.endswith("lm_head.bias") and traits["head_bias"]):
                 others[name] = expr
             else:
                 foreign.append(name)
-        elif layer >= count:
+        elif in_layer[1] >= count:
             foreign.append(name)
         else:
-            prefix, rest = _split(name, layer)
+            prefix, layer, rest = in_layer
             prefixes.add(prefix)
             module = rest.removesuffix(".weight")
             if module in architecture.ffn.modules and rest.endswith(".weight"):
@@ -122,13 +122,6 @@ def dense_model_of(plan: Plan, architecture: Architecture) -> DenseModel:
     return DenseModel(plan, architecture, traits, prefixes.pop(), tuple(layers), others, layer_of, tuple(dropped))
 
 
-def _split(name: str, layer: int) -> tuple[str, str]:
-    """Split `model.layers.7.mlp.up_proj.weight` into ("model.layers.", "mlp.up_proj.weight")."""
-    parts = split_layer(name, layer, _CONTAINERS)
-    assert parts is not None, f"{name} is in no layer"
-    return f"{parts[0]}{parts[1]}.", parts[2]
-
-
 def _has_place(rest: str, architecture: Architecture, traits: Mapping[str, Any]) -> bool:
     """Whether a layer of the type, with these traits, has the tensor `rest`."""
     modules = (*architecture.modules, *architecture.some)
@@ -146,8 +139,7 @@ def _check_complete(
     others: Mapping[str, Expr], architecture: Architecture, traits: Mapping[str, Any], count: int
 ) -> None:
     """Every layer must have its weights, and the biases that the config promises: loaders would make them up."""
-    layers = {name: layer_number(name, _CONTAINERS) for name in others}
-    present = Counter(_split(name, layer)[1] for name, layer in layers.items() if layer is not None)
+    present = Counter(in_layer[2] for name in others if (in_layer := find_layer(name, _CONTAINERS)))
     for module in architecture.modules:
         if present[module] + present[f"{module}.weight"] != count:
             raise CheckpointError(f"upcycle: {count} layers, but {present[f'{module}.weight']} have {module}.weight")
