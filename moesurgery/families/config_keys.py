@@ -13,6 +13,7 @@ from typing import Any
 
 from moesurgery.errors import CheckpointError
 from moesurgery.families.family import Family, Flag
+from moesurgery.families.quantised import QUANTISATION_KEYS
 
 # The names under which config.json files give the same number. All that are present are read and edited.
 EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -193,13 +194,16 @@ def with_value(settings: Settings, keys: tuple[str, ...], value: Any, canonical:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a copy of the config with `dtype`, under its name in there (`bfloat16`), wherever it names one."""
+    """Return a copy of the config with `dtype`, under its name in there (`bfloat16`), wherever it names one.
+
+    Quantisation settings keep theirs, which are the dtypes of codes and scales.
+    """
     copied = copy.deepcopy(dict(config))
     sections: list[Any] = [copied]
     while sections:
         part = sections.pop()
         for key, value in part.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and key not in QUANTISATION_KEYS:
                 sections.append(value)
             elif key in DTYPE_KEYS and value is not None:
                 part[key] = dtype

@@ -141,6 +141,16 @@ def test_the_dtype_is_changed_wherever_the_config_names_it(models: Any, tmp_path
 # Quantised weights
 
 
+def test_quantisation_settings_keep_their_dtypes(models: Any, tmp_path: Path) -> None:
+    """As Quark writes them: the dtype there is that of the codes, and nothing that a cast changes."""
+    path = models("mixtral")
+    settings = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}
+    rewrite(path, tmp_path / "model", read_tensors(path), {"dtype": "float32", "quantization_config": settings})
+    after = apply(plan_of(open_checkpoint(tmp_path / "model")), "convert", dtype="bf16").config
+    assert after["dtype"] == "bfloat16"
+    assert after["quantization_config"] == settings
+
+
 @pytest.mark.parametrize("name", ["fp8-block", "fp8-e8m0", "mxfp8", "fp4", "int4", "nvfp4-modelopt"])
 def test_dequantised_models_run(models: Any, tmp_path: Path, name: str) -> None:
     """transformers loads the result and computes what it computes with the values of a plain loop."""
