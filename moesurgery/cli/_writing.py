@@ -87,14 +87,19 @@ class Plannable(Protocol):
     def to_yaml(self) -> str: ...
 
 
-def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None) -> None:
-    """Plan a recipe, then print, weigh or write it, as the flags say. `more` joins the JSON answer."""
+def carry_out(
+    recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None, plan: Plan | None = None
+) -> None:
+    """Plan a recipe, unless `plan` is given, then print, weigh or write it, as the flags say.
+
+    `more` joins the JSON answer.
+    """
     console.quiet = flags.quiet
     if flags.print_recipe:
         print_recipe(recipe, as_json=flags.as_json)
         return
     check_early(flags)
-    plan = recipe.plan()
+    plan = plan or recipe.plan()
     for step in plan.steps:
         for warning in step.warnings:
             console.warning(warning)
