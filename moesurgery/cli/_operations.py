@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -22,20 +22,9 @@ from moesurgery.recipe.registry import Operation, problems
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
 
+_TYPES = get_type_hints(_writing.WriterFlags, include_extras=True)
 WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "output": (_writing.Output, None),
-    "force": (_writing.Force, False),
-    "dry_run": (_writing.DryRun, False),
-    "print_recipe": (_writing.PrintRecipe, False),
-    "max_shard_size": (_writing.MaxShardSize, None),
-    "link": (_writing.Link, False),
-    "card": (_writing.Card, False),
-    "no_fsync": (_writing.NoFsync, False),
-    "checksums": (_writing.Checksums, False),
-    "validate": (_writing.Validate, False),
-    "jobs": (_writing.Jobs, None),
-    "as_json": (_writing.Json, False),
-    "quiet": (_writing.Quiet, False),
+    field.name: (_TYPES[field.name], field.default) for field in fields(_writing.WriterFlags)
 }
 
 

@@ -55,19 +55,19 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 class WriterFlags:
     """The options of a writer as the user gave them."""
 
-    output: Path | None = None
-    force: bool = False
-    dry_run: bool = False
-    print_recipe: bool = False
-    max_shard_size: str | None = None
-    link: bool = False
-    card: bool = False
-    no_fsync: bool = False
-    checksums: bool = False
-    validate: bool = False
-    jobs: int | None = None
-    as_json: bool = False
-    quiet: bool = False
+    output: Output = None
+    force: Force = False
+    dry_run: DryRun = False
+    print_recipe: PrintRecipe = False
+    max_shard_size: MaxShardSize = None
+    link: Link = False
+    card: Card = False
+    no_fsync: NoFsync = False
+    checksums: Checksums = False
+    validate: Validate = False
+    jobs: Jobs = None
+    as_json: Json = False
+    quiet: Quiet = False
 
     @property
     def shard_bytes(self) -> int | None:

@@ -40,14 +40,14 @@ _NAME = "drop-experts"
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     """Return what text is asked for, unless experts are named. What is impossible whichever go is refused first."""
-    if "experts" in values or not isinstance(values.get("keep", 0), int):
+    if "stats" in values or "experts" in values or not isinstance(values.get("keep", 0), int):
         return None
     drop_experts(plan, **{name: values[name] for name in ("keep", "count") if name in values}, by="random")
     kept = values.get("keep", plan.anatomy.experts - values.get("count", 0))
     return NeededStatistics(keep=[kept] if values.get("by") == "recon" else [])
 
 
-@operation(_NAME, text=TextNeeds(statistics=_needed_statistics))
+@operation(_NAME, text=TextNeeds(_needed_statistics))
 def drop_experts(
     plan: Plan,
     *,

@@ -47,8 +47,7 @@ def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics:
     given = {name: value for name, value in values.items() if name in ("groups", "to", "router")}
     merge_experts(plan, **{name: value for name, value in given.items() if name != "router"})
     merger(plan, **given)
-    compares_all = "to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT
-    return NeededStatistics(every_expert=compares_all)
+    return NeededStatistics(every_expert="to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT)
 
 
 def _groups_to_fit(plan: Plan, values: Values) -> Merger | None:
@@ -68,15 +67,8 @@ def _merge_and_drop(plan: Plan, values: Values) -> list[Variant]:
     return variants
 
 
-@operation(
-    NAME,
-    text=TextNeeds(
-        statistics=_needed_statistics,
-        groups=_groups_to_fit,
-        variants=_merge_and_drop,
-        repair="down",  # a merge costs more than a drop
-    ),
-)
+# A merge costs more than a drop: it is repaired unless told not to be.
+@operation(NAME, text=TextNeeds(_needed_statistics, _groups_to_fit, _merge_and_drop, repair="down"))
 def merge_experts(
     plan: Plan,
     *,

@@ -29,8 +29,10 @@ Where = Literal["auto", "config", "scales", "weights"]
 _DEFAULT_RULE: Rule = "router"
 
 
-def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics:
+def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     """Return what text is asked for: the new top-k, which is refused first where it is impossible."""
+    if "stats" in values:
+        return None
     rescale(plan, top_k=values["top_k"], scale="none")
     return NeededStatistics(top_k=[values["top_k"]])
 
@@ -45,10 +47,7 @@ def _every_rule(plan: Plan, values: Values) -> list[Variant]:
     ]
 
 
-@operation(
-    "rescale",
-    text=TextNeeds(statistics=_needed_statistics, variants=_every_rule, named_by="scale", heading="rule"),
-)
+@operation("rescale", text=TextNeeds(_needed_statistics, variants=_every_rule, named_by="scale", heading="rule"))
 def rescale(
     plan: Plan,
     *,
