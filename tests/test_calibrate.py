@@ -14,7 +14,8 @@ import pytest
 
 from moesurgery import CalibrationOptions, Checkpoint, Plan, apply, calibrate, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError, RecipeError, RefusedError
-from moesurgery.fitting.reporter import Progress, Reporter
+from moesurgery.fitting.reporter import Reporter
+from moesurgery.forward.engine import Progress
 from moesurgery.plan.plan import Step
 from moesurgery.recipe import registry
 from moesurgery.recipe.parameters import Param
@@ -170,6 +171,7 @@ def test_what_is_refused(models: Any, tmp_path: Path, texts: dict[str, Any], cou
         ("drop-experts", {"count": 1}, {"refit": "most"}, "expected one of"),
         ("drop-experts", {"count": 1}, {"ridge": -1}, "not negative"),
         ("drop-experts", {"count": 1}, {"window": 0}, "2 or more"),
+        ("drop-experts", {"count": 1}, {"text": texts["text"][0]}, "expected a list"),
         ("drop-experts", {"count": 1}, {"dtype": "int8"}, "int8"),
         ("drop-experts", {"count": 1}, {"text": None, "refit": "down"}, "needs text"),
         ("add-expert", {"source": str(path), "experts": [0]}, {}, "no parameter `stats`"),

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli._console import console
-from moesurgery.fitting.reporter import Progress, Reporter
+from moesurgery.fitting.reporter import Reporter
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.reader import load_any_recipe
+
+if TYPE_CHECKING:
+    from moesurgery.forward.engine import Progress
 
 ModelOrRecipe = Annotated[
     str, typer.Argument(help="A checkpoint (folder, hf://, URL), or a recipe of one never written.")

@@ -59,6 +59,9 @@ class CalibrationOptions:
 
     def check(self) -> None:
         """Raise RecipeError for options that are wrong by themselves, before a model is opened."""
+        for name, files in (("text", self.text), ("heldout", self.heldout)):
+            if isinstance(files, (str, Path)):
+                raise RecipeError(f"{name} is {str(files)!r}, expected a list of files", f"{name}=[{str(files)!r}]")
         if self.refit not in (None, *KINDS):
             raise RecipeError(f"--refit is {self.refit!r}, expected one of {', '.join(KINDS)}")
         if self.refit not in (None, "none") and not self.text:

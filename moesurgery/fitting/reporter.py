@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-Progress = Callable[[int], None]
+if TYPE_CHECKING:
+    from moesurgery.forward.engine import Progress
 
 
 @contextmanager
