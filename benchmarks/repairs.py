@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.cli._run_options import Run
+from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.collector import collect
 from moesurgery.fitting.group_fit import fit_groups
 from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
+from moesurgery.fitting.run_settings import RunSettings
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.loss import losses, mean_loss
 from moesurgery.forward.tokens import Tokens
@@ -71,9 +72,9 @@ def main() -> None:
     usual = ["none", "measured", "measured-expert"] if given.top_k else ["reap-sum", "frequency", "reap"]
     choices = given.by or (["default"] if given.to else usual)
     plan = plan_of(open_checkpoint(given.model))
-    run = Run(given.window, None, 0, given.device)
-    windows, _ = run.calibration(plan.checkpoint, given.text, given.tokens)
-    held_out = Run(given.window, given.limit, None, given.device).domains(plan.checkpoint, given.heldout)
+    run = RunSettings(given.window, None, 0, given.device)
+    windows = read_calibration(run, plan, given.text, given.tokens).windows
+    held_out = RunSettings(given.window, given.limit, None, given.device).domains(plan.checkpoint, given.heldout)
 
     def loss(variant: Plan) -> list[float]:
         found = losses(run.engine(variant), held_out)

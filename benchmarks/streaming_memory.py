@@ -47,19 +47,20 @@ code = main(sys.argv[1:])
 REPAIR = """
 import sys
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.cli._run_options import Run
-from moesurgery.fitting.layer_fit import Options, refit
+from moesurgery.fitting.calibration_run import read_calibration
+from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
+from moesurgery.fitting.run_settings import RunSettings
 model, text, window, kind, layers = sys.argv[1:]
-plan, run, done = plan_of(open_checkpoint(model)), Run(int(window)), []
+plan, run, done = plan_of(open_checkpoint(model)), RunSettings(int(window)), []
 class Enough(Exception): pass
 def take(fitted):
     done.append(fitted.where)  # a command writes a block and lets it go
     if len(done) == int(layers):
         raise Enough
 edited = apply(plan, "drop-experts", experts=[1, 6])
-tokens, _ = run.calibration(plan.checkpoint, [text], 1 << 20)
+tokens = read_calibration(run, plan, [text], 1 << 20).windows
 try:
-    refit(run.engine(plan), run.engine(edited), tokens, Options(kind, minimum=0), take)
+    fit_layers(run.engine(plan), run.engine(edited), tokens, RepairOptions(kind, minimum=0), take)
 except Enough:
     code = 0
 """

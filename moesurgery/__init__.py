@@ -17,6 +17,7 @@ from moesurgery._version import __version__
 
 __all__ = [
     "Anatomy",
+    "CalibrationOptions",
     "Checkpoint",
     "Param",
     "Plan",
@@ -25,6 +26,7 @@ __all__ = [
     "WriteOptions",
     "__version__",
     "apply",
+    "calibrate",
     "count_params",
     "load_merge_recipe",
     "load_recipe",
@@ -39,6 +41,7 @@ __all__ = [
 
 _HOME = {
     "Anatomy": "moesurgery.families.anatomy",
+    "CalibrationOptions": "moesurgery.fitting.calibrate",
     "Checkpoint": "moesurgery.checkpoint.checkpoint",
     "Param": "moesurgery.recipe.parameters",
     "Plan": "moesurgery.plan.plan",
@@ -46,6 +49,7 @@ _HOME = {
     "SurgeryError": "moesurgery.errors",
     "WriteOptions": "moesurgery.write.write_plan",
     "apply": "moesurgery.recipe.registry",
+    "calibrate": "moesurgery.fitting.calibrate",
     "count_params": "moesurgery.count.params",
     "load_merge_recipe": "moesurgery.merge.merge_recipe",
     "load_recipe": "moesurgery.recipe.reader",
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
     from moesurgery.errors import SurgeryError
     from moesurgery.families.anatomy import Anatomy
     from moesurgery.families.recognition import recognise
+    from moesurgery.fitting.calibrate import CalibrationOptions, calibrate
     from moesurgery.merge.compute.method import merge_method
     from moesurgery.merge.merge_recipe import load_merge_recipe
     from moesurgery.plan.plan import Plan, plan_of

@@ -10,6 +10,7 @@ def test_exported_names() -> None:
         [
             "__version__",
             "Anatomy",
+            "CalibrationOptions",
             "Checkpoint",
             "Param",
             "Plan",
@@ -17,6 +18,7 @@ def test_exported_names() -> None:
             "SurgeryError",
             "WriteOptions",
             "apply",
+            "calibrate",
             "count_params",
             "load_merge_recipe",
             "load_recipe",

@@ -5,67 +5,58 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from moesurgery.cli import _writing
-from moesurgery.cli._calibrated import OPTIONS, Calibration, prepare, takes_statistics
+from moesurgery.cli._calibrated import OPTIONS, calibrated
 from moesurgery.cli._console import console
 from moesurgery.errors import RecipeError
+from moesurgery.fitting.calibrate import CalibrationOptions
 from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, words_of
 from moesurgery.recipe.reader import Recipe, RecipeStep, load_recipe
 from moesurgery.recipe.registry import Operation, problems
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
 
+_TYPES = get_type_hints(_writing.WriterFlags, include_extras=True)
 WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "output": (_writing.Output, None),
-    "force": (_writing.Force, False),
-    "dry_run": (_writing.DryRun, False),
-    "print_recipe": (_writing.PrintRecipe, False),
-    "max_shard_size": (_writing.MaxShardSize, None),
-    "link": (_writing.Link, False),
-    "card": (_writing.Card, False),
-    "no_fsync": (_writing.NoFsync, False),
-    "checksums": (_writing.Checksums, False),
-    "validate": (_writing.Validate, False),
-    "jobs": (_writing.Jobs, None),
-    "as_json": (_writing.Json, False),
-    "quiet": (_writing.Quiet, False),
+    field.name: (_TYPES[field.name], field.default) for field in fields(_writing.WriterFlags)
 }
 
 
-def command_for(found: Operation) -> Callable[..., None]:
+def command_for(operation: Operation) -> Callable[..., None]:
     """Return a Typer command that runs one operation."""
-
-    calibrated = takes_statistics(found)
+    text_options = OPTIONS if operation.takes_statistics else {}
 
     def command(**given: Any) -> None:
         flags = _writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
-        calibration = Calibration(**{key: given.pop(key) for key in OPTIONS}) if calibrated else Calibration()
+        options = CalibrationOptions(**{key: given.pop(key) for key in text_options})
         model = given.pop("model")
         values = {}
         for name, text in given.items():
             if text is not None:
-                values[name] = _value(found.parameters[name], text)
-        recipe = recipe_from_command(found, model, values)
+                values[name] = _value(operation.parameters[name], text)
+        recipe = recipe_from_command(operation, model, values)
         console.quiet = flags.quiet
-        measured: Mapping[str, Any] = {}
         if not flags.print_recipe:
             _writing.check_early(flags)
-        if len(recipe.steps) == 1:
-            prepared = prepare(found, recipe.model or ".", recipe.steps[0].parameters, calibration, flags)
-            recipe, measured = replace(recipe, steps=prepared.steps), prepared.measured
-        elif calibration != Calibration():
+        if len(recipe.steps) > 1 and options != CalibrationOptions():
             raise RecipeError("text is measured for a model or a recipe of one step", f"{model} has more steps")
+        options.check()
+        if len(recipe.steps) == 1:  # what is wrong with the step may come from the command line
+            recipe = replace(recipe, steps=(replace(recipe.steps[0], line=0),))
         if flags.shard_bytes:
             recipe = replace(recipe, max_shard_size=flags.shard_bytes)
-        _writing.carry_out(recipe, flags, measured)
+        plan, measured = None, None
+        if options.text or options.heldout:
+            recipe, plan, measured = calibrated(recipe, options, flags)
+        _writing.carry_out(recipe, flags, measured, plan)
 
-    with_signature(command, found, OPTIONS if calibrated else {})
+    with_signature(command, operation, text_options)
     return command
 
 

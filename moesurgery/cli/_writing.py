@@ -56,19 +56,19 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 class WriterFlags:
     """The options of a writer as the user gave them."""
 
-    output: Path | None = None
-    force: bool = False
-    dry_run: bool = False
-    print_recipe: bool = False
-    max_shard_size: str | None = None
-    link: bool = False
-    card: bool = False
-    no_fsync: bool = False
-    checksums: bool = False
-    validate: bool = False
-    jobs: int | None = None
-    as_json: bool = False
-    quiet: bool = False
+    output: Output = None
+    force: Force = False
+    dry_run: DryRun = False
+    print_recipe: PrintRecipe = False
+    max_shard_size: MaxShardSize = None
+    link: Link = False
+    card: Card = False
+    no_fsync: NoFsync = False
+    checksums: Checksums = False
+    validate: Validate = False
+    jobs: Jobs = None
+    as_json: Json = False
+    quiet: Quiet = False
 
     @property
     def shard_bytes(self) -> int | None:
@@ -88,14 +88,19 @@ class Plannable(Protocol):
     def to_yaml(self) -> str: ...
 
 
-def carry_out(recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None) -> None:
-    """Plan a recipe, then print, weigh or write it, as the flags say. `more` joins the JSON answer."""
+def carry_out(
+    recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None, plan: Plan | None = None
+) -> None:
+    """Plan a recipe, unless `plan` is given, then print, weigh or write it, as the flags say.
+
+    `more` joins the JSON answer.
+    """
     console.quiet = flags.quiet
     if flags.print_recipe:
         print_recipe(recipe, as_json=flags.as_json)
         return
     check_early(flags)
-    plan = recipe.plan()
+    plan = plan or recipe.plan()
     for step in plan.steps:
         for warning in step.warnings:
             console.warning(warning)

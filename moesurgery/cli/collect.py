@@ -12,13 +12,13 @@ from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.errors import OutputError
+from moesurgery.fitting.calibration_run import read_calibration
+from moesurgery.fitting.run_settings import TOKENS, WINDOW, RunSettings
+from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.stats.statistics_file import SUFFIX
 
 if TYPE_CHECKING:
-    from moesurgery.forward.tokens import Tokens
-    from moesurgery.plan.plan import Plan
     from moesurgery.stats.statistics_file import Stats
-
-SUFFIX = ".safetensors"
 
 
 def collect_command(
@@ -37,8 +37,8 @@ def collect_command(
         bool,
         typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
     ] = False,
-    window: _run_options.Window = 512,
-    tokens: _run_options.CalibrationTokens = _run_options.TOKENS,
+    window: _run_options.Window = WINDOW,
+    tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
     dtype: _run_options.DtypeOption = "float32",
     device: _run_options.DeviceOption = "cpu",
@@ -56,10 +56,10 @@ def collect_command(
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
     plan = _run_options.subject(model)
-    run = _run_options.Run(window, None, seed, device, dtype)
-    run.check()
-    windows, _ = run.calibration(plan.checkpoint, text, tokens)
-    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert)
+    settings = RunSettings(window, None, seed, device, dtype)
+    settings.check()
+    run = read_calibration(settings, plan, text, tokens)
+    stats = run.statistics(NeededStatistics(top_k or (), recon or (), every_expert), _run_options.reporter)
     stats.save(target)
     document = _document(stats, target)
     target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
@@ -78,25 +78,6 @@ def collect_command(
     if document["super_experts"]:
         named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in document["super_experts"].items())
         console.result(f"experts with outputs far above all others: {named}")
-
-
-def collect_stats(
-    plan: Plan,
-    windows: Tokens,
-    run: _run_options.Run,
-    text: list[Path],
-    top_k: list[int],
-    keep: list[int],
-    every_expert: bool = False,
-) -> Stats:
-    """Collect statistics with a progress bar, and note what they were collected on."""
-    from moesurgery.fitting.collector import collect
-
-    engine = run.engine(plan)
-    with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
-        stats = collect(engine, windows, top_k, keep, watch.progress, every_expert=every_expert)
-    stats.about |= _run_options.calibrated_on(plan, windows, run, text)
-    return stats
 
 
 def _document(stats: Stats, target: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import typer
 
 from moesurgery.cli import _writing
 from moesurgery.cli._operations import taking_flags
-from moesurgery.cli._run_options import check_device
+from moesurgery.fitting.run_settings import check_device
 from moesurgery.merge.compute.method import load_methods
 from moesurgery.merge.merge_recipe import load_merge_recipe
 

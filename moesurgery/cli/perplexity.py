@@ -11,6 +11,7 @@ from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import Json, Quiet
 from moesurgery.errors import RecipeError
+from moesurgery.fitting.run_settings import WINDOW, RunSettings
 
 if TYPE_CHECKING:
     from moesurgery.forward.loss import Loss
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def perplexity_command(
     model: _run_options.ModelOrRecipe,
     text: Annotated[list[Path], typer.Argument(help="Text or JSONL files, one domain each.")],
-    window: _run_options.Window = 512,
+    window: _run_options.Window = WINDOW,
     limit: _run_options.Limit = None,
     seed: _run_options.Seed = None,
     dtype: _run_options.DtypeOption = "float32",
@@ -33,14 +34,14 @@ def perplexity_command(
     written. In a text file, form feeds separate documents.
     """
     console.quiet = quiet
-    run = _run_options.Run(window, limit, seed, device, dtype)
-    run.check()
+    settings = RunSettings(window, limit, seed, device, dtype)
+    settings.check()
     plan = _run_options.subject(model)
-    domains = run.domains(plan.checkpoint, text)
+    domains = settings.domains(plan.checkpoint, text)
 
     from moesurgery.forward.loss import losses, mean_loss
 
-    engine = run.engine(plan)
+    engine = settings.engine(plan)
     work = sum(d.windows.numel() for d in domains) * len(engine.layers)
     with console.progress("evaluating", work, of_bytes=False) as watch:
         found = losses(engine, domains, watch.progress)
@@ -65,7 +66,7 @@ def compare_command(
         list[str], typer.Argument(help="Checkpoints, and recipes of some never written; the first is the reference.")
     ],
     text: _run_options.Texts,
-    window: _run_options.Window = 512,
+    window: _run_options.Window = WINDOW,
     limit: _run_options.Limit = None,
     seed: _run_options.Seed = None,
     dtype: _run_options.DtypeOption = "float32",
@@ -78,16 +79,16 @@ def compare_command(
     All run layer by layer. A recipe gives the figures that its written checkpoint would give.
     """
     console.quiet = quiet
-    run = _run_options.Run(window, limit, seed, device, dtype)
-    run.check()
+    settings = RunSettings(window, limit, seed, device, dtype)
+    settings.check()
     if len(models) < 2:
         raise RecipeError("compare needs two models or more", "`moesurgery perplexity` measures one")
     plans = [_run_options.subject(model) for model in models]
-    domains = run.domains(plans[0].checkpoint, text)
+    domains = settings.domains(plans[0].checkpoint, text)
 
     from moesurgery.forward.loss import compared, mean_loss
 
-    engines = [run.engine(plan) for plan in plans]
+    engines = [settings.engine(plan) for plan in plans]
     work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in engines)
     with console.progress("evaluating", work, of_bytes=False) as watch:
         found = [[*losses, mean_loss(losses)] for losses in compared(engines, domains, watch.progress)]

@@ -11,8 +11,10 @@ import typer
 from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import Force, Json, Quiet
-from moesurgery.cli.collect import collect_stats
 from moesurgery.errors import OutputError, RecipeError
+from moesurgery.fitting.calibration_run import read_calibration
+from moesurgery.fitting.run_settings import WINDOW, RunSettings
+from moesurgery.recipe.text_needs import NeededStatistics
 
 if TYPE_CHECKING:
     from moesurgery.fitting.ablation import Ablations
@@ -39,7 +41,7 @@ def probe_command(
         bool,
         typer.Option("--all", help="Leave out every expert; by default at most 16 per layer, by reap-sum."),
     ] = False,
-    window: _run_options.Window = 512,
+    window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = _TOKENS,
     seed: _run_options.CalibrationSeed = 0,
     dtype: _run_options.DtypeOption = "float32",
@@ -60,17 +62,18 @@ def probe_command(
     for file in files:
         if file.exists() and not force:
             raise OutputError(f"{file} exists", "use --force to replace it, or another -o")
-    run = _run_options.Run(window, None, seed, device, dtype)
-    run.check()
+    settings = RunSettings(window, None, seed, device, dtype)
+    settings.check()
     plan = _run_options.subject(model)
     plan.anatomy.require_family("probe")
-    windows, _ = run.calibration(plan.checkpoint, text, tokens)
+    run = read_calibration(settings, plan, text, tokens)
+    windows = run.windows
 
     from moesurgery.fitting.ablation import ablate, screened, takers, work
     from moesurgery.stats.criteria import scores
 
-    stats = collect_stats(plan, windows, run, text, [], [])
-    engine = run.engine(plan)
+    stats = run.statistics(NeededStatistics(), _run_options.reporter)
+    engine = settings.engine(plan)
     wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.routed}
     modes: Any = MODES[mode]
     with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:

@@ -14,6 +14,7 @@ import typer
 from moesurgery.cli import _writing
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
+from moesurgery.cli._operations import taking_flags
 from moesurgery.errors import RecipeError
 from moesurgery.merge.merge_recipe import load_any_recipe
 from moesurgery.recipe.reader import load_recipe, recipe_schema
@@ -26,39 +27,13 @@ recipes_app = typer.Typer(
 )
 
 
+@taking_flags
 def run_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe file (see `moesurgery recipes ls`).")],
+    flags: _writing.WriterFlags,
     model: Annotated[str | None, typer.Option("--model", help="Use this model instead of the recipe's.")] = None,
-    output: _writing.Output = None,
-    force: _writing.Force = False,
-    dry_run: _writing.DryRun = False,
-    print_recipe: _writing.PrintRecipe = False,
-    max_shard_size: _writing.MaxShardSize = None,
-    link: _writing.Link = False,
-    card: _writing.Card = False,
-    no_fsync: _writing.NoFsync = False,
-    checksums: _writing.Checksums = False,
-    validate: _writing.Validate = False,
-    jobs: _writing.Jobs = None,
-    as_json: _writing.Json = False,
-    quiet: _writing.Quiet = False,
 ) -> None:
     """Carry out a recipe: several operations, one pass, one output."""
-    flags = _writing.WriterFlags(
-        output=output,
-        force=force,
-        dry_run=dry_run,
-        print_recipe=print_recipe,
-        max_shard_size=max_shard_size,
-        link=link,
-        card=card,
-        no_fsync=no_fsync,
-        checksums=checksums,
-        validate=validate,
-        jobs=jobs,
-        as_json=as_json,
-        quiet=quiet,
-    )
     loaded = load_recipe(recipe)
     if model is not None:
         loaded = replace(loaded, model=model)

@@ -61,6 +61,10 @@ class Recipe:
         for step in self.steps:
             with at_line(self.origin, step.line):
                 plan = find_operation(step.operation).function(plan, **step.parameters)
+        return self.finished(plan)
+
+    def finished(self, plan: Plan) -> Plan:
+        """Return a plan to which all steps have been applied with what the recipe says of the whole output."""
         plan = self.finish(plan) if self.finish else plan
         return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
 

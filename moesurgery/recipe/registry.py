@@ -6,7 +6,8 @@ An operation's keyword-only signature is its recipe step, its JSON schema, its c
     def rescale(plan: Plan, *, top_k: Annotated[int, Param("experts per token", minimum=1)]) -> Plan:
         '''Route each token to `top_k` experts.'''
 
-A third party adds one in a module of its own, named under the entry point group `moesurgery.operations`.
+`@operation(NAME, text=TextNeeds(…))` also declares what calibration text is used for (`text_needs`). A third party adds
+one in a module of its own, named under the entry point group `moesurgery.operations`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from moesurgery.errors import RecipeError
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.parameters import Misfit, NamedFile, Parameter, check_value, named, parameters_of
+from moesurgery.recipe.text_needs import USUAL_NEEDS, TextNeeds
 
 # The operations of this package, each in the module of its name, in the order in which `--help` shows them.
 BUILT_IN = (
@@ -43,14 +45,20 @@ _PACKAGES = frozenset(("rescale", "upcycle", "tie-blocks"))  # those that are mo
 
 @dataclass(frozen=True)
 class Operation:
-    """A named operation and what its signature says of it."""
+    """A named operation, what its signature says of it, and what it needs of text."""
 
     name: str
     function: Callable[..., Plan]
+    text: TextNeeds = USUAL_NEEDS
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
         return parameters_of(self.function)
+
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether the operation can be calibrated on text."""
+        return "stats" in self.parameters
 
     def named(self, values: Mapping[str, Any]) -> Iterator[NamedFile]:
         """Yield where a step's parameters name models and files."""
@@ -71,11 +79,11 @@ _registered: dict[str, Operation] = {}
 _loaded = False
 
 
-def operation(name: str) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
-    """Register a function as the operation `name`."""
+def operation(name: str, *, text: TextNeeds = USUAL_NEEDS) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
+    """Register a function as the operation `name`, with what it needs of calibration text."""
 
     def register(function: Callable[..., Plan]) -> Callable[..., Plan]:
-        _registered[name] = Operation(name, function)
+        _registered[name] = Operation(name, function, text)
         return function
 
     return register
@@ -131,13 +139,18 @@ def problems(found: Operation, values: Mapping[str, Any]) -> list[Misfit]:
     return wrong
 
 
+def checked_operation(name: str, values: Mapping[str, Any]) -> Operation:
+    """Return the operation `name`; raise RecipeError where it cannot take `values`."""
+    found = find_operation(name)
+    wrong = [problem.message for problem in problems(found, values)]
+    if wrong:
+        raise RecipeError(wrong[0], f"see `moesurgery {name} --help`" if len(wrong) == 1 else "; ".join(wrong[1:]))
+    return found
+
+
 def apply(plan: Plan, name: str, **values: Any) -> Plan:
     """Apply one operation to a plan.
 
     Raises RecipeError for wrong parameters, RefusedError where the edit has no meaning for the model.
     """
-    found = find_operation(name)
-    wrong = [problem.message for problem in problems(found, values)]
-    if wrong:
-        raise RecipeError(wrong[0], f"see `moesurgery {name} --help`" if len(wrong) == 1 else "; ".join(wrong[1:]))
-    return found.function(plan, **values)
+    return checked_operation(name, values).function(plan, **values)

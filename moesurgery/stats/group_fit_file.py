@@ -17,6 +17,7 @@ from moesurgery.checkpoint.header import TensorInfo, read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice, Stored
+from moesurgery.stats.safetensors_file import save_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +54,6 @@ class GroupFit:
 def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: MergedGroups, about: Mapping[str, Any]) -> None:
     """Write what was found for a merge, and `about` it on what."""
     import numpy as np
-    from safetensors.numpy import save_file
 
     arrays: dict[str, Any] = {}
     for fit in fits:
@@ -61,8 +61,7 @@ def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: MergedGroups, 
         arrays |= {f"{fit.where}/{role}": entries.astype(np.float32) for role, entries in fit.router.items()}
     blocks = {f.where: {"groups": merger.groups[f.where], "dominant": merger.dominant[f.where]} for f in fits}
     document = {**about, "align": merger.align, "router": merger.router, "blocks": blocks}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata={"format": _FORMAT, "about": json.dumps(document)})
+    save_arrays(path, arrays, {"about": json.dumps(document), "format": _FORMAT})
 
 
 @dataclass(frozen=True)

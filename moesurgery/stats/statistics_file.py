@@ -41,11 +41,13 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.stats.safetensors_file import save_arrays
 
 if TYPE_CHECKING:
     import numpy as np
 
 _FORMAT = "moesurgery statistics 1"
+SUFFIX = ".safetensors"
 WHOLE = frozenset({"output", "output_all", "gated_all"})  # [E, H]: kept once, in float32
 
 
@@ -138,16 +140,14 @@ class Stats:
     def save(self, path: Path) -> Path:
         """Write `path.safetensors` and, for people, `path.json`; return the former."""
         import numpy as np
-        from safetensors.numpy import save_file
 
-        target = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+        target = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
         arrays = {
             f"{where}/{name}": np.ascontiguousarray(values, np.float32 if name in WHOLE else np.float64)
             for where, block in self.blocks.items()
             for name, values in block.sums.items()
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, target, metadata={"format": _FORMAT, "about": json.dumps(self.about)})
+        save_arrays(target, arrays, {"about": json.dumps(self.about), "format": _FORMAT})
         return target
 
 

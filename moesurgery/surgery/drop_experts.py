@@ -23,6 +23,7 @@ from moesurgery.moe.expert_counts import (
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values
 from moesurgery.surgery.choose_experts import (
     DEFAULT_CRITERION,
     Criterion,
@@ -37,7 +38,16 @@ ExpertsByLayer = list[int] | dict[LayerKey, list[int]] | None
 _NAME = "drop-experts"
 
 
-@operation(_NAME)
+def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
+    """Return what text is asked for, unless experts are named. What is impossible whichever go is refused first."""
+    if "stats" in values or "experts" in values or not isinstance(values.get("keep", 0), int):
+        return None
+    drop_experts(plan, **{name: values[name] for name in ("keep", "count") if name in values}, by="random")
+    kept = values.get("keep", plan.anatomy.experts - values.get("count", 0))
+    return NeededStatistics(keep=[kept] if values.get("by") == "recon" else [])
+
+
+@operation(_NAME, text=TextNeeds(_needed_statistics))
 def drop_experts(
     plan: Plan,
     *,

@@ -25,11 +25,50 @@ from moesurgery.moe.neurons import expert_tensors, from_neuron_rows, has_neurons
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.stats.group_fit_file import GroupFitFile, open_group_fits
-from moesurgery.surgery.group_experts import NAME, Align, By, Grouping, Groups, Merger, MergeWeights, Router, merger
+from moesurgery.surgery.group_experts import (
+    DEFAULT_GROUP,
+    EVERY_EXPERT,
+    NAME,
+    Align,
+    By,
+    Grouping,
+    Groups,
+    Merger,
+    MergeWeights,
+    Router,
+    merger,
+)
 
 
-@operation(NAME)
+def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics:
+    """Return what text is asked for. What is refused whatever the text says is refused first."""
+    given = {name: value for name, value in values.items() if name in ("groups", "to", "router")}
+    merge_experts(plan, **{name: value for name, value in given.items() if name != "router"})
+    merger(plan, **given)
+    return NeededStatistics(every_expert="to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT)
+
+
+def _groups_to_fit(plan: Plan, values: Values) -> Merger | None:
+    """Return the groups that need a fit, by the statistics in `values`; None where there is a fit or none is needed."""
+    if "fit" in values:
+        return None
+    merge = merger(plan, **values, fitted=True)
+    return merge if merge.needs_fit else None
+
+
+def _merge_and_drop(plan: Plan, values: Values) -> list[Variant]:
+    """Return the merge and, by the same statistics, the drop of as many experts as it takes away."""
+    variants = [Variant(NAME, NAME, values)]
+    if "to" in values and "stats" in values:
+        drop = {"count": plan.anatomy.experts - values["to"], "stats": values["stats"]}
+        variants.append(Variant("drop-experts", "drop-experts", drop, f"dropping {drop['count']} experts"))
+    return variants
+
+
+# A merge costs more than a drop: it is repaired unless told not to be.
+@operation(NAME, text=TextNeeds(_needed_statistics, _groups_to_fit, _merge_and_drop, repair="down"))
 def merge_experts(
     plan: Plan,
     *,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr
@@ -21,12 +21,32 @@ from moesurgery.moe.scaling import is_quantised, scaled_output
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.surgery.rescale.rules import DATA_RULES, Factors, Rule, choose_factors, span, spread
 
 Where = Literal["auto", "config", "scales", "weights"]
+_DEFAULT_RULE: Rule = "router"
 
 
-@operation("rescale")
+def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
+    """Return what text is asked for: the new top-k, which is refused first where it is impossible."""
+    if "stats" in values:
+        return None
+    rescale(plan, top_k=values["top_k"], scale="none")
+    return NeededStatistics(top_k=[values["top_k"]])
+
+
+def _every_rule(plan: Plan, values: Values) -> list[Variant]:
+    """Return every rule that can be had, with statistics or without, and the factor that was asked for."""
+    asked = values.get("scale", _DEFAULT_RULE)
+    rules = [rule for rule in get_args(Rule) if rule not in DATA_RULES or values.get("stats")]
+    return [
+        Variant(str(rule), "rescale", values if rule == asked else {**values, "scale": rule}, f"--scale {rule}")
+        for rule in dict.fromkeys((*rules, asked))
+    ]
+
+
+@operation("rescale", text=TextNeeds(_needed_statistics, variants=_every_rule, named_by="scale", heading="rule"))
 def rescale(
     plan: Plan,
     *,
@@ -37,7 +57,7 @@ def rescale(
             "how to choose the factor on the routed output: router, norm, published, none, a number, or from"
             " statistics: measured, measured-expert, gate, norm-matched"
         ),
-    ] = "router",
+    ] = _DEFAULT_RULE,
     where: Annotated[
         Where, Param("what takes the factor: the config's own number, quantisation scales, weights")
     ] = "auto",

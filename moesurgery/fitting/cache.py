@@ -1,0 +1,132 @@
+"""What calibrated edits leave beside their output, and use again when asked the same: statistics, a fit, a repair.
+
+`OUT.stats.safetensors`, `OUT.fit.safetensors` and `OUT.refit` say what they were made of. The same edit, or one that
+shares them, takes them as they are; where something differs, that is said and nothing is replaced without `force`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesurgery.errors import OutputError
+from moesurgery.fitting.calibration_run import CalibrationRun
+from moesurgery.fitting.reporter import Reporter
+from moesurgery.plan.fingerprint import fingerprint
+from moesurgery.plan.plan import Plan
+from moesurgery.recipe.text_needs import NeededStatistics
+
+if TYPE_CHECKING:
+    from moesurgery.fitting.layer_fit import RepairOptions
+    from moesurgery.surgery.group_experts import Merger
+
+_SHOWN = ("kind", "ridge", "sweeps", "text", "tokens", "window", "seed", "dtype")
+_DIGESTS = {"fingerprint": "another model", "edited": "another edit", "token_ids": "other windows of the text"}
+
+
+@dataclass(frozen=True)
+class CalibrationCache:
+    """The files beside one output. Each method returns the path of one, made now or by an earlier run of the same.
+
+    They raise OutputError where what is there is of something else.
+    """
+
+    output: Path
+    run: CalibrationRun
+    force: bool
+    reporter: Reporter
+
+    def statistics(self, needed: NeededStatistics) -> str:
+        """Return the statistics file, which has at least what is needed."""
+        from moesurgery.stats.statistics_file import SUFFIX, load_stats
+
+        target, tokens = self._beside(f".stats{SUFFIX}"), f"statistics of {self.run.windows.count:,} tokens"
+        if target.exists() and not self.force:
+            stats = load_stats(target)
+            differs = about_differences(stats.about, self.run.about)
+            differs += [f"no sums for top-k {k}" for k in needed.top_k if k not in (stats.top_k, *stats.top_ks)]
+            differs += [f"no choice of {r} experts by reconstruction" for r in needed.keep if r not in stats.recon]
+            if needed.every_expert and not stats.every_expert:
+                differs.append("nothing of experts that were not chosen")
+            _check_same(target, "statistics", differs, f"collect again, --stats {target} to take them as they are,")
+            self.reporter.note(f"{tokens} in {target} are used again")
+        else:
+            self.run.statistics(needed, self.reporter).save(target)
+            self.reporter.note(f"{tokens} are in {target}")
+        return str(target)
+
+    def group_fits(self, merger: Merger) -> str:
+        """Return the file that says how the experts of each group go together."""
+        from moesurgery.fitting.group_fit import fit_groups
+        from moesurgery.stats.group_fit_file import open_group_fits, save_group_fits
+        from moesurgery.stats.statistics_file import SUFFIX
+
+        target, what = self._beside(f".fit{SUFFIX}"), "how the experts of each group go together"
+        if target.exists() and not self.force:
+            fits = open_group_fits(target)
+            differs = about_differences(fits.about, self.run.about) or fits.differences(merger)
+            _check_same(target, "a fit", differs, "fit again,")
+            self.reporter.note(f"{what} is used again from {target}")
+        else:
+            engine = self.run.settings.engine(self.run.plan)
+            with self.reporter.progress("fitting groups", engine.work(self.run.windows)) as progress:
+                fitted = fit_groups(engine, self.run.windows, merger, progress)
+            save_group_fits(target, fitted, merger, self.run.about)
+            self.reporter.note(f"{what} is in {target}")
+        return str(target)
+
+    def repair(self, edited: Plan, options: RepairOptions) -> str:
+        """Return the folder of the repair of `edited`."""
+        from moesurgery.checkpoint.filenames import REPAIR_INDEX
+        from moesurgery.fitting.layer_fit import fit_layers
+        from moesurgery.stats.repair_file import RepairWriter, open_repair
+
+        folder = self._beside(".refit")
+        about = self.run.about | {"edited": fingerprint(edited), **options.described()}
+        if (folder / REPAIR_INDEX).exists() and not self.force:
+            _check_same(folder, "a repair", about_differences(open_repair(folder).about, about), "fit again,")
+            self.reporter.note(f"the repair in {folder} is used again")
+        else:
+            original, other = (self.run.settings.engine(plan) for plan in (self.run.plan, edited))
+            writer = RepairWriter(folder, force=self.force)
+            with self.reporter.progress("refitting", 2 * original.work(self.run.windows)) as progress:
+                fit_layers(original, other, self.run.windows, options, writer.add, progress)
+            writer.close(about)
+            self.reporter.note(f"the repair is in {folder}")
+        return str(folder)
+
+    def _beside(self, ending: str) -> Path:
+        return self.output.with_name(self.output.name + ending)
+
+
+def _check_same(target: Path, what: str, differs: Sequence[str], force: str) -> None:
+    """Raise OutputError where `target` holds `what` of something else. `force` is what --force would do."""
+    if differs:
+        raise OutputError(
+            f"{target} holds {what} of something else: {'; '.join(differs)}", f"use --force to {force} or another -o"
+        )
+
+
+def about_differences(made_of: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return what was otherwise when a file was made, in words; nothing where it is what `wanted` describes.
+
+    Both are provenance as `CalibrationRun.about` gives it. Keys that only `made_of` has do not count.
+    """
+    differs = []
+    for key in _SHOWN:
+        if key in wanted and made_of.get(key) != wanted[key]:
+            old, new = _in_words(made_of.get(key)), _in_words(wanted[key])
+            differs.append(f"{key} {old}, now {new}" if old != new else f"{key} {new}, which has changed since")
+    for key, words in _DIGESTS.items():
+        # Other text, another seed… have other windows too: that need not be said twice.
+        if key in wanted and made_of.get(key) != wanted[key] and not (differs and key == "token_ids"):
+            differs.append(words)
+    return differs
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(entry["file"] for entry in value)
+    return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)
