@@ -3,6 +3,9 @@
 A source knows file names (relative, '/'-separated), sizes, and how to read a byte range. It never
 follows a path out of the checkpoint. Sources are small and picklable, so that a shard task can carry one
 to another process.
+
+A source holds every file to the state in which it first saw it: a file that is replaced or written over afterwards
+is an error, since bytes of two models would stand side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from moesurgery.errors import CheckpointError
 
@@ -40,7 +43,19 @@ class Source(Protocol):
         """Return what is neither a regular file nor a folder, with what it is: never opened."""
 
     def read(self, file: str, start: int, length: int) -> bytes:
-        """Return `length` bytes of `file` from `start`; fewer only at its end."""
+        """Return `length` bytes of `file` from `start`; fewer only at its end.
+
+        Raises CheckpointError where they cannot be read, or the file is not what it was when it was first seen.
+        """
+
+    def version(self, file: str) -> str:
+        """Return what tells the state in which `file` is now from any other; "" where nothing does."""
+
+    def check(self, file: str, descriptor: int | None = None) -> None:
+        """Raise CheckpointError where `file` is not what it was when it was first seen.
+
+        `descriptor`: of the file as it was opened to be read, which need not be what has its name now.
+        """
 
     def local(self, file: str) -> Path | None:
         """Return a path that the kernel can copy from, or None where there is none."""
@@ -64,11 +79,38 @@ def contained(file: str) -> str:
     return file
 
 
+class _State(NamedTuple):
+    """What tells a local file from one that took its place or was written over."""
+
+    inode: int
+    size: int
+    written: int  # ns
+
+    def change(self, now: _State) -> str | None:
+        """Say how a file went from this state to another; None where it did not."""
+        if now.inode != self.inode:
+            return "was replaced by another file"
+        if now.size != self.size:
+            return f"has {now.size:,} bytes now, it had {self.size:,}"
+        return "was written to" if now.written != self.written else None
+
+
+def _state(status: os.stat_result) -> _State:
+    return _State(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+CHANGED = "wait until nothing writes to it, then start again from the beginning"
+
+
 @dataclass(frozen=True)
 class LocalSource:
-    """A directory, with Hub cache symlinks (`snapshots/<sha>/x -> ../../blobs/<digest>`) allowed."""
+    """A directory, with Hub cache symlinks (`snapshots/<sha>/x -> ../../blobs/<digest>`) allowed.
+
+    `seen`: the state of each file when it was first listed or read.
+    """
 
     root: Path
+    seen: dict[str, _State] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -86,13 +128,16 @@ class LocalSource:
         return self.name
 
     def files(self) -> dict[str, int]:
-        return {name: entry for name, entry in self._entries() if isinstance(entry, int)}
+        found = {name: entry for name, entry in self._entries() if isinstance(entry, _State)}
+        for name, state in found.items():
+            self.seen.setdefault(name, state)
+        return {name: state.size for name, state in found.items()}
 
     def irregular(self) -> dict[str, str]:
         return {name: entry for name, entry in self._entries() if isinstance(entry, str)}
 
-    def _entries(self) -> Iterator[tuple[str, int | str]]:
-        """Yield (name, size) of regular files and (name, kind) of everything else, in order of names."""
+    def _entries(self) -> Iterator[tuple[str, _State | str]]:
+        """Yield (name, state) of regular files and (name, kind) of everything else, in order of names."""
         waiting = [self.root]
         count = 0
         while waiting:
@@ -113,7 +158,7 @@ class LocalSource:
                         f"{self.root} holds more than {MAX_FILES:,} files", "name the model's own folder"
                     )
                 path = Path(entry.path)
-                yield path.relative_to(self.root).as_posix(), _size_or_kind(path)
+                yield path.relative_to(self.root).as_posix(), _state_or_kind(path)
 
     def local(self, file: str) -> Path:
         """Return the real path of `file`; raise CheckpointError where it leads out of the checkpoint."""
@@ -152,11 +197,31 @@ class LocalSource:
                 blocks.append(block)
                 start += len(block)
                 length -= len(block)
+            # The time of a write is set before its first byte: what was read until now is of the state seen now.
+            self._hold(file, os.fstat(descriptor))
             return b"".join(blocks)
         except OSError as error:
             raise CheckpointError(f"{path}, byte {start:,}: {error.strerror}") from None
         finally:
             os.close(descriptor)
+
+    def version(self, file: str) -> str:
+        return " ".join(map(str, _state(self.local(file).stat())))
+
+    def check(self, file: str, descriptor: int | None = None) -> None:
+        try:
+            for where in (self.root / file,) if descriptor is None else (descriptor, self.root / file):
+                self._hold(file, os.stat(where))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.root / file} changed while it was in use: {error.strerror}", CHANGED
+            ) from None
+
+    def _hold(self, file: str, status: os.stat_result) -> None:
+        """Raise CheckpointError where a file is not in the state in which it was first seen: this one, if it is new."""
+        now = _state(status)
+        if change := self.seen.setdefault(file, now).change(now):
+            raise CheckpointError(f"{self.root / file} changed while it was in use: it {change}", CHANGED)
 
 
 def _skipped(folder: Path) -> bool:
@@ -181,14 +246,14 @@ _KINDS = {
 }
 
 
-def _size_or_kind(path: Path) -> int | str:
-    """Return the size of a regular file (links followed), or what else it is."""
+def _state_or_kind(path: Path) -> _State | str:
+    """Return the state of a regular file (links followed), or what else it is."""
     try:
         status = path.stat()
     except OSError:
         status = path.lstat()
     kind = stat.S_IFMT(status.st_mode)
-    return status.st_size if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
+    return _state(status) if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def boot_id() -> str:
 def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, watch: JobControl | None = None) -> int:
     """Write one shard into `directory` and return its size. Does nothing where it is already complete.
 
-    Raises OutputError (full disk), CheckpointError (a source ends too early) and whatever an expression
+    Raises OutputError (full disk), CheckpointError (a source ends too early or has changed) and whatever an expression
     refuses; the shard is then absent.
     """
     watch = watch or JobControl()
@@ -120,6 +120,7 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
             folder.mkdir(parents=True, exist_ok=True)  # an index may name shards in a folder
         if task.whole is not None and (path := task.whole[0].local(task.whole[1])) is not None:
             _copy_whole(path, temporary, task, manner, watch)
+            task.whole[0].check(task.whole[1])
         else:
             _write_body(task, temporary, manner, watch)
         if watch.stop.is_set():
@@ -259,6 +260,7 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
                 try:
                     piece, at = waiting.get_nowait()
                 except queue.Empty:
+                    reader.reader.check()
                     return
                 reader.perform(piece, descriptor, at)
                 if manner.durable:
