@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
+from moesurgery.checkpoint.answers import CHANGED, Asked, http_answers, hub_answers
 from moesurgery.errors import CheckpointError
 
 MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
@@ -97,9 +98,6 @@ class _State(NamedTuple):
 
 def _state(status: os.stat_result) -> _State:
     return _State(status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-CHANGED = "wait until nothing writes to it, then start again from the beginning"
 
 
 @dataclass(frozen=True)
@@ -256,19 +254,29 @@ def _state_or_kind(path: Path) -> _State | str:
     return _state(status) if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
 
+# What file systems of fsspec say of a file that changes with it, and never without.
+_TELLING = (
+    *("size", "ino", "mtime", "ETag", "etag", "checksum", "md5", "md5Hash", "content_md5", "Content-MD5", "crc32c"),
+    *("generation", "version_id", "VersionId", "LastModified", "last_modified", "updated", "modified"),
+)
+
+
 @dataclass(frozen=True)
 class RemoteSource:
     """Files behind an fsspec URL, read by ranges: `hf://org/name@revision`, `s3://…`, `https://…`.
 
-    `url` is what fsspec opens; for the Hub it names a commit, so that every range is of one version.
+    `url` is what fsspec opens; for the Hub it names a commit, so that every range is of one version. `sizes` are those
+    of the listing. `seen`: what tells the state of each file when it was first read: its ETag, or what else is known.
     """
 
     url: str
     label: str
+    sizes: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    seen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _local: threading.local = field(default_factory=threading.local, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[RemoteSource], tuple[str, str]]:
-        return type(self), (self.url, self.label)
+    def __reduce__(self) -> tuple[type[RemoteSource], tuple[str, str, dict[str, int], dict[str, str]]]:
+        return type(self), (self.url, self.label, self.sizes, self.seen)
 
     @property
     def name(self) -> str:
@@ -292,7 +300,10 @@ class RemoteSource:
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:
-        return {name: size for name, size in self._listed() if is_contained(name)}
+        found = {name: size for name, size in self._listed() if is_contained(name)}
+        for name, size in found.items():
+            self.sizes.setdefault(name, size)
+        return found
 
     def irregular(self) -> dict[str, str]:
         return {name: "a path out of the checkpoint" for name, _ in self._listed() if not is_contained(name)}
@@ -310,13 +321,52 @@ class RemoteSource:
         contained(file)
 
     def read(self, file: str, start: int, length: int) -> bytes:
-        if length <= 0:
+        size = self.sizes.get(file)
+        stop = start + length if size is None else min(start + length, size)
+        if stop <= start:
             return b""
         system, root = self._open()
         path = f"{root.rstrip('/')}/{contained(file)}"
-        extra = {"cache_type": "none"} if self.url.startswith("hf://") else {}  # else it reads 5 MB ahead
+        asked = Asked(f"{self.label}/{file}", start, stop, size, file, self.seen)
+        with remote_errors(asked.where):
+            if self._is_hub:
+                with hub_answers(asked):
+                    data = bytes(system.cat_file(path, start=start, end=stop, cache_type="none"))  # else 5 MB ahead
+            elif self._is_http:
+                data = bytes(system.cat_file(path, start=start, end=stop, **http_answers(asked)))
+            else:
+                if file not in self.seen:
+                    self.check(file)
+                data = bytes(system.cat_file(path, start=start, end=stop))
+        if size is not None:
+            asked.check_length(len(data))
+        return data
+
+    @property
+    def _is_hub(self) -> bool:
+        return self.url.startswith("hf://")
+
+    @property
+    def _is_http(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
+
+    def version(self, file: str) -> str:
+        return "" if self._is_hub else self._state(file)  # the commit is in the name
+
+    def check(self, file: str, descriptor: int | None = None) -> None:
+        if self._is_hub or self._is_http:
+            return  # each answer was checked when it came
+        now = self._state(file)
+        if now != self.seen.setdefault(file, now):
+            raise CheckpointError(f"{self.label}/{file} changed while it was in use", CHANGED)
+
+    def _state(self, file: str) -> str:
+        """Ask the server, and not what was heard of it before, for what tells a state of a file from another."""
+        system, root = self._open()
         with remote_errors(f"{self.label}/{file}"):
-            return bytes(system.cat_file(path, start=start, end=start + length, **extra))
+            system.invalidate_cache()
+            facts = system.info(f"{root.rstrip('/')}/{contained(file)}")
+        return " ".join(f"{key}={facts[key]}" for key in _TELLING if facts.get(key) is not None)
 
 
 class remote_errors:  # noqa: N801 - reads as a statement

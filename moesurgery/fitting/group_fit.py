@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.errors import RefusedError
-from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.evaluate import finite_values
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.fitting.collector import check_routing
 from moesurgery.forward.activations import activations, check_form
@@ -142,7 +142,9 @@ def _router(plan: Plan, calls: Sequence[ExpertsCall], groups: Sequence[tuple[lis
     block = calls[0].block.block
     device = calls[0].hidden.device
     rows = torch.from_numpy(router_rows(plan, block).copy()).to(device).double()
-    bias = next((values_of(plan.tensors[m.name])[: block.experts] for m in block.named("router_bias")), None)
+    bias = next(
+        (finite_values(m.name, plan.tensors[m.name])[: block.experts] for m in block.named("router_bias")), None
+    )
     shift = torch.zeros(len(rows), dtype=torch.float64, device=device)
     if bias is not None:
         shift += torch.from_numpy(bias).to(device)

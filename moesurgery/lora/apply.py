@@ -73,7 +73,7 @@ class LowRank(Unary):
         left = self.left.array(first * rank, last * rank, reader).reshape(-1, rank)
         values = self.of.array(start, stop, reader)
         values += (left @ right * self.factor).reshape(-1)
-        return rounded(values, self.dtype)
+        return rounded(values, self.dtype, strict=True)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch

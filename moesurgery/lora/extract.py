@@ -7,7 +7,6 @@ names, orientation and stacks of experts are those of transformers' own modules,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.lora.apply import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -87,7 +87,7 @@ def extract_lora(
     try:
         tensors = {name: value.contiguous() for name, value in made.tensors().items()}
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(made.config(base.label), indent=2) + "\n")
+        (partial / ADAPTER_CONFIG).write_text(write_json(made.config(base.label)))
         os.rename(partial, output)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

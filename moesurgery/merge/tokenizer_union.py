@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Slice, reshape, torch_dtype
 from moesurgery.families import components
@@ -80,7 +81,7 @@ class Gathered(Expr):
                     out[at] += self.options[option].array(index * row, (index + 1) * row, reader)
                 out[at] /= len(chosen[at])
             at += count
-        return rounded(out.reshape(-1), self.dtype)
+        return rounded(out.reshape(-1), self.dtype, strict=True)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
@@ -220,7 +221,7 @@ class MergedTokenizer:
                 size = held.file_sizes.get(file)
                 found[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:
-            found[FILE] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
+            found[FILE] = write_json(self.data).encode()
             found.update(dict.fromkeys(OTHER_FORMS))
         base = self.models[self.base].plan.checkpoint.file_sizes
         return {file: data for file, data in found.items() if data is not None or file in base}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.header import TensorInfo, read_header
 from moesurgery.checkpoint.source import LocalSource
+from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice, Stored
 
@@ -37,7 +38,7 @@ def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: Merger, about:
     blocks = {f.where: {"groups": merger.groups[f.where], "dominant": merger.dominant[f.where]} for f in fits}
     document = {**about, "align": merger.align, "router": merger.router, "blocks": blocks}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata={"format": FORMAT, "about": json.dumps(document)})
+    save_file(arrays, path, metadata={"format": FORMAT, "about": compact_json(document)})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, OutputError
 from moesurgery.expr.nodes import Expr, Stored
 
@@ -68,7 +69,7 @@ class RepairWriter:
 
     def close(self, about: Mapping[str, Any]) -> None:
         document = {"format": FORMAT, **about, "layers": self.layers}
-        (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        (self.folder / INDEX).write_text(write_json(document))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 
@@ -147,7 +148,7 @@ class Stats:
             for name, values in block.sums.items()
         }
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, target, metadata={"format": FORMAT, "about": json.dumps(self.about)})
+        save_file(arrays, target, metadata={"format": FORMAT, "about": compact_json(self.about)})
         return target
 
 

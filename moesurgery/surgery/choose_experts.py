@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.evaluate import finite_values
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.criteria import MeasuredCriterion
@@ -58,10 +58,12 @@ def check_indices(operation: str, block: MoeBlock, indices: Sequence[int]) -> No
 
 
 def router_rows(plan: Plan, block: MoeBlock) -> np.ndarray:
-    """Return the router's rows [E, H] of a block. Raises RefusedError where its router is no single matrix."""
+    """Return the router's rows [E, H] of a block. Raises RefusedError where its router is no single matrix of finite
+    numbers.
+    """
     if block.router is None:
         raise RefusedError(f"{block.where}: its router is not one matrix", "name the experts by number")
-    rows = values_of(plan.tensors[block.router.name])
+    rows = finite_values(block.router.name, plan.tensors[block.router.name])
     return (rows.T if block.router.axis == 1 else rows)[: block.experts]
 
 

@@ -15,11 +15,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.arrays import keep_freed_memory
+from moesurgery.checkpoint.arrays import NotFiniteError, keep_freed_memory
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
 from moesurgery.checkpoint.source import Source
@@ -29,6 +30,7 @@ from moesurgery.expr.multiply import multiply
 from moesurgery.expr.nodes import Compute, Copy, Expr, Multiply, Piece
 from moesurgery.write import copy_bytes
 from moesurgery.write.copy_bytes import Progress
+from moesurgery.write.finite import FiniteCheck
 
 WORK = ".moesurgery"  # inside the .partial directory: temporary files and manifests
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
@@ -190,11 +192,23 @@ def _write_body(task: ShardTask, target: Path, manner: Manner, watch: JobControl
         else:
             copy_bytes.allocate(descriptor, total)
         copy_bytes.write_full(descriptor, memoryview(header), 0)
-        _run_units(units, descriptor, manner, watch)
+        try:
+            _run_units(units, descriptor, manner, watch)
+        except NotFiniteError as error:
+            raise error.of(_tensor_at(task, error.at - len(header))) from None
         if manner.durable:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _tensor_at(task: ShardTask, offset: int) -> str:
+    """Return the name of the tensor that byte `offset` of the data belongs to."""
+    for name, expr in task.entries:
+        if offset < expr.nbytes:
+            return name
+        offset -= expr.nbytes
+    raise AssertionError(f"byte {offset} is behind the last tensor of {task.name}")
 
 
 def units_of(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
@@ -283,6 +297,16 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
         raise failures[0]
 
 
+@contextmanager
+def _at(offset: int) -> Iterator[None]:
+    """Say of a number that may not be written where in the file it was to stand."""
+    try:
+        yield
+    except NotFiniteError as error:
+        error.at += offset
+        raise
+
+
 class Worker:
     """One thread that fills a shard."""
 
@@ -290,6 +314,7 @@ class Worker:
         self.stop = stop
         self.reader = FileReader()
         self._copy_buffer = Buffer()
+        self._finite = FiniteCheck()
         keep_freed_memory()
 
     def close(self) -> None:
@@ -330,6 +355,8 @@ class Worker:
             start, length = piece.start + offset, min(BUFFER, piece.nbytes - offset)
             view = self.reader.bytes_at(piece.source, piece.file, start, length, self._copy_buffer)
             multiply(view, piece.dtype, piece.factor)
+            with _at(at + offset):
+                self._finite.check_product(view, piece._replace(start=start, nbytes=length))
             copy_bytes.write_full(target, view, at + offset)
 
     def _compute(self, piece: Compute, target: int, at: int) -> None:
@@ -339,9 +366,12 @@ class Worker:
         while first < piece.stop and not self.stop.is_set():
             last = min(piece.stop, (first // step + 1) * step)
             self.reader.begin_chunk()
-            if piece.expr.numpy_only:
-                data = piece.expr.raw(first, last, self.reader)
-            else:
-                data = as_bytes(piece.expr.evaluate(first, last, self.reader))
-            copy_bytes.write_full(target, data, at + (first - piece.start) * bits // 8)
+            place = at + (first - piece.start) * bits // 8
+            with _at(place):
+                if piece.expr.numpy_only:
+                    data = piece.expr.raw(first, last, self.reader)
+                else:
+                    data = as_bytes(piece.expr.evaluate(first, last, self.reader))
+                self._finite.check(data, piece.expr)
+            copy_bytes.write_full(target, data, place)
             first = last

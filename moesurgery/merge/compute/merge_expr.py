@@ -110,7 +110,9 @@ class MergeExpr(Expr):
         import numpy as np
 
         engine = self._engine
-        parts = [rounded(engine.taken(values), self.dtype) for values in self._computed(start, stop, reader)]
+        parts = [
+            rounded(engine.taken(values), self.dtype, strict=True) for values in self._computed(start, stop, reader)
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _unit(self, reader: Reader) -> MergeInputs:

@@ -15,7 +15,7 @@ from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.routing import even_gates_factor
 from moesurgery.plan.plan import Plan
-from moesurgery.surgery.rescale.router_estimate import router_factors
+from moesurgery.surgery.rescale.router_estimate import RouterEstimate, router_factors
 
 Rule = Literal["router", "norm", "published", "none", "gate", "norm-matched", "measured", "measured-expert"]
 DATA_RULES = ("gate", "norm-matched", "measured", "measured-expert")
@@ -57,17 +57,21 @@ def choose_factors(
     blocks = [block.where for block in anatomy.blocks]
     published = math.sqrt(old / new)
     norm = even_gates_factor(settings, old, new)
-    router: dict[str, float] = {}
+    estimate = RouterEstimate({})
     why_not = settings.family.routing.special
     if why_not is not None:
         norm = 1.0
     else:
         try:
-            router = router_factors(plan, anatomy, old, new, seed)
+            estimate = router_factors(plan, anatomy, old, new, seed)
         except RefusedError as error:
             why_not = error.message
     data, statistics = _from_statistics(anatomy, new, scale, stats)
-    alternatives: dict[str, Any] = {"router": span(router) if router else None, "norm": norm, "published": published}
+    alternatives: dict[str, Any] = {
+        "router": span(estimate.factors) if estimate.factors else None,
+        "norm": norm,
+        "published": published,
+    }
     alternatives |= {"none": 1.0} | {rule: span(found) for rule, found in data.items()}
     notes: tuple[str, ...] = ()
     chosen: Mapping[str, Factor]
@@ -100,7 +104,7 @@ def choose_factors(
                 f"rescale: the router estimate cannot be made: {why_not}",
                 "choose --scale norm, --scale none or a number",
             )
-        chosen = router
+        chosen, notes = estimate.factors, estimate.notes
         reason = (
             "sqrt(A_n/A_m) per layer, estimated from the token embeddings passed through each router, which"
             f" {_gates(anatomy)}"
@@ -108,7 +112,7 @@ def choose_factors(
     else:
         chosen, reason = data[scale], _REASONS[scale]
         reason += f"; {statistics['tokens']:,} tokens of calibration text"
-    return Factors(chosen, router, alternatives, reason, notes, statistics)
+    return Factors(chosen, estimate.factors, alternatives, reason, notes, statistics)
 
 
 def _gates(anatomy: Anatomy) -> str:
