@@ -136,6 +136,11 @@ class LoraAdapter:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = value
                 break
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise CheckpointError(
+                f"{self.name}/{ADAPTER_CONFIG}: lora_alpha is {alpha!r} for {module}, expected a finite number",
+                "put the number that it was trained with there",
+            )
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @cached_property

@@ -114,6 +114,11 @@ class _Adapter:
         name, kind, change, siblings = difference
         if not bool(change.any()):
             return
+        if not bool(change.isfinite().all()):
+            raise RefusedError(
+                f"{name}: the two models differ by NaN or infinity, which has no singular values",
+                "`moesurgery validate --level values` finds such weights in both",
+            )
         if kind == "none":
             self.left.append(name)
             return
@@ -278,7 +283,9 @@ def _values(expr: Expr) -> torch.Tensor:
 
     reader = FileReader()
     try:
-        return torch.from_numpy(expr.array(0, expr.numel, reader)).float().view(expr.shape)
+        values = torch.from_numpy(expr.array(0, expr.numel, reader)).float().view(expr.shape)
+        reader.check()
+        return values
     finally:
         reader.close()
 

@@ -160,6 +160,12 @@ class MergedTokenizer:
         )
         return max(sizes, default=0)
 
+    @property
+    def padding(self) -> int:
+        """How many rows stand for no token and for no row of the base: they are made, as the mean of its rows."""
+        held, tokens = self._rows_of(self.models[self.base]), set(self.tokens.values())
+        return sum(number not in tokens for number in range(held, self.rows))
+
     def is_vocabulary(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a tensor of the base has a row for each token."""
         parts = self.models[self.base]
@@ -259,7 +265,14 @@ class MergedTokenizer:
             for j, name in enumerate(names)
             if (n := self.numbers[name].get(token)) is not None and n < options[j].shape[0]
         ]
-        return tuple(found) or ((len(names), 0),)
+        if not found:
+            raise RefusedError(
+                f"the token {token!r} (number {number} of the merged tokenizer) has a row in no model's embedding: it"
+                " would be made up",
+                "say where its row comes from, under `tokenizer: tokens:`, as in"
+                f" `{json.dumps(token)}: {{source: {{kind: zero}}}}`, or take the tokenizer of another model",
+            )
+        return tuple(found)
 
     def _wished(
         self, token: str, wish: TokenSource, names: Sequence[str], options: Sequence[Expr]

@@ -27,12 +27,22 @@ FORMAT = "moesurgery fit 1"
 
 
 def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: Merger, about: Mapping[str, Any]) -> None:
-    """Write what was found for a merge, and `about` it on what."""
+    """Write what was found for a merge, and `about` it on what.
+
+    Raises RefusedError for router rows that are not finite.
+    """
     import numpy as np
     from safetensors.numpy import save_file
 
     arrays: dict[str, Any] = {}
     for fit in fits:
+        for role, entries in fit.router.items():
+            if not np.isfinite(entries).all():
+                raise RefusedError(
+                    f"merge-experts: the {role} fitted for {fit.where} is not finite:"
+                    " the model computes NaN or infinity on this text",
+                    "`moesurgery validate --level values` finds bad weights; --router dominant fits nothing",
+                )
         arrays |= {f"{fit.where}/order/{e}": order.astype(np.int64) for e, order in fit.orders.items()}
         arrays |= {f"{fit.where}/{role}": entries.astype(np.float32) for role, entries in fit.router.items()}
     blocks = {f.where: {"groups": merger.groups[f.where], "dominant": merger.dominant[f.where]} for f in fits}

@@ -8,6 +8,7 @@ by one, so that none stays in memory; `refit.json` comes last, so a folder witho
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import write_json
-from moesurgery.errors import CheckpointError, OutputError
+from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr, Stored
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ class RepairWriter:
         self.layers: list[dict[str, Any]] = []
 
     def add(self, fitted: FittedBlock) -> None:
+        """Write what was fitted for a block. Raises RefusedError where it is not finite."""
         from safetensors.torch import save_file
 
+        _check_finite(fitted)
         file = None
         if fitted.matrices:
             file = f"layer-{len(self.layers):03}.safetensors"
@@ -70,6 +73,17 @@ class RepairWriter:
     def close(self, about: Mapping[str, Any]) -> None:
         document = {"format": FORMAT, **about, "layers": self.layers}
         (self.folder / INDEX).write_text(write_json(document))
+
+
+def _check_finite(fitted: FittedBlock) -> None:
+    numbers = [*(fitted.factors or ()), fitted.error_before, fitted.error_after, fitted.error_held_out]
+    matrices = (w for of_expert in fitted.matrices.values() for w in of_expert.values())
+    if all(n is None or math.isfinite(n) for n in numbers) and all(bool(w.isfinite().all()) for w in matrices):
+        return
+    raise RefusedError(
+        f"refit: what is fitted for {fitted.where} is not finite: a model computes NaN or infinity on this text",
+        "`moesurgery validate --level values` finds bad weights",
+    )
 
 
 @dataclass(frozen=True)

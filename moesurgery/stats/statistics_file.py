@@ -136,9 +136,27 @@ class Stats:
                 "collect them again with `moesurgery collect`",
             )
 
-    def save(self, path: Path) -> Path:
-        """Write `path.safetensors` and, for people, `path.json`; return the former."""
+    def check_finite(self, source: str) -> None:
+        """Raise RefusedError where a sum is NaN or infinite: nothing can be decided by it."""
         import numpy as np
+
+        for where, block in self.blocks.items():
+            for name, values in block.sums.items():
+                if not np.isfinite(values).all():
+                    raise RefusedError(
+                        f"{source}: {name} of {where} holds numbers that are not finite: the model computes NaN or"
+                        " infinity on this text",
+                        "`moesurgery validate --level values` finds bad weights; collect again when they are mended",
+                    )
+
+    def save(self, path: Path) -> Path:
+        """Write `path.safetensors` and, for people, `path.json`; return the former.
+
+        Raises RefusedError where a sum is not finite.
+        """
+        import numpy as np
+
+        self.check_finite(str(path))
         from safetensors.numpy import save_file
 
         target = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
@@ -153,7 +171,7 @@ class Stats:
 
 
 def load_stats(path: str | Path) -> Stats:
-    """Read a statistics file. Raises CheckpointError where it is none."""
+    """Read a statistics file. Raises CheckpointError where it is none, RefusedError where its sums are not finite."""
     from safetensors import SafetensorError, safe_open
 
     blocks: dict[str, BlockStats] = {}
@@ -171,7 +189,9 @@ def load_stats(path: str | Path) -> Stats:
         hint = f"name {longer}" if Path(longer).is_file() else "make them with `moesurgery collect`"
         raise CheckpointError(f"{path} cannot be read as statistics: {error}", hint) from None
     order = {where: i for i, where in enumerate(about["blocks"])}
-    return Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about)
+    found = Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about)
+    found.check_finite(str(path))
+    return found
 
 
 def digest(path: str | Path) -> str:

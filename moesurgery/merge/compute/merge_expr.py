@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.arrays import rounded
+from moesurgery.checkpoint.arrays import NotFiniteError, rounded
 from moesurgery.errors import RefusedError, SurgeryError
 from moesurgery.expr.nodes import Expr, Reader, torch_dtype
 from moesurgery.merge.compute.backend import Array, NumpyBackend, TorchBackend
@@ -143,6 +143,8 @@ class MergeExpr(Expr):
                     return
                 for span in unit.spans(start, stop):
                     yield act(unit.chunk(*span)).reshape(-1)
+        except NotFiniteError:
+            raise  # what writes it names the tensor
         except SurgeryError as error:
             raise type(error)(f"{self.name}: {error.message}", error.hint) from None
 
