@@ -644,9 +644,9 @@ def not_a_number_in_the_config(p: Patient) -> None:
     p.config(routed_scaling_factor=float("nan"))
 
 
-@case("C16")
+@case("C16?")
 def infinity_in_a_side_file(p: Patient) -> None:
-    (p.folder / "generation_config.json").write_text('{\n  "max_length": -Infinity,\n  "note": "NaN"\n}')
+    (p.folder / "generation_config.json").write_text('{\n  "max_time": -Infinity,\n  "note": "NaN"\n}')
 
 
 # ---- tokenizer

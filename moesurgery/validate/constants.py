@@ -25,8 +25,6 @@ def json_constants(subject: Context) -> Outcome:
             "C16",
             f"{lines} holds {literal}, which is no JSON: parsers other than Python's refuse the file",
             file,
-            hint="put a number there"
-            if worse
-            else "write 1e999, which is JSON and which every reader takes as infinite",
+            hint="put a number there" if worse else "write 1e999, which is JSON, and which readers take as infinite",
             severity="error" if worse else "warning",
         )

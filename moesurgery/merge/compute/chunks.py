@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import element_count
+from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader
 from moesurgery.merge.compute.backend import Array, NumpyBackend, TorchBackend
 from moesurgery.merge.compute.threshold import NO_THRESHOLD, Threshold, ThresholdSearch
@@ -74,6 +75,19 @@ class Chunk:
             return self.unit.engine.given(mask).reshape(self.models[model].shape)
         scaled = self.unit.engine.given(numbers.astype(np.float32)).reshape(probability.shape)
         return scaled < probability * 65536
+
+
+def checked_sums(sums: np.ndarray) -> np.ndarray:
+    """Return sums over a tensor from which its merge is decided. Raises RefusedError where one is not finite."""
+    import numpy as np
+
+    if not np.isfinite(sums).all():
+        raise RefusedError(
+            "a tensor to be merged holds NaN, infinity or numbers too large to square, and this method decides about"
+            " all of it by sums",
+            "`moesurgery validate --level values` finds it; linear and task_arithmetic take each element by itself",
+        )
+    return sums
 
 
 class MergeInputs:
@@ -142,7 +156,10 @@ class MergeInputs:
             yield self.chunk(start, stop)
 
     def total(self, function: Callable[[Chunk], Any]) -> np.ndarray:
-        """Return the sum over all chunks of the numbers that `function` gives, in float64."""
+        """Return the sum over all chunks of the numbers that `function` gives, in float64.
+
+        Raises RefusedError where a sum is not finite: what one element is would decide about all.
+        """
         import numpy as np
 
         total: np.ndarray | None = None
@@ -150,7 +167,7 @@ class MergeInputs:
             part = np.asarray(function(chunk), np.float64)
             total = part if total is None else total + part
         assert total is not None
-        return total
+        return checked_sums(total)
 
     def cuts(
         self, function: Callable[[Chunk], Sequence[Array]], counts: Sequence[Sequence[int]]

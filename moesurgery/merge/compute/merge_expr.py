@@ -13,7 +13,7 @@ from moesurgery.checkpoint.arrays import NotFiniteError, rounded
 from moesurgery.errors import RefusedError, SurgeryError
 from moesurgery.expr.nodes import Expr, Reader, torch_dtype
 from moesurgery.merge.compute.backend import Array, NumpyBackend, TorchBackend
-from moesurgery.merge.compute.chunks import Chunk, MergeInputs
+from moesurgery.merge.compute.chunks import Chunk, MergeInputs, checked_sums
 from moesurgery.merge.compute.method import Method, find_method
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def combine(
         return total
 
     if axis == "rows":
-        return lambda chunk: combined(chunk, coefficients(_gram(unit, vectors(chunk), -1)))
+        return lambda chunk: combined(chunk, coefficients(checked_sums(_gram(unit, vectors(chunk), -1))))
     gram = unit.total(lambda chunk: _gram(unit, vectors(chunk), 0 if axis == "columns" else None))
     factors = coefficients(gram)
     return lambda chunk: combined(chunk, factors)
