@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from moesurgery.checkpoint.finding import DAMAGED
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import CheckpointError
 
@@ -49,7 +50,7 @@ def _block(descriptor: int, start: int, length: int, path: Path) -> bytes:
     while len(data) < length:
         part = os.pread(descriptor, length - len(data), start + len(data))
         if not part:
-            raise CheckpointError(f"{path} ends at byte {start + len(data):,}, it had {start + length:,}")
+            raise CheckpointError(f"{path} ends at byte {start + len(data):,}, it had {start + length:,}", DAMAGED)
         data += part
     return data
 
@@ -61,7 +62,9 @@ def whole_digest(source: Source, file: str, size: int, progress: Callable[[int],
         length = min(_PART, size - start)
         data = source.read(file, start, length)
         if len(data) != length:
-            raise CheckpointError(f"{source.identity}/{file} ends at byte {start + len(data):,}, it had {size:,}")
+            raise CheckpointError(
+                f"{source.identity}/{file} ends at byte {start + len(data):,}, it had {size:,}", DAMAGED
+            )
         found.update(data)
         progress(len(data))
     return found.hexdigest()

@@ -196,7 +196,7 @@ class LocalSource:
                 start += len(block)
                 length -= len(block)
             # The time of a write is set before its first byte: what was read until now is of the state seen now.
-            self._hold(file, os.fstat(descriptor))
+            self.hold(file, os.fstat(descriptor))
             return b"".join(blocks)
         except OSError as error:
             raise CheckpointError(f"{path}, byte {start:,}: {error.strerror}") from None
@@ -209,13 +209,13 @@ class LocalSource:
     def check(self, file: str, descriptor: int | None = None) -> None:
         try:
             for where in (self.root / file,) if descriptor is None else (descriptor, self.root / file):
-                self._hold(file, os.stat(where))
+                self.hold(file, os.stat(where))
         except OSError as error:
             raise CheckpointError(
                 f"{self.root / file} changed while it was in use: {error.strerror}", CHANGED
             ) from None
 
-    def _hold(self, file: str, status: os.stat_result) -> None:
+    def hold(self, file: str, status: os.stat_result) -> None:
         """Raise CheckpointError where a file is not in the state in which it was first seen: this one, if it is new."""
         now = _state(status)
         if change := self.seen.setdefault(file, now).change(now):
@@ -366,7 +366,10 @@ class RemoteSource:
         with remote_errors(f"{self.label}/{file}"):
             system.invalidate_cache()
             facts = system.info(f"{root.rstrip('/')}/{contained(file)}")
-        return " ".join(f"{key}={facts[key]}" for key in _TELLING if facts.get(key) is not None)
+        known = [key for key in _TELLING if facts.get(key) is not None]
+        return " ".join(
+            f"{key}={facts[key]}" for key in (known if len(known) > 1 else ("size", "created")) if key in facts
+        )
 
 
 class remote_errors:  # noqa: N801 - reads as a statement

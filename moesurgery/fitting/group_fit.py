@@ -130,7 +130,9 @@ def _features(plan: Plan, block: MoeBlock, expert: int) -> torch.Tensor:
     expr = neuron_features(expert_tensors(block, plan.tensors, expert))
     reader = FileReader()
     try:
-        return expr.evaluate(0, expr.numel, reader).view(expr.shape).float()
+        values = expr.evaluate(0, expr.numel, reader).view(expr.shape).float()
+        reader.check()
+        return values
     finally:
         reader.close()
 

@@ -114,11 +114,13 @@ def open_repair(folder: str | Path) -> Repair:
     """Read a repair. Raises CheckpointError where the folder holds none."""
     path = Path(folder) / INDEX
     hint = "make one with `moesurgery … --refit down --text FILE`"
+    source = LocalSource(Path(folder).absolute())
     try:
-        document = json.loads(path.read_text())
+        sizes = source.files() if path.is_file() else {}  # and their states: none may change from here on
+        document = json.loads(source.read(INDEX, 0, sizes[INDEX]) if INDEX in sizes else path.read_text())
         if document["format"] != FORMAT:
             raise CheckpointError(f"{path} is no repair", hint)
         layers = {str(entry["layer"]): entry for entry in document.pop("layers")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as a repair: {error}", hint) from None
-    return Repair(LocalSource(Path(folder).absolute()), document, layers)
+    return Repair(source, document, layers)

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
@@ -90,6 +91,7 @@ class Stats:
 
     blocks: dict[str, BlockStats]
     about: dict[str, Any]
+    sha256: str = ""  # of the file that they were read from
 
     @property
     def top_k(self) -> int:
@@ -176,6 +178,9 @@ def load_stats(path: str | Path) -> Stats:
 
     blocks: dict[str, BlockStats] = {}
     try:
+        source, held = LocalSource(Path(path).absolute().parent), Path(path).name
+        source.hold(held, Path(path).stat())
+        sha256 = digest(path)
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
@@ -184,12 +189,15 @@ def load_stats(path: str | Path) -> Stats:
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
             about = json.loads(metadata["about"])
+        source.check(held)
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         longer = f"{path}.safetensors"
         hint = f"name {longer}" if Path(longer).is_file() else "make them with `moesurgery collect`"
         raise CheckpointError(f"{path} cannot be read as statistics: {error}", hint) from None
     order = {where: i for i, where in enumerate(about["blocks"])}
-    found = Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about)
+    found = Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about, sha256)
     found.check_finite(str(path))
     return found
 

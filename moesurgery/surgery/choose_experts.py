@@ -128,7 +128,7 @@ def ranking(
             "give --text FILE to collect them, or --stats FILE from `moesurgery collect`",
         )
     from moesurgery.stats.criteria import agreement, scores, super_experts
-    from moesurgery.stats.statistics_file import digest, load_stats
+    from moesurgery.stats.statistics_file import load_stats
 
     found = load_stats(stats)
     found.check(plan.anatomy, operation)
@@ -153,7 +153,7 @@ def ranking(
         notes.append(protected_note(protected))
     if others := [where for where in ranked if where not in found.blocks]:
         notes.append(not_run_note(others))
-    return Ranking(ranked, protected, tuple(notes), {"sha256": digest(stats), **found.about})
+    return Ranking(ranked, protected, tuple(notes), {"sha256": found.sha256, **found.about})
 
 
 def protected_note(protected: Mapping[str, Sequence[int]]) -> str:

@@ -133,7 +133,7 @@ def _from_statistics(
     import numpy as np
 
     from moesurgery.stats.factors import RULES
-    from moesurgery.stats.statistics_file import digest, load_stats
+    from moesurgery.stats.statistics_file import load_stats
 
     stats = load_stats(path)
     stats.check(anatomy, "rescale")
@@ -146,7 +146,7 @@ def _from_statistics(
             f"rescale: gates say nothing about the size of {anatomy.settings.family.name}'s output: {routing.special}",
             "use --scale measured or --scale norm-matched",
         )
-    statistics = {"sha256": digest(path), **stats.about}
+    statistics = {"sha256": stats.sha256, **stats.about}
     if top_k == stats.top_k:
         return {rule: {b.where: 1.0 for b in anatomy.blocks} for rule in DATA_RULES}, statistics
     if top_k not in stats.top_ks:
