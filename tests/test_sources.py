@@ -226,9 +226,8 @@ def test_every_model_of_a_merge_is_watched(model: Path, tmp_path: Path, which: s
     for name in ("a", "b"):
         shutil.copytree(model, tmp_path / name)
     recipe = tmp_path / "r.yml"
-    recipe.write_text(
-        f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n- model: {tmp_path / 'a'}\n- model: {tmp_path / 'b'}\n"
-    )
+    listed = "".join(f"- model: {tmp_path / name}\n" for name in ("a", "b"))
+    recipe.write_text(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n{listed}")
     plan = plan_merge(load_merge_recipe(recipe))
     with pytest.raises(CheckpointError, match=rf"{which}/{SHARDS[2]} changed while it was in use"):
         write_plan(
