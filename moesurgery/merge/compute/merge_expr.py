@@ -138,11 +138,11 @@ class MergeExpr(Expr):
         try:
             with np.errstate(all="ignore"):
                 act = self._action(unit)
-                if self._method.kind == "whole":
-                    yield act(unit.chunk(0, self.numel)).reshape(-1)[start:stop]
-                    return
-                for span in unit.spans(start, stop):
-                    yield act(unit.chunk(*span)).reshape(-1)
+            whole = self._method.kind == "whole"
+            for span in ((0, self.numel),) if whole else unit.spans(start, stop):
+                with np.errstate(all="ignore"):  # not around a `yield`, after which the caller's code would run in it
+                    values = act(unit.chunk(*span)).reshape(-1)
+                yield values[start:stop] if whole else values
         except NotFiniteError:
             raise  # what writes it names the tensor
         except SurgeryError as error:
