@@ -70,32 +70,33 @@ class Asked:
         return CheckpointError(f"{self.where}: {wanted} were asked for, the server answered {what}", hint)
 
 
-_now = threading.local()  # what the thread has asked for
+_last = threading.local()  # the answer that a thread got last to a request for a range
 
 
 @contextmanager
 def hub_answers(asked: Asked) -> Iterator[None]:
-    """Check what the Hub answers to requests for a range that are made within, in this thread."""
-    _check_the_hub()
-    _now.asked = asked
-    try:
-        yield
-    finally:
-        _now.asked = None
+    """Check what the Hub answered to the request for a range that is made within, in this thread.
+
+    That is the last answer: huggingface_hub asks again where one breaks off.
+    """
+    _remember_answers()
+    _last.answer = None
+    yield
+    if _last.answer is not None:
+        asked.check(*_last.answer)
 
 
 @cache
-def _check_the_hub() -> None:
-    """Have huggingface_hub make its requests through a client that looks at the answers. Hooks that are there stay."""
+def _remember_answers() -> None:
+    """Have huggingface_hub make its requests through a client that keeps the last answer. Hooks that are there stay."""
     from huggingface_hub import get_session, set_client_factory
 
     present: Any = get_session()
     kind, hooks, timeout = type(present), present.event_hooks, present.timeout
 
     def look(response: Any) -> None:
-        asked: Asked | None = getattr(_now, "asked", None)
-        if asked is not None and "range" in response.request.headers and response.status_code < 300:
-            asked.check(response.status_code, response.headers)
+        if "range" in response.request.headers and response.status_code < 300:
+            _last.answer = response.status_code, response.headers
 
     def client() -> Any:
         both = {"request": hooks["request"], "response": [*hooks["response"], look]}
