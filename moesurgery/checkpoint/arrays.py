@@ -8,6 +8,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from moesurgery.checkpoint.dtypes import CONFIG_NAMES
+from moesurgery.errors import RefusedError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -21,6 +24,38 @@ _EIGHT_BIT_FLOATS = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
+# The largest number of each type, and from where a wider one is rounded to infinity.
+LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38, "F64": 1.7976931348623157e308}
+_BF16_END = 3.3961775292304957e38
+
+
+class NotFiniteError(RefusedError):
+    """A tensor would hold numbers that are not finite and that nothing it is made of holds.
+
+    `at` is the offset in bytes of such a number in what was to be written.
+    """
+
+    def __init__(self, what: str, hint: str, tensor: str = "a tensor", at: int = 0) -> None:
+        super().__init__(f"{tensor} holds {what}", hint)
+        self.what, self.at = what, at
+
+    def __reduce__(self) -> tuple[type[RefusedError], tuple[str, str | None]]:
+        return RefusedError, (self.message, self.hint)
+
+    def of(self, tensor: str) -> NotFiniteError:
+        """Return the error with the name of the tensor."""
+        return NotFiniteError(self.what, self.hint or "", tensor)
+
+
+def beyond(dtype: str, tensor: str = "a tensor", at: int = 0) -> NotFiniteError:
+    """Return the error for finite numbers that would become infinite as `dtype`."""
+    wider = {"F16": "bfloat16 or float32", "BF16": "float32"}.get(dtype, "float64")
+    return NotFiniteError(
+        f"numbers that {CONFIG_NAMES[dtype]} cannot: beyond {LARGEST[dtype]:.6g}",
+        f"use {wider}, or a smaller factor; `moesurgery validate --level values` finds extreme weights",
+        tensor,
+        at,
+    )
 
 
 def decoded(data: memoryview | bytes, dtype: str) -> np.ndarray:
@@ -68,44 +103,79 @@ def _eight_bit_values(dtype: str) -> np.ndarray:
     return np.asarray(codes, np.float32)
 
 
-def encoded(values: np.ndarray, dtype: str) -> memoryview:
-    """Return the bytes of `values` rounded to `dtype`, to nearest even. A NaN stays a NaN."""
+def encoded(values: np.ndarray, dtype: str, *, strict: bool = False) -> memoryview:
+    """Return the bytes of `values` rounded to `dtype`, to nearest even. A NaN stays a NaN.
+
+    Beyond the range of `dtype` is infinity, as in torch, or with `strict` a NotFiniteError.
+    """
     import numpy as np
     from ml_dtypes import bfloat16
 
     flat = values.reshape(-1)
     if dtype == "BF16":
-        strange = bool(len(flat)) and np.isnan(flat.max())  # one pass over what seldom holds a NaN
         with np.errstate(invalid="ignore"):
+            high = flat.max() if len(flat) else 0.0  # one pass over what seldom holds a NaN
+            strange = np.isnan(high)
+            large = strict and bool(strange or max(high, -flat.min(initial=0.0)) >= _BF16_END)
+            if large and bool((np.isfinite(flat) & (np.abs(flat) >= _BF16_END)).any()):
+                raise beyond(dtype)
             out = np.ascontiguousarray(flat, np.float32).astype(bfloat16).view(np.uint16)
         if strange:
             out[np.isnan(flat)] = 0x7FC0  # as torch has it, whatever the sign
     else:
-        with np.errstate(over="ignore"):  # beyond the range of float16 is infinity, as in torch
-            out = np.ascontiguousarray(flat, _FLOATS[dtype])
+        try:
+            with np.errstate(over="raise" if strict else "ignore", invalid="ignore"):
+                out = np.ascontiguousarray(flat, _FLOATS[dtype])
+        except FloatingPointError:
+            raise beyond(dtype) from None
     return out.view(np.uint8).data
 
 
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return `values` as they are after being stored as `dtype` and read again."""
+def rounded(values: np.ndarray, dtype: str, *, strict: bool = False) -> np.ndarray:
+    """Return `values` as they are after being stored as `dtype` and read again; `strict` as in `encoded`."""
     kept = {"F64": "float64", "F32": "float32"}.get(dtype)
-    return values.astype(kept, copy=False) if kept else decoded(encoded(values, dtype), dtype)
+    if kept is None or (strict and values.dtype != kept):
+        return decoded(encoded(values, dtype, strict=strict), dtype)
+    return values.astype(kept, copy=False)
 
 
 def multiplied(data: memoryview, dtype: str, factor: float) -> memoryview:
     """Return the bytes of the plain floats in `data` times `factor`, with one rounding to nearest even.
 
     They are those of torch's `(x.float() * factor).to(dtype)` for every finite value and infinity. A NaN stays a NaN.
+    Raises NotFiniteError where a finite number would become infinite.
     """
     import numpy as np
     from ml_dtypes import bfloat16
 
     stored = np.dtype(bfloat16 if dtype == "BF16" else _FLOATS[dtype])
     computed = np.dtype("<f8" if dtype == "F64" else "<f4")
-    with np.errstate(all="ignore"):  # overflow to infinity is the right answer here
+    with np.errstate(all="ignore"):  # overflow is looked for below
         values = np.frombuffer(data, stored).astype(computed)
         values *= computed.type(factor)
-        return values.astype(stored, copy=False).view(np.uint8).data
+        product = values.astype(stored, copy=False).view(np.uint8).data
+    if abs(factor) > 1 and holds_odd_bits(product, dtype):
+        after = decoded(product, dtype)
+        overflows = ~np.isfinite(after) & np.isfinite(decoded(data, dtype))
+        if overflows.any():
+            raise beyond(dtype, at=int(np.flatnonzero(overflows)[0]) * stored.itemsize)
+    return product
+
+
+# Of each type the bytes of an element, and the bits from which on a positive number is no finite one.
+_INFINITY = {"F16": (2, 0x7C00), "BF16": (2, 0x7F80), "F32": (4, 0x7F800000), "F64": (8, 0x7FF0000000000000)}
+
+
+def holds_odd_bits(data: memoryview, dtype: str) -> bool:
+    """Whether values of a floating type, by their bits, hold NaN or infinity: two passes over integers."""
+    import numpy as np
+
+    if dtype not in _INFINITY or not len(data):
+        return False
+    size, infinity = _INFINITY[dtype]
+    # Signed, the largest is the largest positive number; unsigned, the negative one of the largest size.
+    high, low = np.frombuffer(data, f"<i{size}").max(), np.frombuffer(data, f"<u{size}").max()
+    return bool(high >= infinity or low >= infinity | 1 << 8 * size - 1)
 
 
 def keep_freed_memory() -> None:

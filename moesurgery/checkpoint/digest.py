@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
+from moesurgery.checkpoint.finding import DAMAGED
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import CheckpointError
 
@@ -30,22 +32,39 @@ def sampled_digest(source: Source, file: str, size: int) -> str:
     path = source.local(file)
     if path is None:
         for start in starts:
-            found.update(source.read(file, start, SAMPLE_BYTES))
+            found.update(source.read(file, start, min(SAMPLE_BYTES, size - start)))
         return found.hexdigest()
     try:
         with open(path, "rb") as opened:  # once: finding a file costs more than reading a block of it
             for start in starts:
-                found.update(os.pread(opened.fileno(), SAMPLE_BYTES, start))
+                found.update(_block(opened.fileno(), start, min(SAMPLE_BYTES, size - start), path))
+            source.check(file, opened.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     return found.hexdigest()
+
+
+def _block(descriptor: int, start: int, length: int, path: Path) -> bytes:
+    """Read `length` bytes however few come at a time; raise CheckpointError where the file ends before."""
+    data = b""
+    while len(data) < length:
+        part = os.pread(descriptor, length - len(data), start + len(data))
+        if not part:
+            raise CheckpointError(f"{path} ends at byte {start + len(data):,}, it had {start + length:,}", DAMAGED)
+        data += part
+    return data
 
 
 def whole_digest(source: Source, file: str, size: int, progress: Callable[[int], None] = lambda count: None) -> str:
     """Return the SHA-256 of a whole file."""
     found = hashlib.sha256()
     for start in range(0, size, _PART):
-        data = source.read(file, start, min(_PART, size - start))
+        length = min(_PART, size - start)
+        data = source.read(file, start, length)
+        if len(data) != length:
+            raise CheckpointError(
+                f"{source.identity}/{file} ends at byte {start + len(data):,}, it had {size:,}", DAMAGED
+            )
         found.update(data)
         progress(len(data))
     return found.hexdigest()

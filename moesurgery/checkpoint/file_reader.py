@@ -71,6 +71,11 @@ class FileReader:
             os.close(descriptor)
         self._open.clear()
 
+    def check(self) -> None:
+        """Raise CheckpointError where a file that was read is not what it was when its header was read."""
+        for (source, file), path in self._paths.items():
+            source.check(file, self._open.get(path) if path is not None else None)
+
     def begin_chunk(self) -> None:
         """Give all buffers free again: what was read before is no longer needed."""
         self._used = 0

@@ -3,6 +3,9 @@
 A source knows file names (relative, '/'-separated), sizes, and how to read a byte range. It never
 follows a path out of the checkpoint. Sources are small and picklable, so that a shard task can carry one
 to another process.
+
+A source holds every file to the state in which it first saw it: a file that is replaced or written over afterwards
+is an error, since bytes of two models would stand side by side.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from moesurgery.checkpoint.answers import CHANGED, Asked, http_answers, hub_answers
 from moesurgery.errors import CheckpointError
 
 MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
@@ -40,7 +44,19 @@ class Source(Protocol):
         """Return what is neither a regular file nor a folder, with what it is: never opened."""
 
     def read(self, file: str, start: int, length: int) -> bytes:
-        """Return `length` bytes of `file` from `start`; fewer only at its end."""
+        """Return `length` bytes of `file` from `start`; fewer only at its end.
+
+        Raises CheckpointError where they cannot be read, or the file is not what it was when it was first seen.
+        """
+
+    def version(self, file: str) -> str:
+        """Return what tells the state in which `file` is now from any other; "" where nothing does."""
+
+    def check(self, file: str, descriptor: int | None = None) -> None:
+        """Raise CheckpointError where `file` is not what it was when it was first seen.
+
+        `descriptor`: of the file as it was opened to be read, which need not be what has its name now.
+        """
 
     def local(self, file: str) -> Path | None:
         """Return a path that the kernel can copy from, or None where there is none."""
@@ -64,11 +80,35 @@ def contained(file: str) -> str:
     return file
 
 
+class _State(NamedTuple):
+    """What tells a local file from one that took its place or was written over."""
+
+    inode: int
+    size: int
+    written: int  # ns
+
+    def change(self, now: _State) -> str | None:
+        """Say how a file went from this state to another; None where it did not."""
+        if now.inode != self.inode:
+            return "was replaced by another file"
+        if now.size != self.size:
+            return f"has {now.size:,} bytes now, it had {self.size:,}"
+        return "was written to" if now.written != self.written else None
+
+
+def _state(status: os.stat_result) -> _State:
+    return _State(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class LocalSource:
-    """A directory, with Hub cache symlinks (`snapshots/<sha>/x -> ../../blobs/<digest>`) allowed."""
+    """A directory, with Hub cache symlinks (`snapshots/<sha>/x -> ../../blobs/<digest>`) allowed.
+
+    `seen`: the state of each file when it was first listed or read.
+    """
 
     root: Path
+    seen: dict[str, _State] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -86,13 +126,16 @@ class LocalSource:
         return self.name
 
     def files(self) -> dict[str, int]:
-        return {name: entry for name, entry in self._entries() if isinstance(entry, int)}
+        found = {name: entry for name, entry in self._entries() if isinstance(entry, _State)}
+        for name, state in found.items():
+            self.seen.setdefault(name, state)
+        return {name: state.size for name, state in found.items()}
 
     def irregular(self) -> dict[str, str]:
         return {name: entry for name, entry in self._entries() if isinstance(entry, str)}
 
-    def _entries(self) -> Iterator[tuple[str, int | str]]:
-        """Yield (name, size) of regular files and (name, kind) of everything else, in order of names."""
+    def _entries(self) -> Iterator[tuple[str, _State | str]]:
+        """Yield (name, state) of regular files and (name, kind) of everything else, in order of names."""
         waiting = [self.root]
         count = 0
         while waiting:
@@ -113,7 +156,7 @@ class LocalSource:
                         f"{self.root} holds more than {MAX_FILES:,} files", "name the model's own folder"
                     )
                 path = Path(entry.path)
-                yield path.relative_to(self.root).as_posix(), _size_or_kind(path)
+                yield path.relative_to(self.root).as_posix(), _state_or_kind(path)
 
     def local(self, file: str) -> Path:
         """Return the real path of `file`; raise CheckpointError where it leads out of the checkpoint."""
@@ -152,11 +195,31 @@ class LocalSource:
                 blocks.append(block)
                 start += len(block)
                 length -= len(block)
+            # The time of a write is set before its first byte: what was read until now is of the state seen now.
+            self.hold(file, os.fstat(descriptor))
             return b"".join(blocks)
         except OSError as error:
             raise CheckpointError(f"{path}, byte {start:,}: {error.strerror}") from None
         finally:
             os.close(descriptor)
+
+    def version(self, file: str) -> str:
+        return " ".join(map(str, _state(self.local(file).stat())))
+
+    def check(self, file: str, descriptor: int | None = None) -> None:
+        try:
+            for where in (self.root / file,) if descriptor is None else (descriptor, self.root / file):
+                self.hold(file, os.stat(where))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.root / file} changed while it was in use: {error.strerror}", CHANGED
+            ) from None
+
+    def hold(self, file: str, status: os.stat_result) -> None:
+        """Raise CheckpointError where a file is not in the state in which it was first seen: this one, if it is new."""
+        now = _state(status)
+        if change := self.seen.setdefault(file, now).change(now):
+            raise CheckpointError(f"{self.root / file} changed while it was in use: it {change}", CHANGED)
 
 
 def _skipped(folder: Path) -> bool:
@@ -181,29 +244,39 @@ _KINDS = {
 }
 
 
-def _size_or_kind(path: Path) -> int | str:
-    """Return the size of a regular file (links followed), or what else it is."""
+def _state_or_kind(path: Path) -> _State | str:
+    """Return the state of a regular file (links followed), or what else it is."""
     try:
         status = path.stat()
     except OSError:
         status = path.lstat()
     kind = stat.S_IFMT(status.st_mode)
-    return status.st_size if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
+    return _state(status) if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
+
+
+# What file systems of fsspec say of a file that changes with it, and never without.
+_TELLING = (
+    *("size", "ino", "mtime", "ETag", "etag", "checksum", "md5", "md5Hash", "content_md5", "Content-MD5", "crc32c"),
+    *("generation", "version_id", "VersionId", "LastModified", "last_modified", "updated", "modified"),
+)
 
 
 @dataclass(frozen=True)
 class RemoteSource:
     """Files behind an fsspec URL, read by ranges: `hf://org/name@revision`, `s3://…`, `https://…`.
 
-    `url` is what fsspec opens; for the Hub it names a commit, so that every range is of one version.
+    `url` is what fsspec opens; for the Hub it names a commit, so that every range is of one version. `sizes` are those
+    of the listing. `seen`: what tells the state of each file when it was first read: its ETag, or what else is known.
     """
 
     url: str
     label: str
+    sizes: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    seen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _local: threading.local = field(default_factory=threading.local, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[RemoteSource], tuple[str, str]]:
-        return type(self), (self.url, self.label)
+    def __reduce__(self) -> tuple[type[RemoteSource], tuple[str, str, dict[str, int], dict[str, str]]]:
+        return type(self), (self.url, self.label, self.sizes, self.seen)
 
     @property
     def name(self) -> str:
@@ -227,7 +300,10 @@ class RemoteSource:
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:
-        return {name: size for name, size in self._listed() if is_contained(name)}
+        found = {name: size for name, size in self._listed() if is_contained(name)}
+        for name, size in found.items():
+            self.sizes.setdefault(name, size)
+        return found
 
     def irregular(self) -> dict[str, str]:
         return {name: "a path out of the checkpoint" for name, _ in self._listed() if not is_contained(name)}
@@ -245,13 +321,55 @@ class RemoteSource:
         contained(file)
 
     def read(self, file: str, start: int, length: int) -> bytes:
-        if length <= 0:
+        size = self.sizes.get(file)
+        stop = start + length if size is None else min(start + length, size)
+        if stop <= start:
             return b""
         system, root = self._open()
         path = f"{root.rstrip('/')}/{contained(file)}"
-        extra = {"cache_type": "none"} if self.url.startswith("hf://") else {}  # else it reads 5 MB ahead
+        asked = Asked(f"{self.label}/{file}", start, stop, size, file, self.seen)
+        with remote_errors(asked.where):
+            if self._is_hub:
+                with hub_answers(asked):
+                    data = bytes(system.cat_file(path, start=start, end=stop, cache_type="none"))  # else 5 MB ahead
+            elif self._is_http:
+                data = bytes(system.cat_file(path, start=start, end=stop, **http_answers(asked)))
+            else:
+                if file not in self.seen:
+                    self.check(file)
+                data = bytes(system.cat_file(path, start=start, end=stop))
+        if size is not None:
+            asked.check_length(len(data))
+        return data
+
+    @property
+    def _is_hub(self) -> bool:
+        return self.url.startswith("hf://")
+
+    @property
+    def _is_http(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
+
+    def version(self, file: str) -> str:
+        return "" if self._is_hub else self._state(file)  # the commit is in the name
+
+    def check(self, file: str, descriptor: int | None = None) -> None:
+        if self._is_hub or self._is_http:
+            return  # each answer was checked when it came
+        now = self._state(file)
+        if now != self.seen.setdefault(file, now):
+            raise CheckpointError(f"{self.label}/{file} changed while it was in use", CHANGED)
+
+    def _state(self, file: str) -> str:
+        """Ask the server, and not what was heard of it before, for what tells a state of a file from another."""
+        system, root = self._open()
         with remote_errors(f"{self.label}/{file}"):
-            return bytes(system.cat_file(path, start=start, end=start + length, **extra))
+            system.invalidate_cache()
+            facts = system.info(f"{root.rstrip('/')}/{contained(file)}")
+        known = [key for key in _TELLING if facts.get(key) is not None]
+        return " ".join(
+            f"{key}={facts[key]}" for key in (known if len(known) > 1 else ("size", "created")) if key in facts
+        )
 
 
 class remote_errors:  # noqa: N801 - reads as a statement

@@ -6,7 +6,6 @@ shown escaped, and nothing is parsed as markup.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
+from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.escape import safe
 from moesurgery.write.shard import JobControl
 
@@ -33,7 +33,7 @@ class Console:
 
     def json(self, value: Any) -> None:
         """Print one JSON document, the whole of stdout."""
-        print(json.dumps(value, indent=2, ensure_ascii=True), file=sys.stdout)
+        print(ascii_json(value), file=sys.stdout)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
         """Print aligned columns; those in `right` are aligned to the right."""

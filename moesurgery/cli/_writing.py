@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import unicodedata
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.errors import RecipeError
@@ -263,7 +263,7 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
         console.result(f"would write {output}: {len(tasks)} shards, {human_bytes(written)}")
         console.result("tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count))
         for key, old, new in changes:
-            console.result(f"config.json: {key}: {json.dumps(old)} -> {json.dumps(new)}")
+            console.result(f"config.json: {key}: {ascii_json(old, indent=None)} -> {ascii_json(new, indent=None)}")
         console.result(
             f"computed: {human_bytes(computed_bytes)};"
             f" new disk space: {human_bytes(needed)} of {human_bytes(free)} free"

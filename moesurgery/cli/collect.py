@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import Force, Json, Quiet
@@ -62,7 +62,7 @@ def collect_command(
     stats = run.statistics(NeededStatistics(top_k or (), recon or (), every_expert), _run_options.reporter)
     stats.save(target)
     document = _document(stats, target)
-    target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+    target.with_suffix(".json").write_text(write_json(document))
     if as_json:
         console.json(document)
         return

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.cli._writing import Json, Quiet
@@ -46,7 +46,9 @@ def _show(found: Difference, each: bool) -> None:
         console.result(f"the same: {found.equal} tensors and the config")
         return
     for key, before, after in found.config:
-        console.result(one_line(f"config.json: {key}: {json.dumps(before)} -> {json.dumps(after)}"))
+        console.result(
+            one_line(f"config.json: {key}: {ascii_json(before, indent=None)} -> {ascii_json(after, indent=None)}")
+        )
     if found.tensors:
         groups: dict[tuple[str, str], list[TensorDifference]] = {}
         for tensor in found.tensors:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import Force, Json, Quiet
@@ -93,7 +93,7 @@ def probe_command(
         from moesurgery.fitting.heatmap import draw, page
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(document, indent=1) + "\n")
+        files[0].write_text(write_json(document))
         files[1].write_text(page(document))
         if png:
             draw(document, files[2])

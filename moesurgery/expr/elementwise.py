@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.arrays import multiplied, rounded
+from moesurgery.checkpoint.arrays import NotFiniteError, beyond, multiplied, rounded
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-_F16_END = 65520.0  # what rounds to infinity from here
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,13 @@ class Exponent(Unary):
         return moved.to(torch.uint8).view(torch_dtype(self.dtype))
 
 
+def _name(expr: Expr) -> str:
+    return next((stored.info.name for stored in expr.stored()), "a tensor")
+
+
 @dataclass(frozen=True)
 class Cast(Unary):
-    """`of` rounded to another floating dtype. Raises RefusedError for finite numbers that F16 cannot hold."""
+    """`of` rounded to another floating dtype. Raises NotFiniteError for finite numbers that it cannot hold."""
 
     to: str
 
@@ -80,26 +82,20 @@ class Cast(Unary):
         return self.to
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
-        wide = self.of.evaluate(start, stop, reader)
-        if self.to == "F16" and bool((wide.isfinite() & (wide.abs() >= _F16_END)).any()):
-            raise self._too_large()
-        return wide.to(torch_dtype(self.to))
+        try:
+            return narrowed(self.of.evaluate(start, stop, reader), self.to)
+        except NotFiniteError:
+            raise beyond(self.to, _name(self)) from None
 
     @property
     def numpy_only(self) -> bool:
         return self.of.numpy_only
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
-        import numpy as np
-
-        wide = self.of.array(start, stop, reader)
-        if self.to == "F16" and bool((np.isfinite(wide) & (abs(wide) >= _F16_END)).any()):
-            raise self._too_large()
-        return rounded(wide, self.to)
-
-    def _too_large(self) -> Exception:
-        name = next((stored.info.name for stored in self.stored()), "a tensor")
-        return RefusedError(f"{name} holds numbers that float16 cannot: beyond 65504", "use bfloat16 or float32")
+        try:
+            return rounded(self.of.array(start, stop, reader), self.to, strict=True)
+        except NotFiniteError:
+            raise beyond(self.to, _name(self)) from None
 
 
 def cast(of: Expr, dtype: str) -> Expr:

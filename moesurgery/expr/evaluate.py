@@ -28,6 +28,22 @@ def values_of(expr: Expr, rows: tuple[int, int] | None = None) -> np.ndarray:
         raise RefusedError(f"the values of {name} cannot be read: {error}") from None
 
 
+def finite_values(name: str, expr: Expr) -> np.ndarray:
+    """Return the values of the tensor `name`, from which something is decided, as float32.
+
+    Raises RefusedError where some are NaN or infinite, and what `values_of` raises.
+    """
+    import numpy as np
+
+    values = values_of(expr)
+    if count := values.size - int(np.isfinite(values).sum()):
+        raise RefusedError(
+            f"{name} holds {count:,} numbers that are not finite, so nothing can be decided by it",
+            "`moesurgery validate --level values` finds all such tensors",
+        )
+    return values
+
+
 def _bytes_of(expr: Expr) -> list[bytes]:
     found: list[bytes] = []
     for piece in expr.pieces():
@@ -40,6 +56,7 @@ def _bytes_of(expr: Expr) -> list[bytes]:
                 found.append(bytes(piece.expr.raw(piece.start, piece.stop, reader)))
             else:
                 found.append(bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader))))
+            reader.check()
         finally:
             reader.close()
     return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.arrays import rounded
-from moesurgery.expr.nodes import Expr, Reader, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, narrowed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,14 +49,14 @@ class _Drawn(Expr):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(self._numbers(start, stop)).to(torch_dtype(self.dtype))
+        return narrowed(torch.from_numpy(self._numbers(start, stop)), self.dtype)
 
     @property
     def numpy_only(self) -> bool:
         return True
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
-        return rounded(self._numbers(start, stop), self.dtype)
+        return rounded(self._numbers(start, stop), self.dtype, strict=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed
 from moesurgery.expr.tensors import Gather
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class SharedResult(Expr):
         result = self.solution.results(reader)[self.index]
         if tuple(result.shape) != self.shape:
             raise AssertionError(f"{self.solution.function.__name__} gave {tuple(result.shape)}, planned {self.shape}")
-        return result.reshape(-1)[start:stop].to(torch_dtype(self.dtype), copy=True)
+        return narrowed(result.reshape(-1)[start:stop].clone(), self.dtype)
 
 
 @dataclass(frozen=True)

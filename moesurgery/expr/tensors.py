@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import decoded, rounded
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, element_count
-from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ class Linear(Expr):
             else:
                 total.add_(value.to(torch.float32), alpha=weight)
         assert total is not None
-        return total.to(torch_dtype(self.dtype))
+        return narrowed(total, self.dtype)
 
 
 def mean(parts: list[Expr]) -> Expr:
@@ -310,4 +310,4 @@ class Applied(Expr):
         result: torch.Tensor = self.function(*values, **dict(self.parameters))
         if tuple(result.shape) != self.shape:
             raise AssertionError(f"{self.function.__name__} returned {tuple(result.shape)}, planned {self.shape}")
-        return result.to(torch_dtype(self.dtype)).reshape(-1)
+        return narrowed(result, self.dtype).reshape(-1)

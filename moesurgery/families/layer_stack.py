@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.components import MTP, VISION
+from moesurgery.families.layer_config import layer_settings
 from moesurgery.families.tensor_names import split_layer
 
 
@@ -55,6 +57,51 @@ def stack_of(anatomy: Anatomy, names: Iterable[str], operation: str) -> Stack:
         if layer not in blocks and not (tie_map is not None and tie_map[layer] != layer):
             raise CheckpointError(f"config.json says {depth} layers, and {root}{container}.{layer} has no tensors")
     return Stack(root, container, depth, blocks)
+
+
+_TABLE = re.compile(r"(.+)\.(\d+)((?:\.[^.\d][^.]*)*)")
+_FORM = re.compile(r"\.(weight_packed|qweight|weight)$|_blocks$")
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def check_movable(anatomy: Anatomy, names: Iterable[str], operation: str) -> None:
+    """Refuse to repeat, leave out or move layers where a layer's place decides what it holds.
+
+    That is so where tensors outside of the layers are numbered as they are, and where layers that config.json does
+    not tell apart hold different tensors (as where the first lacks one): at another place a loader would look for
+    tensors that no layer ever had, and make them up. Raises RefusedError.
+    """
+    depth = anatomy.settings.layers
+    if depth is None or depth < 2:
+        return
+    tables: dict[str, set[int]] = {}
+    inside: dict[int, set[str]] = {layer: set() for layer in range(depth)}
+    for name in names:
+        component, layer = anatomy.component[name], anatomy.layer.get(name)
+        if component in (VISION, MTP) or not anatomy.parameters[name]:
+            continue
+        if layer is None and (match := _TABLE.fullmatch(name)):
+            tables.setdefault(f"{match[1]}.#{match[3]}", set()).add(int(match[2]))
+        elif layer in inside:
+            inside[layer].add(_NUMBER.sub(".#", _FORM.sub("", _split(name, layer)[2])))
+    for table, numbers in tables.items():
+        if len(numbers) in (depth, depth - 1):
+            raise RefusedError(
+                f"{operation}: {table} has {len(numbers)} entries for {depth} layers, which do not follow when layers"
+                " are repeated, left out or moved",
+                "keep the layers as they are: the model's code would find no entry for some, and make them up",
+            )
+    first: dict[str, int] = {}
+    for layer, held in inside.items():
+        kind = repr(sorted(layer_settings(anatomy.settings, layer).items()))
+        other = first.setdefault(kind, layer)
+        if held and inside[other] and (odd := sorted(held ^ inside[other])):
+            with_it, without = (layer, other) if odd[0] in held else (other, layer)
+            raise RefusedError(
+                f"{operation}: layer {with_it} has {odd[0]}, layer {without} has not, and config.json does not say why:"
+                " where a layer stands decides what it holds",
+                "keep the layers as they are: at another place the model's code would make up what is missing",
+            )
 
 
 def _split(name: str, layer: int) -> tuple[str, str, str]:

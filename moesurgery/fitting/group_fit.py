@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.errors import RefusedError
-from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.evaluate import finite_values
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.fitting.collector import check_routing
 from moesurgery.forward.activations import activations, check_form
@@ -117,7 +117,9 @@ def _features(plan: Plan, block: MoeBlock, expert: int) -> torch.Tensor:
     expr = neuron_features(expert_tensors(block, plan.tensors, expert))
     reader = FileReader()
     try:
-        return expr.evaluate(0, expr.numel, reader).view(expr.shape).float()
+        values = expr.evaluate(0, expr.numel, reader).view(expr.shape).float()
+        reader.check()
+        return values
     finally:
         reader.close()
 
@@ -129,7 +131,9 @@ def _router(plan: Plan, calls: Sequence[ExpertsCall], groups: Sequence[tuple[lis
     block = calls[0].block.block
     device = calls[0].hidden.device
     rows = torch.from_numpy(router_rows(plan, block).copy()).to(device).double()
-    bias = next((values_of(plan.tensors[m.name])[: block.experts] for m in block.named("router_bias")), None)
+    bias = next(
+        (finite_values(m.name, plan.tensors[m.name])[: block.experts] for m in block.named("router_bias")), None
+    )
     shift = torch.zeros(len(rows), dtype=torch.float64, device=device)
     if bias is not None:
         shift += torch.from_numpy(bias).to(device)

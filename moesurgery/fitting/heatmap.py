@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.errors import OutputError
 
 ANNOTATED = 160  # cells: with more, numbers would not be legible
@@ -91,7 +91,7 @@ def _number(value: float | None) -> float:
 
 def page(document: Mapping[str, Any]) -> str:
     """Return the HTML page: a heat map of any measure, with each expert's figures and tokens on a click."""
-    data = json.dumps(document).replace("<", "\\u003c")
+    data = ascii_json(document, indent=None).replace("<", "\\u003c")
     return _PAGE.replace("@NAME@", html.escape(str(document["name"]))).replace("@DATA@", data)
 
 

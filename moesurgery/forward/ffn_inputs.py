@@ -63,6 +63,7 @@ def embeddings(plan: Plan, ids: torch.Tensor) -> torch.Tensor:
             reader.begin_chunk()
             row = Slice(table, token, token + 1)
             rows.append(row.evaluate(0, row.numel, reader).to(torch.float32).clone())
+        reader.check()
     finally:
         reader.close()
     return torch.stack(rows)[where]

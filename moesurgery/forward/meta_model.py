@@ -88,7 +88,7 @@ class MetaModel:
         return self._loose
 
     def load(self, unit: LayerUnit) -> None:
-        """Read a unit's weights from the plan into its module."""
+        """Read a unit's weights from the plan into its module. Raises CheckpointError where a source has changed."""
         import torch
 
         done: set[str] = set()
@@ -101,6 +101,7 @@ class MetaModel:
                     if target in self._empty or self._is_buffer(target):
                         self._set(target, value)
                         done.add(target)
+        self._reader.check()
         self._refuse_missing([n for n in self._parameters(unit) if n not in done])
 
     def free(self, unit: LayerUnit) -> None:

@@ -7,13 +7,13 @@ its relatives). They choose how a model is run and never what it computes, so th
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.filenames import CONFIG
+from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.tied.registration import register_tied_models
 
 _LEFT_OUT = frozenset(
@@ -49,5 +49,5 @@ def load_config(config: Mapping[str, Any]) -> Any:
 
     register_tied_models()
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, CONFIG).write_text(json.dumps(harmless(config)))
+        Path(folder, CONFIG).write_text(compact_json(harmless(config)))
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

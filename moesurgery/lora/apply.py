@@ -73,7 +73,7 @@ class LowRank(Unary):
         left = self.left.array(first * rank, last * rank, reader).reshape(-1, rank)
         values = self.of.array(start, stop, reader)
         values += (left @ right * self.factor).reshape(-1)
-        return rounded(values, self.dtype)
+        return rounded(values, self.dtype, strict=True)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
@@ -136,6 +136,11 @@ class LoraAdapter:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = value
                 break
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise CheckpointError(
+                f"{self.name}/{ADAPTER_CONFIG}: lora_alpha is {alpha!r} for {module}, expected a finite number",
+                "put the number that it was trained with there",
+            )
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @cached_property

@@ -7,7 +7,6 @@ names, orientation and stacks of experts are those of transformers' own modules,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.moe.canonical_names import CanonicalTensors
@@ -87,7 +87,7 @@ def extract_lora(
     try:
         tensors = {name: value.contiguous() for name, value in made.tensors().items()}
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(made.config(base.label), indent=2) + "\n")
+        (partial / ADAPTER_CONFIG).write_text(write_json(made.config(base.label)))
         os.rename(partial, output)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -114,6 +114,11 @@ class _Adapter:
         name, kind, change, siblings = difference
         if not bool(change.any()):
             return
+        if not bool(change.isfinite().all()):
+            raise RefusedError(
+                f"{name}: the two models differ by NaN or infinity, which has no singular values",
+                "`moesurgery validate --level values` finds such weights in both",
+            )
         if kind == "none":
             self.left.append(name)
             return
@@ -278,7 +283,9 @@ def _values(expr: Expr) -> torch.Tensor:
 
     reader = FileReader()
     try:
-        return torch.from_numpy(expr.array(0, expr.numel, reader)).float().view(expr.shape)
+        values = torch.from_numpy(expr.array(0, expr.numel, reader)).float().view(expr.shape)
+        reader.check()
+        return values
     finally:
         reader.close()
 

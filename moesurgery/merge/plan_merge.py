@@ -15,6 +15,7 @@ from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.expr.random import random_key
 from moesurgery.families.config_keys import Settings, with_dtype, with_value
 from moesurgery.families.layer_config import LayerOrigin, restacked_config, without_prediction
+from moesurgery.families.layer_stack import check_movable
 from moesurgery.merge.align import Aligner, not_aligned
 from moesurgery.merge.arguments import Arguments
 from moesurgery.merge.chat_templates import chat_template
@@ -224,6 +225,10 @@ class _Merger:
             leads = [(self.sources.lead(index), offset) for index, offset, _ in self.placement.stack]
             origins = [LayerOrigin(lead.parts.anatomy.settings, lead.first + offset) for lead, offset in leads]
             with at_line(self.origin, self.stage.line_of("slices")):
+                for parts in {id(lead.parts): lead.parts for lead, _ in leads}.values():
+                    own = [lead.first + offset for lead, offset in leads if lead.parts is parts]
+                    if own != list(range(parts.layers)):
+                        check_movable(parts.anatomy, parts.plan.tensors, f"merge of {parts.label}")
                 config = restacked_config(donor.anatomy.settings, origins)
             if self.placement.left_out:
                 config = without_prediction(Settings(donor.anatomy.settings.family, config))
@@ -250,11 +255,14 @@ class _Merger:
             file, digest = self.method.origin
             parameters["methods"] = {"file": Path(file).name, "sha256": digest}
         report: dict[str, Any] = {"method": stage.method.name, "models": inputs, "base": donor.label}
+        padding = self._tokenizer.padding if self._tokenizer is not None else 0
+        note = f"{padding} rows of the embedding that stand for no token are the mean of the base's rows"
         return Step(
             "merge",
             parameters,
             f"{stage.method.name} of {', '.join(others) or 'nothing'}{base}: {count} tensors",
             report={**report, "layers": len(self.placement.stack)} if stage.stacked else report,
+            notes=(note,) if padding else (),
             warnings=tuple(self.warnings),
             parents={text: self.models.parents(text) for text in stage.references.values()},
             places={("recipe", *path): text for path, text in stage.references.items()},

@@ -21,6 +21,7 @@ from moesurgery.checkpoint.filenames import (
     TOKENIZER,
     TOKENIZER_FILES,
 )
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Slice, reshape, torch_dtype
 from moesurgery.families import components
@@ -79,7 +80,7 @@ class Gathered(Expr):
                     out[at] += self.options[option].array(index * row, (index + 1) * row, reader)
                 out[at] /= len(chosen[at])
             at += count
-        return rounded(out.reshape(-1), self.dtype)
+        return rounded(out.reshape(-1), self.dtype, strict=True)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
@@ -159,6 +160,12 @@ class MergedTokenizer:
         )
         return max(sizes, default=0)
 
+    @property
+    def padding(self) -> int:
+        """How many rows stand for no token and for no row of the base: they are made, as the mean of its rows."""
+        held, tokens = self._rows_of(self.models[self.base]), set(self.tokens.values())
+        return sum(number not in tokens for number in range(held, self.rows))
+
     def is_vocabulary(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a tensor of the base has a row for each token."""
         parts = self.models[self.base]
@@ -220,7 +227,7 @@ class MergedTokenizer:
                 size = held.file_sizes.get(file)
                 files[file] = held.source.read(file, 0, size) if size is not None else None
         if self.added:
-            files[TOKENIZER] = json.dumps(self.data, ensure_ascii=False, indent=2).encode()
+            files[TOKENIZER] = write_json(self.data).encode()
             files.update(dict.fromkeys(OTHER_TOKENIZER_FORMS))
         base = self.models[self.base].plan.checkpoint.file_sizes
         return {file: data for file, data in files.items() if data is not None or file in base}
@@ -258,7 +265,14 @@ class MergedTokenizer:
             for j, name in enumerate(names)
             if (n := self.numbers[name].get(token)) is not None and n < options[j].shape[0]
         ]
-        return tuple(rows) or ((len(names), 0),)
+        if not rows:
+            raise RefusedError(
+                f"the token {token!r} (number {number} of the merged tokenizer) has a row in no model's embedding: it"
+                " would be made up",
+                "say where its row comes from, under `tokenizer: tokens:`, as in"
+                f" `{json.dumps(token)}: {{source: {{kind: zero}}}}`, or take the tokenizer of another model",
+            )
+        return tuple(rows)
 
     def _stated_row(
         self, token: str, source: TokenSource, names: Sequence[str], options: Sequence[Expr]

@@ -24,12 +24,24 @@ def is_quantised(block: MoeBlock, tensors: Mapping[str, Expr]) -> bool:
     return any(m.stem.main and tensors[m.name].dtype not in PLAIN_FLOATS for m in block.named("down"))
 
 
+def check_factors(where: str, factors: Sequence[float]) -> None:
+    """Raise RefusedError where a factor of block `where` is not a finite, positive number."""
+    for expert, factor in enumerate(factors):
+        if not (math.isfinite(factor) and factor > 0):
+            which = f", expert {expert}" if len(factors) > 1 else ""
+            raise RefusedError(
+                f"{where}{which}: the factor on the output is {factor:.6g}, not a finite and positive number",
+                "`moesurgery validate --level values` finds NaN and infinity; --scale NUMBER needs no estimate",
+            )
+
+
 def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | Sequence[float]) -> dict[str, Expr]:
     """Return the changed tensors that multiply each expert's output by `factor` (one, or one per expert).
 
-    Raises RefusedError where the stored form cannot hold the factor.
+    Raises RefusedError where the stored form cannot hold the factor, or the factor is not finite and positive.
     """
     factors = [float(factor)] * block.experts if isinstance(factor, (int, float)) else list(factor)
+    check_factors(block.where, factors)
     down = block.named("down")
     changed: dict[str, Expr] = {}
     for member in down:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.strict_json import not_finite
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.families.anatomy import Anatomy
@@ -97,13 +98,20 @@ class Plan:
     ) -> Plan:
         """Return the plan after `step`, with what it changed; `files` and `companions` are added to those there are.
 
-        Raises RefusedError where weights change for which a companion has been planned: it would not fit them.
+        Raises RefusedError where weights change for which a companion has been planned: it would not fit them; and
+        for a config with NaN, or with an infinity that it did not have.
         """
         if self.companions and tensors is not None and tensors != self.tensors:
             raise RefusedError(
                 f"{step.operation}: {', '.join(self.companions)} was planned for the weights before this step",
                 f"put `- {step.operation}: …` before `- {self.steps[-1].operation}: …`",
             )
+        for key, number in not_finite(config or {}):
+            if number != number or (key, number) not in set(not_finite(self.config)):
+                raise RefusedError(
+                    f"{step.operation}: {key} in config.json would be {number}, which is no number of JSON",
+                    f"give {key} a number in config.json, and look at the values with `moesurgery validate`",
+                )
         return replace(
             self,
             tensors=self.tensors if tensors is None else tensors,

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from moesurgery.checkpoint.strict_json import not_finite
+
 MISSING = inspect.Parameter.empty
 
 Reads = Literal["model", "file"]
@@ -192,6 +194,8 @@ def check_value(parameter: Parameter, value: Any) -> Misfit | None:
         return Misfit((parameter.name, *found.path), f"{parameter.name}{where} is {found.message}")
     if problem := _out_of_bounds(value, parameter.param):
         return Misfit((parameter.name,), f"{parameter.name} is {problem}")
+    for where, number in not_finite(value, parameter.name):
+        return Misfit((parameter.name,), f"{where} is {number}, expected a finite number")
     return None
 
 

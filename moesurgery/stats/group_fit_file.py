@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moesurgery.checkpoint.header import TensorInfo, read_header
 from moesurgery.checkpoint.source import LocalSource
+from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice, Stored
 from moesurgery.stats.safetensors_file import save_arrays
@@ -52,16 +53,26 @@ class GroupFit:
 
 
 def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: MergedGroups, about: Mapping[str, Any]) -> None:
-    """Write what was found for a merge, and `about` it on what."""
+    """Write what was found for a merge, and `about` it on what.
+
+    Raises RefusedError for router rows that are not finite.
+    """
     import numpy as np
 
     arrays: dict[str, Any] = {}
     for fit in fits:
+        for role, entries in fit.router.items():
+            if not np.isfinite(entries).all():
+                raise RefusedError(
+                    f"merge-experts: the {role} fitted for {fit.where} is not finite:"
+                    " the model computes NaN or infinity on this text",
+                    "`moesurgery validate --level values` finds bad weights; --router dominant fits nothing",
+                )
         arrays |= {f"{fit.where}/order/{e}": order.astype(np.int64) for e, order in fit.orders.items()}
         arrays |= {f"{fit.where}/{role}": entries.astype(np.float32) for role, entries in fit.router.items()}
     blocks = {f.where: {"groups": merger.groups[f.where], "dominant": merger.dominant[f.where]} for f in fits}
     document = {**about, "align": merger.align, "router": merger.router, "blocks": blocks}
-    save_arrays(path, arrays, {"about": json.dumps(document), "format": _FORMAT})
+    save_arrays(path, arrays, {"about": compact_json(document), "format": _FORMAT})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ by one, so that none stays in memory; `refit.json` comes last, so a folder witho
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.filenames import REPAIR_INDEX
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
-from moesurgery.errors import CheckpointError, OutputError
+from moesurgery.checkpoint.strict_json import write_json
+from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr, Stored
 
 if TYPE_CHECKING:
@@ -69,8 +71,10 @@ class RepairWriter:
         self.layers: list[dict[str, Any]] = []
 
     def add(self, fitted: FittedBlock) -> None:
+        """Write what was fitted for a block. Raises RefusedError where it is not finite."""
         from safetensors.torch import save_file
 
+        _check_finite(fitted)
         file = None
         if fitted.matrices:
             file = f"layer-{len(self.layers):03}.safetensors"
@@ -92,7 +96,18 @@ class RepairWriter:
 
     def close(self, about: Mapping[str, Any]) -> None:
         document = {"format": _FORMAT, **about, "layers": self.layers}
-        (self.folder / REPAIR_INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        (self.folder / REPAIR_INDEX).write_text(write_json(document))
+
+
+def _check_finite(fitted: FittedBlock) -> None:
+    numbers = [*(fitted.factors or ()), fitted.error_before, fitted.error_after, fitted.error_held_out]
+    matrices = (w for of_expert in fitted.matrices.values() for w in of_expert.values())
+    if all(n is None or math.isfinite(n) for n in numbers) and all(bool(w.isfinite().all()) for w in matrices):
+        return
+    raise RefusedError(
+        f"refit: what is fitted for {fitted.where} is not finite: a model computes NaN or infinity on this text",
+        "`moesurgery validate --level values` finds bad weights",
+    )
 
 
 @dataclass(frozen=True)
@@ -123,11 +138,15 @@ def open_repair(folder: str | Path) -> Repair:
     """Read a repair. Raises CheckpointError where the folder holds none."""
     path = Path(folder) / REPAIR_INDEX
     hint = "make one with `moesurgery … --refit down --text FILE`"
+    source = LocalSource(Path(folder).absolute())
     try:
-        document = json.loads(path.read_text())
+        sizes = source.files() if path.is_file() else {}  # and their states: none may change from here on
+        document = json.loads(
+            source.read(REPAIR_INDEX, 0, sizes[REPAIR_INDEX]) if REPAIR_INDEX in sizes else path.read_text()
+        )
         if document["format"] != _FORMAT:
             raise CheckpointError(f"{path} is no repair", hint)
         layers = {str(entry["layer"]): entry for entry in document.pop("layers")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as a repair: {error}", hint) from None
-    return Repair(LocalSource(Path(folder).absolute()), document, layers)
+    return Repair(source, document, layers)

@@ -39,6 +39,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.source import LocalSource
+from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.stats.safetensors_file import save_arrays
@@ -91,6 +93,7 @@ class Stats:
 
     blocks: dict[str, BlockStats]
     about: dict[str, Any]
+    sha256: str = ""  # of the file that they were read from
 
     @property
     def top_k(self) -> int:
@@ -137,9 +140,27 @@ class Stats:
                 "collect them again with `moesurgery collect`",
             )
 
-    def save(self, path: Path) -> Path:
-        """Write `path.safetensors` and, for people, `path.json`; return the former."""
+    def check_finite(self, source: str) -> None:
+        """Raise RefusedError where a sum is NaN or infinite: nothing can be decided by it."""
         import numpy as np
+
+        for where, block in self.blocks.items():
+            for name, values in block.sums.items():
+                if not np.isfinite(values).all():
+                    raise RefusedError(
+                        f"{source}: {name} of {where} holds numbers that are not finite: the model computes NaN or"
+                        " infinity on this text",
+                        "`moesurgery validate --level values` finds bad weights; collect again when they are mended",
+                    )
+
+    def save(self, path: Path) -> Path:
+        """Write `path.safetensors` and, for people, `path.json`; return the former.
+
+        Raises RefusedError where a sum is not finite.
+        """
+        import numpy as np
+
+        self.check_finite(str(path))
 
         target = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
         arrays = {
@@ -147,16 +168,19 @@ class Stats:
             for where, block in self.blocks.items()
             for name, values in block.sums.items()
         }
-        save_arrays(target, arrays, {"about": json.dumps(self.about), "format": _FORMAT})
+        save_arrays(target, arrays, {"about": compact_json(self.about), "format": _FORMAT})
         return target
 
 
 def load_stats(path: str | Path) -> Stats:
-    """Read a statistics file. Raises CheckpointError where it is none."""
+    """Read a statistics file. Raises CheckpointError where it is none, RefusedError where its sums are not finite."""
     from safetensors import SafetensorError, safe_open
 
     blocks: dict[str, BlockStats] = {}
     try:
+        source, held = LocalSource(Path(path).absolute().parent), Path(path).name
+        source.hold(held, Path(path).stat())
+        sha256 = digest(path)
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
@@ -165,12 +189,17 @@ def load_stats(path: str | Path) -> Stats:
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
             about = json.loads(metadata["about"])
+        source.check(held)
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         longer = f"{path}.safetensors"
         hint = f"name {longer}" if Path(longer).is_file() else "make them with `moesurgery collect`"
         raise CheckpointError(f"{path} cannot be read as statistics: {error}", hint) from None
     order = {where: i for i, where in enumerate(about["blocks"])}
-    return Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about)
+    found = Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about, sha256)
+    found.check_finite(str(path))
+    return found
 
 
 def digest(path: str | Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.evaluate import finite_values
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.criteria import MeasuredCriterion
@@ -58,10 +58,12 @@ def check_indices(operation: str, block: MoeBlock, indices: Sequence[int]) -> No
 
 
 def router_rows(plan: Plan, block: MoeBlock) -> np.ndarray:
-    """Return the router's rows [E, H] of a block. Raises RefusedError where its router is no single matrix."""
+    """Return the router's rows [E, H] of a block. Raises RefusedError where its router is no single matrix of finite
+    numbers.
+    """
     if block.router is None:
         raise RefusedError(f"{block.where}: its router is not one matrix", "name the experts by number")
-    rows = values_of(plan.tensors[block.router.name])
+    rows = finite_values(block.router.name, plan.tensors[block.router.name])
     return (rows.T if block.router.axis == 1 else rows)[: block.experts]
 
 
@@ -126,7 +128,7 @@ def ranking(
             "give --text FILE to collect them, or --stats FILE from `moesurgery collect`",
         )
     from moesurgery.stats.criteria import agreement, scores, super_experts
-    from moesurgery.stats.statistics_file import digest, load_stats
+    from moesurgery.stats.statistics_file import load_stats
 
     found = load_stats(stats)
     found.check(plan.anatomy, operation)
@@ -151,7 +153,7 @@ def ranking(
         notes.append(protected_note(protected))
     if others := [where for where in ranked if where not in found.blocks]:
         notes.append(not_run_note(others))
-    return Ranking(ranked, protected, tuple(notes), {"sha256": digest(stats), **found.about})
+    return Ranking(ranked, protected, tuple(notes), {"sha256": found.sha256, **found.about})
 
 
 def protected_note(protected: Mapping[str, Sequence[int]]) -> str:

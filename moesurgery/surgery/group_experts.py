@@ -161,11 +161,11 @@ def _way(named: bool, group: Grouping | None, by: By | None, seen: Stats | None)
 def _statistics(anatomy: Anatomy, stats: str | None) -> Stats | None:
     if stats is None:
         return None
-    from moesurgery.stats.statistics_file import digest, load_stats
+    from moesurgery.stats.statistics_file import load_stats
 
     found = load_stats(stats)
     found.check(anatomy, NAME)
-    found.about = {"sha256": digest(stats), **found.about}
+    found.about = {"sha256": found.sha256, **found.about}
     return found
 
 

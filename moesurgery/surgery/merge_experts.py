@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
-from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.evaluate import finite_values
 from moesurgery.expr.nodes import Expr, Slice, concat, reshape
 from moesurgery.expr.shared import Reordered
 from moesurgery.expr.tensors import Linear
@@ -306,7 +306,7 @@ class _Merge:
         if self.router == "dominant" or expr.dtype not in PLAIN_FLOATS:
             return along_experts(self.block, member, expr, self.dominant)
         if self.router == "lse" and member.role not in ("router", "router_bias"):
-            chosen = self._highest(expr) if member.role == "correction_bias" else self.dominant
+            chosen = self._highest(member.name, expr) if member.role == "correction_bias" else self.dominant
             return along_experts(self.block, member, expr, chosen)
         axis = member.axis or 0
         length, before, rest = expr.shape[axis], expr.shape[:axis], expr.shape[axis + 1 :]
@@ -331,9 +331,9 @@ class _Merge:
             return cast(self.fits.row(self.block.where, member.role, number), flat.dtype)
         return Linear(tuple((Slice(flat, e, e + 1), share) for e, share in zip(group, shares, strict=True)), flat.dtype)
 
-    def _highest(self, bias: Expr) -> list[int]:
+    def _highest(self, name: str, bias: Expr) -> list[int]:
         """Return the member of each group with the highest selection bias: a group is chosen where any of them was."""
-        values = values_of(bias).reshape(-1)
+        values = finite_values(name, bias).reshape(-1)
         return [max(group, key=lambda e: values[e]) for group in self.groups]
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
 from moesurgery._version import __version__
 from moesurgery.checkpoint.finding import Finding, Severity
+from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.escape import one_line
 from moesurgery.validate.codes import CODES
 from moesurgery.validate.report import Report, as_json
@@ -53,7 +53,7 @@ def _line(finding: Finding) -> str:
 
 
 def to_json(report: Report) -> str:
-    return json.dumps(as_json(report), indent=2, ensure_ascii=True)
+    return ascii_json(as_json(report))
 
 
 def junit(report: Report) -> str:
@@ -123,7 +123,7 @@ def sarif(report: Report) -> str:
         ],
         "columnKind": "unicodeCodePoints",
     }
-    return json.dumps({"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=True)
+    return ascii_json({"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]})
 
 
 def _sarif_result(finding: Finding, level: str, rules: list[str]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from moesurgery.validate.report import Report
 # `architecture` when it runs, and with `forward`.
 _MODULES = (
     *("container", "policy", "provenance"),
-    *("shapes", "experts", "layers", "vocabulary", "dtypes", "tokenizer", "architecture"),
+    *("constants", "shapes", "experts", "layers", "vocabulary", "dtypes", "tokenizer", "architecture"),
     *("values", "forward", "against"),
 )
-_WITHOUT_TENSORS = frozenset(("T01", "T02"))  # of the levels above `container`
+_WITHOUT_TENSORS = frozenset(("C16", "T01", "T02"))  # of the levels above `container`
 
 
 def validate_checkpoint(

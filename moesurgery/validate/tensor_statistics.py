@@ -145,7 +145,7 @@ class Statistics:
 def survey(source: Source, spans: Sequence[Span], progress: Callable[[int], None], threads: int) -> list[Statistics]:
     """Read all spans once, in order, and return what is known of each.
 
-    Raises CheckpointError where a file cannot be read.
+    Raises CheckpointError where a file cannot be read, or has changed.
     """
     local = threading.local()
     readers: list[FileReader] = []
@@ -169,9 +169,13 @@ def survey(source: Source, spans: Sequence[Span], progress: Callable[[int], None
 
     try:
         if threads == 1:
-            return [judge(span) for span in spans]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(judge, spans))
+            judged = [judge(span) for span in spans]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                judged = list(pool.map(judge, spans))
+        for reader in readers:
+            reader.check()
+        return judged
     finally:
         for reader in readers:
             reader.close()

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from moesurgery._version import __version__
+from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.write.source_names import SourceNames
 
@@ -102,7 +103,7 @@ def card_text(plan: Plan) -> str:
     changes = config_changes(plan)
     if changes:
         lines += ["", "## Changes to config.json", "", "| key | before | after |", "| --- | --- | --- |"]
-        lines += [f"| `{k}` | `{json.dumps(a)}` | `{json.dumps(b)}` |" for k, a, b in changes]
+        lines += [f"| `{k}` | `{ascii_json(a, indent=None)}` | `{ascii_json(b, indent=None)}` |" for k, a, b in changes]
     recipe = yaml.safe_dump(recipe_from_steps(plan), sort_keys=False, allow_unicode=True).strip()
     lines += ["", "## Recipe", "", "```yaml", recipe, "```", ""]
     return "\n".join(lines)

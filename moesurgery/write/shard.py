@@ -15,11 +15,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.arrays import keep_freed_memory
+from moesurgery.checkpoint.arrays import NotFiniteError, keep_freed_memory
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
 from moesurgery.checkpoint.filenames import WORK
@@ -29,6 +30,7 @@ from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
 from moesurgery.write import copy_bytes
 from moesurgery.write.copy_bytes import ByteProgress
+from moesurgery.write.finite import FiniteCheck
 
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
 
@@ -104,7 +106,7 @@ def boot_id() -> str:
 def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, watch: JobControl | None = None) -> int:
     """Write one shard into `directory` and return its size. Does nothing where it is already complete.
 
-    Raises OutputError (full disk), CheckpointError (a source ends too early) and whatever an expression
+    Raises OutputError (full disk), CheckpointError (a source ends too early or has changed) and whatever an expression
     refuses; the shard is then absent.
     """
     watch = watch or JobControl()
@@ -119,6 +121,7 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
             folder.mkdir(parents=True, exist_ok=True)  # an index may name shards in a folder
         if task.whole is not None and (path := task.whole[0].local(task.whole[1])) is not None:
             _copy_whole(path, temporary, task, manner, watch)
+            task.whole[0].check(task.whole[1])
         else:
             _write_body(task, temporary, manner, watch)
         if watch.stop.is_set():
@@ -188,11 +191,23 @@ def _write_body(task: ShardTask, target: Path, manner: Manner, watch: JobControl
         else:
             copy_bytes.allocate(descriptor, total)
         copy_bytes.write_full(descriptor, memoryview(header), 0)
-        _run_units(units, descriptor, manner, watch)
+        try:
+            _run_units(units, descriptor, manner, watch)
+        except NotFiniteError as error:
+            raise error.of(_tensor_at(task, error.at - len(header))) from None
         if manner.durable:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _tensor_at(task: ShardTask, offset: int) -> str:
+    """Return the name of the tensor that byte `offset` of the data belongs to."""
+    for name, expr in task.entries:
+        if offset < expr.nbytes:
+            return name
+        offset -= expr.nbytes
+    raise AssertionError(f"byte {offset} is behind the last tensor of {task.name}")
 
 
 def units_of(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
@@ -258,6 +273,7 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
                 try:
                     piece, at = waiting.get_nowait()
                 except queue.Empty:
+                    reader.reader.check()
                     return
                 reader.perform(piece, descriptor, at)
                 if manner.durable:
@@ -280,6 +296,16 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
         raise failures[0]
 
 
+@contextmanager
+def _at(offset: int) -> Iterator[None]:
+    """Say of a number that may not be written where in the file it was to stand."""
+    try:
+        yield
+    except NotFiniteError as error:
+        error.at += offset
+        raise
+
+
 class Worker:
     """One thread that fills a shard."""
 
@@ -287,6 +313,7 @@ class Worker:
         self.stop = stop
         self.reader = FileReader()
         self._copy_buffer = Buffer()
+        self._finite = FiniteCheck()
         keep_freed_memory()
 
     def close(self) -> None:
@@ -325,9 +352,12 @@ class Worker:
         while first < piece.stop and not self.stop.is_set():
             last = min(piece.stop, (first // step + 1) * step)
             self.reader.begin_chunk()
-            if piece.expr.numpy_only:
-                data = piece.expr.raw(first, last, self.reader)
-            else:
-                data = as_bytes(piece.expr.evaluate(first, last, self.reader))
-            copy_bytes.write_full(target, data, at + (first - piece.start) * bits // 8)
+            place = at + (first - piece.start) * bits // 8
+            with _at(place):
+                if piece.expr.numpy_only:
+                    data = piece.expr.raw(first, last, self.reader)
+                else:
+                    data = as_bytes(piece.expr.evaluate(first, last, self.reader))
+                self._finite.check(data, piece.expr)
+            copy_bytes.write_full(target, data, place)
             first = last

@@ -22,6 +22,7 @@ from typing import Any
 from moesurgery._version import __version__
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
+from moesurgery.checkpoint.file_reader import open_to_read
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, SINGLE, WORK
 from moesurgery.checkpoint.header import header_digest, read_header
 from moesurgery.checkpoint.source import LocalSource, Source
@@ -98,6 +99,7 @@ def write_plan(
         _run(todo, partial, identity, manner, watch, workers, make_executor)
         try:
             nbytes = _finish(plan, tasks, partial, options)
+            _check_sources(plan, tasks)
             publish(partial, output, force=options.force, durable=options.durable)
         except OSError as error:
             raise disk_error(error, partial) from error
@@ -112,9 +114,9 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
     for checkpoint in plan.sources:
         digest.update(checkpoint.source.identity.encode())
         for header in checkpoint.headers:
-            path = checkpoint.source.local(header.file)
-            changed = path.stat().st_mtime_ns if path is not None else 0
-            digest.update(f"{header.file} {header.file_size} {header.digest} {changed}\n".encode())
+            digest.update(f"{header.file} {header.file_size} {header.digest}\n".encode())
+    for source, file in files_read(plan, tasks):
+        digest.update(f"{file} {source.version(file)}\n".encode())
     digest.update(json.dumps(plan.config, sort_keys=True).encode())
     for file, content in sorted(plan.files.items()):
         digest.update(f"{file}\n".encode() + hashlib.sha256(content or b"").digest())
@@ -123,6 +125,31 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
         # The bytes of a whole shard are already named by its header above.
         digest.update(b"whole\n" if task.whole else repr(task.entries).encode())
     return digest.hexdigest()
+
+
+def files_read(plan: Plan, tasks: Iterable[ShardTask]) -> list[tuple[Source, str]]:
+    """Return the files whose tensors decide the output: all shards of all models, and what expressions read beside."""
+    of_models = ((c.source, file) for c in plan.sources for file in c.shards)
+    beside = (
+        (stored.source, stored.info.file)
+        for task in tasks
+        if task.whole is None
+        for _, expr in task.entries
+        for stored in expr.stored()
+    )
+    return list(dict.fromkeys((*of_models, *beside)))
+
+
+def _check_sources(plan: Plan, tasks: Iterable[ShardTask]) -> None:
+    """Raise CheckpointError where an input is not what it was when it was opened."""
+    for source, file in files_read(plan, tasks):
+        source.check(file)
+    for checkpoint in plan.sources:
+        for file in (CONFIG, INDEX):
+            if file in checkpoint.file_sizes:
+                checkpoint.source.check(file)
+    for file in plan.checkpoint.side_files:
+        plan.checkpoint.source.check(file)
 
 
 def _workers(options: WriteOptions, tasks: list[ShardTask]) -> tuple[int, int]:
@@ -264,8 +291,20 @@ def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOpt
     if shards[0].name != SINGLE or len(shards) > 1:
         write(INDEX, write_json(_index(plan, shards)).encode())
     if options.durable:
-        copy_bytes.sync_directory(partial)
+        _sync(partial, [task.name for task in tasks])
     return total
+
+
+def _sync(partial: Path, shards: Iterable[str]) -> None:
+    """Wait until all of the output is on disk, shards of an earlier attempt that did not wait among it."""
+    for shard in shards:
+        descriptor = open_to_read(partial / shard)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    for folder, _, _ in os.walk(partial, topdown=False):
+        copy_bytes.sync_directory(Path(folder))
 
 
 def _remove_leftovers(partial: Path, shards: set[str]) -> None:

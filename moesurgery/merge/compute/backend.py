@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import encoded
-from moesurgery.expr.nodes import Expr, Reader, Stored, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Stored, narrowed, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ class NumpyBackend:
 
     def encoded(self, values: Array, dtype: str) -> memoryview:
         """Return the bytes of `values` rounded to `dtype`; `values` are used up."""
-        return encoded(values, dtype)
+        return encoded(values, dtype, strict=True)
 
 
 class TorchBackend:
@@ -74,4 +74,4 @@ class TorchBackend:
     def encoded(self, values: Array, dtype: str) -> memoryview:
         import torch
 
-        return values.to(torch_dtype(dtype)).cpu().contiguous().view(torch.uint8).numpy().data  # type: ignore[no-any-return]
+        return narrowed(values, dtype).cpu().contiguous().view(torch.uint8).numpy().data

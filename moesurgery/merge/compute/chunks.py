@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import element_count
+from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader
 from moesurgery.merge.compute.backend import Array, NumpyBackend, TorchBackend
 from moesurgery.merge.compute.random_bits import RandomBits
@@ -52,6 +53,19 @@ class Chunk:
             return backend.from_numpy(mask).reshape(self.models[model].shape)
         scaled = backend.from_numpy(numbers.astype(np.float32)).reshape(probability.shape)
         return scaled < probability * 65536
+
+
+def checked_sums(sums: np.ndarray) -> np.ndarray:
+    """Return sums over a tensor from which its merge is decided. Raises RefusedError where one is not finite."""
+    import numpy as np
+
+    if not np.isfinite(sums).all():
+        raise RefusedError(
+            "a tensor to be merged holds NaN, infinity or numbers too large to square, and this method decides about"
+            " all of it by sums",
+            "`moesurgery validate --level values` finds it; linear and task_arithmetic take each element by itself",
+        )
+    return sums
 
 
 class MergeInputs:
@@ -120,7 +134,10 @@ class MergeInputs:
             yield self.chunk(start, stop)
 
     def total(self, function: Callable[[Chunk], Any]) -> np.ndarray:
-        """Return the sum over all chunks of the numbers that `function` gives, in float64."""
+        """Return the sum over all chunks of the numbers that `function` gives, in float64.
+
+        Raises RefusedError where a sum is not finite: what one element is would decide about all.
+        """
         import numpy as np
 
         total: np.ndarray | None = None
@@ -128,7 +145,7 @@ class MergeInputs:
             part = np.asarray(function(chunk), np.float64)
             total = part if total is None else total + part
         assert total is not None
-        return total
+        return checked_sums(total)
 
     def thresholds(
         self, function: Callable[[Chunk], Sequence[Array]], counts: Sequence[Sequence[int]]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.arrays import rounded
+from moesurgery.checkpoint.arrays import NotFiniteError, rounded
 from moesurgery.errors import RefusedError, SurgeryError
 from moesurgery.expr.nodes import Expr, Reader, torch_dtype
 from moesurgery.merge.compute.backend import Array, NumpyBackend, TorchBackend
-from moesurgery.merge.compute.chunks import Chunk, MergeInputs
+from moesurgery.merge.compute.chunks import Chunk, MergeInputs, checked_sums
 from moesurgery.merge.compute.method import Method, find_method
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class MergeExpr(Expr):
         import numpy as np
 
         backend = self._backend
-        parts = [rounded(backend.to_numpy(values), self.dtype) for values in self._computed(start, stop, reader)]
+        parts = [
+            rounded(backend.to_numpy(values), self.dtype, strict=True) for values in self._computed(start, stop, reader)
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _merge_inputs(self, reader: Reader) -> MergeInputs:
@@ -136,11 +138,13 @@ class MergeExpr(Expr):
         try:
             with np.errstate(all="ignore"):
                 act = self._action(inputs)
-                if self._method.kind == "whole":
-                    yield act(inputs.chunk(0, self.numel)).reshape(-1)[start:stop]
-                    return
-                for span in inputs.spans(start, stop):
-                    yield act(inputs.chunk(*span)).reshape(-1)
+            whole = self._method.kind == "whole"
+            for span in ((0, self.numel),) if whole else inputs.spans(start, stop):
+                with np.errstate(all="ignore"):  # not around a `yield`, after which the caller's code would run in it
+                    values = act(inputs.chunk(*span)).reshape(-1)
+                yield values[start:stop] if whole else values
+        except NotFiniteError:
+            raise  # what writes it names the tensor
         except SurgeryError as error:
             raise type(error)(f"{self.name}: {error.message}", error.hint) from None
 
@@ -198,7 +202,7 @@ def combine(
         return total
 
     if axis == "rows":
-        return lambda chunk: combined(chunk, coefficients(_gram(inputs, vectors(chunk), -1)))
+        return lambda chunk: combined(chunk, coefficients(checked_sums(_gram(inputs, vectors(chunk), -1))))
     gram = inputs.total(lambda chunk: _gram(inputs, vectors(chunk), 0 if axis == "columns" else None))
     factors = coefficients(gram)
     return lambda chunk: combined(chunk, factors)

@@ -9,11 +9,13 @@ than even. Reads under a percent of the weights; numpy only.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moesurgery.errors import RefusedError
-from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.evaluate import finite_values, values_of
 from moesurgery.expr.nodes import Expr
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.components import EMBEDDING
@@ -29,27 +31,49 @@ _RUNS = 64  # the sample is 64 runs of neighbouring rows: few reads, also over a
 MAX_WORK = 4e11  # multiply-adds in all routers together
 
 
-def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) -> dict[str, float]:
-    """Return sqrt(A_old / A_new) for each MoE block, by its name.
+@dataclass(frozen=True)
+class RouterEstimate:
+    """sqrt(A_old / A_new) for each MoE block, by its name, and what was left out to find it."""
 
-    Raises RefusedError where the family's router has no estimate or a tensor for it is missing.
+    factors: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+
+def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) -> RouterEstimate:
+    """Estimate sqrt(A_old / A_new) for each MoE block. Embedding rows that are not finite are left out, and counted.
+
+    Raises RefusedError where the family's router has no estimate, a tensor for it is missing, or its values give none.
     """
+    import numpy as np
+
     blocks = anatomy.blocks
     if old == new:
-        return {block.where: 1.0 for block in blocks}
+        return RouterEstimate({block.where: 1.0 for block in blocks})
     if (why_not := anatomy.settings.family.routing.no_estimate) is not None:
         raise RefusedError(why_not)
-    sample = embedding_sample(plan, anatomy, seed, _rows(anatomy))
+    sample, left_out = embedding_sample(plan, anatomy, seed, _rows(anatomy))
     kinds = {_norm(anatomy, block).kind for block in blocks}
     samples = {kind: normalised(sample, kind) for kind in kinds}
 
     def factor(block: MoeBlock) -> float:
-        logits = _logits(plan, anatomy, block, samples[_norm(anatomy, block).kind])
-        moments = second_moments(anatomy.settings, logits, _bias(plan, block))
-        return math.sqrt(moments[old - 1] / moments[new - 1])
+        with np.errstate(all="ignore"):  # what comes of it is looked at below
+            logits = _logits(plan, anatomy, block, samples[_norm(anatomy, block).kind])
+            moments = second_moments(anatomy.settings, logits, _bias(plan, block))
+        before, after = float(moments[old - 1]), float(moments[new - 1])
+        if not (0 < before < math.inf and 0 < after < math.inf):
+            raise RefusedError(
+                f"{block.where}: the mean squared weights of its router come to {before:g} at top-{old} and {after:g}"
+                f" at top-{new}"
+            )
+        return math.sqrt(before / after)
 
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip([b.where for b in blocks], pool.map(factor, blocks), strict=True))
+        factors = dict(zip([b.where for b in blocks], pool.map(factor, blocks), strict=True))
+    note = (
+        f"{left_out:,} of {left_out + len(sample):,} sampled embedding rows hold NaN, infinity or numbers too large to"
+        " square, and the estimate is without them: `moesurgery validate --level values` finds such numbers"
+    )
+    return RouterEstimate(factors, (note,) if left_out else ())
 
 
 def _rows(anatomy: Anatomy) -> int:
@@ -58,8 +82,11 @@ def _rows(anatomy: Anatomy) -> int:
     return max(256, min(MAX_ROWS, int(MAX_WORK / work)))
 
 
-def embedding_sample(plan: Plan, anatomy: Anatomy, seed: int, rows: int) -> np.ndarray:
-    """Return up to `rows` token embeddings [rows, H], zero rows (padding) left out, drawn by `seed`."""
+def embedding_sample(plan: Plan, anatomy: Anatomy, seed: int, rows: int) -> tuple[np.ndarray, int]:
+    """Return up to `rows` token embeddings [rows, H], drawn by `seed`, and how many were left out as not finite.
+
+    Rows of zeros (padding) are left out too. Raises RefusedError where no others are there.
+    """
     import numpy as np
 
     embedding = _embedding(plan, anatomy)
@@ -74,7 +101,12 @@ def embedding_sample(plan: Plan, anatomy: Anatomy, seed: int, rows: int) -> np.n
         remote = any(stored.source.local(stored.info.file) is None for stored in embedding.stored())
         with ThreadPoolExecutor(8 if remote else 1) as pool:  # on a disk, threads take longer to meet than to read
             sample = np.concatenate(list(pool.map(lambda s: values_of(embedding, (s, s + length)), starts)))
-    return np.asarray(sample[np.any(sample != 0, axis=1)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        usable = np.isfinite(np.einsum("th,th->t", sample, sample, dtype=np.float32))
+    finite = sample[usable & np.any(sample != 0, axis=1)]
+    if not len(finite):
+        raise RefusedError(f"all {len(sample):,} rows that were sampled of the embedding are zero or not finite")
+    return np.asarray(finite), int(len(sample) - usable.sum())
 
 
 def _embedding(plan: Plan, anatomy: Anatomy) -> Expr:
@@ -111,8 +143,8 @@ def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -
         raise RefusedError(f"the norm before the router, {names[0]}, is missing")
     if block.router is None:
         raise RefusedError(f"{block.where} has no router weight")
-    weight = values_of(plan.tensors[name])
-    router = values_of(plan.tensors[block.router.name])
+    weight = finite_values(name, plan.tensors[name])
+    router = finite_values(block.router.name, plan.tensors[block.router.name])
     if block.router.axis == 1:
         router = router.T
     if router.ndim != 2 or router.shape[1] != sample.shape[1]:
@@ -120,11 +152,11 @@ def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -
     router = router[: block.experts] * (weight + 1 if norm.kind == "rms1" else weight)
     logits = sample @ router.T
     for member in block.named("router_bias"):
-        logits = logits + values_of(plan.tensors[member.name])[: block.experts]
+        logits = logits + finite_values(member.name, plan.tensors[member.name])[: block.experts]
     return np.asarray(logits)
 
 
 def _bias(plan: Plan, block: MoeBlock) -> np.ndarray | None:
     for member in block.named("correction_bias"):
-        return values_of(plan.tensors[member.name]).reshape(-1)[: block.experts]
+        return finite_values(member.name, plan.tensors[member.name]).reshape(-1)[: block.experts]
     return None

@@ -17,7 +17,7 @@ from moesurgery.families.anatomy import Anatomy, check_stated_top_k
 from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present, with_top_k, with_value
 from moesurgery.families.quantised import quantisation_config
 from moesurgery.families.routing import routing_class
-from moesurgery.moe.scaling import is_quantised, scaled_output
+from moesurgery.moe.scaling import check_factors, is_quantised, scaled_output
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
@@ -101,6 +101,8 @@ def rescale(
 
     table = choose_factors(plan, anatomy, old, top_k, scale, seed, stats)
     chosen = table.chosen
+    for block_name, factor in chosen.items():
+        check_factors(block_name, spread(factor))
     notes = list(table.notes)
     place: Where | None = _place(anatomy, plan, where, scale)
     tensors = plan.tensors
@@ -113,14 +115,18 @@ def rescale(
         routed_scale_key = family.routing.routed_scale_key
         assert routed_scale_key is not None
         factor = math.exp(sum(map(math.log, flat)) / len(flat))
-        value = (anatomy.settings.routed_scale_key or 1.0) * factor
+        before = 1.0 if anatomy.settings.routed_scale_key is None else anatomy.settings.routed_scale_key
+        value = before * factor
+        if not (math.isfinite(value) and value > 0):
+            raise RefusedError(
+                f"rescale: {routed_scale_key} {before:g} x {factor:.6g} is {value:g}, not a finite and positive number",
+                f"put a positive {routed_scale_key} into config.json first, or use --where weights",
+            )
         config = with_value(_settings_with(anatomy, config), (routed_scale_key,), value, routed_scale_key)
         mean = (
             "" if len(set(flat)) == 1 else " (geometric mean over layers; --where weights keeps one factor per layer)"
         )
-        notes.append(
-            f"{routed_scale_key} {anatomy.settings.routed_scale_key:g} -> {value:.6g}{mean}: no weight was touched"
-        )
+        notes.append(f"{routed_scale_key} {before:g} -> {value:.6g}{mean}: no weight was touched")
     else:
         changed = {}
         for block in anatomy.blocks:

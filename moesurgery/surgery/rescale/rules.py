@@ -15,7 +15,7 @@ from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.routing import even_gates_factor
 from moesurgery.plan.plan import Plan
-from moesurgery.surgery.rescale.data_free_factor import router_factors
+from moesurgery.surgery.rescale.data_free_factor import RouterEstimate, router_factors
 
 Rule = Literal["router", "norm", "published", "none", "gate", "norm-matched", "measured", "measured-expert"]
 DATA_RULES = ("gate", "norm-matched", "measured", "measured-expert")
@@ -57,17 +57,21 @@ def choose_factors(
     blocks = [block.where for block in anatomy.blocks]
     published = math.sqrt(old / new)
     norm = even_gates_factor(settings, old, new)
-    router: dict[str, float] = {}
+    estimate = RouterEstimate({})
     why_not = settings.family.routing.special
     if why_not is not None:
         norm = 1.0
     else:
         try:
-            router = router_factors(plan, anatomy, old, new, seed)
+            estimate = router_factors(plan, anatomy, old, new, seed)
         except RefusedError as error:
             why_not = error.message
     data, statistics = _from_statistics(anatomy, new, scale, stats)
-    alternatives: dict[str, Any] = {"router": span(router) if router else None, "norm": norm, "published": published}
+    alternatives: dict[str, Any] = {
+        "router": span(estimate.factors) if estimate.factors else None,
+        "norm": norm,
+        "published": published,
+    }
     alternatives |= {"none": 1.0} | {rule: span(found) for rule, found in data.items()}
     notes: tuple[str, ...] = ()
     chosen: Mapping[str, Factor]
@@ -100,7 +104,7 @@ def choose_factors(
                 f"rescale: the router estimate cannot be made: {why_not}",
                 "choose --scale norm, --scale none or a number",
             )
-        chosen = router
+        chosen, notes = estimate.factors, estimate.notes
         reason = (
             "sqrt(A_n/A_m) per layer, estimated from the token embeddings passed through each router, which"
             f" {_gates(anatomy)}"
@@ -108,7 +112,7 @@ def choose_factors(
     else:
         chosen, reason = data[scale], _REASONS[scale]
         reason += f"; {statistics['tokens']:,} tokens of calibration text"
-    return Factors(chosen, router, alternatives, reason, notes, statistics)
+    return Factors(chosen, estimate.factors, alternatives, reason, notes, statistics)
 
 
 def _gates(anatomy: Anatomy) -> str:
@@ -129,7 +133,7 @@ def _from_statistics(
     import numpy as np
 
     from moesurgery.stats.factors import RULES
-    from moesurgery.stats.statistics_file import digest, load_stats
+    from moesurgery.stats.statistics_file import load_stats
 
     stats = load_stats(path)
     stats.check(anatomy, "rescale")
@@ -142,7 +146,7 @@ def _from_statistics(
             f"rescale: gates say nothing about the size of {anatomy.settings.family.name}'s output: {routing.special}",
             "use --scale measured or --scale norm-matched",
         )
-    statistics = {"sha256": digest(path), **stats.about}
+    statistics = {"sha256": stats.sha256, **stats.about}
     if top_k == stats.top_k:
         return {rule: {b.where: 1.0 for b in anatomy.blocks} for rule in DATA_RULES}, statistics
     if top_k not in stats.top_ks:

@@ -30,34 +30,42 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 Compared = tuple[str, int, Expr, Sequence[Expr]]  # name inside the block, position, the tensor, the mean of these
 
 
-def relative_distances(compared: Sequence[Compared], how: Distances) -> dict[str, dict[int, float]]:
-    """Return, for each kind of tensor and each position, the relative distance; quantised tensors are left out."""
+def relative_distances(compared: Sequence[Compared], how: Distances) -> tuple[dict[str, dict[int, float]], int]:
+    """Return, for each kind of tensor and each position, the relative distance; quantised tensors are left out.
+
+    Second, how many values were left out because they or what replaces them are not finite.
+    """
     kinds: dict[tuple[str, int], list[Compared]] = defaultdict(list)
     for entry in compared:
         if all(expr.dtype in PLAIN_FLOATS for expr in (entry[2], *entry[3])):
             kinds[_NUMBER.sub("#", entry[0]).removesuffix(".weight"), entry[1]].append(entry)
     found: dict[str, dict[int, float]] = defaultdict(dict)
+    left_out = 0
     for (kind, position), entries in kinds.items():
         if how == "sampled":
             entries = entries[:: -(-len(entries) // EXPERTS)]
         squares = [_squares(entry, SAMPLE // len(entries) if how == "sampled" else None) for entry in entries]
-        apart, whole = (math.fsum(pair[i] for pair in squares) for i in range(2))
+        apart, whole = (math.fsum(sums[i] for sums in squares) for i in range(2))
+        left_out += sum(sums[2] for sums in squares)
         found[kind][position] = math.sqrt(apart / whole) if whole else 0.0
-    return dict(found)
+    return dict(found), left_out
 
 
-def _squares(entry: Compared, sample: int | None) -> tuple[float, float]:
-    """Return the sums of (W - R)^2 and of W^2."""
+def _squares(entry: Compared, sample: int | None) -> tuple[float, float, int]:
+    """Return the sums of (W - R)^2 and of W^2 over finite values, and how many others there are."""
     import numpy as np
 
     _, _, expr, parts = entry
-    apart = whole = 0.0
+    apart, whole, left_out = 0.0, 0.0, 0
     for start, stop in _runs(expr, sample):
         own = _rows(expr, start, stop)
-        other = sum(_rows(part, start, stop) for part in parts) / len(parts)
-        apart += float(np.square(own - other).sum())
-        whole += float(np.square(own).sum())
-    return apart, whole
+        with np.errstate(invalid="ignore"):  # of infinities of both signs
+            other = np.mean([_rows(part, start, stop) for part in parts], axis=0)
+        finite = np.isfinite(own) & np.isfinite(other)
+        left_out += finite.size - int(finite.sum())
+        apart += float(np.square(own[finite] - other[finite]).sum())
+        whole += float(np.square(own[finite]).sum())
+    return apart, whole, left_out
 
 
 def _rows(expr: Expr, start: int, stop: int) -> np.ndarray:

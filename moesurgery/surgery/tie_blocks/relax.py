@@ -7,11 +7,11 @@ back. It is a stock LoRA: `PeftModel.from_pretrained(model, folder + "/adapter")
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, concat, stack
 from moesurgery.expr.shared import SharedComputation, SharedResult
@@ -89,7 +89,7 @@ class LowRankAdapter:
             "target_modules": sorted(self.modules),
             "target_parameters": sorted(self.parameters) or None,
         }
-        text = json.dumps(config, indent=2) + "\n"
+        text = write_json(config)
         return {f"{FOLDER}/adapter_config.json": text.encode()}, {
             f"{FOLDER}/adapter_model.safetensors": dict(sorted(self.tensors.items()))
         }

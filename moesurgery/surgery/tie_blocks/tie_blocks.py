@@ -23,7 +23,7 @@ from moesurgery.expr.tensors import mean
 from moesurgery.families.anatomy import TIED, Anatomy
 from moesurgery.families.components import MTP
 from moesurgery.families.layer_config import LayerOrigin, layer_settings, restacked_config, without_prediction
-from moesurgery.families.layer_stack import Stack, stack_of
+from moesurgery.families.layer_stack import Stack, check_movable, stack_of
 from moesurgery.families.quantised import method
 from moesurgery.moe.expert_axis import Entries
 from moesurgery.plan.plan import Plan, Step, Table
@@ -103,7 +103,10 @@ def tie_blocks(
         more, companions = _relaxed(plan, anatomy, tie, relax)
         files |= more
     compared = tie.compared()
-    found = relative_distances(compared, distances) if distances != "none" and compared else {}
+    found: dict[str, dict[int, float]] = {}
+    left_out = 0
+    if distances != "none" and compared:
+        found, left_out = relative_distances(compared, distances)
     parameters: dict[str, Any] = (
         {"blocks": blocks} if blocks is not None else {"scheme": scheme, "group_size": group_size}
     )
@@ -123,7 +126,7 @@ def tie_blocks(
             "distances": {kind: {str(i): d for i, d in by.items()} for kind, by in found.items()},
             "distances_from": distances,
         },
-        notes=tuple(_notes(arrangement, compared, found, distances, stored_once, relax)),
+        notes=(*_notes(arrangement, compared, found, distances, stored_once, relax), *_odd_note(left_out)),
         tables=_tables(found),
     )
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files, companions=companions)
@@ -212,12 +215,24 @@ class _Tie:
         return found
 
 
+def _odd_note(left_out: int) -> list[str]:
+    """Say how much of the blocks the distances leave out."""
+    if not left_out:
+        return []
+    return [
+        f"the distances are without {left_out:,} values that are NaN or infinite:"
+        " `moesurgery validate --level values` finds such tensors"
+    ]
+
+
 def _form(forms: Mapping[str, Any], inside: str) -> str:
     return f"{forms[inside][0]} {list(forms[inside][1])}" if inside in forms else "absent"
 
 
 def _config(anatomy: Anatomy, arrangement: TieScheme, prediction_layers: Prediction) -> dict[str, Any]:
     """Return the config of the new stack, as a stock model."""
+    if list(arrangement.own) != list(range(anatomy.settings.layers or 0)):
+        check_movable(anatomy, anatomy.component, _NAME)
     try:
         config = restacked_config(anatomy.settings, [LayerOrigin(anatomy.settings, block) for block in arrangement.own])
     except RefusedError as error:

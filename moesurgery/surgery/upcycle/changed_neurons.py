@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed
 from moesurgery.expr.random import Normal
 from moesurgery.expr.shared import SharedComputation
 from moesurgery.expr.tensors import Gather
@@ -177,7 +177,7 @@ class Noisy(_Changed):
         if self.relative:
             std *= float(SharedComputation(_moments_of, (self.of,)).results(reader)[0][1])
         noise = Normal(std, self.key, "F32", self.shape).evaluate(start, stop, reader)
-        return (self.of.evaluate(start, stop, reader).to(torch.float32) + noise).to(torch_dtype(self.dtype))
+        return narrowed(self.of.evaluate(start, stop, reader).to(torch.float32) + noise, self.dtype)
 
 
 def _moments_of(of: torch.Tensor) -> tuple[torch.Tensor, ...]:

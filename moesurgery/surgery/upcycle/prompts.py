@@ -8,7 +8,6 @@ takes the state that the layer's router will see at each prompt's last token, af
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.checkpoint.filenames import TOKENIZER_FILES
+from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward.model_config import harmless
 from moesurgery.forward.tokens import Tokens, padded
@@ -101,7 +101,7 @@ def _tokenizer(plan: Plan) -> Any:
         )
     automatic: Any = transformers.AutoTokenizer
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(harmless(plan.config)))
+        Path(folder, "config.json").write_text(compact_json(harmless(plan.config)))
         for file in present:
             Path(folder, file).write_bytes(source.read(file, 0, plan.checkpoint.file_sizes[file]))
         try:

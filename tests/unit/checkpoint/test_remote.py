@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -14,6 +15,9 @@ from typing import ClassVar
 
 import pytest
 
+from moesurgery.checkpoint.answers import Asked
+from moesurgery.checkpoint.source import RemoteSource
+from moesurgery.errors import CheckpointError
 from tests.conftest import ROOT, Result
 from tests.tiny import read_tensors, same_bits
 
@@ -25,6 +29,8 @@ class Hub(BaseHTTPRequestHandler):
 
     folder: ClassVar[Path]
     served: ClassVar[list[tuple[str, int]]] = []
+    wrong: ClassVar[str] = ""  # in what the answers about shards are wrong, once their headers are read
+    asked: ClassVar[int] = 0
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -50,7 +56,10 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith("/acme/tiny/resolve/"):
             file = self.folder / path.split("/", 5)[5]
             if file.is_file():
-                self.send(file.read_bytes(), head, ranged=True)
+                ranges = self.headers.get("Range") is not None and file.suffix == ".safetensors" and not head
+                type(self).asked += ranges
+                if not (ranges and self.wrong and self.asked > 6 and self.answer_wrongly(file.read_bytes())):
+                    self.send(file.read_bytes(), head, ranged=True)
             else:
                 self.missing()
         else:
@@ -77,6 +86,48 @@ class Hub(BaseHTTPRequestHandler):
             if ranged:
                 self.served.append((self.path, len(data)))
 
+    def answer_wrongly(self, data: bytes) -> bool:
+        """Answer a request for a range in the way that `wrong` says; whether it was answered."""
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        length, size = last + 1 - first, len(data)
+        told = {"Content-Range": f"bytes {first}-{last}/{size}", "ETag": '"abc"'}
+        status, body = 206, data[first : last + 1]
+        if self.wrong == "another range":
+            told["Content-Range"] = f"bytes {max(0, first - 4096)}-{max(0, first - 4096) + length - 1}/{size}"
+            body = data[max(0, first - 4096) :][:length]
+        elif self.wrong == "a longer range":
+            told["Content-Range"] = f"bytes {first}-{last + 64}/{size}"
+        elif self.wrong == "no range":
+            del told["Content-Range"]
+        elif self.wrong == "unreadable range":
+            told["Content-Range"] = f"items {first}-{last}"
+        elif self.wrong == "another size":
+            told["Content-Range"] = f"bytes {first}-{last}/{size + 8}"
+        elif self.wrong == "another file":
+            told["ETag"], body = '"def"', bytes(length)
+        elif self.wrong == "all of another page":
+            status, body = 200, bytes(length)
+            del told["Content-Range"]
+        elif self.wrong == "all of the file":
+            status, body = 200, data
+            del told["Content-Range"]
+        elif self.wrong == "an encoding":
+            told["Content-Encoding"] = "gzip"
+            body = gzip.compress(body)
+        elif self.wrong == "too little":
+            body = body[:-1]
+        elif self.wrong == "another weak tag":
+            told["ETag"] = 'W/"abc"'
+        else:
+            raise AssertionError(self.wrong)
+        self.send_response(status)
+        for key, value in told.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        return True
+
     def missing(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         self.rfile.read(length)
@@ -94,7 +145,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(demo: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Hub that holds the demo model as acme/tiny; yields the environment of its clients."""
-    Hub.folder, Hub.served = demo, []
+    Hub.folder, Hub.served, Hub.wrong, Hub.asked = demo, [], "", 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -189,3 +240,90 @@ def test_names_that_cannot_be(hub: dict[str, str], reference: str) -> None:
     done = command(hub, "count-params", reference)
     assert done.returncode == 2
     assert reference in done.stderr
+
+
+RESCALE = ("rescale", "hf://acme/tiny", "--top-k", "3", "--scale", "1.5", "-q")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said", "hint"),
+    [
+        ("another range", "were asked for, the server answered with bytes", "a proxy between"),
+        ("a longer range", "were asked for, the server answered with bytes", "a proxy between"),
+        ("no range", "were asked for, the server answered with Content-Range ''", "a proxy between"),
+        ("unreadable range", "the server answered with Content-Range 'items ", "a proxy between"),
+        ("another size", "changed while it was in use: it had", "wait until nothing writes to it"),
+        (
+            "another file",
+            'changed while it was in use: it was "abc", now it is "def"',
+            "wait until nothing writes to it",
+        ),
+        ("all of another page", "the server answered with all of the file (status 200)", "download the model first"),
+        ("all of the file", "the server answered with all of the file (status 200)", "download the model first"),
+        ("an encoding", "the server answered in the encoding 'gzip'", "a proxy between"),
+        ("too little", "were asked for, the server answered with", "a proxy between"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for(
+    hub: dict[str, str], tmp_path: Path, wrong: str, said: str, hint: str
+) -> None:
+    Hub.wrong = wrong
+    done = command(hub, *RESCALE, "-o", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    message, advice = done.stderr.split("hint:")
+    assert f"hf://acme/tiny@{COMMIT}/model-0000" in message
+    assert said in " ".join(message.split())
+    assert hint in " ".join(advice.split())
+    assert not (tmp_path / "out").exists()
+    # The finished shards stay, and the command ends the work when the server answers as it should.
+    Hub.wrong = ""
+    assert command(hub, *RESCALE, "-o", tmp_path / "out").returncode == 0
+    Hub.wrong = "another weak tag"  # the same state, said in another way
+    again = command(hub, *RESCALE, "-o", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    for name, value in read_tensors(tmp_path / "again").items():
+        assert same_bits(value, read_tensors(tmp_path / "out")[name]), name
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "size", "said"),
+    [
+        (206, {"content-range": "bytes 8-15/100"}, 100, None),
+        (206, {"content-range": "bytes 8-15/*"}, 100, None),
+        (206, {"content-range": "bytes 8-15/90"}, 100, "it had 100 bytes, now 90"),
+        (206, {"content-range": "bytes 8-16/100"}, 100, "answered with bytes 8 to 16"),
+        (206, {"content-range": "bytes */100"}, 100, "answered with Content-Range 'bytes \\*/100'"),
+        (206, {"content-type": "multipart/byteranges"}, 100, "answered with Content-Range ''"),
+        (200, {}, 16, "all of the file"),
+        (206, {"content-range": "bytes 8-15/100", "etag": '"other"'}, 100, 'it was "first", now it is "other"'),
+        (206, {"content-range": "bytes 8-15/100", "last-modified": "Mon"}, 100, 'it was "first", now it is Mon'),
+    ],
+)
+def test_what_an_answer_says_of_itself(status: int, headers: dict[str, str], size: int, said: str | None) -> None:
+    asked = Asked("x/model.safetensors", 8, 16, size, "model.safetensors", {"model.safetensors": '"first"'})
+    if said is None:
+        asked.check(status, headers)
+    else:
+        with pytest.raises(CheckpointError, match=said):
+            asked.check(status, headers)
+
+
+def test_a_server_without_ranges_may_send_a_small_file_whole() -> None:
+    Asked("x/config.json", 0, 16, 16, "config.json", {}).check(200, {"content-length": "16"})
+
+
+@pytest.mark.parametrize("wrong", ["another range", "another file", "all of another page", "too little", "no range"])
+def test_answers_over_plain_http_are_checked_too(hub: dict[str, str], demo: Path, wrong: str) -> None:
+    pytest.importorskip("aiohttp")
+    source = RemoteSource(f"{hub['HF_ENDPOINT']}/acme/tiny/resolve/main", "http")
+    file = "model-00001-of-00003.safetensors"
+    data = (demo / file).read_bytes()
+    source.sizes[file] = len(data)
+    for start in range(0, 800, 100):
+        assert source.read(file, start, 100) == data[start : start + 100]
+    Hub.wrong = wrong
+    with pytest.raises(CheckpointError, match=r"were asked for|changed while it was in use") as caught:
+        source.read(file, 5000, 100)
+    assert "model-00001-of-00003.safetensors" in caught.value.message
+    assert caught.value.hint

@@ -157,7 +157,8 @@ def test_no_arithmetic_without_plain_numbers(tmp_path: Path, what: str) -> None:
 
 def test_expressions_are_picklable(tmp_path: Path) -> None:
     values = torch.randn(6, 5)
-    expr = concat([scale(Slice(stored(tmp_path, a=values)["a"], 0, 2), 2.0), stored(tmp_path, a=values)["a"]])
+    of = stored(tmp_path, a=values)["a"]
+    expr = concat([scale(Slice(of, 0, 2), 2.0), of])
     again = pickle.loads(pickle.dumps(expr))
     assert repr(again) == repr(expr)
     assert torch.equal(value(again, torch.float32), value(expr, torch.float32))

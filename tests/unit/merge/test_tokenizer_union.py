@@ -201,3 +201,63 @@ def test_what_is_wrong(more: str, message: str, pair: tuple[Path, Path], cli: Cl
     result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
     assert result.code == 2
     assert message in result.err
+
+
+def with_rows(model: Path, out: Path, rows: int) -> Path:
+    """Copy a model whose embedding and head have `rows` rows, fewer than its tokenizer has tokens."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(model, out)
+    held = {name: t[:rows].clone() if name in ROWS else t for name, t in read_tensors(model).items()}
+    save_file(held, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    return out
+
+
+@pytest.mark.parametrize("source", ["union", "base", "other"])
+def test_tokens_without_a_row_in_any_model_are_not_made_up(
+    pair: tuple[Path, Path], tmp_path: Path, cli: Cli, source: str
+) -> None:
+    """As where a pad token was added to a tokenizer and the embedding was never made larger."""
+    a, b = pair
+    count = len(vocabulary(b))
+    short = with_rows(b, tmp_path / "short", count - 2)
+    base, other = (short, a) if source == "base" else (a, short)
+    wish = {"union": "union", "base": "base", "other": str(short)}[source]
+    text = f"models: [{{model: {base}}}, {{model: {other}}}]\nbase_model: {base}\nmerge_method: linear\n"
+    (tmp_path / "r.yaml").write_text(f"{text}parameters: {{weight: 1}}\ntokenizer_source: {wish}\n")
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    lost = sorted(
+        token for token, number in vocabulary(b).items() if number >= count - 2 and token not in vocabulary(a)
+    )
+    assert lost
+    assert result.code == 2
+    message = " ".join(result.err.split())
+    assert "r.yaml:5: the token" in message
+    assert any(repr(token) in message for token in lost)
+    assert "has a row in no model's embedding: it would be made up" in message
+    assert "{source: {kind: zero}}" in message
+    assert not (tmp_path / "out").exists()
+    # Said where the rows come from, it is written.
+    tokens = "".join(f"    {json.dumps(token)}: {{source: {{kind: zero}}}}\n" for token in lost)
+    wanted = f"tokenizer:\n  source: {wish}\n  tokens:\n{tokens}"
+    (tmp_path / "r.yaml").write_text(f"{text}parameters: {{weight: 1}}\n{wanted}")
+    result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    numbers = vocabulary(tmp_path / "out")
+    for name in ROWS:
+        for token in lost:
+            assert not read_tensors(tmp_path / "out")[name][numbers[token]].any()
+
+
+def test_rows_of_padding_are_said(pair: tuple[Path, Path], tmp_path: Path, ok: Cli) -> None:
+    text = f"models: [{{model: {pair[0]}}}, {{model: {pair[1]}}}]\nbase_model: {pair[0]}\nmerge_method: linear\n"
+    text += "parameters: {weight: 1}\ntokenizer: {source: union, pad_to_multiple_of: 64}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    ok("merge", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    numbers, rows = vocabulary(tmp_path / "out").values(), read_tensors(tmp_path / "out")[ROWS[0]].shape[0]
+    held = read_tensors(pair[0])[ROWS[0]].shape[0]
+    made = sum(number not in numbers for number in range(held, rows))
+    (note,) = json.loads((tmp_path / "out/moesurgery.json").read_text())["steps"][-1]["notes"]
+    assert note == f"{made} rows of the embedding that stand for no token are the mean of the base's rows"

@@ -640,6 +640,16 @@ def architecture_of_another_model(p: BrokenCheckpoint) -> None:
     p.config(architectures=["Qwen3MoeForCausalLM"])
 
 
+@case("C16")
+def not_a_number_in_the_config(p: BrokenCheckpoint) -> None:
+    p.config(routed_scaling_factor=float("nan"))
+
+
+@case("C16?")
+def infinity_in_a_side_file(p: BrokenCheckpoint) -> None:
+    (p.folder / "generation_config.json").write_text('{\n  "max_time": -Infinity,\n  "note": "NaN"\n}')
+
+
 # ---- tokenizer
 
 

@@ -1,0 +1,116 @@
+"""Whether a server answered with the bytes that were asked for, of the file that was opened.
+
+RFC 9110: 206 with the range in Content-Range (15.3.7, 14.4), 200 with the whole file where ranges are ignored (14.2),
+and an ETag that names a state of the file (8.8.3). Client libraries look at none of these.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from moesurgery.errors import CheckpointError
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_ASK_AGAIN = "run the same command again: finished shards are kept; a proxy between may be what answers"
+CHANGED = "wait until nothing writes to it, then start again from the beginning"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A range of a file: bytes `start:stop` of `where`, which has `size` bytes (None: not known).
+
+    `seen` holds, by file, the ETag of the first answer, or its Last-Modified: all others must have it.
+    """
+
+    where: str
+    start: int
+    stop: int
+    size: int | None
+    file: str
+    seen: dict[str, str]
+
+    def check(self, status: int, headers: Mapping[str, str]) -> None:
+        """Raise CheckpointError where an answer that is no error and no redirection is not what was asked for."""
+        if status == 206:
+            self._check_range(headers.get("content-range", ""))
+        elif (self.start, self.stop) != (0, self.size):
+            raise self._wrong(f"with all of the file (status {status})", "download the model first")
+        encoding = headers.get("content-encoding", "identity")
+        if encoding not in ("identity", ""):
+            raise self._wrong(f"in the encoding {encoding[:40]!r}", _ASK_AGAIN)
+        tag = headers.get("etag", "").removeprefix("W/") or headers.get("last-modified", "")
+        if tag and (first := self.seen.setdefault(self.file, tag)) != tag:
+            raise CheckpointError(
+                f"{self.where} changed while it was in use: it was {first[:80]}, now it is {tag[:80]}", CHANGED
+            )
+
+    def check_length(self, length: int) -> None:
+        """Raise CheckpointError where other than all of the bytes came."""
+        if length != self.stop - self.start:
+            raise self._wrong(f"with {length:,} bytes", _ASK_AGAIN)
+
+    def _check_range(self, given: str) -> None:
+        found = _CONTENT_RANGE.fullmatch(given)
+        if found is None:
+            raise self._wrong(f"with Content-Range {given[:80]!r}", _ASK_AGAIN)
+        if (int(found[1]), int(found[2]) + 1) != (self.start, self.stop):
+            raise self._wrong(f"with bytes {int(found[1]):,} to {int(found[2]):,}", _ASK_AGAIN)
+        if self.size is not None and found[3] not in ("*", str(self.size)):
+            message = f"{self.where} changed while it was in use: it had {self.size:,} bytes, now {int(found[3]):,}"
+            raise CheckpointError(message, CHANGED)
+
+    def _wrong(self, what: str, hint: str) -> CheckpointError:
+        wanted = f"bytes {self.start:,} to {self.stop - 1:,}"
+        return CheckpointError(f"{self.where}: {wanted} were asked for, the server answered {what}", hint)
+
+
+_last = threading.local()  # the answer that a thread got last to a request for a range
+
+
+@contextmanager
+def hub_answers(asked: Asked) -> Iterator[None]:
+    """Check what the Hub answered to the request for a range that is made within, in this thread.
+
+    That is the last answer: huggingface_hub asks again where one breaks off.
+    """
+    _remember_answers()
+    _last.answer = None
+    yield
+    if _last.answer is not None:
+        asked.check(*_last.answer)
+
+
+@cache
+def _remember_answers() -> None:
+    """Have huggingface_hub make its requests through a client that keeps the last answer. Hooks that are there stay."""
+    from huggingface_hub import get_session, set_client_factory
+
+    present: Any = get_session()
+    kind, hooks, timeout = type(present), present.event_hooks, present.timeout
+
+    def look(response: Any) -> None:
+        if "range" in response.request.headers and response.status_code < 300:
+            _last.answer = response.status_code, response.headers
+
+    def client() -> Any:
+        both = {"request": hooks["request"], "response": [*hooks["response"], look]}
+        return kind(event_hooks=both, follow_redirects=True, timeout=timeout)
+
+    set_client_factory(client)
+
+
+def http_answers(asked: Asked) -> dict[str, Any]:
+    """Return what makes `cat_file` of fsspec's HTTP file system, which asks by aiohttp, check its answer."""
+
+    async def look(response: Any) -> None:
+        if response.status < 300:
+            asked.check(response.status, {key.lower(): value for key, value in response.headers.items()})
+
+    check: Callable[[Any], Awaitable[None]] = look
+    return {"raise_for_status": check, "headers": {"Accept-Encoding": "identity"}}
