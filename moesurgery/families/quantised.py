@@ -8,6 +8,7 @@ where that is floating point of enough precision, and exact for powers of two wh
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -123,6 +124,22 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
                 if isinstance(place.get(key), Mapping):
                     return place[key]  # type: ignore[no-any-return]
     return {}
+
+
+# `model.layers.3.mlp`, and the same in a regular expression: `re:.*layers\\.(3|4)\\..*`; not `layers\\.\\d+`.
+_LAYER = re.compile(r"\b(?:layers|blocks|block|h)\\*\.(?:\d+|\((?:\d|\?)[^)]*\)|\[(?!0-9\])[^\]]*\])")
+
+
+def names_layers(settings: Any) -> str | None:
+    """Return the first layer that quantisation settings name, in a module's name or an expression for some."""
+    if isinstance(settings, Mapping):
+        found = (names_layers(part) for entry in settings.items() for part in entry)
+    elif isinstance(settings, (list, tuple)):
+        found = (names_layers(part) for part in settings)
+    else:
+        match = _LAYER.search(settings) if isinstance(settings, str) else None
+        return match[0] if match else None
+    return next((name for name in found if name is not None), None)
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:

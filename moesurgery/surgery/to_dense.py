@@ -6,7 +6,6 @@ sends each token to other experts, and no single one, nor their mean, can stand 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -20,6 +19,8 @@ from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.expr.tensors import concat_last, mean
 from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
 from moesurgery.families.components import MTP
+from moesurgery.families.layer_config import without_prediction
+from moesurgery.families.layer_keys import KEYED
 from moesurgery.moe.expert_axis import Entries, refuse_strays
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan, Step, Table
@@ -292,7 +293,16 @@ def _one_width(anatomy: Anatomy, tensors: Mapping[str, Expr], pair: DensePair, w
 
 
 def _dense_config(anatomy: Anatomy, pair: DensePair, width: int) -> dict[str, Any]:
-    config: dict[str, Any] = copy.deepcopy(dict(anatomy.config))
+    config = without_prediction(anatomy.settings)
+    for keyed in config.keys() & KEYED:
+        entries = config[keyed] if isinstance(config[keyed], dict) else {}
+        for layer, entry in entries.items():
+            if isinstance(entry, dict) and "intermediate_size" in entry:
+                raise RefusedError(
+                    f"{_NAME}: {keyed} gives layer {layer} its own intermediate_size; the new FFNs have one width",
+                    f"take it out of {keyed} in config.json",
+                )
+        config[keyed] = {layer: {k: v for k, v in e.items() if k not in MOE_KEYS} for layer, e in entries.items()}
     rope = {"rope_theta"} if "rope_parameters" in config else set()
     for key, value in pair.defaults.items():
         if key not in rope:
