@@ -34,7 +34,8 @@ class BlockTensor(NamedTuple):
 
     `role` is a projection ("down") or a router tensor ("correction_bias"). `stem` tells weight from bias and
     companion (of the name's template: use `base` for the name itself). `expert` is the number in the name
-    (per-expert layouts); `axis` is the expert axis (all others).
+    (per-expert layouts); `axis` is the expert axis (all others; None where a tensor of a quantised router is about all
+    experts alike). `packed` and `stuck` are those of `quantised.Outputs`.
     """
 
     name: str
@@ -44,6 +45,13 @@ class BlockTensor(NamedTuple):
     along: ExpertAxisTensor | None
     expert: int | None
     axis: int | None
+    packed: tuple[int, ...] = ()
+    stuck: str = ""
+
+    @property
+    def quantised_router(self) -> bool:
+        """Whether it is one of the tensors that a quantised router is made of."""
+        return self.along is not None and self.stem.suffix != ""
 
     @property
     def base(self) -> str:
@@ -63,6 +71,7 @@ class MoeBlock:
     """The routed experts of one layer and everything that follows them.
 
     `of` is the further set of experts that the block is (image experts, attention experts); None for the main one.
+    `router_modules` are the modules, with a dot at the end, whose tensors have an expert axis.
     """
 
     root: str
@@ -73,6 +82,7 @@ class MoeBlock:
     experts: int = 0
     mtp: bool = False
     of: ExpertSet | None = None
+    router_modules: tuple[str, ...] = ()
 
     @property
     def layer_path(self) -> str:

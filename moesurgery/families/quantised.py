@@ -116,6 +116,66 @@ def split_name(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str
     raise AssertionError("the empty suffix always matches")
 
 
+# Outputs of AWQ in a 32-bit word, the one in the lowest bits first (AutoAWQ, 4 bits).
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+PACKED = (".qweight", ".weight_packed")
+
+
+class Outputs(NamedTuple):
+    """Where the outputs of a quantised linear are in one of its tensors.
+
+    `axis` is None where the tensor is about all outputs alike. `order`: outputs that share a 32-bit word, the one in
+    the lowest bits first; empty where each has entries of its own. `stuck` says why single outputs cannot be told.
+    """
+
+    axis: int | None
+    order: tuple[int, ...] = ()
+    stuck: str = ""
+
+
+def count_outputs(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the outputs of a quantised linear by the shapes of its tensors by suffix; None where they do not tell."""
+    if ".qweight" in shapes:
+        scales = shapes.get(".scales", ())
+        return scales[1] if len(scales) == 2 else None
+    if any(suffix.startswith(".weight.") for suffix in shapes):
+        return None  # bitsandbytes in 4 bits stores a matrix as one column of bytes
+    main = shapes.get(".weight_packed") or shapes.get(".weight") or ()
+    return main[0] if len(main) == 2 else None
+
+
+def outputs_in(
+    suffix: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, outputs: int, config: Mapping[str, Any]
+) -> Outputs:
+    """Return where a linear's `outputs` are in its tensor `suffix`, of `dtype`; `shapes` as for `count_outputs`."""
+    shape = shapes[suffix]
+    if count_outputs(shapes) != outputs:
+        return Outputs(None, stuck=f"its {method(config) or 'packed'} form does not tell which part is whose")
+    if suffix.endswith("g_idx") or suffix == ".weight_shape" or not any(n > 1 for n in shape):
+        return Outputs(None)
+    if suffix in (".qweight", ".qzeros", ".scales") and ".qweight" in shapes:
+        return _outputs_of_words(shape, shapes[".qweight"][1] != outputs, outputs)
+    if shape[0] == outputs:
+        return Outputs(0)
+    if suffix == ".weight_zero_point" and dtype == "I32":
+        lanes = 32 // packed_bits(config)
+        if -(-outputs // lanes) == shape[0]:
+            return Outputs(0, tuple(range(lanes)))
+    if shape[0] == 1 and len(shape) > 1:
+        return Outputs(None)  # one row of blocks for all
+    return Outputs(None, stuck=f"{list(shape)} has entries for blocks of outputs, not for single ones")
+
+
+def _outputs_of_words(shape: tuple[int, ...], awq: bool, outputs: int) -> Outputs:
+    """Return where outputs are in a tensor of GPTQ or AWQ: along the last axis, alone or packed."""
+    if shape[-1] == outputs:
+        return Outputs(1)
+    lanes = outputs // shape[-1] if shape[-1] and outputs % shape[-1] == 0 else 0
+    if lanes not in (4, 8, 16) or (awq and lanes != len(_AWQ_ORDER)):
+        return Outputs(None, stuck=f"{list(shape)} packs {outputs} outputs in an order that is not known")
+    return Outputs(1, _AWQ_ORDER if awq else tuple(range(lanes)))
+
+
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the `quantization_config` object, wherever config.json nests it; empty where there is none."""
     for place in (config, config.get("text_config"), config.get("llm_config")):

@@ -65,6 +65,11 @@ def add_expert(
     for block in anatomy.blocks:
         refuse_strays(block, plan.tensors)
         for member in block.members:
+            if member.quantised_router:
+                raise RefusedError(
+                    f"{_NAME}: {member.name} is part of a quantised router, which takes no rows of another",
+                    "dequantise both first with `moesurgery convert --dequantize`",
+                )
             entries[member.name] = joined.entries(block, member)
     tensors, shard_of = plan.substituted(entries)
     step = Step(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.evaluate import values_of
 from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.plan.dequantise import plain_values
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.criteria import MeasuredCriterion
 
@@ -61,7 +62,7 @@ def router_rows(plan: Plan, block: MoeBlock) -> np.ndarray:
     """Return the router's rows [E, H] of a block. Raises RefusedError where its router is no single matrix."""
     if block.router is None:
         raise RefusedError(f"{block.where}: its router is not one matrix", "name the experts by number")
-    rows = values_of(plan.tensors[block.router.name])
+    rows = values_of(plain_values(plan, block.router.name))
     return (rows.T if block.router.axis == 1 else rows)[: block.experts]
 
 
