@@ -38,7 +38,8 @@ from moesurgery.families.layer_keys import (
     OVERRULED,
     PERIODS,
 )
-from moesurgery.families.quantised import names_layers, quantisation_config
+from moesurgery.families.quantisation_settings import names_layers
+from moesurgery.families.quantised import quantisation_config
 
 _SOURCES, _SHARERS = "kv_source_layers", "indexer_types"  # of which one layer speaks of another
 _SHARED = ("shared", "S")

@@ -8,7 +8,6 @@ where that is floating point of enough precision, and exact for powers of two wh
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -176,39 +175,25 @@ def _outputs_of_words(shape: tuple[int, ...], awq: bool, outputs: int) -> Output
     return Outputs(1, _AWQ_ORDER if awq else tuple(range(lanes)))
 
 
+SETTINGS = ("quantization_config", "compression_config", "quantization")
+
+
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the `quantization_config` object, wherever config.json nests it; empty where there is none."""
     for place in (config, config.get("text_config"), config.get("llm_config")):
         if isinstance(place, Mapping):
-            for key in ("quantization_config", "compression_config"):
+            for key in SETTINGS:
                 if isinstance(place.get(key), Mapping):
                     return place[key]  # type: ignore[no-any-return]
     return {}
 
 
-# `model.layers.3.mlp`, and the same in a regular expression: `re:.*layers\\.(3|4)\\..*`; not `layers\\.\\d+`.
-_LAYER = re.compile(r"\b(?:layers|blocks|block|h)\\*\.(?:\d+|\((?:\d|\?)[^)]*\)|\[(?!0-9\])[^\]]*\])")
-
-
-def names_layers(settings: Any) -> str | None:
-    """Return the first layer that quantisation settings name, in a module's name or an expression for some."""
-    if isinstance(settings, Mapping):
-        found = (names_layers(part) for entry in settings.items() for part in entry)
-    elif isinstance(settings, (list, tuple)):
-        found = (names_layers(part) for part in settings)
-    else:
-        match = _LAYER.search(settings) if isinstance(settings, str) else None
-        return match[0] if match else None
-    return next((name for name in found if name is not None), None)
-
-
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the config without quantisation settings, wherever it nests them."""
-    gone = ("quantization_config", "compression_config")
     return {
         key: without_quantisation(value) if isinstance(value, Mapping) else copy.deepcopy(value)
         for key, value in config.items()
-        if key not in gone
+        if key not in SETTINGS or (key == "quantization" and not isinstance(value, Mapping))
     }
 
 
@@ -252,6 +237,19 @@ def bits_that_fit(config: Mapping[str, Any], packed: tuple[int, ...], scales: tu
     if len({bits for bits, _ in groups}) < 2 or not packed or not scales:
         return {packed_bits(config)}
     return {bits for bits, size in groups if scales[-1] == (-(-packed[-1] * 32 // bits // size) if size else 1)}
+
+
+def holds_quantised(tensors: Mapping[str, Any]) -> bool:
+    """Whether one of the tensors is a quantised weight, with what belongs to it beside it."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in PLAIN_FLOATS:
+            continue
+        stem = split_name(name, tensors.__contains__, lambda n: str(tensors[n].dtype))
+        if stem.companion is not None:
+            return True
+        if any(stem.base + c.suffix in tensors for c in COMPANIONS if stem.base + c.of == name):
+            return True
+    return False
 
 
 def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits: int) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.errors import RecipeError
 from moesurgery.families.quantised import method as quantisation_method
+from moesurgery.families.quantised import without_quantisation
 from moesurgery.lora.apply import adapted
 from moesurgery.merge.recipe.stage import DTYPES
 from moesurgery.moe.canonical_names import CanonicalTensors
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan, plan_of
 
-_QUANTISED = ("quantization_config", "compression_config")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -77,11 +77,7 @@ def _plain(plan: Plan) -> Plan:
     """Return the plan with quantised weights as float32 numbers, which are rounded only once they are merged."""
     tensors, renamed = dequantised(plan)
     old = {new: name for name, new in renamed.items()}
-    config = {
-        key: {k: v for k, v in value.items() if k not in _QUANTISED} if isinstance(value, dict) else value
-        for key, value in plan.config.items()
-        if key not in _QUANTISED
-    }
+    config = without_quantisation(plan.config)
     return replace(
         plan, tensors=tensors, config=config, shard_of={name: plan.shard_of[old.get(name, name)] for name in tensors}
     )

@@ -15,7 +15,9 @@ from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.quantised import holds_quantised
 from moesurgery.families.recognition import recognise
+from moesurgery.plan.side_files import without_quantisation_files
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,23 @@ class Plan:
     ) -> Plan:
         """Return the plan after `step`, with what it changed; `files` and `companions` are added to those there are.
 
-        Raises RefusedError where weights change for which a companion has been planned: it would not fit them.
+        Files that describe quantised weights go where none is left. Raises RefusedError where weights change for which
+        a companion has been planned: it would not fit them.
         """
         if self.companions and tensors is not None and tensors != self.tensors:
             raise RefusedError(
                 f"{step.operation}: {', '.join(self.companions)} was planned for the weights before this step",
                 f"put `- {step.operation}: …` before `- {self.steps[-1].operation}: …`",
             )
+        stale: Mapping[str, bytes | None] = {}
+        if tensors is not None and holds_quantised(self.tensors) and not holds_quantised(tensors):
+            stale = without_quantisation_files(self.checkpoint, self.files)
         return replace(
             self,
             tensors=self.tensors if tensors is None else tensors,
             config=self.config if config is None else config,
             shard_of=self.shard_of if shard_of is None else shard_of,
-            files={**self.files, **(files or {})},
+            files={**self.files, **stale, **(files or {})},
             companions={**self.companions, **(companions or {})},
             steps=(*self.steps, step),
         )
