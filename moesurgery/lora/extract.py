@@ -20,7 +20,7 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr
-from moesurgery.lora.apply import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from moesurgery.lora.apply import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT_VERSION
 from moesurgery.moe.canonical_names import CanonicalTensors
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class _Adapter:
     def config(self, base: str) -> dict[str, Any]:
         found: dict[str, Any] = {
             "peft_type": "LORA",
+            "peft_version": LAYOUT_VERSION,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "r": self.rank,
