@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import CONFIG
 from moesurgery.errors import CheckpointError
-from moesurgery.families.anatomy import BlockTensor, MoeBlock, model_type_of
+from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.families.config_keys import keys_present
 from moesurgery.families.family import EXPERTS_KEYS, GROUPS_KEYS, TOP_GROUPS_KEYS, TOP_K_KEYS
 from moesurgery.families.quantised import count_outputs
@@ -22,7 +22,7 @@ def experts(subject: Context) -> Outcome:
     """Every MoE layer has all of its experts, equal in shape and as many as the config says."""
     anatomy = subject.anatomy
     if anatomy.family is None and anatomy.is_moe:
-        reason = f"the family of {model_type_of(subject.config)!r} is not in the table: its experts cannot be told"
+        reason = f"{anatomy.unknown_experts}: its experts cannot be told"
         yield NotChecked(("C04", "C05", "C06"), reason)
         return
     if problem := subject.malformed("experts"):
