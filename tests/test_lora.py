@@ -363,3 +363,35 @@ def test_the_factors_are_the_best_of_their_rank(models: Any, ok: Cli, tmp_path: 
     assert a.shape == (4, change.shape[1])
     best = torch.linalg.svdvals(change)[4:].square().sum()
     torch.testing.assert_close((change - b @ a).square().sum(), best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("first", "second"), [(64, 66), (66, 64)])
+def test_added_tokens_are_left_out_as_embeddings_are(
+    models: Any, ok: Cli, tmp_path: Path, first: int, second: int
+) -> None:
+    """No adapter holds embeddings; other rows in one model change nothing for the layers."""
+    base, tuned = models("mixtral", vocab_size=first), models("mixtral", vocab_size=second)
+    tensors = read_tensors(tuned)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = read_tensors(base)[name] + torch.ones(32, 1) @ torch.arange(32.0)[None] / 32
+    layers = {n: t for n, t in read_tensors(base).items() if ".layers." in n and n != name}
+    rewrite(tuned, tmp_path / "tuned", {**tensors, **layers}, {})
+    result = ok("extract-lora", base, tmp_path / "tuned", "--rank", 2, "-o", tmp_path / "adapter")
+    assert "model.embed_tokens.weight" in result.err
+    assert "lm_head.weight" in result.err
+    merged(ok, base, tmp_path / "adapter", tmp_path)
+    torch.testing.assert_close(read_tensors(tmp_path / "out")[name], tensors[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_other_shapes_have_no_adapter(models: Any, cli: Cli, tmp_path: Path) -> None:
+    tensors = read_tensors(models("mixtral"))
+    tensors["model.norm.weight"] = torch.ones(16)
+    rewrite(models("mixtral"), tmp_path / "m", tensors, {"model_type": "unknown"})
+    rewrite(models("mixtral"), tmp_path / "base", read_tensors(models("mixtral")), {"model_type": "unknown"})
+    result = cli("extract-lora", tmp_path / "base", tmp_path / "m", "--rank", 2, "-o", tmp_path / "adapter")
+    assert result.code == 2
+    assert "model.norm.weight is F32 [32] in base, and is F32 [16] in m" in result.err
+    assert "an adapter is between two models of the same shapes" in result.err
+    assert "convert" not in result.err

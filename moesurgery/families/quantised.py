@@ -8,6 +8,7 @@ where that is floating point of enough precision, and exact for powers of two wh
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -67,6 +68,9 @@ COMPANIONS: tuple[QuantTensor, ...] = (
     QuantTensor(".scales", ".qweight", "scale"),
     QuantTensor(".qzeros", ".qweight", "meta"),
     QuantTensor(".g_idx", ".qweight", "meta"),
+    # MLX: w * scale + bias, in words of 32 bits along the inputs
+    QuantTensor(".scales", ".weight", "scale"),
+    QuantTensor(".biases", ".weight", "meta"),
     # bitsandbytes
     QuantTensor(".SCB", ".weight", "scale"),
     QuantTensor(".weight_format", ".weight", "meta"),
@@ -201,6 +205,8 @@ def method(config: Mapping[str, Any]) -> str | None:
     """Return the quantisation method that config.json names, None for plain weights."""
     found = quantisation_config(config)
     name = found.get("quant_method") or found.get("quant_algo")
+    if not name and isinstance(config.get("quantization"), Mapping) and found.get("group_size"):
+        return "mlx"
     return str(name) if name else None
 
 
@@ -260,6 +266,8 @@ def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits
     beside = set(companions)
     if suffix in (".qweight", ".weight_packed") and dtype in ("I32", "U32"):
         return 32 // bits
+    if dtype == "U32" and ".scales" in beside:
+        return 32 // bits
     if suffix in ("_blocks", ".weight_packed") and dtype == "U8":
         return 2
     if dtype == "U8" and beside & {
@@ -275,6 +283,14 @@ def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits
     return 1
 
 
+def _mlx_weights(base: str, config: Mapping[str, Any], shape_of: Callable[[str], tuple[int, ...] | None]) -> int | None:
+    """Return how many weights one of MLX stands for: as many as its scales, times the weights of a group."""
+    scales, settings = shape_of(f"{base}.scales"), quantisation_config(config)
+    own = settings.get(base)
+    size = (own if isinstance(own, Mapping) else settings).get("group_size")
+    return math.prod(scales) * size if scales and type(size) is int and size > 0 else None
+
+
 def packed_weights(
     name: str, config: Mapping[str, Any], shape_of: Callable[[str], tuple[int, ...] | None]
 ) -> int | None:
@@ -283,6 +299,8 @@ def packed_weights(
     GPTQ packs inputs, [in * bits / 32, out], and lists the group of each input; AWQ packs outputs,
     [in, out * bits / 32]. So the count is exact for every number of bits, and where layers differ in it.
     """
+    if name.endswith(".weight"):
+        return _mlx_weights(name.removesuffix(".weight"), config, shape_of)
     suffix = ".qweight" if name.endswith(".qweight") else ".weight_packed"
     base = name.removesuffix(suffix)
     packed, groups = shape_of(name), shape_of(f"{base}.g_idx")

@@ -17,7 +17,7 @@ from moesurgery.families.anatomy import Anatomy, BlockTensor, HasShape, MoeBlock
 from moesurgery.families.config_keys import Settings
 from moesurgery.families.family import EXPERTS_KEYS, Family, Layout
 from moesurgery.families.moe_layers import layers_note
-from moesurgery.families.quantised import Outputs, count_outputs, outputs_in, packed_weights
+from moesurgery.families.quantised import PACKED, Outputs, count_outputs, outputs_in, packed_weights
 from moesurgery.families.tensor_names import TensorRole, name_template, roles_of, router_modules
 
 
@@ -99,7 +99,8 @@ def _count(
             anatomy.unrecognised.append(name)
         elements = element_count(tensors[name].shape)
         anatomy.parameters[name] = elements * place.weights
-        if place.stem.suffix in (".qweight", ".weight_packed") and tensors[name].dtype == "I32":
+        words = place.stem.suffix in PACKED and tensors[name].dtype == "I32"
+        if words or (place.stem.suffix == ".weight" and tensors[name].dtype == "U32"):
             exact = packed_weights(name, anatomy.config, lambda n: tensors[n].shape if n in tensors else None)
             anatomy.parameters[name] = anatomy.parameters[name] if exact is None else exact
         if place.buffer:
