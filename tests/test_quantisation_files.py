@@ -241,3 +241,28 @@ def test_a_plain_model_with_such_a_file_is_copied_as_it_is(tmp_path: Path) -> No
     found = validate_checkpoint(tmp_path / "out", level="config").findings
     assert "says 4 bits, but no weight is quantised" in str([f.message for f in found if f.code == "C15"])
     assert torch.is_tensor(next(iter(read_tensors(tmp_path / "out").values())))
+
+
+def test_lists_of_single_experts_say_nothing_of_new_ones(fp8: Path) -> None:
+    plan = plan_of(open_checkpoint(with_lists(fp8, [EXPERT.format(3)])))
+    with pytest.raises(RefusedError, match=r"config.json: quantization_config names experts.3: such a list") as caught:
+        apply(plan, "add-expert", source=str(fp8), experts=[0])
+    assert "one expression for all" in str(caught.value.hint)
+    plan = plan_of(open_checkpoint(with_lists(fp8, ["lm_head", r"re:.*experts\\.\\d+\\..*"])))
+    assert apply(plan, "add-expert", source=str(fp8), experts=[0]).anatomy.experts == 5
+
+
+def test_lists_of_single_ffns_do_not_become_lists_of_experts(tmp_path: Path) -> None:
+    """Settings for quantising a plain model when it is loaded."""
+    save_tiny("llama", tmp_path / "m", intermediate_size=48)
+    config = read_config(tmp_path / "m")
+    for names, refused in ((["model.layers.1.mlp.up_proj"], True), (["lm_head", "up_proj", "model.layers.1"], False)):
+        settings = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": names}
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+        plan = plan_of(open_checkpoint(tmp_path / "m"))
+        if refused:
+            with pytest.raises(RefusedError, match="names modules of FFNs one by one, which become experts") as caught:
+                apply(plan, "upcycle", experts=4, proof=False)
+            assert "expression that fits experts too" in str(caught.value.hint)
+        else:
+            assert apply(plan, "upcycle", experts=4, proof=False).config["quantization_config"] == settings

@@ -33,12 +33,21 @@ _LEFT_OUT = (
 
 def names_layers(settings: Any) -> str | None:
     """Return the first layer that quantisation settings name, in a module's name or an expression for some."""
+    return _first_match(_LAYER, settings)
+
+
+def names_experts(settings: Any) -> str | None:
+    """Return the first expert that quantisation settings name by its number."""
+    return _first_match(_EXPERT, settings)
+
+
+def _first_match(pattern: re.Pattern[str], settings: Any) -> str | None:
     if isinstance(settings, Mapping):
-        found = (names_layers(part) for entry in settings.items() for part in entry)
+        found = (_first_match(pattern, part) for entry in settings.items() for part in entry)
     elif isinstance(settings, (list, tuple)):
-        found = (names_layers(part) for part in settings)
+        found = (_first_match(pattern, part) for part in settings)
     else:
-        match = _LAYER.search(settings) if isinstance(settings, str) else None
+        match = pattern.search(settings) if isinstance(settings, str) else None
         return match[0] if match else None
     return next((name for name in found if name is not None), None)
 
