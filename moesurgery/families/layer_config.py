@@ -71,6 +71,7 @@ def _said(place: Mapping[str, Any], layer: int, depth: int) -> Iterator[tuple[st
             yield key, layer <= value
         elif key in PERIODS and type(value) is int and value > 1:
             shift = place.get(OFFSETS[key], 0) if key in OFFSETS else -1
+            shift = shift if type(shift) is int else 0
             yield key, (layer - shift) % value == 0
         elif key in CYCLES and isinstance(value, list) and value:
             yield key, value[layer % len(value)]

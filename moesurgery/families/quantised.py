@@ -152,7 +152,8 @@ def outputs_in(
 ) -> Outputs:
     """Return where a linear's `outputs` are in its tensor `suffix`, of `dtype`; `shapes` as for `count_outputs`."""
     shape = shapes[suffix]
-    if count_outputs(shapes) != outputs:
+    odd = len(shapes.get(".qweight", (1, 1))) != 2 or (suffix == ".weight_shape" and shape != (2,))
+    if count_outputs(shapes) != outputs or odd:
         return Outputs(None, stuck=f"its {method(config) or 'packed'} form does not tell which part is whose")
     if suffix.endswith("g_idx") or suffix == ".weight_shape" or not any(n > 1 for n in shape):
         return Outputs(None)

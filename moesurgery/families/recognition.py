@@ -197,7 +197,7 @@ def _settle_quantised_router(block: MoeBlock, tensors: Mapping[str, HasShape], a
         outputs = count_outputs(shapes)
         along = members[0].along
         if along is None or along.axis or along.extra:
-            outputs, stuck = None, "its router is not stored as one row for each expert"
+            stuck = "its router is not stored as one row for each expert"
             places |= {member.name: Outputs(None, stuck=stuck) for member in members}
             continue
         if outputs is not None and outputs != block.experts:
