@@ -6,7 +6,7 @@ any other exception is a bug of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -40,11 +40,17 @@ class OutputError(SurgeryError):
 
 
 @contextmanager
-def at_line(origin: str, line: int) -> Iterator[None]:
-    """Say in what is raised within where in a recipe it comes from; line 0 is a command line, and is not said."""
+def at_line(origin: str, line: int, words: Callable[[str], str] | None = None) -> Iterator[None]:
+    """Say in what is raised within where in a recipe it comes from; line 0 is a command line, and is not said.
+
+    `words` puts texts that speak of a command's options into those of the recipe.
+    """
     try:
         yield
     except SurgeryError as error:
+        if words is not None:
+            error.message = words(error.message)
+            error.hint = None if error.hint is None else words(error.hint)
         if line:
             error.message = f"{origin}:{line}: {error.message}"
         raise

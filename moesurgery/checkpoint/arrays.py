@@ -25,7 +25,7 @@ _EIGHT_BIT_FLOATS = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 # The largest number of each type, and from where a wider one is rounded to infinity.
-LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38, "F64": 1.7976931348623157e308}
+LARGEST_FINITE = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38, "F64": 1.7976931348623157e308}
 _BF16_END = 3.3961775292304957e38
 
 
@@ -51,7 +51,7 @@ def beyond(dtype: str, tensor: str = "a tensor", at: int = 0) -> NotFiniteError:
     """Return the error for finite numbers that would become infinite as `dtype`."""
     wider = {"F16": "bfloat16 or float32", "BF16": "float32"}.get(dtype, "float64")
     return NotFiniteError(
-        f"numbers that {CONFIG_NAMES[dtype]} cannot: beyond {LARGEST[dtype]:.6g}",
+        f"numbers that {CONFIG_NAMES[dtype]} cannot: beyond {LARGEST_FINITE[dtype]:.6g}",
         f"use {wider}, or a smaller factor; `moesurgery validate --level values` finds extreme weights",
         tensor,
         at,

@@ -57,7 +57,7 @@ def count_params_command(
             document["layers"] = counts.by_layer
         console.json(document)
         return
-    _show(checkpoint.source.identity, counts, headers_only=checkpoint.headers_only)
+    _show(checkpoint.source.identity, counts, anatomy.unknown_experts, headers_only=checkpoint.headers_only)
     for note in anatomy.notes:
         console.result(note)
     if by_layer:
@@ -66,12 +66,12 @@ def count_params_command(
         _show_roofline(cost, counts)
 
 
-def _show(identity: str, counts: Counts, *, headers_only: bool) -> None:
+def _show(identity: str, counts: Counts, unknown: str, *, headers_only: bool) -> None:
     kind = counts.family or ("dense" if counts.num_experts == 0 else "unknown family")
     console.result(f"{identity}: {counts.model_type} ({kind})")
     console.result(f"total       {counts.total:>20,}  {human_count(counts.total)}")
     if counts.active is None:
-        console.result("active      unknown: the family is not in the table, so its experts cannot be told apart")
+        console.result(f"active      unknown: {unknown}, so its experts cannot be told apart")
     else:
         for key, meaning in CONVENTIONS.items():
             value = counts.active[key]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from moesurgery.checkpoint.arrays import LARGEST, beyond, decoded, encoded
+from moesurgery.checkpoint.arrays import LARGEST_FINITE, beyond, decoded, encoded
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, byte_count, element_count
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.source import Source
@@ -148,7 +148,7 @@ def narrowed(values: torch.Tensor, dtype: str) -> torch.Tensor:
     Raises NotFiniteError where a finite number would become infinite.
     """
     found = values.to(torch_dtype(dtype))
-    if dtype not in LARGEST or values.dtype == found.dtype:
+    if dtype not in LARGEST_FINITE or values.dtype == found.dtype:
         return found
     infinite = found.isinf()
     if bool(infinite.any()) and bool((infinite & values.isfinite()).any()):

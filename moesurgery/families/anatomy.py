@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from moesurgery.families.family import ExpertAxisTensor, ExpertSet, Family, Layo
 from moesurgery.families.quantised import TensorName
 from moesurgery.families.table import by_architecture, by_model_type
 
+_EXPERTS = re.compile(r"expert(?!ise)|switch_mlp|\bmoe\b")
 TIED = "tied_"  # before the model_type of a model with tied blocks (`moesurgery tie-blocks`)
 
 
@@ -34,7 +36,8 @@ class BlockTensor(NamedTuple):
 
     `role` is a projection ("down") or a router tensor ("correction_bias"). `stem` tells weight from bias and
     companion (of the name's template: use `base` for the name itself). `expert` is the number in the name
-    (per-expert layouts); `axis` is the expert axis (all others).
+    (per-expert layouts); `axis` is the expert axis (all others; None where a tensor of a quantised router is about all
+    experts alike). `packed` and `stuck` are those of `quantised.Outputs`.
     """
 
     name: str
@@ -44,6 +47,13 @@ class BlockTensor(NamedTuple):
     along: ExpertAxisTensor | None
     expert: int | None
     axis: int | None
+    packed: tuple[int, ...] = ()
+    stuck: str = ""
+
+    @property
+    def quantised_router(self) -> bool:
+        """Whether it is one of the tensors that a quantised router is made of."""
+        return self.along is not None and self.stem.suffix != ""
 
     @property
     def base(self) -> str:
@@ -63,6 +73,7 @@ class MoeBlock:
     """The routed experts of one layer and everything that follows them.
 
     `of` is the further set of experts that the block is (image experts, attention experts); None for the main one.
+    `router_modules` are the modules, with a dot at the end, whose tensors have an expert axis.
     """
 
     root: str
@@ -73,6 +84,7 @@ class MoeBlock:
     experts: int = 0
     mtp: bool = False
     of: ExpertSet | None = None
+    router_modules: tuple[str, ...] = ()
 
     @property
     def layer_path(self) -> str:
@@ -122,6 +134,16 @@ class Anatomy:
         """The MoE blocks of the language model, without multi-token-prediction layers."""
         return [block for block in self.blocks if not block.mtp]
 
+    @property
+    def unknown_experts(self) -> str:
+        """Why no experts were found in a mixture: the family is not known, or the names of its experts are not."""
+        if self.family is None:
+            return f"the family of model_type {self.model_type!r} is not in the table"
+        inside = [name for name in self.component if name in self.layer]
+        name = next((n for n in inside if _EXPERTS.search(n)), None)
+        other = f" names that are not known, such as {name}" if name else " no tensors under the names that it has"
+        return f"{self.model_type} is a family in the table, and its experts have{other}"
+
     def require_family(self, operation: str) -> Family:
         """Return the family; raise RefusedError where the model is dense, unknown, or refuses `operation`."""
         if self.family is None or not self.blocks:
@@ -131,9 +153,11 @@ class Anatomy:
                     "`moesurgery upcycle` makes a mixture of experts of it",
                 )
             raise RefusedError(
-                f"{operation}: the family of model_type {self.model_type!r} is not in the table, so its experts"
-                " cannot be told from other tensors",
-                "`moesurgery families` lists what is known; docs/families.md shows how to add one",
+                f"{operation}: {self.unknown_experts}, so its experts cannot be told from other tensors",
+                "`moesurgery families` lists what is known; docs/families.md shows how to add one"
+                if self.family is None
+                else f"`moesurgery families {self.family.name}` shows the names that are; docs/families.md, how to add"
+                " some",
             )
         reason = self.family.refuses.get(operation)
         if reason:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moesurgery.errors import CheckpointError
+from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.family import Family, Flag
+from moesurgery.families.layer_keys import DEPTH_LISTS, KEYED
 from moesurgery.families.quantised import QUANTISATION_KEYS
 
 # The names under which config.json files give the same number. All that are present are read and edited.
@@ -106,11 +107,16 @@ class Settings:
 
     @property
     def layers(self) -> int | None:
-        """The number of layers of the language model; of its deeper stack where it has two."""
+        """The number of layers of the language model; of its deeper stack where it has two.
+
+        Where no key counts them, the list that says what each of them is does.
+        """
         if (tie_map := self.tie_map) is not None:
             return len(tie_map)
         counts = (self.integer(keys) for keys in (LAYERS_KEYS, DECODER_LAYERS_KEYS))
-        return max((count for count in counts if count is not None), default=None)
+        stated = max((count for count in counts if count is not None), default=None)
+        listed = self.first(DEPTH_LISTS) if stated is None else None
+        return len(listed) if isinstance(listed, (list, str)) and listed else stated
 
     @property
     def hidden(self) -> int | None:
@@ -175,7 +181,8 @@ def keys_present(settings: Settings, keys: tuple[str, ...]) -> str:
 def with_value(settings: Settings, keys: tuple[str, ...], value: Any, canonical: str) -> dict[str, Any]:
     """Return a copy of the config with `value` under every alias present, or under `canonical` if none is.
 
-    A per-layer list stays a list of the same length.
+    A per-layer list stays a list of the same length; objects keyed by layer get the value where they repeat it. Raises
+    RefusedError where one of those gives its layer another value than the others have.
     """
     config: dict[str, Any] = copy.deepcopy(dict(settings.config))
     edited = False
@@ -186,6 +193,8 @@ def with_value(settings: Settings, keys: tuple[str, ...], value: Any, canonical:
                 old = part[key]
                 part[key] = [value] * len(old) if isinstance(old, list) else value  # type: ignore[index]
                 edited = True
+        for keyed in (part or {}).keys() & KEYED:
+            _set_in_layers(keyed, part[keyed], keys, value, settings.first(keys))  # type: ignore[index]
     if not edited:
         places = (section(config, path) for path in settings.family.nested)
         target = next((p for p in places if p is not None), config)
@@ -208,6 +217,21 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
             elif key in DTYPE_KEYS and value is not None:
                 part[key] = dtype
     return copied
+
+
+def _set_in_layers(name: str, entries: Any, keys: tuple[str, ...], value: Any, general: Any) -> None:
+    """Give the entries of an object keyed by layer a new value under those of `keys` that they hold."""
+    for layer, entry in entries.items() if isinstance(entries, Mapping) else ():
+        for key in keys if isinstance(entry, dict) else ():
+            if entry.get(key) is None:
+                continue
+            if general is not None and entry[key] != general:
+                raise RefusedError(
+                    f"config.json: {name} gives layer {layer} a {key} of {entry[key]!r}, the others have {general!r}:"
+                    " one new value for all would change that",
+                    f"take {key} out of {name}, if the tensors of that layer allow it",
+                )
+            entry[key] = value
 
 
 def with_top_k(settings: Settings, top_k: int) -> dict[str, Any]:

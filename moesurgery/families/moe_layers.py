@@ -102,7 +102,9 @@ def moe_layers(settings: Settings) -> set[int] | None:
     for key in settings.family.sparse:
         if settings.first((key,)) is not None:
             try:
-                return _RULES[key](settings, key, layers or 0)
+                stated = _RULES[key](settings, key, layers or 0)
+                # Lists of Step-3.5 go on behind the stack, with prediction layers.
+                return stated if layers is None else {layer for layer in stated if layer < layers}
             except (TypeError, ValueError, ArithmeticError, MemoryError):
                 return None
     return None if layers is None or settings.family.sparse else set(range(layers))

@@ -8,6 +8,7 @@ where that is floating point of enough precision, and exact for powers of two wh
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -67,6 +68,9 @@ COMPANIONS: tuple[QuantTensor, ...] = (
     QuantTensor(".scales", ".qweight", "scale"),
     QuantTensor(".qzeros", ".qweight", "meta"),
     QuantTensor(".g_idx", ".qweight", "meta"),
+    # MLX: w * scale + bias, in words of 32 bits along the inputs
+    QuantTensor(".scales", ".weight", "scale"),
+    QuantTensor(".biases", ".weight", "meta"),
     # bitsandbytes
     QuantTensor(".SCB", ".weight", "scale"),
     QuantTensor(".weight_format", ".weight", "meta"),
@@ -115,7 +119,68 @@ def split_name(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str
     raise AssertionError("the empty suffix always matches")
 
 
-QUANTISATION_KEYS = ("quantization_config", "compression_config")
+# Outputs of AWQ in a 32-bit word, the one in the lowest bits first (AutoAWQ, 4 bits).
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+PACKED = (".qweight", ".weight_packed")
+
+
+class Outputs(NamedTuple):
+    """Where the outputs of a quantised linear are in one of its tensors.
+
+    `axis` is None where the tensor is about all outputs alike. `order`: outputs that share a 32-bit word, the one in
+    the lowest bits first; empty where each has entries of its own. `stuck` says why single outputs cannot be told.
+    """
+
+    axis: int | None
+    order: tuple[int, ...] = ()
+    stuck: str = ""
+
+
+def count_outputs(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the outputs of a quantised linear by the shapes of its tensors by suffix; None where they do not tell."""
+    if ".qweight" in shapes:
+        scales = shapes.get(".scales", ())
+        return scales[1] if len(scales) == 2 else None
+    if any(suffix.startswith(".weight.") for suffix in shapes):
+        return None  # bitsandbytes in 4 bits stores a matrix as one column of bytes
+    main = shapes.get(".weight_packed") or shapes.get(".weight") or ()
+    return main[0] if len(main) == 2 else None
+
+
+def outputs_in(
+    suffix: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, outputs: int, config: Mapping[str, Any]
+) -> Outputs:
+    """Return where a linear's `outputs` are in its tensor `suffix`, of `dtype`; `shapes` as for `count_outputs`."""
+    shape = shapes[suffix]
+    odd = len(shapes.get(".qweight", (1, 1))) != 2 or (suffix == ".weight_shape" and shape != (2,))
+    if count_outputs(shapes) != outputs or odd:
+        return Outputs(None, stuck=f"its {method(config) or 'packed'} form does not tell which part is whose")
+    if suffix.endswith("g_idx") or suffix == ".weight_shape" or not any(n > 1 for n in shape):
+        return Outputs(None)
+    if suffix in (".qweight", ".qzeros", ".scales") and ".qweight" in shapes:
+        return _outputs_of_words(shape, shapes[".qweight"][1] != outputs, outputs)
+    if shape[0] == outputs:
+        return Outputs(0)
+    if suffix == ".weight_zero_point" and dtype == "I32":
+        lanes = 32 // packed_bits(config)
+        if -(-outputs // lanes) == shape[0]:
+            return Outputs(0, tuple(range(lanes)))
+    if shape[0] == 1 and len(shape) > 1:
+        return Outputs(None)  # one row of blocks for all
+    return Outputs(None, stuck=f"{list(shape)} has entries for blocks of outputs, not for single ones")
+
+
+def _outputs_of_words(shape: tuple[int, ...], awq: bool, outputs: int) -> Outputs:
+    """Return where outputs are in a tensor of GPTQ or AWQ: along the last axis, alone or packed."""
+    if shape[-1] == outputs:
+        return Outputs(1)
+    lanes = outputs // shape[-1] if shape[-1] and outputs % shape[-1] == 0 else 0
+    if lanes not in (4, 8, 16) or (awq and lanes != len(_AWQ_ORDER)):
+        return Outputs(None, stuck=f"{list(shape)} packs {outputs} outputs in an order that is not known")
+    return Outputs(1, _AWQ_ORDER if awq else tuple(range(lanes)))
+
+
+QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
 def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -133,7 +198,7 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_quantisation(value) if isinstance(value, Mapping) else copy.deepcopy(value)
         for key, value in config.items()
-        if key not in QUANTISATION_KEYS
+        if key not in QUANTISATION_KEYS or (key == "quantization" and not isinstance(value, Mapping))
     }
 
 
@@ -141,6 +206,8 @@ def method(config: Mapping[str, Any]) -> str | None:
     """Return the quantisation method that config.json names, None for plain weights."""
     found = quantisation_config(config)
     name = found.get("quant_method") or found.get("quant_algo")
+    if not name and isinstance(config.get("quantization"), Mapping) and found.get("group_size"):
+        return "mlx"
     return str(name) if name else None
 
 
@@ -179,6 +246,19 @@ def bits_that_fit(config: Mapping[str, Any], packed: tuple[int, ...], scales: tu
     return {bits for bits, size in groups if scales[-1] == (-(-packed[-1] * 32 // bits // size) if size else 1)}
 
 
+def holds_quantised(tensors: Mapping[str, Any]) -> bool:
+    """Whether one of the tensors is a quantised weight, with what belongs to it beside it."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in PLAIN_FLOATS:
+            continue
+        stem = split_name(name, tensors.__contains__, lambda n: str(tensors[n].dtype))
+        if stem.companion is not None:
+            return True
+        if any(stem.base + c.suffix in tensors for c in COMPANIONS if stem.base + c.of == name):
+            return True
+    return False
+
+
 def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits: int) -> int:
     """Return how many weights one stored element of a main tensor stands for.
 
@@ -186,6 +266,8 @@ def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits
     """
     beside = set(companions)
     if suffix in (".qweight", ".weight_packed") and dtype in ("I32", "U32"):
+        return 32 // bits
+    if dtype == "U32" and ".scales" in beside:
         return 32 // bits
     if suffix in ("_blocks", ".weight_packed") and dtype == "U8":
         return 2
@@ -202,6 +284,14 @@ def weights_per_element(dtype: str, suffix: str, companions: Iterable[str], bits
     return 1
 
 
+def _mlx_weights(base: str, config: Mapping[str, Any], shape_of: Callable[[str], tuple[int, ...] | None]) -> int | None:
+    """Return how many weights one of MLX stands for: as many as its scales, times the weights of a group."""
+    scales, settings = shape_of(f"{base}.scales"), quantisation_config(config)
+    own = settings.get(base)
+    size = (own if isinstance(own, Mapping) else settings).get("group_size")
+    return math.prod(scales) * size if scales and type(size) is int and size > 0 else None
+
+
 def packed_weights(
     name: str, config: Mapping[str, Any], shape_of: Callable[[str], tuple[int, ...] | None]
 ) -> int | None:
@@ -210,6 +300,8 @@ def packed_weights(
     GPTQ packs inputs, [in * bits / 32, out], and lists the group of each input; AWQ packs outputs,
     [in, out * bits / 32]. So the count is exact for every number of bits, and where layers differ in it.
     """
+    if name.endswith(".weight"):
+        return _mlx_weights(name.removesuffix(".weight"), config, shape_of)
     suffix = ".qweight" if name.endswith(".qweight") else ".weight_packed"
     base = name.removesuffix(suffix)
     packed, groups = shape_of(name), shape_of(f"{base}.g_idx")

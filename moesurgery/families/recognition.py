@@ -17,8 +17,8 @@ from moesurgery.families.anatomy import Anatomy, BlockTensor, HasShape, MoeBlock
 from moesurgery.families.config_keys import EXPERTS_KEYS, Settings
 from moesurgery.families.family import Family, Layout
 from moesurgery.families.moe_layers import layers_note
-from moesurgery.families.quantised import packed_weights
-from moesurgery.families.tensor_names import TensorRole, name_template, roles_of
+from moesurgery.families.quantised import PACKED, Outputs, count_outputs, outputs_in, packed_weights
+from moesurgery.families.tensor_names import TensorRole, name_template, roles_of, router_modules
 
 
 def recognise(
@@ -99,7 +99,8 @@ def _count(
             anatomy.unrecognised.append(name)
         elements = element_count(tensors[name].shape)
         anatomy.parameters[name] = elements * place.weights
-        if place.stem.suffix in (".qweight", ".weight_packed") and tensors[name].dtype == "I32":
+        words = place.stem.suffix in PACKED and tensors[name].dtype == "I32"
+        if words or (place.stem.suffix == ".weight" and tensors[name].dtype == "U32"):
             exact = packed_weights(name, anatomy.config, lambda n: tensors[n].shape if n in tensors else None)
             anatomy.parameters[name] = anatomy.parameters[name] if exact is None else exact
         if place.buffer:
@@ -174,11 +175,40 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
                 raise CheckpointError(f"{block.where}: {path} of expert {min(missing)} is missing")
     else:
         block.experts = _fused_experts(block, weights, tensors, anatomy)
+    around = router_modules(block.of or family)
+    block.router_modules = tuple(f"{block.layer_path}.{module}" for module in around)
+    _settle_quantised_router(block, tensors, anatomy)
     for member in block.members:
-        if member.along is not None and member.along.role != "expert_table":
+        if member.along is not None and member.along.role != "expert_table" and not member.quantised_router:
             length = tensors[member.name].shape[member.along.axis]
             if length != block.experts and not (member.along.extra and length > block.experts):
                 raise CheckpointError(f"{member.name} has {length} entries for {block.experts} experts")
+
+
+def _settle_quantised_router(block: MoeBlock, tensors: Mapping[str, HasShape], anatomy: Anatomy) -> None:
+    """Enter where the experts are in the tensors of a quantised router. Raises CheckpointError for another number."""
+    routers: dict[str, list[BlockTensor]] = {}
+    for member in block.members:
+        if member.quantised_router:
+            routers.setdefault(member.base, []).append(member)
+    places: dict[str, Outputs] = {}
+    for base, members in routers.items():
+        shapes = {member.stem.suffix: tensors[member.name].shape for member in members}
+        outputs = count_outputs(shapes)
+        along = members[0].along
+        if along is None or along.axis or along.extra:
+            stuck = "its router is not stored as one row for each expert"
+            places |= {member.name: Outputs(None, stuck=stuck) for member in members}
+            continue
+        if outputs is not None and outputs != block.experts:
+            raise CheckpointError(f"{base} has {outputs} outputs for {block.experts} experts")
+        for member in members:
+            dtype = tensors[member.name].dtype
+            places[member.name] = outputs_in(member.stem.suffix, shapes, dtype, block.experts, anatomy.config)
+    block.members = [
+        m._replace(axis=p.axis, packed=p.order, stuck=p.stuck) if (p := places.get(m.name)) else m
+        for m in block.members
+    ]
 
 
 def _fused_experts(

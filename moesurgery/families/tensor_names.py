@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moesurgery.checkpoint.dtypes import INTEGERS
+from moesurgery.checkpoint.dtypes import INTEGERS, PLAIN_FLOATS
 from moesurgery.families import components as parts
 from moesurgery.families.family import ExpertAxisTensor, ExpertSet, Family, Projection
-from moesurgery.families.quantised import TensorName, packed_bits, split_name, weights_per_element
+from moesurgery.families.quantised import PACKED, TensorName, packed_bits, split_name, weights_per_element
 
 _NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 _NUMBER_OR_EXPERT = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")  # takes three times as long
@@ -84,12 +84,13 @@ def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> T
     if family is not None and root is not None:
         base = stem.base[len(template) - len(rest) :]
         for of in (None, *family.sets):
-            if _in_set(place, of or family, base, rest):
+            if _in_set(place, of or family, base, rest, dtypes[template]):
                 place.of = of
                 if place.part is not None and "#" in place.part.path:
                     place.expert_at = template[: len(template) - len(rest) + len(place.part.path)].count("#") - 1
                 return place
-        if _begins(rest, base, family.router_parts):
+        modules = router_modules(family) + tuple(module for of in family.sets for module in router_modules(of))
+        if _begins(rest, base, family.router_parts) or rest.startswith(modules):
             place.component = parts.ROUTER
             return place
         if _begins(rest, base, family.shared):
@@ -99,19 +100,28 @@ def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> T
     return place
 
 
-def _in_set(place: TensorRole, of: ExpertSet | Family, base: str, rest: str) -> bool:
+def _in_set(place: TensorRole, of: ExpertSet | Family, base: str, rest: str, dtype: str) -> bool:
     """Whether the tensor `rest` of a layer belongs to a set of experts; then enter its part there."""
     for part in (p for layout in of.layouts for p in layout.parts):
         if part.path == base:
             place.component, place.part = parts.ROUTED, part
             return True
     for along in of.along:
+        quantised = place.stem.companion is not None or place.stem.suffix in PACKED or dtype not in PLAIN_FLOATS
+        if quantised and along.role == "router" and along.path == base + ".weight":
+            place.component, place.along = parts.ROUTER, along
+            return True
         if rest == along.path:
             place.component, place.along = parts.ROUTER, along
             place.stem = TensorName(place.stem.base + place.stem.suffix, "")
             place.buffer = place.buffer or not along.parameter
             return True
     return False
+
+
+def router_modules(of: ExpertSet | Family) -> tuple[str, ...]:
+    """Return the modules, relative to a layer and with a dot at the end, that hold the routers of a set of experts."""
+    return tuple(a.path.removesuffix("weight") for a in of.along if a.role == "router" and a.path.endswith(".weight"))
 
 
 def _begins(rest: str, base: str, paths: tuple[str, ...]) -> bool:

@@ -3,6 +3,7 @@
 `W + scale * B A` with A [r, in] and B [out, r] (arXiv 2106.09685); scale is alpha / r, or alpha / sqrt(r) (arXiv
 2312.03732). Adapters on a stack of experts hold all of them in one pair: A is [E * r, in], expert after expert, B
 [out, r * E] with the experts of one rank beside each other. Adapters made for one layout of the experts fit the other.
+PEFT up to 0.18 had A over the outputs and B over the inputs of experts that transformers stores as [out, in].
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _ADAPTED_AS_THEY_STAND = ("llama4",)  # families whose experts are [in, out] without their module saying so
+LAYOUT_VERSION = "0.19.1"  # the first PEFT that lays adapters on experts out as those that are written here
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,12 @@ class LoraAdapter:
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @cached_property
+    def version(self) -> tuple[int, ...] | None:
+        """The version of PEFT that saved the adapter; None where it does not say."""
+        match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(self.config.get("peft_version") or ""))
+        return tuple(int(number or 0) for number in match.groups()) if match else None
+
+    @cached_property
     def pairs(self) -> list[_Pair]:
         found: dict[tuple[str, bool], dict[str, Expr]] = {}
         for name, expr in self.tensors.items():
@@ -207,14 +215,16 @@ class _Names:
     def apply(self, pair: _Pair, adapter: LoraAdapter, changed: dict[CanonicalName, Expr]) -> None:
         """Enter what a pair of factors makes of the parts that it is for."""
         module = pair.module.replace(".base_layer", "")
-        for name in self._inside(module):
-            keys = self.keys[name]
-            if self.parts.part(keys[0]).dtype not in PLAIN_FLOATS or len(self.parts.part(keys[0]).shape) != 2:
-                continue
-            if len(keys) == 1 and keys[0] not in changed and self._one(pair, adapter, keys[0], changed):
-                return
-            if len(keys) > 1 and keys[0] not in changed and self._all_experts(pair, adapter, keys, changed):
-                return
+        inside = [keys for keys in (self.keys[name] for name in self._inside(module)) if keys[0] not in changed]
+        for other in (False, True):  # tools beside PEFT lay factors out in their own way: shapes may tell
+            for keys in inside:
+                part = self.parts.part(keys[0])
+                if part.dtype not in PLAIN_FLOATS or len(part.shape) != 2:
+                    continue
+                if len(keys) == 1 and not other and self._one(pair, adapter, keys[0], changed):
+                    return
+                if len(keys) > 1 and self._all_experts(pair, adapter, keys, changed, other=other):
+                    return
         raise RefusedError(
             f"{module} of the adapter {adapter.name} (A {list(pair.a.shape)}, B {list(pair.b.shape)}) fits no tensor of"
             f" {self.parts.label}"
@@ -266,32 +276,62 @@ class _Names:
         return True
 
     def _all_experts(
-        self, pair: _Pair, adapter: LoraAdapter, keys: list[CanonicalName], changed: dict[CanonicalName, Expr]
+        self,
+        pair: _Pair,
+        adapter: LoraAdapter,
+        keys: list[CanonicalName],
+        changed: dict[CanonicalName, Expr],
+        *,
+        other: bool,
     ) -> bool:
         """Apply one pair to the same projection of all experts, gate and up together.
 
-        PEFT knows of most models with experts of [in, out] that they are so, and else adapts them as they stand.
+        The factors are taken to lie as the version of PEFT lays them, or the `other` way round.
         """
-        family = self.parts.anatomy.family
-        as_they_stand = family is not None and family.name in _ADAPTED_AS_THEY_STAND
         roles = {key: key.path.split(".")[2].partition("~")[0] for key in keys}
         numbers = sorted({int(key.path.split(".")[1]) for key in keys})
         experts = len(numbers)
-        if pair.a.shape[0] % experts:
+        if pair.a.shape[0] % experts or pair.b.shape[1] != pair.a.shape[0]:
             return False
-        rank, (out, _) = pair.a.shape[0] // experts, pair.b.shape
+        halves = 2 if len(set(roles.values())) == 2 and set(roles.values()) == {"gate", "up"} else 1
+        stored = self.parts.part(keys[0]).shape
+        out, into = (stored[1], stored[0]) if "~io" in keys[0].path else (stored[0] * halves, stored[1])
+        crossed = self._crossed(adapter, keys[0]) != other
+        if (pair.a.shape[1], pair.b.shape[0]) != ((out, into) if crossed else (into, out)):
+            return False
+        if out == into and adapter.version is None:
+            raise RefusedError(
+                f"{pair.module} of the adapter {adapter.name} is for square experts, and {ADAPTER_CONFIG} does not say"
+                " which PEFT saved it: up to 0.18 the factors of a stack of experts were the other way round",
+                f'write the version into {ADAPTER_CONFIG}: "peft_version": "0.18.0",'
+                f' or "{LAYOUT_VERSION}" for later ones',
+            )
+        rank = pair.a.shape[0] // experts
         factor = adapter.factor(pair.module, rank)
-        by_rank = reshape(pair.b, (out * rank, experts))
-        found = {}
+        by_rank = reshape(pair.b, (pair.b.shape[0] * rank, experts))
         for key in keys:
-            number, part = int(key.path.split(".")[1]), self.parts.part(key)
+            number = int(key.path.split(".")[1])
             a = Slice(pair.a, number * rank, (number + 1) * rank)
-            b = reshape(slice_last(by_rank, number, number + 1), (out, rank))
-            if roles[key] in ("gate", "up") and len(set(roles.values())) == 2:
-                b = Slice(b, 0, out // 2) if roles[key] == "gate" else Slice(b, out // 2, out)
-            left, right = (transpose(a), transpose(b)) if "~io" in key.path and not as_they_stand else (b, a)
-            if part.shape != (left.shape[0], right.shape[1]):
-                return False
-            found[key] = LowRank(part, left, right, factor)
-        changed.update(found)
+            b = reshape(slice_last(by_rank, number, number + 1), (pair.b.shape[0], rank))
+            left = transpose(a) if crossed else b  # [out, rank]
+            if halves == 2:
+                left = Slice(left, 0, out // 2) if roles[key] == "gate" else Slice(left, out // 2, out)
+            right = transpose(b) if crossed else a  # [rank, in]
+            if "~io" in key.path:
+                left, right = (b, a) if crossed else (transpose(a), transpose(b))
+            changed[key] = LowRank(self.parts.part(key), left, right, factor)
         return True
+
+    def _crossed(self, adapter: LoraAdapter, key: CanonicalName) -> bool:
+        """Whether A of a stack of experts is over their outputs and B over their inputs.
+
+        PEFT takes a stack for [E, in, out] up to 0.18, and since 0.19.1 for [E, out, in] unless the module says that it
+        is transposed; 0.19.0 has that the wrong way round.
+        """
+        family = self.parts.anatomy.family
+        as_they_stand = family is not None and family.name in _ADAPTED_AS_THEY_STAND
+        transposed = "~io" in key.path
+        if adapter.version is not None and adapter.version < (0, 19):
+            return not transposed
+        as_it_stands = transposed and as_they_stand
+        return not as_it_stands if adapter.version == (0, 19, 0) else as_it_stands

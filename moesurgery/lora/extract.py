@@ -21,6 +21,8 @@ from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr
+from moesurgery.families.components import EMBEDDING, HEAD
+from moesurgery.lora.apply import LAYOUT_VERSION
 from moesurgery.moe.canonical_names import CanonicalTensors
 
 if TYPE_CHECKING:
@@ -148,6 +150,7 @@ class _Adapter:
     def config(self, base: str) -> dict[str, Any]:
         found: dict[str, Any] = {
             "peft_type": "LORA",
+            "peft_version": LAYOUT_VERSION,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "r": self.rank,
@@ -238,16 +241,31 @@ def _as_stored(
 
 
 def _stored(base: CanonicalTensors, tuned: CanonicalTensors, names: Iterable[str]) -> Iterator[_Difference]:
-    """Yield the differences of tensors as they are in the files, which no adapter takes."""
+    """Yield the differences of tensors as they are in the files, which no adapter takes.
+
+    Of vocabularies of two sizes, those of the tokens that both have, and the rows that only one has.
+    """
     for name in names:
         first, second = base.plan.tensors[name], tuned.plan.tensors.get(name)
-        if second is None or first.shape != second.shape or not {first.dtype, second.dtype} <= PLAIN_FLOATS:
-            what = "is not there" if second is None else f"is {second.dtype} {list(second.shape)}"
-            raise RefusedError(
-                f"{name} is {first.dtype} {list(first.shape)} in {base.label}, and {what} in {tuned.label}",
-                "give both models the same layout: `moesurgery convert`",
-            )
-        yield _Difference(name, "none", _values(second) - _values(first), (name.rpartition(".")[2],))
+        plain = second is not None and {first.dtype, second.dtype} <= PLAIN_FLOATS
+        if second is not None and plain and first.shape == second.shape:
+            yield _Difference(name, "none", _values(second) - _values(first), (name.rpartition(".")[2],))
+            continue
+        table = base.anatomy.component[name] in (EMBEDDING, HEAD)
+        if second is not None and plain and table and first.shape[1:] == second.shape[1:]:
+            ours, theirs = _values(first), _values(second)
+            longer, shorter = (theirs, ours) if len(theirs) > len(ours) else (ours, theirs)
+            change = longer.clone()
+            change[: len(shorter)] -= shorter
+            yield _Difference(name, "none", change, (name.rpartition(".")[2],))
+            continue
+        what = "is not there" if second is None else f"is {second.dtype} {list(second.shape)}"
+        raise RefusedError(
+            f"{name} is {first.dtype} {list(first.shape)} in {base.label}, and {what} in {tuned.label}",
+            "dequantise both first: `moesurgery convert --dequantize`"
+            if second is not None and not plain
+            else "an adapter is between two models of the same shapes: choose the model that was tuned",
+        )
 
 
 def _dtype(*models: CanonicalTensors) -> str:

@@ -16,6 +16,7 @@ from moesurgery.expr.random import random_key
 from moesurgery.families.config_keys import Settings, with_dtype, with_value
 from moesurgery.families.layer_config import LayerOrigin, restacked_config, without_prediction
 from moesurgery.families.layer_stack import check_movable
+from moesurgery.families.quantised import holds_quantised
 from moesurgery.merge.align import Aligner, not_aligned
 from moesurgery.merge.arguments import Arguments
 from moesurgery.merge.chat_templates import chat_template
@@ -28,6 +29,7 @@ from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
 from moesurgery.merge.tokenizer_union import MergedTokenizer, is_kept
 from moesurgery.moe.canonical_names import is_expert
 from moesurgery.plan.plan import Plan, Step
+from moesurgery.plan.side_files import refuse_named_layers, without_quantisation_files
 
 _RANK = ("BF16", "F16", "F32", "F64")
 
@@ -80,6 +82,8 @@ class _Merger:
             last = shard_of[name] = donor.plan.shard_of.get(name, last)
         self.warnings += [f"{self.origin}:{line}: {text}" for line, text in self.arguments.idle()]
         files = self._files()
+        if not holds_quantised(tensors):
+            files |= without_quantisation_files(donor.plan.checkpoint, donor.plan.files)
         if self._tokenizer is not None and self._tokenizer.rescored:
             self.warnings.append(
                 f"{self.origin}:{self.stage.tokenizer_line}: a union of Unigram tokenizers: each model scores its"
@@ -230,6 +234,8 @@ class _Merger:
                     if own != list(range(parts.layers)):
                         check_movable(parts.anatomy, parts.plan.tensors, f"merge of {parts.label}")
                 config = restacked_config(donor.anatomy.settings, origins)
+                if any(origin.layer != new for new, origin in enumerate(origins)) and holds_quantised(tensors):
+                    refuse_named_layers(donor.plan.checkpoint, donor.plan.files)
             if self.placement.left_out:
                 config = without_prediction(Settings(donor.anatomy.settings.family, config))
         if self._tokenizer is not None:

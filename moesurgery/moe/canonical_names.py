@@ -170,6 +170,8 @@ class CanonicalTensors:
         others: list[str] = []
         family = self.anatomy.family
         assert family is not None
+        if member.quantised_router:
+            return own, ()
         if member.along is not None:
             around = block.of.along if block.of else family.along
             others = [along.path for along in around if along.role == member.role]

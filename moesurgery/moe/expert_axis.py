@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from moesurgery.checkpoint.dtypes import element_count
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Expr, reshape, take
-from moesurgery.expr.tensors import concat_last, slice_last
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
+from moesurgery.expr.tensors import Full, concat_last, slice_last
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
+from moesurgery.plan.packed import PackedEntries
+
+_PLAIN = "dequantise first: `moesurgery convert --dequantize` where it knows the form, else the tool that made it"
 
 Entries = dict[str, list[tuple[str, Expr]]]  # what takes the place of each tensor: `Plan.substituted`
 
@@ -39,10 +42,27 @@ def selected(block: MoeBlock, tensors: Mapping[str, Expr], kept: Sequence[int]) 
 
 
 def along_experts(block: MoeBlock, member: BlockTensor, expr: Expr, kept: Sequence[int]) -> Expr:
-    """Return the entries of a stacked tensor that belong to the experts `kept`, in that order."""
-    assert member.axis is not None
+    """Return the entries of a stacked tensor that belong to the experts `kept`, in that order.
+
+    Raises RefusedError where they cannot be told, or do not fill the words that they are packed in.
+    """
     if list(kept) == list(range(block.experts)):
         return expr
+    if member.stuck:
+        raise RefusedError(f"{member.name}: the router is quantised, and could not follow: {member.stuck}", _PLAIN)
+    if member.quantised_router and member.axis is None:
+        if member.stem.suffix != ".weight_shape":
+            return expr
+        return concat([Full(len(kept), expr.dtype, (1,)), Slice(expr, 1, expr.shape[0])])
+    assert member.axis is not None
+    if member.packed:
+        if len(kept) % len(member.packed) and member.axis:
+            raise RefusedError(
+                f"{member.name} packs the router's outputs {len(member.packed)} to a word, and {len(kept)} experts"
+                " would not fill the last",
+                f"leave a multiple of {len(member.packed)} experts, or {_PLAIN}",
+            )
+        return PackedEntries(expr, member.axis, member.packed, tuple(kept))
     if member.part is not None and member.part.rows:
         rows = expr.shape[0] // block.experts
         split = reshape(expr, (block.experts, rows, *expr.shape[1:]))
@@ -98,11 +118,19 @@ def refuse_strays(block: MoeBlock, tensors: Mapping[str, Expr], *, renumbered: b
     paths = [part.path for part in block.layout.parts] if block.layout else []
     heads = sorted({"[0-9]+".join(map(re.escape, _up_to_the_expert(path))) for path in paths})
     beside = re.compile(rf"{re.escape(block.where)}\.(?:{'|'.join(heads)})[._].*")
-    routers = tuple(m.name.removesuffix("weight") for m in block.named("router") if m.name.endswith(".weight"))
+    routers = block.router_modules
+    if routers and block.router is None and not block.named("expert_table"):
+        raise RefusedError(
+            f"{block.where} has no router under a name that is known ({routers[0]}weight), so it could not follow the"
+            " experts",
+            "`moesurgery inspect` lists its tensors",
+        )
     for name, expr in tensors.items():
         if name in known or not name.startswith(block.where + "."):
             continue
-        if beside.fullmatch(name) or (name.startswith(routers) and block.experts in expr.shape):
+        if beside.fullmatch(name) or (
+            name.startswith(routers) and (block.experts in expr.shape or expr.dtype not in PLAIN_FLOATS)
+        ):
             raise RefusedError(
                 f"{name} stands with the experts or their router, but the family table does not say what it is,"
                 " so it could not follow them",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.config_keys import EXPERTS_KEYS, with_value
-from moesurgery.families.quantised import QUANTISATION_KEYS
+from moesurgery.families.quantisation_settings import with_renamed_settings
 
 
 def check_blocks(anatomy: Anatomy, operation: str) -> int:
@@ -93,21 +92,7 @@ def with_expert_count(anatomy: Anatomy, count: int, modules: Mapping[str, str | 
     """Return the config with `count` experts under every alias of the key.
 
     `modules` gives the new name of each renumbered expert module, None for those that are gone: quantisation
-    settings list modules by name.
+    settings list modules by name. Raises RefusedError where they speak of experts by number in an expression.
     """
     config = with_value(anatomy.settings, EXPERTS_KEYS, count, anatomy.settings.family.experts_key)
-    for place in (config, config.get("text_config"), config.get("llm_config")):
-        if isinstance(place, dict):
-            for key in QUANTISATION_KEYS:
-                if isinstance(place.get(key), Mapping):
-                    place[key] = _renamed(place[key], modules)
-    return config
-
-
-def _renamed(value: Any, modules: Mapping[str, str | None]) -> Any:
-    """Return JSON `value` with module names replaced; entries of lists that name a module that is gone are left out."""
-    if isinstance(value, Mapping):
-        return {modules.get(k) or k: _renamed(v, modules) for k, v in value.items() if modules.get(k, k) is not None}
-    if isinstance(value, list):
-        return [_renamed(v, modules) for v in value if not isinstance(v, str) or modules.get(v, v) is not None]
-    return modules.get(value, value) if isinstance(value, str) else copy.deepcopy(value)
+    return with_renamed_settings(config, modules)

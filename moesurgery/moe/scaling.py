@@ -55,9 +55,12 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
             companions.setdefault(member.base, []).append(member)
     for member in quantised:
         chosen = min(companions.get(member.base, []), key=_rank, default=None)
-        if chosen is None or chosen.stem.suffix == ".weight.nested_absmax":
+        offsets = any(m.base == member.base and m.stem.suffix == ".biases" for m in down)
+        if chosen is None or chosen.stem.suffix == ".weight.nested_absmax" or offsets:
             why = "and has no scale tensor that could take a factor"
-            if chosen is not None:
+            if offsets:
+                why = "with an offset to every scale, which would have to be scaled too"
+            elif chosen is not None:
                 why = "with doubly quantised scales, whose common offset no tensor holds"
             raise RefusedError(
                 f"{member.name} is {tensors[member.name].dtype} {why}",

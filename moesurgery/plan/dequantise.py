@@ -18,7 +18,14 @@ from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Reader
 from moesurgery.expr.tensors import transpose
-from moesurgery.families.quantised import QuantTensor, bits_that_fit, method, quantisation_config, split_name
+from moesurgery.families.quantised import (
+    COMPANIONS,
+    QuantTensor,
+    bits_that_fit,
+    method,
+    quantisation_config,
+    split_name,
+)
 from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -123,6 +130,20 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
         if plain != name:
             renamed[name] = plain
     return found, renamed
+
+
+def plain_values(plan: Plan, name: str) -> Expr:
+    """Return one weight of a plan as plain floats. Raises RefusedError for a quantised form that is not known here."""
+    expr = plan.tensors[name]
+    if expr.dtype in PLAIN_FLOATS:
+        return expr
+    stem = split_name(name, plan.tensors.__contains__, lambda n: plan.tensors[n].dtype)
+    beside = [
+        (companion, plan.tensors[stem.base + companion.suffix])
+        for companion in COMPANIONS
+        if stem.base + companion.of == name and stem.base + companion.suffix in plan.tensors
+    ]
+    return _values(_Weight(name, expr, stem.suffix, beside, plan.config))
 
 
 @dataclass(frozen=True)

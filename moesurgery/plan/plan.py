@@ -16,7 +16,9 @@ from moesurgery.checkpoint.strict_json import not_finite
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.quantised import holds_quantised
 from moesurgery.families.recognition import recognise
+from moesurgery.plan.side_files import without_quantisation_files
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class Plan:
     ) -> Plan:
         """Return the plan after `step`, with what it changed; `files` and `companions` are added to those there are.
 
-        Raises RefusedError where weights change for which a companion has been planned: it would not fit them; and
-        for a config with NaN, or with an infinity that it did not have.
+        Files that describe quantised weights go where none is left. Raises RefusedError where weights change for which
+        a companion has been planned: it would not fit them; and for a config with NaN, or with an infinity that it did
+        not have.
         """
         if self.companions and tensors is not None and tensors != self.tensors:
             raise RefusedError(
@@ -112,12 +115,15 @@ class Plan:
                     f"{step.operation}: {key} in config.json would be {number}, which is no number of JSON",
                     f"give {key} a number in config.json, and look at the values with `moesurgery validate`",
                 )
+        stale: Mapping[str, bytes | None] = {}
+        if tensors is not None and holds_quantised(self.tensors) and not holds_quantised(tensors):
+            stale = without_quantisation_files(self.checkpoint, self.files)
         return replace(
             self,
             tensors=self.tensors if tensors is None else tensors,
             config=self.config if config is None else config,
             shard_of=self.shard_of if shard_of is None else shard_of,
-            files={**self.files, **(files or {})},
+            files={**self.files, **stale, **(files or {})},
             companions={**self.companions, **(companions or {})},
             steps=(*self.steps, step),
         )

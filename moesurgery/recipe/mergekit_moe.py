@@ -19,6 +19,7 @@ notes: `with_difference_notes`. Keys that mergekit-moe does not know are errors 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,6 +187,37 @@ def _check_architecture(document: Document, given: Any, wrong: list[tuple[int, s
         hint = did_you_mean(str(given), ARCHITECTURES) or f"known: {', '.join(ARCHITECTURES)}"
         message = f"architecture is {given!r}: {hint}"
     wrong.append((document.line(("architecture",)), message))
+
+
+# What options of `moesurgery upcycle` are called in a mergekit-moe recipe.
+_KEYS_OF_OPTIONS = {
+    "--top-k": "`experts_per_token:`",
+    "--router": "`gate_mode:`",
+    "--dtype": "`dtype:`",
+    "--shared-expert": "`shared_experts:`",
+    "--experts": "as many entries under `experts:` as",
+}
+_OPTION = re.compile(r"--[a-z][a-z-]*(?: ([a-z0-9_]+))?")
+
+
+def in_its_words(text: str) -> str:
+    """Return a message of `upcycle` with what a mergekit-moe recipe calls its options.
+
+    What the recipe has no key for is for `moesurgery upcycle`, which takes the recipe in the model's place.
+    """
+
+    def key(match: re.Match[str]) -> str:
+        option, value = match[0].split()[0], match[1]
+        if option == "--to" and value in ARCHITECTURES.values():
+            name = next(name for name, model_type in ARCHITECTURES.items() if model_type == value)
+            return f"`architecture: {name}`"
+        if option == "--to":
+            return f"{value or 'another type'}, which the --to of `moesurgery upcycle` with this recipe writes"
+        if option in _KEYS_OF_OPTIONS:
+            return _KEYS_OF_OPTIONS[option] + (f" {value}" if value else "")
+        return f"{match[0]} of `moesurgery upcycle` with this recipe"
+
+    return _OPTION.sub(key, text)
 
 
 def with_difference_notes(plan: Plan) -> Plan:

@@ -47,6 +47,7 @@ class Recipe:
     max_shard_size: int | None = None
     origin: str = "recipe"
     finish: Callable[[Plan], Plan] | None = None
+    words: Callable[[str], str] | None = None
 
     def plan(self) -> Plan:
         """Open the model and apply all steps. Raises SurgeryError, with the recipe's line where it has one."""
@@ -59,7 +60,7 @@ class Recipe:
     def apply(self, plan: Plan) -> Plan:
         """Apply all steps to a plan."""
         for step in self.steps:
-            with at_line(self.origin, step.line):
+            with at_line(self.origin, step.line, self.words):
                 plan = find_operation(step.operation).function(plan, **step.parameters)
         return self.finished(plan)
 
@@ -146,7 +147,7 @@ def _build_mergekit(document: Document, wrong: list[tuple[int, str]], origin: st
     if found is None:
         return None
     step = RecipeStep("upcycle", found.parameters, document.line(("experts",)))
-    return Recipe(found.model, (step,), None, origin, mergekit_moe.with_difference_notes)
+    return Recipe(found.model, (step,), None, origin, mergekit_moe.with_difference_notes, mergekit_moe.in_its_words)
 
 
 def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tuple[RecipeStep, ...]:

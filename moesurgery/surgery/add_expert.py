@@ -13,10 +13,13 @@ from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
 from moesurgery.expr.tensors import transpose
 from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
+from moesurgery.families.quantisation_settings import names_experts
+from moesurgery.families.quantised import quantisation_config
 from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
 from moesurgery.moe.expert_axis import Entries, refuse_strays
 from moesurgery.moe.expert_counts import check_blocks, with_expert_count
 from moesurgery.plan.plan import Plan, Step, plan_of
+from moesurgery.plan.side_files import quantisation_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 
@@ -58,6 +61,7 @@ def add_expert(
         raise RefusedError(f"{_NAME}: the identity experts of {family.name} have the numbers after the last expert's")
     if len({(block.root, block.container) for block in anatomy.main_blocks}) > 1:
         raise RefusedError(f"{_NAME}: {family.name} has experts in two stacks, and the source's cannot be told apart")
+    _refuse_named_experts(plan)
     joined = _Joined(
         CanonicalTensors(plan, plan.checkpoint.name), CanonicalTensors(other, other.checkpoint.name), chosen, total
     )
@@ -65,6 +69,11 @@ def add_expert(
     for block in anatomy.blocks:
         refuse_strays(block, plan.tensors)
         for member in block.members:
+            if member.quantised_router:
+                raise RefusedError(
+                    f"{_NAME}: {member.name} is part of a quantised router, which takes no rows of another",
+                    "dequantise both first with `moesurgery convert --dequantize`",
+                )
             entries[member.name] = joined.entries(block, member)
     tensors, shard_of = plan.substituted(entries)
     step = Step(
@@ -79,6 +88,18 @@ def add_expert(
     config = with_expert_count(anatomy, total + len(chosen), {})
     edited = plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
     return replace(edited, sources=(*plan.sources, other.checkpoint))
+
+
+def _refuse_named_experts(plan: Plan) -> None:
+    """Refuse where quantisation settings list experts one by one: they would say nothing of the new ones."""
+    settings = [("config.json: quantization_config", quantisation_config(plan.config))]
+    for file, content in (*settings, *quantisation_files(plan.checkpoint, plan.files)):
+        if (named := names_experts(content)) is not None:
+            raise RefusedError(
+                f"{_NAME}: {file} names {named}: such a list would say nothing of the new experts",
+                "name experts there by one expression for all, or dequantise first with `moesurgery convert"
+                " --dequantize`",
+            )
 
 
 def _check_alike(anatomy: Anatomy, other: Anatomy) -> None:

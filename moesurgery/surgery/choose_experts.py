@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.evaluate import finite_values
 from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.plan.dequantise import plain_values
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.criteria import MeasuredCriterion
 
@@ -63,7 +64,7 @@ def router_rows(plan: Plan, block: MoeBlock) -> np.ndarray:
     """
     if block.router is None:
         raise RefusedError(f"{block.where}: its router is not one matrix", "name the experts by number")
-    rows = finite_values(block.router.name, plan.tensors[block.router.name])
+    rows = finite_values(block.router.name, plain_values(plan, block.router.name))
     return (rows.T if block.router.axis == 1 else rows)[: block.experts]
 
 

@@ -11,11 +11,13 @@ from moesurgery.expr.elementwise import cast
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.config_keys import DTYPE_KEYS, with_dtype
 from moesurgery.families.family import Layout
+from moesurgery.families.quantisation_settings import with_renamed_settings
 from moesurgery.families.quantised import method, without_quantisation
 from moesurgery.moe.expert_axis import Entries
 from moesurgery.moe.layouts import moved_name, relaid
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan, Step
+from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 
@@ -62,7 +64,9 @@ def convert(
         report={"done": done},
         notes=tuple(notes),
     )
-    return plan.edited(step, tensors=changed.tensors, shard_of=changed.shard_of, config=changed.config)
+    return plan.edited(
+        step, tensors=changed.tensors, shard_of=changed.shard_of, config=changed.config, files=changed.files
+    )
 
 
 def _dequantised(plan: Plan, dtype: str | None) -> tuple[Plan, str]:
@@ -123,10 +127,33 @@ def _relaid(plan: Plan, kind: _Kind) -> tuple[Plan, str]:
         targets[block.layer_path] = (block.layout, target)
     entries.update(_moved(anatomy, plan, entries, targets))
     tensors, shard_of = plan.substituted(entries)
+    modules = _renamed_modules(anatomy, entries, targets)
+    config = with_renamed_settings(plan.config, modules)
+    files = renamed_files(plan.checkpoint, plan.files, modules)
     what = f"experts {kind} in {len(targets)} of {len(anatomy.blocks)} layers"
     if not targets:
         what = f"experts are {kind} already"
-    return plan.edited(Step(_NAME, {}, what), tensors=tensors, shard_of=shard_of), what
+    return plan.edited(Step(_NAME, {}, what), tensors=tensors, shard_of=shard_of, config=config, files=files), what
+
+
+def _renamed_modules(
+    anatomy: Anatomy, entries: Entries, targets: Mapping[str, tuple[Layout, Layout]]
+) -> dict[str, str | None]:
+    """Return the new names of modules that quantisation settings may list: experts are one module where fused."""
+    found: dict[str, str | None] = {}
+    for old, [(new, _), *more] in ((old, made) for old, made in entries.items() if made):
+        if old != new and not more:
+            found[old.rpartition(".")[0]] = new.rpartition(".")[0]
+    for block in anatomy.blocks:
+        if block.layer_path not in targets:
+            continue
+        before, after = targets[block.layer_path]
+        for part in before.parts:
+            module = next((p.path.rpartition(".")[0] for p in after.parts if "#" not in p.path), None)
+            for expert in range(block.experts) if "#" in part.path else ():
+                own = part.path.replace("#", str(expert))
+                found[f"{block.where}.{own}"] = None if module is None else f"{block.where}.{module}"
+    return found
 
 
 def _moved(

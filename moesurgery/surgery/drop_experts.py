@@ -21,6 +21,7 @@ from moesurgery.moe.expert_counts import (
     with_expert_count,
 )
 from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values
@@ -152,7 +153,8 @@ def drop_experts(
         notes=tuple(notes),
         tables=() if same else (_table(dropped),),
     )
-    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
+    files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})
+    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
 
 
 def _named(anatomy: Anatomy, experts: ExpertsByLayer, keep: ExpertsByLayer) -> dict[str, list[int]]:

@@ -23,6 +23,7 @@ from moesurgery.moe.expert_counts import equal_count, with_expert_count
 from moesurgery.moe.neuron_matching import neuron_order
 from moesurgery.moe.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked_experts
 from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
@@ -179,7 +180,8 @@ def merge_experts(
         notes=(*found.notes, *_notes(anatomy, found, remaining)),
         tables=(_table(found.groups),),
     )
-    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
+    files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})
+    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
 
 
 def _fits(found: Merger, fit: str | None) -> GroupFitFile | None:

@@ -6,7 +6,6 @@ sends each token to other experts, and no single one, nor their mean, can stand 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -20,9 +19,13 @@ from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.expr.tensors import concat_last, mean
 from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
 from moesurgery.families.components import MTP
+from moesurgery.families.layer_config import without_prediction
+from moesurgery.families.layer_keys import KEYED
+from moesurgery.families.quantisation_settings import with_renamed_settings
 from moesurgery.moe.expert_axis import Entries, refuse_strays
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.surgery.choose_experts import FreeCriterion, LayerKey, check_indices, expert_scores, per_block
@@ -75,7 +78,9 @@ def to_dense(
         widths[block.where] = ffn.width
     tensors, shard_of = plan.substituted(entries)
     width = _one_width(anatomy, tensors, pair, widths)
-    config = _dense_config(anatomy, pair, width)
+    modules = _renamed_modules(anatomy, pair, chosen)
+    config = with_renamed_settings(_dense_config(anatomy, pair, width), modules)
+    files = renamed_files(plan.checkpoint, plan.files, modules)
 
     parameters: dict[str, Any] = {"expert": expert} if expert is not None else {"average": True} if average else {}
     if concat_top is not None:
@@ -101,7 +106,7 @@ def to_dense(
         notes=tuple(_notes(plan, anatomy, pair, joins)),
         tables=_tables(chosen, average),
     )
-    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config)
+    return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
 
 
 def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
@@ -275,6 +280,24 @@ def _halves(member: BlockTensor, expr: Expr) -> Mapping[str, Expr]:
     return {"gate": Slice(expr, 0, half), "up": Slice(expr, half, 2 * half)}
 
 
+def _renamed_modules(anatomy: Anatomy, pair: DensePair, chosen: Mapping[str, Sequence[int]]) -> dict[str, str | None]:
+    """Return what becomes of each module's name, for quantisation settings. Routers and prediction layers go."""
+    found: dict[str, str | None] = {}
+    for block in anatomy.blocks:
+        if block.mtp:
+            found[block.layer_path] = None
+            continue
+        found |= {module.removesuffix("."): None for module in block.router_modules}
+        found |= {f"{block.where}.{path}": None for path in anatomy.settings.family.shared}
+        for part in block.layout.parts if block.layout else ():
+            experts = range(block.experts) if "#" in part.path else (None,)
+            for expert in experts:
+                own = part.path.replace("#", str(expert))
+                stays = chosen[block.where] == [expert] and part.role in pair.ffn
+                found[f"{block.where}.{own}"] = f"{block.where}.{pair.ffn[part.role]}" if stays else None
+    return found
+
+
 def _one_width(anatomy: Anatomy, tensors: Mapping[str, Expr], pair: DensePair, widths: Mapping[str, int]) -> int:
     """Return the width of all FFNs; refuse where layers that were dense before are of another width."""
     width = next(iter(widths.values()))
@@ -292,7 +315,16 @@ def _one_width(anatomy: Anatomy, tensors: Mapping[str, Expr], pair: DensePair, w
 
 
 def _dense_config(anatomy: Anatomy, pair: DensePair, width: int) -> dict[str, Any]:
-    config: dict[str, Any] = copy.deepcopy(dict(anatomy.config))
+    config = without_prediction(anatomy.settings)
+    for keyed in config.keys() & KEYED:
+        entries = config[keyed] if isinstance(config[keyed], dict) else {}
+        for layer, entry in entries.items():
+            if isinstance(entry, dict) and "intermediate_size" in entry:
+                raise RefusedError(
+                    f"{_NAME}: {keyed} gives layer {layer} its own intermediate_size; the new FFNs have one width",
+                    f"take it out of {keyed} in config.json",
+                )
+        config[keyed] = {layer: {k: v for k, v in e.items() if k not in MOE_KEYS} for layer, e in entries.items()}
     rope = {"rope_theta"} if "rope_parameters" in config else set()
     for key, value in pair.defaults.items():
         if key not in rope:

@@ -1,15 +1,23 @@
-"""C10 and C13: element types, and quantised weights with what belongs to them."""
+"""C10, C13 and C15: element types, quantised weights with what belongs to them, and files that describe them."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, INTEGERS, PLAIN_FLOATS
 from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.families.config_keys import DTYPE_KEYS
-from moesurgery.families.quantised import method, quantisation_config, split_name
+from moesurgery.families.quantisation_settings import (
+    QUANTISATION_FILES,
+    bits_named,
+    excluded_modules,
+    quantisation_method,
+)
+from moesurgery.families.quantised import holds_quantised, method, quantisation_config, split_name
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.check import Outcome, and_more, check, finding
 from moesurgery.validate.context import Context
@@ -135,3 +143,50 @@ def _scale_shape(subject: Context, name: str, main: str, suffix: str) -> Iterato
     if shape != wanted:
         message = f"has shape {list(shape)}; {list(weight)} in blocks needs {list(wanted)}"
         yield finding("C13", message, tensor=name)
+
+
+@check("C15")
+def check_quantisation_files(subject: Context) -> Outcome:
+    """Files that describe quantisation say what the weights and config.json say: engines read either."""
+    tensors = subject.tensors
+    quantised = holds_quantised(tensors)
+    for file in QUANTISATION_FILES:
+        try:
+            content = subject.object(file)
+        except ValueError as error:
+            yield finding("C15", str(error), file)
+            continue
+        if content is None:
+            continue
+        told = quantisation_method(content)
+        if told is not None and not quantised:
+            message = f"says {told}, but no weight is quantised: vLLM and SGLang obey it"
+            yield finding("C15", message, file, hint="remove it, or copy the weights that it is about")
+            continue
+        here, there = (bits_named(place) for place in (content, quantisation_config(subject.config)))
+        if here is not None and there is not None and here != there:
+            yield finding("C15", f"says {here} bits, config.json {there}", file)
+        yield from _named_modules(subject, content, file)
+    yield from _named_modules(subject, quantisation_config(subject.config), CONFIG)
+
+
+def _named_modules(subject: Context, settings: Mapping[str, Any], file: str) -> Iterator[Finding]:
+    """Modules that are left as they were hold no quantised weight; experts that are named are there."""
+    tensors = subject.tensors
+    named = [name for name in excluded_modules(settings) if re.fullmatch(r"[\w.]+", name)]
+    packed = {
+        stem.base
+        for name, info in tensors.items()
+        if info.dtype not in PLAIN_FLOATS
+        for stem in (split_name(name, tensors.__contains__, lambda n: tensors[n].dtype),)
+    }
+    wrong = [name for name in named if name in packed]
+    if wrong:
+        yield finding("C15", f"leaves {wrong[0]} as it was, and its weight is quantised{and_more(wrong)}", file)
+    if not subject.anatomy.blocks:
+        return
+    count = max(block.experts for block in subject.anatomy.blocks)
+    gone = [name for name in named if (e := re.search(r"\bexperts\.(\d+)\b", name)) and int(e[1]) >= count]
+    if gone:
+        message = f"names {gone[0]}, and there are {count} experts{and_more(gone)}"
+        yield finding("C15", message, file, severity="warning")

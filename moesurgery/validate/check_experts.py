@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.errors import CheckpointError
-from moesurgery.families.anatomy import MoeBlock, model_type_of
+from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.families.config_keys import EXPERTS_KEYS, GROUPS_KEYS, TOP_GROUPS_KEYS, TOP_K_KEYS, keys_present
+from moesurgery.families.quantised import count_outputs
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.context import Context
 
@@ -20,7 +21,7 @@ def experts(subject: Context) -> Outcome:
     """Every MoE layer has all of its experts, equal in shape and as many as the config says."""
     anatomy = subject.anatomy
     if anatomy.family is None and anatomy.is_moe:
-        reason = f"the family of {model_type_of(subject.config)!r} is not in the table: its experts cannot be told"
+        reason = f"{anatomy.unknown_experts}: its experts cannot be told"
         yield NotChecked(("C04", "C05", "C06"), reason)
         return
     if problem := subject.malformed("experts"):
@@ -95,6 +96,9 @@ def check_routers(subject: Context) -> Outcome:
         for member in block.members:
             if member.along is None or member.along.role == "expert_table":
                 continue
+            if member.quantised_router:
+                yield from _quantised_outputs(subject, block, member)
+                continue
             shape = subject.tensors[member.name].shape
             length = shape[member.along.axis] if member.along.axis < len(shape) else 0
             if length != block.experts and not (member.along.extra and length > block.experts):
@@ -106,6 +110,15 @@ def check_routers(subject: Context) -> Outcome:
                     yield finding("C05", f"reads {width} inputs; the hidden size is {hidden}", tensor=member.name)
     if blocks:
         yield from _groups(subject, sorted({block.experts for block in blocks}))
+
+
+def _quantised_outputs(subject: Context, block: MoeBlock, member: BlockTensor) -> Iterator[Finding]:
+    """A quantised router has an output for every expert, as far as its shapes tell."""
+    together = [m for m in block.members if m.quantised_router and m.base == member.base]
+    count = count_outputs({m.stem.suffix: subject.tensors[m.name].shape for m in together})
+    if member.stem.main and count is not None and count != block.experts:
+        message = f"has {count} outputs for the {block.experts} experts of its layer"
+        yield finding("C05", message, tensor=member.name)
 
 
 def _groups(subject: Context, counts: list[int]) -> Iterator[Finding]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from moesurgery.checkpoint.filenames import CONFIG
+from moesurgery.checkpoint.finding import Finding
 from moesurgery.families.components import VISION
 from moesurgery.families.config_keys import PREDICTION_KEYS
+from moesurgery.families.layer_keys import DEPTH_LISTS, KEYED, LISTS
 from moesurgery.families.moe_layers import moe_layers, positions, ranges
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.context import Context
@@ -25,6 +29,7 @@ def layers(subject: Context) -> Outcome:
     if stated is None:
         yield NotChecked(("C07",), "config.json names no number of layers")
         return
+    yield from _described(subject, stated)
     plain, mtp = _layer_numbers(subject)
     if not plain:
         yield NotChecked(("C07",), "the layers cannot be told from the tensors' names")
@@ -47,6 +52,20 @@ def layers(subject: Context) -> Outcome:
     if leftover:
         message = f"holds layers for multi-token prediction that {CONFIG} does not name: {ranges(leftover)}"
         yield finding("C11", message, hint="drop them, or set num_nextn_predict_layers")
+
+
+def _described(subject: Context, stated: int) -> Iterator[Finding]:
+    """Lists that say what kind each layer is of must do so for all, objects keyed by layer for none that is not."""
+    for part in subject.anatomy.settings.sections():
+        for key in sorted(part.keys() & (LISTS | KEYED)):
+            value = part[key]
+            kinds = key in DEPTH_LISTS or key.endswith("layer_types")
+            if isinstance(value, Mapping):
+                beyond = [n for n in value if isinstance(n, str) and n.isdecimal() and int(n) >= stated]
+                if beyond:
+                    yield finding("C07", f"{key} speaks of layer {beyond[0]}; there are {stated} layers", CONFIG)
+            elif kinds and isinstance(value, (list, str)) and 0 < len(value) < stated:
+                yield finding("C07", f"{key} says of {len(value)} layers what they are; there are {stated}", CONFIG)
 
 
 def _layer_numbers(subject: Context) -> tuple[set[int], set[int]]:

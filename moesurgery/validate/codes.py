@@ -81,6 +81,12 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
     ("C12", "config", "error", "`layer_tie_map` does not fit the layers"),
     ("C13", "config", "error", "quantised weights without scales, scales without weights, or of the wrong shape"),
     ("C14", "config", "warning", "`architectures` and `model_type` name different models"),
+    (
+        "C15",
+        "config",
+        "error",
+        "a file that describes quantisation, or a list of modules in config.json, does not fit the weights",
+    ),
     ("C16", "config", "error", "NaN in a JSON file, which is no JSON; Infinity, which some configs mean: a warning"),
     ("T01", "config", "error", "the tokenizer cannot be parsed, or gives ids beyond the embedding"),
     ("T02", "config", "error", "special tokens that the tokenizer does not have, or a chat template that is none"),

@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from moesurgery import load_recipe
 from moesurgery.cli._app import app
@@ -20,7 +21,7 @@ from moesurgery.validate.codes import CODES
 from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import ROOT, Result
 from tests.families import ROWS
-from tests.quantise import make_fp8, make_mxfp4
+from tests.quantise import make_fp8, make_mxfp4, rewrite
 from tests.tiny import TINY, read_tensors
 from tests.unit.recipe.test_recipes import SHIPPED
 
@@ -144,3 +145,24 @@ def test_what_is_remote_or_too_deep_is_listed(demo: Path) -> None:
     report = validate_checkpoint(demo, level="container")
     assert report.levels == ("container",)
     assert set(report.checked) <= {code for code, row in CODES.items() if row.level == "container"}
+
+
+@pytest.mark.parametrize("declared", [0, 1, 2])
+def test_declared_prediction_layers_are_no_leftovers(models: Models, tmp_path: Path, ok: Cli, declared: int) -> None:
+    """DeepSeek-V3 as it is published: a note for what config.json names, warnings for what it does not."""
+    tensors = read_tensors(models("deepseek_v3"))
+    for layer in (2, 3)[: max(declared, 1)]:
+        tensors |= {
+            n.replace("layers.1.", f"layers.{layer}."): t + layer for n, t in tensors.items() if "layers.1." in n
+        }
+        tensors[f"model.layers.{layer}.eh_proj.weight"] = torch.randn(32, 64)
+        tensors |= {f"model.layers.{layer}.{n}.weight": torch.ones(32) for n in ("enorm", "hnorm", "shared_head.norm")}
+    rewrite(models("deepseek_v3"), tmp_path / "m", tensors, {"num_nextn_predict_layers": declared})
+    report = validate_checkpoint(tmp_path / "m", level="config")
+    leftovers = [f for f in report.findings if f.code == "C11"]
+    assert bool(leftovers) == (declared == 0)
+    notes = [s.reason for s in report.not_checked if "builds no layers for multi-token prediction" in s.reason]
+    assert len(notes) == (declared > 0)
+    if declared:
+        assert not [f for f in report.findings if f.severity != "note"]
+        ok("validate", tmp_path / "m", "--fail-on", "warning", "--level", "config")

@@ -218,5 +218,6 @@ SIGMOID: tuple[Family, ...] = (
         routing=RouterRule(score="sigmoid", routed_scale_key="route_scale", routed_scale_default=8.0),
         experts_key="n_routed_experts",
         norm=InputNorm("mlp_norm.weight", others=("post_attention_layernorm.weight",)),
+        refuses={"tie-blocks": "its attention residuals go by blocks of layers, and the first layer has no query"},
     ),
 )

@@ -21,6 +21,7 @@ from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.components import EMBEDDING
 from moesurgery.families.family import InputNorm
 from moesurgery.families.routing import second_moments
+from moesurgery.plan.dequantise import plain_values
 from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -
     if block.router is None:
         raise RefusedError(f"{block.where} has no router weight")
     weight = finite_values(name, plan.tensors[name])
-    router = finite_values(block.router.name, plan.tensors[block.router.name])
+    router = finite_values(block.router.name, plain_values(plan, block.router.name))
     if block.router.axis == 1:
         router = router.T
     if router.ndim != 2 or router.shape[1] != sample.shape[1]:

@@ -18,6 +18,7 @@ from moesurgery.expr.shared import SharedComputation, SharedResult
 from moesurgery.expr.tensors import transpose
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.family import Layout
+from moesurgery.lora.apply import LAYOUT_VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,7 @@ class LowRankAdapter:
         """Return the adapter's config and weights, by their paths in the output."""
         config = {
             "peft_type": "LORA",
+            "peft_version": LAYOUT_VERSION,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": None,
             "inference_mode": True,

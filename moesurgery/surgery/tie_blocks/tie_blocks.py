@@ -27,6 +27,7 @@ from moesurgery.families.layer_stack import Stack, check_movable, stack_of
 from moesurgery.families.quantised import method
 from moesurgery.moe.expert_axis import Entries
 from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.side_files import refuse_named_layers
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.surgery.tie_blocks.distances import Compared, Distances, distance_table, relative_distances
@@ -83,6 +84,8 @@ def tie_blocks(
     else:
         arrangement = mapped(blocks, stack.depth, init)
     config = _config(anatomy, arrangement, prediction_layers)
+    if arrangement.own != tuple(range(len(arrangement.own))):
+        refuse_named_layers(plan.checkpoint, plan.files)
     apart = ["norm"] if norms == "kept" else []
     if relax is not None:
         apart = _apart_for_relaxing(plan, anatomy, stack)

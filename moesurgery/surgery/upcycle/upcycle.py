@@ -10,7 +10,10 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.families.quantisation_settings import with_renamed_modules
+from moesurgery.families.quantised import quantisation_config
 from moesurgery.plan.plan import Plan, Step
+from moesurgery.plan.side_files import quantisation_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.surgery.upcycle.dense_model import DenseModel, dense_model_of
@@ -116,6 +119,7 @@ def upcycle(
     }
     pair, conversion = choose_pair(plan, to, shared=bool(shared_expert))
     base = dense_model_of(plan, pair.source)
+    _refuse_named_ffns(base)
     opened = open_sources(base, sources or [])
     shared_from = open_sources(base, [shared_source])[0] if shared_source else None
     count, k = _counts(experts, top_k, granularity, split, len(opened))
@@ -134,6 +138,20 @@ def upcycle(
     check_design(design, base.layers[0].width)
     _check_sources(design, opened, rest)
     return _finished(Mixture(base, pair, conversion, moe, design, opened, shared_from, given), proof)
+
+
+def _refuse_named_ffns(base: DenseModel) -> None:
+    """Refuse where quantisation settings list an FFN's module by name: as several experts it has other names."""
+    plan, ffn = base.plan, base.architecture.ffn
+    modules = ffn.modules if ffn is not None else ()
+    names = {f"{base.prefix}{layer}.{module}": None for layer in range(len(base.layers)) for module in modules}
+    settings = [("config.json: quantization_config", quantisation_config(plan.config))]
+    for file, content in (*settings, *quantisation_files(plan.checkpoint, plan.files)):
+        if with_renamed_modules(content, names, file) != content:
+            raise RefusedError(
+                f"upcycle: {file} names modules of FFNs one by one, which become experts of other names",
+                "name them there by an expression that fits experts too, or take the entries out",
+            )
 
 
 def _counts(

@@ -277,3 +277,61 @@ def test_every_form_loses_experts_by_byte_ranges(forms: Any, tmp_path: Path, nam
         for part in ("gate", "up", "down"):
             names = (f"model.layers.1.mlp.experts.{e}.{part}_proj.weight" for e in (place, expert))
             assert torch.equal(new[next(names)], old[next(names)])
+
+
+# MLX: words of 32 bits along the inputs, a scale and an offset for each group
+
+
+def mlx(base: str, out: int, into: int, bits: int, group: int = 32) -> dict[str, torch.Tensor]:
+    scales = torch.ones(out, into // group, dtype=torch.bfloat16)
+    words = torch.zeros(out, into * bits // 32, dtype=torch.uint32)
+    return {f"{base}.weight": words, f"{base}.scales": scales, f"{base}.biases": scales.clone()}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("own", [False, True])
+def test_mlx_counts_logical_weights(models: Any, tmp_path: Path, ok: Cli, bits: int, own: bool) -> None:
+    """Single modules may have bits and groups of their own; what counts is the number of scales."""
+    source = models("qwen3_moe", hidden_size=64, moe_intermediate_size=64, intermediate_size=64)
+    tensors: dict[str, torch.Tensor] = {}
+    settings: dict[str, Any] = {"group_size": 64, "bits": 8} if own else {"group_size": 32, "bits": bits}
+    for name, tensor in read_tensors(source).items():
+        base = name.removesuffix(".weight")
+        if base.endswith("_proj"):
+            tensors |= mlx(base, *tensor.shape, bits)
+            settings |= {base: {"group_size": 32, "bits": bits}} if own else {}
+        else:
+            tensors[name] = tensor
+    rewrite(source, tmp_path / "m", tensors, {"quantization": settings, "quantization_config": settings})
+    found = counts(tmp_path / "m")
+    assert (found.total, found.components) == (counts(source).total, counts(source).components)
+    assert found.quantisation == "mlx"
+    assert "stored as mlx" in ok("count-params", tmp_path / "m").out
+    with pytest.raises(RefusedError, match="with an offset to every scale, which would have to be scaled too"):
+        apply(plan_of(open_checkpoint(tmp_path / "m")), "rescale", top_k=1, scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("expert", "shown"),
+    [
+        ("model.layers.0.mlp.experts.w13_weight", "w13_weight"),  # vLLM
+        ("model.layers.0.mlp.switch_mlp.up_proj.weight", "switch_mlp"),  # MLX
+        ("model.layers.0.mlp.experts.experts.0.up_proj.weight", "experts.experts.0"),  # llm-compressor
+        ("model.layers.0.mlp.up_proj.weight", "no tensors under the names that it has"),
+    ],
+)
+def test_a_known_family_whose_experts_have_other_names(
+    models: Any, cli: Cli, ok: Cli, tmp_path: Path, expert: str, shown: str
+) -> None:
+    tensors = {n: t for n, t in read_tensors(models("qwen3_moe")).items() if ".experts." not in n}
+    rewrite(models("qwen3_moe"), tmp_path / "m", {**tensors, expert: torch.zeros(8, 32)}, {})
+    result = cli("drop-experts", tmp_path / "m", "--experts", 0, "-o", tmp_path / "out")
+    said = " ".join(result.err.split())
+    assert result.code == 2
+    assert "qwen3_moe is a family in the table, and its experts have" in said
+    assert shown in said
+    assert "moesurgery families qwen3_moe" in said
+    assert shown in " ".join(ok("count-params", tmp_path / "m").out.split())
+    rewrite(models("qwen3_moe"), tmp_path / "other", tensors, {"model_type": "qwen9_moe", "architectures": ["Q"]})
+    result = cli("drop-experts", tmp_path / "other", "--experts", 0, "-o", tmp_path / "out")
+    assert "the family of model_type 'qwen9_moe' is not in the table" in " ".join(result.err.split())

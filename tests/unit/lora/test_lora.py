@@ -85,6 +85,92 @@ def test_applied_as_peft_does(case: str, models: Any, ok: Cli, tmp_path: Path) -
         torch.testing.assert_close(found, theirs, rtol=2e-3, atol=2e-3)
 
 
+def by_version(base: Path, target: Path, version: str, parameters: list[str]) -> torch.Tensor:
+    """Save an adapter on experts as an older PEFT did, and return what it computed.
+
+    Up to 0.18 PEFT took every stack of experts for [E, in, out], as it does today where a module says that it is
+    transposed; 0.19.0 did so where a module says that it is not.
+    """
+    model = load(base)
+    modules = [m for m in model.modules() if hasattr(m, "is_transposed")]
+    own = [m.is_transposed for m in modules]
+    for module in modules:
+        module.is_transposed = True if version.startswith("0.18") else not module.is_transposed
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=[], target_parameters=parameters)
+    )
+    for module, transposed in zip(modules, own, strict=True):
+        module.is_transposed = transposed
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    wrapped.save_pretrained(target)
+    settings = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps({**settings, "peft_version": version}))
+    with torch.no_grad():
+        return wrapped.eval()(PROMPT).logits.float()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SQUARE = {
+    "mixtral": {"intermediate_size": 16},  # gate and up together are square
+    "mixtral down": {"intermediate_size": 32},
+    "mixtral wide": {},
+    "gpt_oss": {"intermediate_size": 16},
+    "gpt_oss down": {"intermediate_size": 32},
+    "gpt_oss wide": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", ["0.18.0", "0.18.1.dev0", "0.19.0"])
+@pytest.mark.parametrize("case", SQUARE)
+def test_experts_as_older_versions_laid_them_out(case: str, version: str, models: Any, ok: Cli, tmp_path: Path) -> None:
+    family = case.split()[0]
+    for fused in (False, True) if family == "mixtral" else (False,):
+        base = models(family, fused=fused, **SQUARE[case])
+        theirs = by_version(base, tmp_path / f"adapter{fused}", version, EXPERTS)
+        found = merged(ok, base, tmp_path / f"adapter{fused}", tmp_path)
+        assert float((theirs - logits(load(base))).abs().max()) > 0.01
+        torch.testing.assert_close(found, theirs, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_square_experts_of_an_unknown_version_are_refused(models: Any, ok: Cli, cli: Cli, tmp_path: Path) -> None:
+    """Where experts are not square, shapes tell; where they are, nothing else but the version does."""
+    for case, refused in (("mixtral", True), ("mixtral wide", False)):
+        base = models("mixtral", **SQUARE[case])
+        theirs = by_version(base, tmp_path / case, "0.18.0", EXPERTS[:1])
+        settings = json.loads((tmp_path / case / "adapter_config.json").read_text())
+        del settings["peft_version"]
+        (tmp_path / case / "adapter_config.json").write_text(json.dumps(settings))
+        if not refused:
+            torch.testing.assert_close(merged(ok, base, tmp_path / case, tmp_path), theirs, rtol=2e-3, atol=2e-3)
+            continue
+        (tmp_path / "r.yaml").write_text(f"models: [{{model: {base}+{tmp_path / case}}}]\nmerge_method: passthrough\n")
+        result = cli("merge", tmp_path / "r.yaml", "-o", tmp_path / "no")
+        assert result.code == 2
+        assert "does not say which PEFT saved it: up to 0.18" in " ".join(result.err.split())
+        assert '"peft_version": "0.18.0"' in result.err
+        assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_are_written_here_say_their_layout(models: Any, ok: Cli, tmp_path: Path) -> None:
+    """Square experts too are read back by us and by PEFT as they were meant."""
+    base = models("mixtral", **SQUARE["mixtral"])
+    theirs = with_adapter(base, tmp_path / "adapter", target_modules=[], target_parameters=EXPERTS)
+    merged(ok, base, tmp_path / "adapter", tmp_path)
+    ok("extract-lora", base, tmp_path / "out", "--rank", 3, "-o", tmp_path / "extracted")
+    assert json.loads((tmp_path / "extracted" / "adapter_config.json").read_text())["peft_version"] == "0.19.1"
+    torch.testing.assert_close(merged(ok, base, tmp_path / "extracted", tmp_path), theirs, rtol=2e-3, atol=2e-3)
+    again = peft.PeftModel.from_pretrained(load(base), tmp_path / "extracted")
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(PROMPT).logits.float(), theirs, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_of_single_experts_from_transformers_4(models: Any, ok: Cli, tmp_path: Path) -> None:
     """Their names are those of the Hub's layout; they fit a fused checkpoint too."""
@@ -277,3 +363,35 @@ def test_the_factors_are_the_best_of_their_rank(models: Any, ok: Cli, tmp_path: 
     assert a.shape == (4, change.shape[1])
     best = torch.linalg.svdvals(change)[4:].square().sum()
     torch.testing.assert_close((change - b @ a).square().sum(), best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("first", "second"), [(64, 66), (66, 64)])
+def test_added_tokens_are_left_out_as_embeddings_are(
+    models: Any, ok: Cli, tmp_path: Path, first: int, second: int
+) -> None:
+    """No adapter holds embeddings; other rows in one model change nothing for the layers."""
+    base, tuned = models("mixtral", vocab_size=first), models("mixtral", vocab_size=second)
+    tensors = read_tensors(tuned)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = read_tensors(base)[name] + torch.ones(32, 1) @ torch.arange(32.0)[None] / 32
+    layers = {n: t for n, t in read_tensors(base).items() if ".layers." in n and n != name}
+    rewrite(tuned, tmp_path / "tuned", {**tensors, **layers}, {})
+    result = ok("extract-lora", base, tmp_path / "tuned", "--rank", 2, "-o", tmp_path / "adapter")
+    assert "model.embed_tokens.weight" in result.err
+    assert "lm_head.weight" in result.err
+    merged(ok, base, tmp_path / "adapter", tmp_path)
+    torch.testing.assert_close(read_tensors(tmp_path / "out")[name], tensors[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_other_shapes_have_no_adapter(models: Any, cli: Cli, tmp_path: Path) -> None:
+    tensors = read_tensors(models("mixtral"))
+    tensors["model.norm.weight"] = torch.ones(16)
+    rewrite(models("mixtral"), tmp_path / "m", tensors, {"model_type": "unknown"})
+    rewrite(models("mixtral"), tmp_path / "base", read_tensors(models("mixtral")), {"model_type": "unknown"})
+    result = cli("extract-lora", tmp_path / "base", tmp_path / "m", "--rank", 2, "-o", tmp_path / "adapter")
+    assert result.code == 2
+    assert "model.norm.weight is F32 [32] in base, and is F32 [16] in m" in result.err
+    assert "an adapter is between two models of the same shapes" in result.err
+    assert "convert" not in result.err

@@ -12,6 +12,7 @@ import torch
 
 from moesurgery import load_recipe, write_plan
 from moesurgery.errors import RecipeError
+from moesurgery.recipe.mergekit_moe import in_its_words
 from moesurgery.recipe.reader import Recipe, parse_recipe
 from tests.conftest import Result
 from tests.golden.moe import GOLDEN, RECIPES, digests, placed, write_models
@@ -131,3 +132,43 @@ def test_architectures_by_the_beginning_of_their_name() -> None:
     assert types("Mixtral") == ["mixtral"]
     assert types("qwen") == ["qwen2_moe", "qwen3_moe"]
     assert types("qwen3") == ["qwen3_moe"]
+
+
+def write_dense(models: Any, text: str, folder: Path) -> Path:
+    model = models("qwen3", intermediate_size=48, head_dim=8)
+    body = f"base_model: {model}\ngate_mode: random\n{text}experts:\n- source_model: {model}\n- source_model: {model}\n"
+    (folder / "recipe.yml").write_text(body.replace("SELF", str(model)))
+    return folder / "recipe.yml"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "hidden"),
+    [
+        ("experts_per_token: 3\n", "choose `experts_per_token:` up to 2", "--top-k"),
+        (
+            "architecture: qwen\nshared_experts: [{source_model: SELF}]\n",
+            "which the --to of `moesurgery upcycle` with this recipe writes",
+            "--to dots1",
+        ),
+        ("architecture: mixtral\n", "`architecture: qwen3 moe`", "--to qwen3_moe"),
+    ],
+)
+def test_hints_speak_of_the_recipes_own_keys(
+    models: Any, cli: Cli, tmp_path: Path, text: str, shown: str, hidden: str
+) -> None:
+    result = cli("run", write_dense(models, text, tmp_path), "-o", tmp_path / "out")
+    said = " ".join(result.err.split())
+    assert result.code == 2
+    assert shown in said
+    assert hidden not in said
+    assert "recipe.yml:" in said
+
+
+def test_what_a_recipe_has_no_key_for_is_for_the_command() -> None:
+    assert in_its_words("leave out --no-renormalise") == (
+        "leave out --no-renormalise of `moesurgery upcycle` with this recipe"
+    )
+    assert in_its_words("use --router random, or --granularity 1") == (
+        "use `gate_mode:` random, or --granularity 1 of `moesurgery upcycle` with this recipe"
+    )
+    assert in_its_words("no option here") == "no option here"

@@ -841,6 +841,32 @@ def one_expert_left_unquantised(p: BrokenCheckpoint) -> None:
     p.update({name: p.tensors()[name].bfloat16(), f"{name}_scale_inv": None})
 
 
+@case("C15", base="mixtral")
+def plain_weights_beside_a_file_that_says_nvfp4(p: BrokenCheckpoint) -> None:
+    p.text(
+        "hf_quant_config.json", json.dumps({"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}})
+    )
+
+
+@case("C15", base="fp8")
+def quantised_router_that_the_settings_leave_out(p: BrokenCheckpoint) -> None:
+    def leave_out(config: dict[str, Any]) -> None:
+        config["quantization_config"]["modules_to_not_convert"] = ["model.layers.1.mlp.experts.0.up_proj", "lm_head"]
+
+    p.json("config.json", leave_out)
+
+
+@case("C15?", base="fp8")
+def settings_of_experts_that_are_gone(p: BrokenCheckpoint) -> None:
+    named = ["model.layers.1.mlp.experts.9.up_proj"]
+    p.text("hf_quant_config.json", json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": named}}))
+
+
+@case("C15", base="fp8")
+def a_description_of_quantisation_that_is_no_json(p: BrokenCheckpoint) -> None:
+    p.text("quantize_config.json", "{bits: 4}")
+
+
 @case("C11")
 def adapters_not_merged(p: BrokenCheckpoint) -> None:
     p.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32).bfloat16()})

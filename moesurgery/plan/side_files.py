@@ -1,0 +1,68 @@
+"""Files beside a checkpoint that describe its quantisation: they follow the weights, or go with them.
+
+vLLM and SGLang read them where config.json has no quantization_config, and so would take plain weights for packed
+ones, or look for modules under names that are no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moesurgery.checkpoint.checkpoint import Checkpoint
+from moesurgery.checkpoint.scan import read_object
+from moesurgery.checkpoint.strict_json import parse_json, write_json
+from moesurgery.errors import RefusedError
+from moesurgery.families.quantisation_settings import QUANTISATION_FILES, names_layers, with_renamed_modules
+
+Files = Mapping[str, bytes | None]  # those of a plan: the content of each that differs from the source's, None if gone
+
+
+def quantisation_files(checkpoint: Checkpoint, files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the files that describe how a plan's weights are quantised, with their content.
+
+    Raises RefusedError for one that holds no JSON object: it could not follow an edit.
+    """
+    for file in QUANTISATION_FILES:
+        content = files.get(file, b"")
+        if content is None or (not content and file not in checkpoint.side_files):
+            continue
+        try:
+            found = (
+                parse_json(content) if content else read_object(checkpoint.source, file, checkpoint.file_sizes[file])
+            )
+        except ValueError as error:
+            raise RefusedError(
+                f"{file} describes how the weights are quantised, and {error}",
+                "mend or remove it; `moesurgery validate` looks at it too",
+            ) from None
+        yield file, found
+
+
+def without_quantisation_files(checkpoint: Checkpoint, files: Files) -> dict[str, bytes | None]:
+    """Return what becomes of the files that describe quantised weights where there are none any more: they go."""
+    there = {*checkpoint.side_files, *files}
+    return {file: None for file in QUANTISATION_FILES if file in there and files.get(file, b"") is not None}
+
+
+def renamed_files(checkpoint: Checkpoint, files: Files, modules: Mapping[str, str | None]) -> dict[str, bytes | None]:
+    """Return the files that name modules by old names, with the new ones; `modules` as for `with_renamed_modules`.
+
+    Raises RefusedError where one speaks of numbers of experts in an expression.
+    """
+    changed: dict[str, bytes | None] = {}
+    for file, content in quantisation_files(checkpoint, files) if modules else ():
+        renamed = with_renamed_modules(content, modules, file)
+        if renamed != content:
+            changed[file] = write_json(renamed).encode()
+    return changed
+
+
+def refuse_named_layers(checkpoint: Checkpoint, files: Files) -> None:
+    """Raise RefusedError where a file that describes quantisation names layers, which are about to move."""
+    for file, content in quantisation_files(checkpoint, files):
+        if (listed := names_layers(content)) is not None:
+            raise RefusedError(
+                f"{file} names {listed}: it cannot follow a new order of layers",
+                "dequantise first with `moesurgery convert --dequantize`",
+            )
