@@ -25,7 +25,12 @@ _EIGHT_BIT_FLOATS = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 # The largest number of each type, and from where a wider one is rounded to infinity.
-LARGEST_FINITE = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38, "F64": 1.7976931348623157e308}
+LARGEST_FINITE = {
+    "F16": 65504.0,
+    "BF16": 3.3895313892515355e38,
+    "F32": 3.4028234663852886e38,
+    "F64": 1.7976931348623157e308,
+}
 _BF16_END = 3.3961775292304957e38
 
 

@@ -18,8 +18,8 @@ from moesurgery.errors import RefusedError
 from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import Result
 from tests.quantise import FORMS, Parts, bits_at, by_element, near_one, rewrite, words
-from tests.test_quantised import counts
 from tests.tiny import read_config, read_tensors, same_bits, save_tiny
+from tests.unit.families.test_quantised import counts
 
 Cli = Callable[..., Result]
 EXPERTS, HIDDEN = 16, 32

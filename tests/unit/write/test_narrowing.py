@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from tests.conftest import Result
-from tests.test_not_finite import UP, dense, edited
-from tests.test_sources import repair_of
 from tests.tiny import read_tensors
+from tests.unit.checkpoint.test_not_finite import UP, dense, edited
+from tests.unit.write.test_sources import repair_of
 
 Cli = Callable[..., Result]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from moesurgery.merge.recipe.merge_recipe import load_merge_recipe
+from moesurgery.merge.merge_recipe import load_merge_recipe
 from safetensors.torch import load_file, save_file
 
 from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.source import LocalSource, RemoteSource
 from moesurgery.errors import CheckpointError, OutputError
-from moesurgery.merge.plan_merge import plan_merge
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.repair_file import open_repair
 from moesurgery.stats.statistics_file import load_stats
@@ -229,7 +228,7 @@ def test_every_model_of_a_merge_is_watched(model: Path, tmp_path: Path, which: s
     recipe = tmp_path / "r.yml"
     listed = "".join(f"- model: {tmp_path / name}\n" for name in ("a", "b"))
     recipe.write_text(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n{listed}")
-    plan = plan_merge(load_merge_recipe(recipe))
+    plan = load_merge_recipe(recipe).plan()
     with pytest.raises(CheckpointError, match=rf"{which}/{SHARDS[2]} changed while it was in use"):
         write_plan(
             plan, tmp_path / "out", WriteOptions(jobs=1), watch=during(lambda: replaced(tmp_path / which / SHARDS[2]))
@@ -250,7 +249,7 @@ def adapter_of(folder: Path, value: float) -> Path:
 
 def adapted(model: Path, adapter: Path, folder: Path) -> Plan:
     (folder / "r.yml").write_text(f"merge_method: passthrough\nmodels:\n- model: {model}+{adapter}\n")
-    return plan_merge(load_merge_recipe(folder / "r.yml"))
+    return load_merge_recipe(folder / "r.yml").plan()
 
 
 def repair_of(model: Path, folder: Path, value: float) -> Path:
@@ -329,7 +328,7 @@ def test_statistics_that_change_while_they_are_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moesurgery.stats import statistics_file
-    from tests.test_not_finite import statistics
+    from tests.unit.checkpoint.test_not_finite import statistics
 
     path = statistics(model).save(tmp_path / "s.safetensors")
     assert load_stats(path).sha256 == statistics_file.digest(path)
