@@ -229,11 +229,11 @@ class _Merger:
             leads = [(self.sources.lead(index), offset) for index, offset, _ in self.placement.stack]
             origins = [LayerOrigin(lead.parts.anatomy.settings, lead.first + offset) for lead, offset in leads]
             with at_line(self.origin, self.stage.line_of("slices")):
+                config = restacked_config(donor.anatomy.settings, origins)
                 for parts in {id(lead.parts): lead.parts for lead, _ in leads}.values():
                     own = [lead.first + offset for lead, offset in leads if lead.parts is parts]
                     if own != list(range(parts.layers)):
                         check_movable(parts.anatomy, parts.plan.tensors, f"merge of {parts.label}")
-                config = restacked_config(donor.anatomy.settings, origins)
                 if any(origin.layer != new for new, origin in enumerate(origins)) and holds_quantised(tensors):
                     refuse_named_layers(donor.plan.checkpoint, donor.plan.files)
             if self.placement.left_out:
