@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from moesurgery.merge.merge_recipe import load_merge_recipe
 from safetensors.torch import load_file, save_file
 
 from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.source import LocalSource, RemoteSource
 from moesurgery.errors import CheckpointError, OutputError
+from moesurgery.merge.merge_recipe import load_merge_recipe
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.repair_file import open_repair
 from moesurgery.stats.statistics_file import load_stats
