@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from moesurgery.checkpoint.web import bound_the_hub, bounded
 from moesurgery.errors import CheckpointError
 
 MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
+MAX_FILE_BYTES = 1 << 60  # what a server says of a file's size is believed up to here
 _BLOCK = 8 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Source(Protocol):
@@ -218,6 +222,8 @@ class RemoteSource:
         if not hasattr(self._local, "opened"):
             import fsspec
 
+            if self.url.startswith("hf://"):
+                bound_the_hub()  # here too: a shard may be written by a process of its own
             try:
                 self._local.opened = fsspec.core.url_to_fs(self.url)
             except (ImportError, ValueError) as error:
@@ -239,7 +245,13 @@ class RemoteSource:
         if len(found) > MAX_FILES:
             raise CheckpointError(f"{self.label} holds more than {MAX_FILES:,} files", "name the model's own folder")
         prefix = root.rstrip("/") + "/"
-        return [(p.removeprefix(prefix), int(d["size"])) for p, d in sorted(found.items()) if d.get("type") == "file"]
+        files = [(p.removeprefix(prefix), d.get("size")) for p, d in sorted(found.items()) if d.get("type") == "file"]
+        for file, size in files:
+            if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
+                raise CheckpointError(
+                    f"{self.label}/{file}: the server says that it has {size!r} bytes", "download the model first"
+                )
+        return files
 
     def local(self, file: str) -> None:
         contained(file)
@@ -251,19 +263,27 @@ class RemoteSource:
         path = f"{root.rstrip('/')}/{contained(file)}"
         extra = {"cache_type": "none"} if self.url.startswith("hf://") else {}  # else it reads 5 MB ahead
         with remote_errors(f"{self.label}/{file}"):
-            return bytes(system.cat_file(path, start=start, end=start + length, **extra))
+            data = bytes(system.cat_file(path, start=start, end=start + length, **extra))
+        if len(data) > length:
+            raise CheckpointError(
+                f"{self.label}/{file}: {len(data):,} bytes came where {length:,} were asked for",
+                "download the model first: its server does not know byte ranges",
+            )
+        return data
 
 
 class remote_errors:  # noqa: N801 - reads as a statement
-    """Turn whatever a remote library raises into a CheckpointError about `where`."""
+    """Turn whatever a remote library raises into a CheckpointError about `where`, and bound what it asks of a server."""
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self._bounds = bounded(where)
 
     def __enter__(self) -> None:
-        return None
+        self._bounds.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._bounds.__exit__(None, None, None)
         if error is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
             return
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -278,8 +298,11 @@ def open_hub(reference: str) -> RemoteSource:
     repository, _, revision = reference.removeprefix("hf://").strip("/").partition("@")
     if repository.count("/") != 1:
         raise CheckpointError(f"{reference} does not name a model", "write hf://org/name or hf://org/name@revision")
+    bound_the_hub()
     with remote_errors(reference):
         commit = HfApi().model_info(repository, revision=revision or None).sha
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise CheckpointError(f"{reference}: the server names no commit, but {commit!r}", "is it the Hub that answers?")
     label = f"hf://{repository}@{commit}"
     return RemoteSource(url=label, label=label)
 

@@ -166,22 +166,34 @@ def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, wat
     if (manner.link and copy_bytes.link(source, target)) or copy_bytes.clone(source, target, durable=manner.durable):
         watch.progress(task.data_bytes)
         return
+    copy_bytes.copy_file(source, target, _without_header(task, watch).progress, watch.stop, durable=manner.durable)
+
+
+def _without_header(task: ShardTask, watch: JobControl) -> JobControl:
+    """Return a watch for the copy of a whole shard, whose header is not counted."""
     assert task.whole is not None
     header = task.whole[2] - task.data_bytes
+    lock = threading.Lock()
 
     def progress(count: int) -> None:
         nonlocal header
-        skipped = min(header, count)  # the header is not counted
-        header -= skipped
+        with lock:
+            skipped = min(header, count)
+            header -= skipped
         watch.progress(count - skipped)
 
-    copy_bytes.copy_file(source, target, progress, watch.stop, durable=manner.durable)
+    return JobControl(progress, watch.stop)
 
 
 def _write_body(task: ShardTask, target: Path, manner: Manner, watch: JobControl) -> None:
-    header = make_header(task.entries, task.metadata, task.phase)
-    total = len(header) + task.data_bytes
-    units = list(units_of(task.entries, len(header)))
+    if task.whole is not None:  # a remote shard: its bytes as they are, for its header may be spelt otherwise than ours
+        header, total = b"", task.whole[2]
+        units = list(_cut(Copy(task.whole[0], task.whole[1], 0, total), 0))
+        watch = _without_header(task, watch)
+    else:
+        header = make_header(task.entries, task.metadata, task.phase)
+        total = len(header) + task.data_bytes
+        units = list(units_of(task.entries, len(header)))
     descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         if manner.reflink:
