@@ -273,7 +273,7 @@ class RemoteSource:
 
 
 class remote_errors:  # noqa: N801 - reads as a statement
-    """Turn whatever a remote library raises into a CheckpointError about `where`, and bound what it asks of a server."""
+    """Turn whatever a remote library raises into a CheckpointError about `where`; bound what a server may cost."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -287,6 +287,8 @@ class remote_errors:  # noqa: N801 - reads as a statement
         if error is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
             return
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, (TypeError, LookupError, AttributeError)):
+            reason = f"the server's answer is not understood ({type(error).__name__}: {reason})"
         hint = "check the name and the network; for a private model set HF_TOKEN"
         raise CheckpointError(f"{self.where} cannot be read: {reason}", hint) from None
 

@@ -69,8 +69,7 @@ def _current() -> _Operation | None:
 @cache
 def bound_the_hub() -> None:
     """Have huggingface_hub make its requests through a client that looks at every answer."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session, set_client_factory
 
     present: Any = get_session()
     kind, hooks = type(present), present.event_hooks

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli import _group_fit, _run_options
 from moesurgery.cli._cache import CalibrationCache
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import WriterFlags
 from moesurgery.errors import RecipeError, SurgeryError
-from moesurgery.plan.plan import Plan, plan_of
-from moesurgery.recipe.reader import RecipeStep
+from moesurgery.plan.plan import Plan
+from moesurgery.recipe.reader import Recipe, RecipeStep
 from moesurgery.recipe.registry import Operation, apply
 
 if TYPE_CHECKING:
@@ -132,15 +131,13 @@ class Prepared:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
-def prepare(
-    found: Operation, model: str, values: Mapping[str, Any], given: Calibration, flags: WriterFlags
-) -> Prepared:
-    """Run what the options ask for. Without --text and --heldout nothing is run."""
+def prepare(found: Operation, recipe: Recipe, given: Calibration, flags: WriterFlags) -> Prepared:
+    """Run what the options ask for, for a recipe of one step. Without --text and --heldout nothing is run."""
     given.check()
-    values = dict(values)
     if not given.text and not given.heldout:
-        return Prepared((RecipeStep(found.name, values),))
-    plan = plan_of(open_checkpoint(model))
+        return Prepared(recipe.steps)
+    values = dict(recipe.steps[0].parameters)
+    plan = recipe.opened()
     run = given.run(int(values.get("seed", 0)))
     run.check()
     held_out: list[Domain] = []
@@ -160,7 +157,7 @@ def prepare(
             values[PARAMETER] = str(beside.statistics(**_asked(plan, found, values)))
         if found.name == MERGE_EXPERTS:
             values = _group_fit.with_fit(beside, values)
-    steps = [RecipeStep(found.name, values)]
+    steps = [replace(recipe.steps[0], parameters=values)]
     edited = apply(plan, found.name, **values)
     plans = {"original": plan}
     if held_out:

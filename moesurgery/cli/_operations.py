@@ -57,7 +57,7 @@ def command_for(found: Operation) -> Callable[..., None]:
         if not flags.print_recipe:
             _writing.check_early(flags)
         if len(recipe.steps) == 1:
-            prepared = prepare(found, recipe.model or ".", recipe.steps[0].parameters, calibration, flags)
+            prepared = prepare(found, recipe, calibration, flags)
             recipe, measured = replace(recipe, steps=prepared.steps), prepared.measured
         elif calibration != Calibration():
             raise RecipeError("text is measured for a model or a recipe of one step", f"{model} has more steps")

@@ -27,7 +27,7 @@ def extract_lora_command(
     from moesurgery.merge.references import Models
 
     console.quiet = quiet
-    models = Models()
+    models = Models(own=True)
     first, second = models.parts(base, plain=True), models.parts(tuned, plain=True)
     with console.progress(f"extracting {output.name}", first.plan.nbytes) as watch:
         found = extract_lora(first, second, rank, output, progress=watch.progress)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from moesurgery.checkpoint.protocols import refuse_unlisted
 from moesurgery.errors import RecipeError
 from moesurgery.families.quantised import method as quantisation_method
 from moesurgery.lora.apply import adapted
@@ -24,12 +25,13 @@ class Models:
     """The models of a recipe, each opened once. `stages` are the plans of earlier stages by name.
 
     `where`: what to open for every name that the recipe has, for one that is replayed from a record: what it does not
-    list is not opened.
+    list is not opened. `own`: the references are from a command line, and may be of any protocol.
     """
 
-    def __init__(self, where: Mapping[str, str] | None = None) -> None:
+    def __init__(self, where: Mapping[str, str] | None = None, *, own: bool = False) -> None:
         self.stages: dict[str, Plan] = {}
         self._where = where
+        self._own = own
         self._parts: dict[tuple[str, bool], CanonicalTensors] = {}
         self._parents: dict[str, tuple[Checkpoint | str, ...]] = {}
 
@@ -67,6 +69,8 @@ class Models:
 
     def _located(self, reference: str) -> str:
         if self._where is None:
+            if not self._own:
+                refuse_unlisted(reference)
             return located(reference)
         if reference not in self._where:
             raise RecipeError(f"the recipe names {reference}, and nothing says where that is")
