@@ -49,6 +49,16 @@ def check_place(output: Path, *, force: bool = False) -> None:
 
 
 def _check_place(output: Path, *, force: bool) -> None:
+    if not output.parent.is_dir():
+        command = f"mkdir -p {shlex.quote(str(output.parent))}"
+        raise OutputError(f"{output.parent} does not exist", f"make it first: {command}")
+    longest = os.pathconf(output.parent, "PC_NAME_MAX") - len(".replaced-4194304")  # what stands beside it for a while
+    if len(os.fsencode(output.name)) > longest:
+        raise OutputError(
+            f"the output's name is {len(os.fsencode(output.name))} bytes long, and may have {longest}:"
+            f" {output.name[:40]}…",
+            "choose a shorter one with -o",
+        )
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
     if output.exists() and output.samefile(os.curdir):
@@ -56,9 +66,6 @@ def _check_place(output: Path, *, force: bool) -> None:
             f"{output} is the folder you are in, and an output takes the place of its folder",
             f"go up first: cd .., then -o {shlex.quote(output.name)}",
         )
-    if not output.parent.is_dir():
-        command = f"mkdir -p {shlex.quote(str(output.parent))}"
-        raise OutputError(f"{output.parent} does not exist", f"make it first: {command}")
     if not os.access(output.parent, os.W_OK | os.X_OK, effective_ids=True):
         raise OutputError(f"{output.parent} may not be written to", "choose another place with -o")
     if not output.exists() or not any(output.iterdir()):

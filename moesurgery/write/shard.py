@@ -8,6 +8,7 @@ job continues where it stopped.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,11 +92,16 @@ def done(directory: Path, name: str, plan_id: str) -> bool:
     What was written without waiting for the disk counts only until the machine restarts.
     """
     try:
-        manifest = json.loads((directory / WORK / f"{name}.json").read_text())
+        manifest = json.loads((directory / WORK / f"{work_name(name)}.json").read_text())
         safe = manifest["boot"] is None or manifest["boot"] == boot_id()
         return bool(safe and manifest["plan"] == plan_id and (directory / name).stat().st_size == manifest["size"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def work_name(name: str) -> str:
+    """Return what files about a shard are called: its name, or a digest of one that leaves no room for an ending."""
+    return name if len(os.fsencode(name)) <= 100 else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def boot_id() -> str:
@@ -114,7 +121,7 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
         watch.progress(task.data_bytes)
         return size
     unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    temporary = directory / WORK / f"{task.name}.{unique}.tmp"
+    temporary = directory / WORK / f"{work_name(task.name)}.{unique}.tmp"
     try:
         for folder in (temporary.parent, (directory / task.name).parent):
             folder.mkdir(parents=True, exist_ok=True)  # an index may name shards in a folder
@@ -133,7 +140,8 @@ def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, 
     except OSError as error:
         raise disk_error(error, directory) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refused the file refuses this, too; the next run removes it
+            temporary.unlink(missing_ok=True)
 
 
 def disk_error(error: OSError, where: Path) -> SurgeryError:
@@ -152,7 +160,7 @@ def disk_error(error: OSError, where: Path) -> SurgeryError:
 
 
 def _write_manifest(directory: Path, name: str, plan_id: str, size: int, *, durable: bool) -> None:
-    path = directory / WORK / f"{name}.json"
+    path = directory / WORK / f"{work_name(name)}.json"
     temporary = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
     with open(temporary, "w") as file:
         json.dump({"plan": plan_id, "size": size, "boot": None if durable else boot_id()}, file)
