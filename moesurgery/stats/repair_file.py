@@ -8,21 +8,42 @@ by one, so that none stays in memory; `refit.json` comes last, so a folder witho
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.header import read_header
+from moesurgery.checkpoint.scan import MAX_CONFIG_BYTES
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, OutputError
 from moesurgery.expr.nodes import Expr, Stored
+from moesurgery.stats import entry_rules
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import FittedBlock
 
 INDEX = "refit.json"
 FORMAT = "moesurgery refit 1"
+_MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down)")
+_ABOUT = {
+    "format": entry_rules.TEXT,
+    "kind": entry_rules.TEXT,
+    "tokens": entry_rules.COUNT,
+    "layers": entry_rules.Rule("a list", lambda v: isinstance(v, list)),
+}
+_ALSO = {"text": entry_rules.FILES}
+_LAYER = {
+    "layer": entry_rules.TEXT,
+    "factors": entry_rules.maybe(entry_rules.listed(entry_rules.NUMBER)),
+    "file": entry_rules.maybe(entry_rules.TEXT),
+    "tokens": entry_rules.listed(entry_rules.COUNT),
+    "skipped": entry_rules.listed(entry_rules.COUNT),
+    "error_before": entry_rules.NUMBER,
+    "error_after": entry_rules.NUMBER,
+}
 
 
 class RepairWriter:
@@ -90,8 +111,14 @@ class Repair:
         header = read_header(file, size, lambda start, length: self.source.read(file, start, length))
         found: dict[int, dict[str, Expr]] = {}
         for info in header.tensors:
-            expert, _, role = info.name.partition(".")
-            found.setdefault(int(expert), {})[role] = Stored(self.source, info)
+            match = _MATRIX.fullmatch(info.name)
+            if match is None or len(info.shape) != 2 or info.dtype not in PLAIN_FLOATS:
+                what = f"{info.dtype} {list(info.shape)}"
+                raise CheckpointError(
+                    f"{self.source.identity}/{file}: {info.name} ({what}) is no matrix of an expert",
+                    "make the repair again",
+                )
+            found.setdefault(int(match[1]), {})[match[2]] = Stored(self.source, info)
         return found
 
 
@@ -100,10 +127,18 @@ def open_repair(folder: str | Path) -> Repair:
     path = Path(folder) / INDEX
     hint = "make one with `moesurgery … --refit down --text FILE`"
     try:
-        document = json.loads(path.read_text())
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and a repair at most {MAX_CONFIG_BYTES:,}")
+        document = entry_rules.read_document(path.read_bytes(), _ABOUT, _ALSO)
         if document["format"] != FORMAT:
             raise CheckpointError(f"{path} is no repair", hint)
-        layers = {str(entry["layer"]): entry for entry in document.pop("layers")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a repair: {error}", hint) from None
+        layers: dict[str, dict[str, Any]] = {}
+        for i, entry in enumerate(document.pop("layers")):
+            entry_rules.check_entries(
+                entry, _LAYER, {"error_held_out": entry_rules.maybe(entry_rules.NUMBER)}, f"layer {i}: "
+            )
+            layers[entry["layer"]] = entry
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} cannot be read as a repair: {reason}", hint) from None
     return Repair(LocalSource(Path(folder).absolute()), document, layers)

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.stats import entry_rules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,26 +152,82 @@ class Stats:
         return target
 
 
+_ABOUT = {
+    "model_type": entry_rules.TEXT,
+    "top_k": entry_rules.COUNT,
+    "other_top_k": entry_rules.listed(entry_rules.COUNT),
+    "blocks": entry_rules.listed(entry_rules.TEXT),
+}
+_ALSO = {
+    "recon": entry_rules.listed(entry_rules.COUNT),
+    "unread": entry_rules.mapped(entry_rules.TEXT),
+    "every_expert": entry_rules.SWITCH,
+    "text": entry_rules.FILES,
+}
+MAX_BYTES = 8_000_000_000  # of a file: 60 layers of 512 experts, at ten numbers of active ones
+# The shape of each sum, H being any size.
+_SHAPES: dict[str, tuple[str | int, ...]] = {
+    **dict.fromkeys(("tokens", "mass", "entropy"), (2,)),
+    **dict.fromkeys(("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak", "cross"), (2, "E")),
+    **dict.fromkeys(("gram", "logits"), (2, "E", "E")),
+    **dict.fromkeys(("output", "output_all", "gated_all"), ("E", "H")),
+    "recon": ("E",),
+}
+
+
 def load_stats(path: str | Path) -> Stats:
-    """Read a statistics file. Raises CheckpointError where it is none."""
-    from safetensors import SafetensorError, safe_open
+    """Read a statistics file. Raises CheckpointError where it is none, or where a sum is missing or no sum."""
+    from safetensors import safe_open
 
     blocks: dict[str, BlockStats] = {}
     try:
+        if (size := Path(path).stat().st_size) > MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and statistics at most {MAX_BYTES:,}")
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path} holds no statistics", "make them with `moesurgery collect`")
+            about = entry_rules.read_document(metadata.get("about", ""), _ABOUT, _ALSO)
             for key in file.keys():  # noqa: SIM118 - no mapping
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
-            about = json.loads(metadata["about"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        for where in dict.fromkeys((*about["blocks"], *blocks)):
+            _check_block(where, about, blocks)
+    except CheckpointError:
+        raise
+    except OSError as error:
         longer = f"{path}.safetensors"
         hint = f"name {longer}" if Path(longer).is_file() else "make them with `moesurgery collect`"
-        raise CheckpointError(f"{path} cannot be read as statistics: {error}", hint) from None
-    order = {where: i for i, where in enumerate(about["blocks"])}
-    return Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about)
+        raise CheckpointError(f"{path} cannot be read as statistics: {error.strerror or error}", hint) from None
+    except Exception as error:  # safetensors has errors of its own for each way in which a file is damaged
+        reason = f"{path} cannot be read as statistics: {error}"
+        raise CheckpointError(reason, "make them again with `moesurgery collect`") from None
+    return Stats({where: blocks[where] for where in about["blocks"]}, about)
+
+
+def _check_block(where: str, about: Mapping[str, Any], blocks: Mapping[str, BlockStats]) -> None:
+    """Raise ValueError where the sums of a block are not those that the file says it has."""
+    import numpy as np
+
+    if where not in blocks or where not in about["blocks"]:
+        raise ValueError(f"{where!r} is in {'its list of blocks' if where not in blocks else 'its tensors'} only")
+    sums = blocks[where].sums
+    names = [name for name in _SHAPES if name not in WHOLE and name not in ("cross", "recon")] + ["output"]
+    names += [f"{name}@{k}" for k in about["other_top_k"] for name in ("gram", "gate2", "mass", "cross")]
+    names += [f"recon@{r}" for r in about.get("recon", ())]
+    names += ["output_all", "gated_all"] if about.get("every_expert") else []
+    experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
+    for name in names:
+        if name not in sums:
+            raise ValueError(f"{where} has no {name}")
+        values, wanted = sums[name], _SHAPES[name.partition("@")[0]]
+        shape = tuple(experts if size == "E" else size for size in wanted)
+        fits = len(shape) == values.ndim and all(b in ("H", a) for a, b in zip(values.shape, shape, strict=True))
+        if not fits or not experts or values.dtype.kind != "f":
+            shown = " x ".join(map(str, wanted))
+            raise ValueError(f"{where}: {name} is {values.dtype} {list(values.shape)}, expected floats {shown}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{where}: {name} holds NaN or infinity")
 
 
 def digest(path: str | Path) -> str:
