@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -57,7 +58,7 @@ LIMIT = 1 << 30  # bytes of memory, the interpreter and its libraries included
 SECONDS = 10
 ROOT = Path(__file__).parents[1]
 _SCRATCH = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-FOLDER, BASE = Path(_SCRATCH.name, "model"), Path(_SCRATCH.name, "base")
+FOLDER, BASE, DENSE = (Path(_SCRATCH.name, name) for name in ("model", "base", "dense"))
 LAYERS, EXPERTS, HIDDEN, INTER, WORDS = 2, 4, 4, 8, 12
 CONFIG = {
     "architectures": ["MixtralForCausalLM"],
@@ -117,6 +118,16 @@ TENSORS = model_tensors()
 MODEL, _ = safetensors(TENSORS, fill=floats)
 INDEX = {"metadata": {"total_size": 4 * len(MODEL)}, "weight_map": dict.fromkeys(TENSORS, SHARD)}
 BLOCKS = [f"model.layers.{i}" for i in range(LAYERS)]
+
+
+def dense_files() -> dict[str, bytes]:
+    """Return a Llama of the same sizes."""
+    config = {**CONFIG, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    shapes = {name: of for name, of in TENSORS.items() if "block_sparse_moe" not in name}
+    for layer in BLOCKS:
+        shapes |= {f"{layer}.mlp.{p}_proj.weight": ("F32", [INTER, HIDDEN]) for p in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = ("F32", [HIDDEN, INTER])
+    return {"config.json": as_json(config), "model.safetensors": safetensors(shapes, fill=floats)[0]}
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
@@ -249,18 +260,24 @@ def _shipped(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.glob("*.yaml")):
         documents = list(yaml.safe_load_all(path.read_text()))
-        found.append(yaml.safe_dump_all([_here(d) for d in documents], sort_keys=False))
+        names: list[str] = []
+        model = DENSE if "upcycle" in path.name else BASE
+        found.append(yaml.safe_dump_all([_here(d, model, names) for d in documents], sort_keys=False))
     return found
 
 
-def _here(whole: Any, key: str = "") -> Any:
+def _here(whole: Any, model: Path, names: list[str], key: str = "") -> Any:
+    """Put `model`, called by as many names as there are models, in place of those that a recipe names."""
     if isinstance(whole, dict):
-        return {name: _here(inner, name) for name, inner in whole.items()}
+        here = {name: _here(inner, model, names, name) for name, inner in whole.items()}
+        return {**here, "proof": False, "router": "random"} if key == "upcycle" else here
     if isinstance(whole, list):
-        if key == "layer_range":
-            return [0, LAYERS]
-        return [_here(inner, key) for inner in whole]
-    return str(BASE) if key in ("model", "base_model") and isinstance(whole, str) and "/" in whole else whole
+        return [0, LAYERS] if key == "layer_range" else [_here(inner, model, names, key) for inner in whole]
+    if key not in ("model", "base_model", "source_model", "sources") or not isinstance(whole, str) or "/" not in whole:
+        return whole
+    if whole not in names:
+        names.append(whole)
+    return f"{model}{'/.' * names.index(whole)}"
 
 
 RECIPES = {"operations": _shipped(ROOT / "recipes"), "merge": _shipped(ROOT / "recipes" / "merge")}
@@ -285,7 +302,7 @@ ABOUT |= {"every_expert": True, "text": [{"file": "a.txt", "sha256": ""}], "toke
 
 def statistics_tensors() -> dict[str, tuple[str, list[int]]]:
     e = EXPERTS
-    sums = dict.fromkeys(("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak"), [2, e])
+    sums = {name: [2, e] for name in ("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak")}
     sums |= {"tokens": [2], "mass": [2], "entropy": [2], "gram": [2, e, e], "logits": [2, e, e]}
     for k in (1, 3):
         sums |= {f"gram@{k}": [2, e, e], f"gate2@{k}": [2, e], f"mass@{k}": [2], f"cross@{k}": [2, e]}
@@ -308,7 +325,7 @@ def statistics(rng: Rng) -> None:
     about = changed_json(rng, ABOUT) if rng.random() < 0.6 else as_json(ABOUT)
     tensors = changed_tensors(rng, STATISTICS) if rng.random() < 0.5 else STATISTICS
     metadata = {"format": "moesurgery statistics 1", "about": about.decode("utf-8", "replace")}
-    content, _ = safetensors(tensors, metadata, fill=rng.choice([_positive, bytes, rng.randbytes]))
+    content, _ = safetensors(tensors, metadata, fill=rng.choice([_positive, _positive, bytes, rng.randbytes]))
     path = FOLDER.with_name("s.safetensors")
     path.write_bytes(damaged(rng, content) if rng.random() < 0.1 else content)
     uses: list[tuple[str, dict[str, Any]]] = [("rescale", {"top_k": k, "scale": "measured"}) for k in (1, 3)]
@@ -383,15 +400,11 @@ ADAPTER = {
     "use_rslora": False,
     "bias": "none",
     "base_model_name_or_path": "a/b",
-    "target_modules": ["q_proj"],
     "alpha_pattern": {"layers.0.*": 8},
     "rank_pattern": {"q_proj": 2},
     "fan_in_fan_out": False,
     "init_lora_weights": True,
     "modules_to_save": None,
-    "target_parameters": ["experts.gate_up_proj"],
-    "inference_mode": True,
-    "task_type": "CAUSAL_LM",
 }
 _AT = "base_model.model.model.layers"
 FACTORS = {
@@ -471,7 +484,7 @@ def text(rng: Rng) -> None:
     path = FOLDER.with_name(rng.choice(["t.jsonl", "t.txt"]))
     path.write_bytes(b"\n".join(changed_json(rng, rng.choice(LINES)) for _ in range(rng.randrange(4))))
     for document in _documents(path):
-        assert isinstance(document, str) or all(number >= 0 for number in document)
+        assert isinstance(document, str) or min(document, default=0) >= 0
 
 
 TARGETS: dict[str, Callable[[Rng], None]] = {
@@ -524,6 +537,8 @@ def main(count: str, *names: str) -> int:
     CHECKS[:] = [check for check in CHECKS if check.function is not check_architecture]
     _Names._in_memory = property(lambda self: {})  # type: ignore[assignment,method-assign]
     write(BASE, checkpoint_files())
+    write(DENSE, dense_files())
+    warnings.simplefilter("ignore")
     if families := os.environ.get("FUZZ_FAMILIES"):
         FAMILIES.extend(json.loads(Path(families).read_text()))
     for name in {w for entry in FAMILIES for w, _ in entry["tensors"].values()}:

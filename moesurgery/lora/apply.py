@@ -12,7 +12,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import regex
 
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
@@ -21,6 +23,7 @@ from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.scan import read_object
 from moesurgery.checkpoint.source import open_source
 from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.escape import one_line
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Reader, Slice, Stored, Unary, reshape, torch_dtype
 from moesurgery.expr.tensors import slice_last, transpose
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST_PATTERNS = 10_000
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?")
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)\.(.+)$")
@@ -130,13 +134,31 @@ class LoraAdapter:
             )
 
     def factor(self, module: str, rank: int) -> float:
-        """Return what multiplies B A of one module."""
+        """Return what multiplies B A of one module. Raises CheckpointError for what is no number or no pattern."""
         alpha = self.config.get("lora_alpha", rank)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
+        try:
+            alpha = next((value for pattern, value in self._patterns if pattern.fullmatch(module, timeout=1)), alpha)
+        except TimeoutError:
+            raise self._wrong("alpha_pattern", "takes more than a second to match") from None
+        if type(alpha) not in (int, float) or not 0 < abs(alpha) < 2**64:
+            raise self._wrong("lora_alpha", f"is {one_line(repr(alpha), 80)} for {module}, expected a number")
+        if rank == 0:
+            raise CheckpointError(f"{self.name}: {module} has rank 0", "save the adapter again with PEFT")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    @cached_property
+    def _patterns(self) -> list[tuple[regex.Pattern[str], Any]]:
+        """The expressions of modules that have an alpha of their own: strangers' ones, so matched against time."""
+        given = self.config.get("alpha_pattern") or {}
+        if not isinstance(given, dict) or len(given) > MOST_PATTERNS:
+            raise self._wrong("alpha_pattern", f"is no object of at most {MOST_PATTERNS:,} entries")
+        try:
+            return [(regex.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in given.items()]
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise self._wrong("alpha_pattern", f"holds no regular expression: {error}") from None
+
+    def _wrong(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}/{ADAPTER_CONFIG}: {key} {what}", "save the adapter again with PEFT")
 
     @cached_property
     def pairs(self) -> list[_Pair]:
@@ -147,6 +169,10 @@ class LoraAdapter:
         for (module, _), factors in found.items():
             if factors.keys() != {"A", "B"}:
                 raise CheckpointError(f"{self.name} has only one factor of {module}")
+            for letter, factor in factors.items():
+                if len(factor.shape) != 2 or factor.dtype not in PLAIN_FLOATS:
+                    what = f"is {factor.dtype} {list(factor.shape)}, expected floats in two dimensions"
+                    raise CheckpointError(f"{self.name}: factor {letter} of {module} {what}")
         return [_Pair(module, f["A"], f["B"], embedding) for (module, embedding), f in found.items()]
 
     @cached_property
@@ -274,7 +300,9 @@ class _Names:
         experts = len(numbers)
         if pair.a.shape[0] % experts:
             return False
-        rank, (out, _) = pair.a.shape[0] // experts, pair.b.shape
+        rank, (out, across) = pair.a.shape[0] // experts, pair.b.shape
+        if across != rank * experts:
+            return False
         factor = adapter.factor(pair.module, rank)
         by_rank = reshape(pair.b, (out * rank, experts))
         found = {}
