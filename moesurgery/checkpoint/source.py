@@ -321,9 +321,9 @@ def open_source(reference: str | Path) -> Source:
     if "://" in text:
         return RemoteSource(url=text, label=text)
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(text):  # False for a name that no file can have
         return LocalSource(path)
-    if path.is_file():
+    if os.path.isfile(text):
         raise CheckpointError(f"{text} is a file, not a checkpoint directory", f"try {path.parent}")
     hint = None
     if len(path.parts) == 2 and not path.is_absolute() and not text.startswith("."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -136,7 +137,7 @@ def described(texts: list[Path]) -> list[dict[str, str]]:
 
 def subject(reference: str) -> Plan:
     """Return the plan of a checkpoint, or of a recipe file, which is not written."""
-    if reference.endswith((".yaml", ".yml")) and Path(reference).is_file():
+    if reference.endswith((".yaml", ".yml")) and os.path.isfile(reference):
         plan = load_any_recipe(reference).plan()
         for step in plan.steps:
             console.note(f"{reference}: {step.operation}: {step.summary}")

@@ -66,7 +66,7 @@ def selection_order(settings: Settings, logits: np.ndarray, scores: np.ndarray, 
         count, kept = settings.groups
         if ranked.shape[1] % count:
             raise CheckpointError(f"config.json: {count} groups do not divide {ranked.shape[1]} experts", "correct it")
-        grouped = ranked.reshape(len(ranked), count, -1)
+        grouped = ranked.reshape(len(ranked), count, ranked.shape[1] // count)
         if settings.family.routing.groups == "top2":
             group_score = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -100,15 +101,16 @@ def _stated_dtype(plan: Plan) -> str:
 
 def located(reference: str) -> str:
     """Return what `open_checkpoint` takes: what looks like a Hub id and is no folder here is one."""
-    if "://" in reference or Path(reference).expanduser().exists():
-        return str(Path(reference).expanduser()) if reference.startswith("~") else reference
+    here = os.path.expanduser(reference)
+    if "://" in reference or os.path.exists(here):
+        return here if reference.startswith("~") else reference
     return f"hf://{reference}" if _HUB_ID.fullmatch(reference) else reference
 
 
 def split(reference: str) -> tuple[str, str | None]:
     """Split `model+adapter`; a folder whose own name has a plus is one model."""
     model, plus, adapter = reference.rpartition("+")
-    return (model, adapter) if plus and not Path(reference).expanduser().exists() else (reference, None)
+    return (model, adapter) if plus and not os.path.exists(os.path.expanduser(reference)) else (reference, None)
 
 
 def label(reference: str) -> str:

@@ -245,12 +245,12 @@ class _Merge:
             orders = {expert: self.fits.order(self.block.where, expert) for expert in others}
             for member, expr in reference:
                 neurons = neuron_rows(member, expr).shape[0] if has_neurons(member) else None
-                if odd := {order.shape[0] for order in orders.values()} - {neurons}:
-                    if neurons is not None:
-                        raise RefusedError(
-                            f"{NAME}: {member.name} has {neurons} neurons, and the fit orders {odd.pop()}",
-                            "make the fit again with --text FILE",
-                        )
+                odd = {order.shape[0] for order in orders.values()} - {neurons}
+                if odd and neurons is not None:
+                    raise RefusedError(
+                        f"{NAME}: {member.name} has {neurons} neurons, and the fit orders {odd.pop()}",
+                        "make the fit again with --text FILE",
+                    )
         found = []
         for at, (member, expr) in enumerate(reference):
             terms = [
