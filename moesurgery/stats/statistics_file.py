@@ -191,8 +191,10 @@ def load_stats(path: str | Path) -> Stats:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
-        for where in dict.fromkeys((*about["blocks"], *blocks)):
-            _check_block(where, about, blocks)
+        if odd := sorted(blocks.keys() ^ set(about["blocks"])):
+            raise ValueError(f"{odd[0]!r} is in its {'tensors' if odd[0] in blocks else 'list of blocks'} only")
+        for block in blocks.values():
+            _check_block(block, about)
     except CheckpointError:
         raise
     except OSError as error:
@@ -205,19 +207,17 @@ def load_stats(path: str | Path) -> Stats:
     return Stats({where: blocks[where] for where in about["blocks"]}, about)
 
 
-def _check_block(where: str, about: Mapping[str, Any], blocks: Mapping[str, BlockStats]) -> None:
+def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
     """Raise ValueError where the sums of a block are not those that the file says it has."""
     import numpy as np
 
-    if where not in blocks or where not in about["blocks"]:
-        raise ValueError(f"{where!r} is in {'its list of blocks' if where not in blocks else 'its tensors'} only")
-    sums = blocks[where].sums
-    names = [name for name in _SHAPES if name not in WHOLE and name not in ("cross", "recon")] + ["output"]
+    where, sums = block.where, block.sums
+    names = ["count"] + [name for name in _SHAPES if name not in WHOLE and name not in ("cross", "recon")] + ["output"]
     names += [f"{name}@{k}" for k in about["other_top_k"] for name in ("gram", "gate2", "mass", "cross")]
     names += [f"recon@{r}" for r in about.get("recon", ())]
     names += ["output_all", "gated_all"] if about.get("every_expert") else []
     experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in sums:
             raise ValueError(f"{where} has no {name}")
         values, wanted = sums[name], _SHAPES[name.partition("@")[0]]
