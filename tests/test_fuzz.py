@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.errors import CheckpointError, SurgeryError
 from moesurgery.lora.apply import LoraAdapter, adapted
+from moesurgery.merge.recipe.merge_recipe import parse_merge_recipe
 from tests import fuzz
 from tests.conftest import ROOT
 from tests.fuzz_make import as_json, safetensors
@@ -218,11 +220,6 @@ ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "patterns are a list": ({"alpha_pattern": ["a"]}, {}, "alpha_pattern is no object"),
     "no expression": ({"alpha_pattern": {"(": 1}}, {}, "alpha_pattern holds no regular expression"),
     "an alpha by pattern": ({"alpha_pattern": {".*q_proj": []}}, {}, "lora_alpha is [] for model.layers.0"),
-    "without end": (
-        {"alpha_pattern": {"(.*)" * 14 + "(?<=zz)": 1}},
-        {},
-        "alpha_pattern takes more than a second to match",
-    ),
     "one factor": ({}, {f"{fuzz._AT}.0.self_attn.q_proj.lora_B.weight": None}, "has only one factor of"),
     "a scalar": ({}, {f"{fuzz._AT}.0.self_attn.q_proj.lora_A.weight": ("F32", [])}, "factor A of model.layers.0"),
     "bytes": ({}, {f"{fuzz._AT}.0.self_attn.q_proj.lora_A.weight": ("U8", [2, 4])}, "is U8 [2, 4], expected floats"),
@@ -248,3 +245,76 @@ def test_adapters_that_are_none(case: str, base: Path, tmp_path: Path) -> None:
         adapted(plan_of(open_checkpoint(base)), str(folder))
     assert message in raised.value.message
     assert raised.value.message.startswith("adapter")
+
+
+def _adapter_with_patterns(tmp_path: Path, patterns: dict[str, Any]) -> str:
+    folder = tmp_path / "adapter"
+    config = as_json({**fuzz.ADAPTER, "alpha_pattern": patterns})
+    content = safetensors(fuzz.FACTORS, fill=bytes)[0]
+    fuzz.write(folder, {"adapter_config.json": config, "adapter_model.safetensors": content})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(([a-z._0-9]+)+)+[A-Z]", "(.*)*(.*)*(.*)*[A-Z]", "(a|b|.)*(a|b|.)*(a|b|.)*(?<=zz)"]
+)
+def test_expressions_that_take_other_engines_for_ever(pattern: str, base: Path, tmp_path: Path) -> None:
+    begun = time.process_time()
+    adapted(plan_of(open_checkpoint(base)), _adapter_with_patterns(tmp_path, {pattern: 1}))
+    assert time.process_time() - begun < 5
+
+
+def test_an_expression_has_a_second(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def fullmatch(self, module: str, timeout: float) -> None:
+            assert timeout == 1
+            raise TimeoutError
+
+    monkeypatch.setattr(LoraAdapter, "_patterns", [(Slow(), 1)])
+    with pytest.raises(CheckpointError, match="alpha_pattern takes more than a second to match"):
+        adapted(plan_of(open_checkpoint(base)), _adapter_with_patterns(tmp_path, {}))
+
+
+def test_patterns_without_number(base: Path, tmp_path: Path) -> None:
+    reference = _adapter_with_patterns(tmp_path, {f"x{i}": 1 for i in range(10_001)})
+    with pytest.raises(CheckpointError, match="alpha_pattern is no object of at most 10,000 entries"):
+        adapted(plan_of(open_checkpoint(base)), reference)
+
+
+# Tokenizers
+
+TOKENIZERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no model": (lambda t: t.pop("model"), "it has no object `model`"),
+    "no vocabulary": (lambda t: t["model"].pop("vocab"), "model.vocab is neither"),
+    "a list of words": (lambda t: t["model"].update(vocab=["a", "b"]), "model.vocab is neither"),
+    "a number of text": (lambda t: t["model"]["vocab"].update(a="0"), "the token 'a' has the number '0'"),
+    "a number of its own": (
+        lambda t: t["model"]["vocab"].update(a=2**40),
+        "the token 'a' has the number 1099511627776",
+    ),
+    "a number below zero": (lambda t: t["model"]["vocab"].update(a=-1), "the token 'a' has the number -1"),
+    "an added number": (lambda t: t["added_tokens"][0].update(id={}), "the token '</s>' has the number {}"),
+    "added text": (lambda t: t["added_tokens"].append("x"), "added_tokens is not a list of objects"),
+    "added tokens are none": (lambda t: t.update(added_tokens=3), "added_tokens is not a list of objects"),
+    "merges of numbers": (lambda t: t["model"].update(merges=[1]), "model.merges is not a list of pairs"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_tokenizers_that_are_none(case: str, base: Path, tmp_path: Path) -> None:
+    change, message = TOKENIZERS[case]
+    tokenizer = json.loads(as_json(fuzz.TOKENIZER))
+    change(tokenizer)
+    other = tmp_path / "other"
+    fuzz.write(other, fuzz.checkpoint_files(**{"tokenizer.json": as_json(tokenizer)}))
+    recipe = f"merge_method: linear\nparameters: {{weight: 1}}\ntokenizer_source: union\nmodels: [{base}, {other}]\n"
+    with pytest.raises(SurgeryError) as raised:
+        parse_merge_recipe(recipe).plan()
+    assert f"tokenizer.json of other is not understood: {message}" in raised.value.message
+    assert raised.value.hint == "save the tokenizer again"
+
+
+def test_padding_without_end(base: Path) -> None:
+    recipe = f"merge_method: linear\nmodels: [{base}]\ntokenizer: {{pad_to_multiple_of: 1000000000}}\n"
+    with pytest.raises(SurgeryError, match="recipe:3: pad_to_multiple_of is 1000000000, expected a whole number up to"):
+        parse_merge_recipe(recipe)
