@@ -78,6 +78,25 @@ def test_a_warning_too_many_does_not_empty_a_merge() -> None:
     assert len(recipe.stages[0].warnings) == 300
 
 
+@pytest.mark.parametrize("size", ["9" * 400 + "GB", "1." + "9" * 400 + "GB", "٣GB", "²", "-1", "0", "1e400"])
+def test_a_size_of_shards_that_is_none(size: str, demo: Path, cli: Cli) -> None:
+    result = cli("convert", demo, "--dtype", "float32", "--max-shard-size", size, "--dry-run")
+    assert result.code == 2
+    assert "is not a size: write 5GB, 500MB or a number of bytes" in result.err
+    with pytest.raises(RecipeError, match=r"recipe:3: max_shard_size: .* is not a size"):
+        parse_recipe(f"model: .\nsteps: []\nmax_shard_size: '{size}'\n")
+
+
+@pytest.mark.parametrize("numbers", ["²,1", "9" * 5000, "٣", "1,,2", "-1"])
+def test_layers_by_numbers_that_are_none(numbers: str, demo: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo, folder)
+    config = json.loads((demo / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"moe_layers_enum": numbers}))
+    for command in (("tie-blocks", "--group-size", 2), ("drop-experts", "--count", 1, "--by", "random")):
+        assert cli(command[0], folder, *command[1:], "--dry-run").code in (0, 2)
+
+
 # What a recipe may reach
 
 

@@ -116,7 +116,7 @@ def _check_answer(response: Any, bounded_stream: Any) -> None:
     if encoding not in ("identity", ""):
         raise operation.refuse(f"answers in the encoding {encoding[:50]!r}, which was not asked for")
     for wait in (response.headers.get("retry-after", ""), *_RESET.findall(response.headers.get("ratelimit", ""))):
-        if response.status_code >= 400 and wait.strip().isdigit() and not _at_most(wait.strip(), MAX_WAIT):
+        if response.status_code >= 400 and wait.strip().isdecimal() and not _at_most(wait.strip(), MAX_WAIT):
             raise operation.refuse(
                 f"asks to wait {wait.strip()[:20]} s (status {response.status_code}); {MAX_WAIT} s are waited for",
                 _LATER,
@@ -124,7 +124,7 @@ def _check_answer(response: Any, bounded_stream: Any) -> None:
     asked = _RANGE.fullmatch(response.request.headers.get("range", ""))
     limit = int(asked[2]) - int(asked[1]) + 1 if asked and response.status_code < 400 else MAX_ANSWER
     stated = response.headers.get("content-length", "")
-    if response.request.method != "HEAD" and stated.isdigit() and not _at_most(stated, limit):
+    if response.request.method != "HEAD" and stated.isdecimal() and not _at_most(stated, limit):
         raise operation.refuse(f"answers with {stated[:20]} bytes where {limit:,} were asked for")
     response.stream = bounded_stream(response.stream, limit, operation)
 

@@ -72,6 +72,7 @@ ALTERNATING = frozenset(
         *("qwen3_5_text", "qwen3_next", "qwen4_exp_text", "smollm3", "vaultgemma", "zamba"),
     )
 )
+_NUMBER = re.compile("[0-9]{1,9}")
 _LISTED = re.compile(r"\b(?:layers|blocks|block|h)\.\d+\b")
 # Lists that may be as long as the model is deep, by chance.
 NOT_BY_LAYER = frozenset(
@@ -218,7 +219,7 @@ def _numbers(value: Any) -> set[int] | None:
     """Return a list of layer numbers, also written as text, as a set; None where it is none."""
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",") if part.strip()]
-        return {int(part) for part in parts} if parts and all(part.isdigit() for part in parts) else None
+        return {int(part) for part in parts} if parts and all(map(_NUMBER.fullmatch, parts)) else None
     if isinstance(value, list) and all(type(entry) is int for entry in value):
         return set(value)
     return None

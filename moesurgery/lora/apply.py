@@ -140,7 +140,7 @@ class LoraAdapter:
             alpha = next((value for pattern, value in self._patterns if pattern.fullmatch(module, timeout=1)), alpha)
         except TimeoutError:
             raise self._wrong("alpha_pattern", "takes more than a second to match") from None
-        if type(alpha) not in (int, float) or not 0 < abs(alpha) < 2**64:
+        if type(alpha) not in (int, float) or not abs(alpha) < 2**64:
             raise self._wrong("lora_alpha", f"is {one_line(repr(alpha), 80)} for {module}, expected a number")
         if rank == 0:
             raise CheckpointError(f"{self.name}: {module} has rank 0", "save the adapter again with PEFT")

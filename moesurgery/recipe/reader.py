@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moesurgery.recipe.yaml_strict import Document
 
 KEYS = ("model", "steps", "max_shard_size")
-_SIZE = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*")
+_SIZE = re.compile(r"(?i)\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgt]?)(i?)b?\s*")
 
 
 @dataclass(frozen=True)
