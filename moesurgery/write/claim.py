@@ -58,10 +58,10 @@ class WorkFolder(OpenFolder):
                 self.remove(name)
 
     def discard(self) -> None:
-        """Delete the folder."""
-        for name in self.names():
-            self.remove(name)
+        """Delete the folder, unless it has been published, or moved by somebody else."""
         if self.parent.is_folder(self.path.name, self.inode):
+            self.keep(set())
+            self.remove(WORK)
             self.parent.remove_folder(self.path.name)
 
 

@@ -153,14 +153,14 @@ def _take_place(work: WorkFolder, name: str, *, durable: bool) -> str:
         parent.replace(name, aside)
         try:
             parent.replace(partial, name)
-        except OSError:
+        except BaseException:
             parent.replace(aside, name)
             raise
     try:
         if not parent.is_folder(name, work.inode) or not parent.is_folder(aside, folder.inode):
             raise replaced_meanwhile(work.path)
         check_replaceable(folder)  # and again: now nothing finds it by its name
-    except OutputError:
+    except BaseException:
         if aside != partial:
             parent.replace(name, partial)
             parent.replace(aside, name)
