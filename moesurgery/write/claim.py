@@ -106,7 +106,7 @@ def _take(work: WorkFolder) -> None:
         raise _foreign(work.path, f"it belongs to {owner(status)}")
     with suppress(OSError):  # where the filesystem has no such rights
         os.fchmod(work.descriptor, stat.S_IMODE(status.st_mode) & ~0o077 | stat.S_IRWXU)
-    running = work.is_folder(WORK) and work.exists(LOCK) and stat.S_ISREG(work.status(LOCK).st_mode)
+    running = work.is_folder(WORK) and work.is_file(LOCK)
     if running:
         work.lock = _locked(work)
     _check_content(work)

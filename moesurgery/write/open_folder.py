@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import OutputError
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
@@ -42,6 +43,11 @@ class OpenFolder:
 
     def __reduce__(self) -> tuple[object, tuple[Path, int]]:
         return _open_again, (self.path, self.inode)
+
+    @property
+    def source(self) -> LocalSource:
+        """The folder to be read like a checkpoint, whatever its path leads to by now."""
+        return LocalSource(Path(f"/proc/self/fd/{self.descriptor}"))
 
     def folder(self, name: str) -> OpenFolder:
         """Open a folder in this one."""
@@ -70,6 +76,10 @@ class OpenFolder:
             return False
         status = self.status(name)
         return stat.S_ISDIR(status.st_mode) and inode in (None, status.st_ino)
+
+    def is_file(self, name: str) -> bool:
+        """Whether `name` is a regular file."""
+        return self.exists(name) and stat.S_ISREG(self.status(name).st_mode)
 
     def make_folder(self, name: str, mode: int = 0o777) -> bool:
         """Make a folder; return False where something of that name is there."""

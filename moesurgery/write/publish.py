@@ -106,7 +106,7 @@ def _give_back(parent: OpenFolder, output: Path) -> None:
     if not parent.is_folder(partial) or not is_ours(parent, parent.status(partial)):
         return
     folder = parent.folder(partial)
-    if not folder.exists(LOCK) or (lock := lock_of(folder)) is None:
+    if not folder.is_file(LOCK) or (lock := lock_of(folder)) is None:
         return
     try:
         if (old := _replaced(parent, folder, lock, output.name)) is not None:

@@ -23,7 +23,7 @@ from moesurgery.checkpoint.arrays import keep_freed_memory
 from moesurgery.checkpoint.digest import sampled_digest
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
-from moesurgery.checkpoint.source import LocalSource, Source
+from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.multiply import multiply
@@ -109,7 +109,7 @@ def _manifest(folder: OpenFolder, name: str, plan_id: str, boot: str | None) -> 
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "ctime_ns": status.st_ctime_ns,
-        "sampled_sha256": sampled_digest(LocalSource(folder.path), name, status.st_size),
+        "sampled_sha256": sampled_digest(folder.source, name, status.st_size),
         "boot": boot,
     }
 

@@ -21,7 +21,7 @@ import moesurgery
 from moesurgery.checkpoint.checkpoint import CONFIG, INDEX, PROVENANCE, SINGLE, Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.header import header_digest, read_header
-from moesurgery.checkpoint.source import LocalSource, Source
+from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
@@ -237,7 +237,7 @@ def _finish(plan: Plan, tasks: list[ShardTask], work: WorkFolder, options: Write
     total = sum(task.data_bytes for task in tasks)
     known = {(c.source, header.file): header.digest for c in plan.sources for header in c.headers}
     with ThreadPoolExecutor(options.jobs or min(cores(), 8)) as pool:
-        outputs = list(pool.map(lambda task: _check_shard(work.path, task, known, checksum=options.checksums), tasks))
+        outputs = list(pool.map(lambda task: _check_shard(work, task, known, checksum=options.checksums), tasks))
     work.keep({task.name for task in tasks})  # the input may have lost files since an earlier, interrupted attempt
     source = plan.checkpoint
 
@@ -267,15 +267,14 @@ def _finish(plan: Plan, tasks: list[ShardTask], work: WorkFolder, options: Write
 
 
 def _check_shard(
-    partial: Path, task: ShardTask, known: Mapping[tuple[Source, str], str], *, checksum: bool
+    work: WorkFolder, task: ShardTask, known: Mapping[tuple[Source, str], str], *, checksum: bool
 ) -> dict[str, Any]:
     """Read back the header of a shard and return its digests; raise OutputError where it is not what was planned.
 
     `known` has the digests of the source shards' headers: a whole copy is known by its header's, unread.
     """
-    source = LocalSource(partial)
-    path = partial / task.name
-    size = path.stat().st_size
+    source = work.source
+    size = work.status(task.name).st_size
 
     def read(start: int, length: int) -> bytes:
         return source.read(task.name, start, length)
@@ -289,7 +288,9 @@ def _check_shard(
         found = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
         same = found == [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]
     if not same:
-        raise OutputError(f"{path} is not what was planned", "delete the .partial folder and start again")
+        raise OutputError(
+            f"{work.path / task.name} is not what was planned", "delete the .partial folder and start again"
+        )
     digests = {"header_sha256": digest, "sampled_sha256": sampled_digest(source, task.name, size)}
     if checksum:
         digests["sha256"] = whole_digest(source, task.name, size)
