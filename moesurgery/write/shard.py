@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def write_shard(
     except OSError as error:
         raise disk_error(error, folder.path) from error
     finally:
-        folder.remove(temporary)
+        with suppress(OSError):  # a disk that refused the file may refuse this, too; the next run removes it
+            folder.remove(temporary)
 
 
 def disk_error(error: OSError, where: Path) -> SurgeryError:
