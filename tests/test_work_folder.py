@@ -147,6 +147,22 @@ def test_an_empty_folder_of_another_user_is_refused(plan: Plan, tmp_path: Path) 
     refused(plan, tmp_path / "out.partial", "belongs to the user 12345")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_links_to_a_source_of_another_user_are_taken_over(demo: Path, tmp_path: Path) -> None:
+    """As --link makes them: finished, and of a job that was killed before it gave one its name."""
+    model = Path(shutil.copytree(demo, tmp_path / "model"))
+    for file in model.iterdir():
+        os.chown(file, 12345, 12345)
+    plan = apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale="none")
+    options = WriteOptions(jobs=1, link=True)
+    with pytest.raises(StoppedError):
+        write_plan(plan, tmp_path / "out", options, watch=stop_after(20_000_000))
+    os.link(model / SHARD, tmp_path / "out.partial" / WORK / "x.tmp")
+    assert write_plan(plan, tmp_path / "out", options).shards == 3
+    assert (tmp_path / "out" / SHARD).samefile(model / SHARD)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_on_a_filesystem_whose_files_have_another_owner_jobs_resume(
     plan: Plan, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,9 +36,13 @@ class WorkFolder(OpenFolder):
         self.plan_id = plan_id
         self.lock = -1
 
-    def release(self) -> None:
+    def unlock(self) -> None:
         if self.lock >= 0:
             os.close(self.lock)
+            self.lock = -1
+
+    def release(self) -> None:
+        self.unlock()
         self.close()
         self.parent.close()
 
@@ -191,7 +195,8 @@ def _check_content(folder: OpenFolder) -> None:
         if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
             raise _foreign(folder.path, f"{path} is {kind(status)}")
         # A shard may be a hard link to the source's, whose owner is anybody; its manifest says what it is.
-        linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and not name.startswith(f"{WORK}/")
+        shard = not name.startswith(f"{WORK}/") or name.endswith(".tmp")
+        linked = shard and stat.S_ISREG(status.st_mode) and status.st_nlink > 1
         if not linked and not is_ours(folder, status):
             raise _foreign(folder.path, f"{path} belongs to {owner(status)}")
     if RECORD not in entries and not set(entries) <= {WORK, LOCK, _NEW_RECORD}:

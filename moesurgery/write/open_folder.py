@@ -47,7 +47,8 @@ class OpenFolder:
     @property
     def source(self) -> LocalSource:
         """The folder to be read like a checkpoint, whatever its path leads to by now."""
-        return LocalSource(Path(f"/proc/self/fd/{self.descriptor}"))
+        held = Path(f"/proc/self/fd/{self.descriptor}")
+        return LocalSource(held if held.exists() else self.path)
 
     def folder(self, name: str) -> OpenFolder:
         """Open a folder in this one."""

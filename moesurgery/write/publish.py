@@ -24,7 +24,7 @@ from moesurgery.write.open_folder import OpenFolder, replaced_meanwhile
 from moesurgery.write.output_folder import check_replaceable
 from moesurgery.write.shard import WORK, disk_error
 
-_CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+_CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})  # the last by seccomp
 
 
 def publish(work: WorkFolder, output: Path, *, force: bool, durable: bool) -> None:
@@ -58,9 +58,10 @@ def publish(work: WorkFolder, output: Path, *, force: bool, durable: bool) -> No
         parent.sync()
     if old is not None:
         _delete(parent, old)
-    work.remove(WORK)
     if force:
         _delete_earlier(parent, name)
+    work.unlock()  # a network filesystem keeps a file that is open
+    _remove_work(work)
 
 
 def recover(output: Path) -> None:
@@ -86,18 +87,22 @@ def _finish(parent: OpenFolder, output: Path) -> None:
     folder = parent.folder(output.name)
     if not folder.is_folder(WORK) or not _all_kept_by_a_job(folder):
         return
-    if not folder.exists(LOCK):  # it was killed when it had deleted the lock
+    if folder.exists(LOCK):  # unless it was killed when it had deleted that
+        lock = lock_of(folder)
+        if lock is None:
+            raise OutputError(f"another process is writing {output}", "wait for it, or choose another folder")
+        try:
+            if (old := _replaced(parent, folder, lock, output.name)) is not None:
+                _delete(parent, old, emptied=True)
+        finally:
+            os.close(lock)
+    _remove_work(folder)
+
+
+def _remove_work(folder: OpenFolder) -> None:
+    """Delete what a job keeps for itself; another process may be about to do the same."""
+    with suppress(FileNotFoundError):
         folder.remove(WORK)
-        return
-    lock = lock_of(folder)
-    if lock is None:
-        raise OutputError(f"another process is writing {output}", "wait for it, or choose another folder")
-    try:
-        if (old := _replaced(parent, folder, lock, output.name)) is not None:
-            _delete(parent, old, emptied=True)
-        folder.remove(WORK)
-    finally:
-        os.close(lock)
 
 
 def _give_back(parent: OpenFolder, output: Path) -> None:
