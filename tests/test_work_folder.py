@@ -156,7 +156,7 @@ def test_links_to_a_source_of_another_user_are_taken_over(demo: Path, tmp_path: 
     plan = apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale="none")
     options = WriteOptions(jobs=1, link=True)
     with pytest.raises(StoppedError):
-        write_plan(plan, tmp_path / "out", options, watch=stop_after(20_000_000))
+        write_plan(plan, tmp_path / "out", options, watch=stop_after(8_000_000))
     os.link(model / SHARD, tmp_path / "out.partial" / WORK / "x.tmp")
     assert write_plan(plan, tmp_path / "out", options).shards == 3
     assert (tmp_path / "out" / SHARD).samefile(model / SHARD)
