@@ -1,7 +1,8 @@
 """Kills every writer, with every flag, at any step it takes on the disk: `python -m tests.kill_writers FOLDER [KILLS]`.
 
 Each time a writer and its flags are drawn: with or without an old output under `--force`, on a filesystem that can
-exchange two names at once or on one that cannot, and half of the time in the last steps, which publish. The command
+exchange two names at once or on one that cannot, perhaps after an unfinished job of another recipe, and half of the
+time in the last steps, which publish. The command
 is killed in the middle of a step, half of the time in its second run as well. Then
 
 * there is the whole old output or the whole new one, never neither, and never anything else under its name. (Where
@@ -138,9 +139,29 @@ def attempt(arguments: list[str], last: int | None, exchanges: bool) -> tuple[in
         publish._rename_with_flags = possible
 
 
-def kill(trial: Trial, chosen: random.Random, out: Path, old: Path, expected_old: dict[str, tuple[int, bytes]]) -> str:
+def begin_another(chosen: random.Random, given: list[Writer], out: Path) -> bool:
+    """Leave an unfinished job of another recipe beside the old output; return False where it got too far."""
+    other = chosen.choice([writer for writer in given if writer.flags])
+    before = everything(out)
+    attempt([*other.arguments, "-q", "-o", str(out), "--force", "--no-fsync"], chosen.randint(1, 60), True)
+    return everything(out) == before and {path.name for path in out.parent.iterdir()} <= {
+        out.name,
+        f"{out.name}.partial",
+    }
+
+
+def kill(
+    trial: Trial,
+    chosen: random.Random,
+    given: list[Writer],
+    out: Path,
+    old: Path,
+    expected_old: dict[str, tuple[int, bytes]],
+) -> str:
     """Kill a command once or twice and see what is left; then let it finish. Return which output was there."""
     prepare(out, old, trial.force)
+    if trial.force and chosen.random() < 0.3 and not begin_another(chosen, given, out):
+        prepare(out, old, trial.force)
     first = max(1, trial.steps - LAST) if chosen.random() < 0.5 else 1
     killed = [chosen.randint(first, trial.steps) for _ in range(chosen.choice((1, 1, 2)))]
     where = f"{trial.arguments} {'' if trial.exchanges else 'without exchange '}killed at {killed} of {trial.steps}"
@@ -194,7 +215,7 @@ def main(folder: Path, kills: int, seed: int = 0) -> None:
     for number in range(kills):
         writer = given[number % len(given)]
         trial = draw(chosen, writer, place / "out", old, made)
-        state = kill(trial, chosen, place / "out", old, expected_old)
+        state = kill(trial, chosen, given, place / "out", old, expected_old)
         assert everything(models) == before, f"{trial.arguments}: an input has changed"
         flags = [argument for argument in trial.arguments if argument in FLAGS]
         how = "without an old output" if not trial.force else "exchanged" if trial.exchanges else "renamed twice"

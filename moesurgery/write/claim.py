@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import stat
 from contextlib import suppress
@@ -25,6 +26,7 @@ from moesurgery.write.shard import WORK, disk_error
 RECORD, LOCK = f"{WORK}/plan", f"{WORK}/lock"
 _NEW_RECORD = f"{WORK}/plan.tmp"
 _MOST_RECORD = 1 << 16
+_KEPT = re.compile(r"/(plan|plan\.new|lock|.+\.json|.+\.tmp)\Z")  # plan.new: of earlier versions
 
 
 class WorkFolder(OpenFolder):
@@ -149,7 +151,8 @@ def _begin(work: WorkFolder, *, force: bool) -> None:
         )
     same = record is not None and (record.get("plan"), record.get("lock")) == (work.plan_id, mark(work.lock))
     for name, _ in reversed(list(work.entries())):
-        if name not in (WORK, LOCK) and (not same or (name.startswith(f"{WORK}/") and name.endswith(".tmp"))):
+        # The record stays until the new one takes its place: without one, a folder is taken for somebody else's.
+        if name not in (WORK, LOCK, RECORD) and (not same or (name.startswith(f"{WORK}/") and name.endswith(".tmp"))):
             work.remove(name)
     work.record()
 
@@ -199,8 +202,15 @@ def _check_content(folder: OpenFolder) -> None:
         linked = shard and stat.S_ISREG(status.st_mode) and status.st_nlink > 1
         if not linked and not is_ours(folder, status):
             raise _foreign(folder.path, f"{path} belongs to {owner(status)}")
-    if RECORD not in entries and not set(entries) <= {WORK, LOCK, _NEW_RECORD}:
+    if RECORD not in entries and not all(kept_by_a_job(name, status) for name, status in entries.items()):
         raise _foreign(folder.path, f"it has no record of a plan, {RECORD}")
+
+
+def kept_by_a_job(name: str, status: os.stat_result) -> bool:
+    """Whether something has a name that jobs give to what they keep for themselves, in `.moesurgery`."""
+    inside = name == WORK or name.startswith(f"{WORK}/")
+    usual = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and _KEPT.search(name) is not None)
+    return inside and usual
 
 
 def kind(status: os.stat_result) -> str:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moesurgery.errors import OutputError
-from moesurgery.write.claim import LOCK, WorkFolder, is_ours, kind, lock_of, mark, read_record
+from moesurgery.write.claim import LOCK, WorkFolder, is_ours, kept_by_a_job, kind, lock_of, mark, read_record
 from moesurgery.write.open_folder import OpenFolder, replaced_meanwhile
 from moesurgery.write.output_folder import check_replaceable
 from moesurgery.write.shard import WORK, disk_error
@@ -123,14 +123,10 @@ def _give_back(parent: OpenFolder, output: Path) -> None:
 def _all_kept_by_a_job(folder: OpenFolder) -> bool:
     """Whether `.moesurgery` in a published output is what its job left there: files of this user by the usual names."""
     return all(
-        is_ours(folder, status)
-        and (stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and _KEPT.search(name) is not None))
+        is_ours(folder, status) and kept_by_a_job(name, status)
         for name, status in folder.entries()
         if name == WORK or name.startswith(f"{WORK}/")
     )
-
-
-_KEPT = re.compile(r"/(plan|plan\.new|lock|.+\.json|.+\.tmp)\Z")
 
 
 def _replaced(parent: OpenFolder, folder: OpenFolder, lock: int, output: str) -> str | None:
