@@ -188,6 +188,58 @@ def test_a_folder_without_a_record_is_refused_unless_it_is_empty(
         assert digest(partial.with_name("out")) == expected
 
 
+def test_only_what_jobs_keep_for_themselves_is_begun_again(
+    plan: Plan, partial: Path, expected: dict[str, bytes]
+) -> None:
+    """As a job leaves its folder that is killed while it gives it up."""
+    for name in ("plan", "lock"):
+        (partial / WORK / name).unlink()
+    for path in partial.glob("*.safetensors"):
+        path.unlink()
+    assert write_plan(plan, partial.with_name("out")).resumed == 0
+    assert digest(partial.with_name("out")) == expected
+
+
+def at_most(count: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what may be called `count` times, and is interrupted then."""
+    calls = 0
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        if calls == count:
+            raise KeyboardInterrupt
+        calls += 1
+        return original(*arguments, **named)
+
+    return call
+
+
+def test_killed_while_the_job_of_another_recipe_is_deleted(
+    demo: Path, plan: Plan, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each file that --force deletes, and then the same command again."""
+    other = apply(plan_of(open_checkpoint(demo)), "rescale", top_k=4, scale="none")
+    left = 0
+    while True:
+        out = tmp_path / str(left) / "out"
+        out.parent.mkdir()
+        with pytest.raises(StoppedError):
+            write_plan(other, out, WriteOptions(jobs=1), watch=stop_after(12_000_000))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", at_most(left, os.unlink))
+            try:
+                claim(out.with_name("out.partial"), "some plan", force=True).release()
+                whole = True
+            except KeyboardInterrupt:
+                whole = False
+        write_plan(plan, out, WriteOptions(force=True))
+        assert digest(out) == expected
+        if whole:
+            break
+        left += 1
+    assert left > 3
+
+
 def alter(shard: Path) -> None:
     """Change values in the middle of a shard, and nothing of its size and times."""
     status = shard.stat()
