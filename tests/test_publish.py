@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,6 +255,23 @@ def test_old_outputs_of_jobs_that_were_killed_are_deleted(
     assert beside(out) == sorted(["out", *kept])
     assert digest(out) == new
     assert digest(victim) == OLD
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced-123", "out.replaced-123/model"])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_input_that_would_be_deleted_is_refused(
+    demo: Path, tmp_path: Path, cli: Cli, name: str, force: bool
+) -> None:
+    """The old output that a killed job left, say, which somebody goes on with."""
+    model = Path(shutil.copytree(demo, tmp_path / name))
+    before = digest(tmp_path)
+    result = cli("rescale", model, "--top-k", 3, "-o", tmp_path / "out", *["--force"] * force)
+    assert result.code == 2
+    said = " ".join(result.err.split())
+    assert f"the input {model} has the name of a folder that a job for {tmp_path}/out makes and deletes" in said
+    assert "hint: give it another name, or choose another folder with -o" in said
+    assert digest(tmp_path) == before
+    assert cli("rescale", model, "--top-k", 3, "-o", tmp_path / "out2").code == 0
 
 
 LEFT = {".moesurgery/plan": b"0123abcd", ".moesurgery/lock": b"", ".moesurgery/sub/a.safetensors.json": b"{}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
 from pathlib import Path, PurePosixPath
@@ -25,12 +26,21 @@ _CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 
 def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
     """Refuse an output that exists, or that is or contains an input. It may lie inside one: `cd model; rescale`."""
+    place = output.resolve()
+    working = re.compile(re.escape(place.name) + r"\.(partial|replaced-\d+)")
     for checkpoint in plan.sources:
         if isinstance(checkpoint.source, LocalSource):
             root = checkpoint.source.root.resolve()
-            if root.is_relative_to(output.resolve()):
+            if root.is_relative_to(place):
                 raise OutputError(
                     f"the output {output} is or contains the input {root}", "choose another folder with -o"
+                )
+            if any(
+                folder.parent == place.parent and working.fullmatch(folder.name) for folder in (root, *root.parents)
+            ):
+                raise OutputError(
+                    f"the input {root} has the name of a folder that a job for {output} makes and deletes",
+                    "give it another name, or choose another folder with -o",
                 )
     check_place(output, force=force)
 
