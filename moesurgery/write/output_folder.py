@@ -27,7 +27,7 @@ _CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
     """Refuse an output that exists, or that is or contains an input. It may lie inside one: `cd model; rescale`."""
     place = output.resolve()
-    working = re.compile(re.escape(place.name) + r"\.(partial|replaced-\d+)")
+    working = re.compile(re.escape(str(place)) + r"\.(partial|replaced-\d+)(/.*)?", re.DOTALL)
     for checkpoint in plan.sources:
         if isinstance(checkpoint.source, LocalSource):
             root = checkpoint.source.root.resolve()
@@ -35,9 +35,7 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
                 raise OutputError(
                     f"the output {output} is or contains the input {root}", "choose another folder with -o"
                 )
-            if any(
-                folder.parent == place.parent and working.fullmatch(folder.name) for folder in (root, *root.parents)
-            ):
+            if working.fullmatch(str(root)):
                 raise OutputError(
                     f"the input {root} has the name of a folder that a job for {output} makes and deletes",
                     "give it another name, or choose another folder with -o",
