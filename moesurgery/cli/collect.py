@@ -12,6 +12,7 @@ from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.errors import OutputError
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     from moesurgery.forward.tokens import Tokens
@@ -62,7 +63,8 @@ def collect_command(
     stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert)
     stats.save(target)
     document = _document(stats, target)
-    target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+    with whole_file(target.with_suffix(".json")) as new:
+        new.write_text(json.dumps(document, indent=2) + "\n")
     if as_json:
         console.json(document)
         return

@@ -13,6 +13,7 @@ from moesurgery.cli._console import console
 from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.cli.collect import collect_stats
 from moesurgery.errors import OutputError, RecipeError
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     from moesurgery.fitting.ablation import Ablations
@@ -88,9 +89,9 @@ def probe_command(
     if output is not None:
         from moesurgery.fitting.heatmap import draw, page
 
-        output.parent.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(document, indent=1) + "\n")
-        files[1].write_text(page(document))
+        for file, content in ((files[0], json.dumps(document, indent=1) + "\n"), (files[1], page(document))):
+            with whole_file(file) as new:
+                new.write_text(content)
         if png:
             draw(document, files[2])
     if as_json:

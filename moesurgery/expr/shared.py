@@ -1,7 +1,7 @@
 """Functions of whole tensors with several results, computed once: an order of rows, the two factors of a matrix.
 
-Expressions that share a `SharedComputation` are evaluated by different threads, for different tensors; the last few results
-are kept, so that it is computed once in each process.
+Expressions that share a `SharedComputation` are evaluated by different threads, for different tensors; the last few
+results are kept, so that it is computed once in each process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What config.json says of single layers, and how it follows when blocks are repeated, left out or moved.
 
-config.json speaks of layers in lists with an entry for each, in lists of layer numbers, as the first so many, and
-by period. `layer_settings` reads all of them for one layer; `restacked_config` writes them for a new order and then checks with
-`layer_settings` that every layer is what it was. What cannot be said in the new order is refused by key.
+config.json speaks of layers in lists with an entry for each, in lists of layer numbers, in objects keyed by layer, as
+the first so many, and by period; `layer_keys` has the keys. `layer_settings` reads all of them for one layer;
+`restacked_config` writes them for a new order and then checks with `layer_settings` that every layer is what it was.
+What cannot be said in the new order is refused by key, and so is a key that is not known and may be one of them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from moesurgery.forward.layer_units import LayerUnit
     from moesurgery.forward.meta_model import MetaModel
+    from moesurgery.write.claim import WorkFolder
 
 EXACT = 1024  # matrices with a side up to this get a full decomposition, others a randomised one
 OVERSAMPLED, POWER = 32, 6
@@ -70,27 +70,54 @@ def extract_lora(
     progress: Callable[[int], None] = lambda count: None,
 ) -> Extracted:
     """Write the adapter folder `output`, which must not exist. Raises RefusedError where the models are not alike."""
-    from safetensors.torch import save_file
+    from moesurgery.write.claim import claim
+    from moesurgery.write.publish import recover
 
-    if output.exists():
+    output = Path(os.path.abspath(output))
+    recover(output)
+    if output.exists() or output.is_symlink():
         raise OutputError(f"{output} exists", "choose another folder with -o")
     if base.paths != tuned.paths:
         raise RefusedError(f"{base.label} and {tuned.label} do not have the same tensors")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error.strerror}") from None
+    work = claim(output.with_name(output.name + ".partial"), "extract-lora", force=False)
+    try:
+        return _extract(base, tuned, rank, work, output, progress)
+    except BaseException:
+        work.discard()  # nothing of it can be resumed
+        raise
+    finally:
+        work.release()
+
+
+def _extract(
+    base: CanonicalTensors,
+    tuned: CanonicalTensors,
+    rank: int,
+    work: WorkFolder,
+    output: Path,
+    progress: Callable[[int], None],
+) -> Extracted:
+    from safetensors.torch import save
+
+    from moesurgery.write.publish import publish
+
     made = _Adapter(rank)
     for difference in _differences(base, tuned, progress):
         made.add(difference)
     if not made.pairs:
         what = f"differ only in {', '.join(made.left[:3])}" if made.left else "do not differ"
         raise RefusedError(f"{base.label} and {tuned.label} {what}: there is no matrix of a layer to adapt")
-    partial = output.with_name(output.name + ".partial")
-    partial.mkdir(parents=True)
+    tensors = {name: value.contiguous() for name, value in made.tensors().items()}
     try:
-        tensors = {name: value.contiguous() for name, value in made.tensors().items()}
-        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(made.config(base.label), indent=2) + "\n")
-        os.rename(partial, output)
+        work.keep(set())
+        work.write(ADAPTER_WEIGHTS, [save(tensors, metadata={"format": "pt"})], durable=True)
+        work.write(ADAPTER_CONFIG, [json.dumps(made.config(base.label), indent=2).encode() + b"\n"], durable=True)
+        publish(work, output, force=False, durable=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{output} cannot be written: {error.strerror}") from None
     return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()))
 

@@ -18,6 +18,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice, Stored
 from moesurgery.stats import entry_rules
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     from moesurgery.fitting.group_fit import GroupFit
@@ -37,8 +38,8 @@ def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: Merger, about:
         arrays |= {f"{fit.where}/{role}": entries.astype(np.float32) for role, entries in fit.router.items()}
     blocks = {f.where: {"groups": merger.groups[f.where], "dominant": merger.dominant[f.where]} for f in fits}
     document = {**about, "align": merger.align, "router": merger.router, "blocks": blocks}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata={"format": FORMAT, "about": json.dumps(document)})
+    with whole_file(path) as new:
+        save_file(arrays, new, metadata={"format": FORMAT, "about": json.dumps(document)})
 
 
 @dataclass(frozen=True)

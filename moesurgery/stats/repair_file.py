@@ -21,6 +21,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, OutputError
 from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.stats import entry_rules
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import FittedBlock
@@ -53,8 +54,11 @@ class RepairWriter:
     """
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
+        if folder.is_symlink():
+            raise OutputError(f"{folder} is a symbolic link, and no repair", "move it away, or use another -o")
         if folder.exists():
-            ours = [folder / INDEX, *folder.glob("layer-*.safetensors")]
+            ours = [folder / INDEX, folder / f"{INDEX}.partial"]
+            ours += [file for end in ("", ".partial") for file in folder.glob(f"layer-*.safetensors{end}")]
             if not folder.is_dir() or set(folder.iterdir()) - set(ours):
                 raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
             if ours[0].exists() and not force:
@@ -72,7 +76,8 @@ class RepairWriter:
         if fitted.matrices:
             file = f"layer-{len(self.layers):03}.safetensors"
             tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
-            save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, self.folder / file)
+            with whole_file(self.folder / file) as new:
+                save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, new)
         self.layers.append(
             {
                 "layer": fitted.where,
@@ -89,7 +94,8 @@ class RepairWriter:
 
     def close(self, about: Mapping[str, Any]) -> None:
         document = {"format": FORMAT, **about, "layers": self.layers}
-        (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        with whole_file(self.folder / INDEX) as new:
+            new.write_text(json.dumps(document, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.stats import entry_rules
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,8 +148,8 @@ class Stats:
             for where, block in self.blocks.items()
             for name, values in block.sums.items()
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, target, metadata={"format": FORMAT, "about": json.dumps(self.about)})
+        with whole_file(target) as new:
+            save_file(arrays, new, metadata={"format": FORMAT, "about": json.dumps(self.about)})
         return target
 
 

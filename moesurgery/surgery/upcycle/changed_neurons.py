@@ -1,8 +1,8 @@
 """Expressions that change some neurons of an FFN: parts of it, neurons drawn anew, noise.
 
-What they need to know of the weights (clusters of gate rows, mean and deviation of what is replaced) is a `SharedComputation`:
-found when the first byte is written, once, so that planning reads headers alone. Random numbers depend on a key and
-on the position, not on order, threads or chunks.
+What they need to know of the weights (clusters of gate rows, mean and deviation of what is replaced) is a
+`SharedComputation`: computed once, when the first byte is written, so that planning reads headers alone. Random
+numbers depend on a key and on the position, not on order, threads or chunks.
 """
 
 from __future__ import annotations
