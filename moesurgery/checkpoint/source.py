@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
-from moesurgery.checkpoint.answers import CHANGED, Asked, http_answers, hub_answers
+from moesurgery.checkpoint.http_answers import CHANGED, Asked, http_answers, hub_answers
 from moesurgery.checkpoint.web import bound_the_hub, bounded
 from moesurgery.errors import CheckpointError
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from moesurgery.checkpoint.answers import Asked
+from moesurgery.checkpoint.http_answers import Asked
 from moesurgery.checkpoint.source import RemoteSource
 from moesurgery.errors import CheckpointError
 from tests.conftest import ROOT, Result
