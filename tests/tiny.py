@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import transformers
 
+from moesurgery.forward.meta_model import mend_llama4
 from tests.families import BASE, CLASSES, ROWS, TINY
 
 __all__ = ["BASE", "TINY"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+mend_llama4()
 
 
 def build(model_type: str, **changes: Any) -> torch.nn.Module:

@@ -28,6 +28,33 @@ def stated_rules(config: Config) -> Mapping[str, Any] | None:
     return config.get("rope_scaling") or config.get("rope_parameters")
 
 
+def spelled_both_ways(config: Config) -> dict[str, Any]:
+    """Return the keys by which readers of either spelling find the RoPE that `config` gives; empty for none.
+
+    Readers of transformers 4's spelling (`rope_theta`, `rope_scaling`) do not look into transformers 5's
+    (`rope_parameters`), nor the other way round: they take their type's default, and say nothing. Rules that differ
+    by layer type have no flat spelling and stay as they are.
+    """
+    stated = stated_rules(config)
+    if any(isinstance(value, Mapping) for value in (stated or {}).values()):
+        return {}
+    rules = copy.deepcopy(dict(stated or {}))
+    if "rope_theta" not in rules and config.get("rope_theta") is None and not rules:
+        return {}
+    kind = rules.pop("rope_type", None) or rules.pop("type", None) or "default"
+    rules.pop("type", None)
+    theta = rules.pop("rope_theta", config.get("rope_theta"))
+    fraction = rules.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    outside = {"rope_theta": theta, "partial_rotary_factor": fraction}
+    outside = {key: value for key, value in outside.items() if value is not None}
+    scaling = {"rope_type": kind, **rules}
+    return {
+        **outside,
+        "rope_scaling": None if kind == "default" and not rules else scaling,
+        "rope_parameters": {**scaling, **outside},
+    }
+
+
 @dataclass(frozen=True)
 class Rope:
     """`rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5), whichever the config has.
@@ -69,12 +96,11 @@ class Rope:
         if self.fraction is None and value.fraction != 1.0:
             raise ConflictError(f"{value.fraction:g} of each head here, always whole heads there")
         partial = {} if self.fraction is None else {"partial_rotary_factor": value.fraction}
-        if "rope_parameters" in config:
-            rules: dict[str, Any] = {**value.rules, "rope_theta": value.theta, **partial}
-            if self.by_layer_type:
-                rules = {"full_attention": rules, "sliding_attention": dict(rules)}
-            return {"rope_parameters": rules, **({"rope_theta": value.theta} if self.also_theta else {})}
-        return {"rope_theta": value.theta, "rope_scaling": dict(value.rules) or None, **partial}
+        if self.by_layer_type and "rope_parameters" in config:
+            rules = {**value.rules, "rope_theta": value.theta, **partial}
+            return {"rope_parameters": {"full_attention": rules, "sliding_attention": dict(rules)}}
+        flat = {"rope_theta": value.theta, "rope_scaling": dict(value.rules) or None, **partial}
+        return {**flat, **spelled_both_ways(flat)}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moesurgery.errors import RefusedError
+from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.components import RESIDUAL
 from moesurgery.families.config_keys import Settings, section
 from moesurgery.families.family import LAYERS_KEYS, PREDICTION_KEYS
 from moesurgery.families.quantised import quantisation_config
@@ -117,6 +119,22 @@ class LayerOrigin(NamedTuple):
 
     settings: Settings
     layer: int
+
+
+def refuse_tables(anatomy: Anatomy, origins: Sequence[LayerOrigin]) -> None:
+    """Refuse a new order of layers where tensors outside the layers belong to a layer each, by their number.
+
+    Inkling 2 keeps the queries of its residual blocks so (`attn_res.attn_queries.0` is that of the second layer). They
+    would stay where they are, and loaders make up those that then lack.
+    """
+    if [origin.layer for origin in origins] == list(range(anatomy.settings.layers or 0)):
+        return
+    for name, part in anatomy.component.items():
+        if part == RESIDUAL and name not in anatomy.layer and any(word.isdigit() for word in name.split(".")):
+            raise RefusedError(
+                f"{name} belongs to one layer by its number, and stands outside the layers: it cannot follow them",
+                "the layers of this model keep their number and order",
+            )
 
 
 def restacked_config(settings: Settings, origins: Sequence[LayerOrigin]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from moesurgery.expr.elementwise import cast, scale
 from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.expr.random import random_key
 from moesurgery.families.config_keys import Settings, with_value
-from moesurgery.families.layer_config import LayerOrigin, restacked_config, without_prediction
+from moesurgery.families.layer_config import LayerOrigin, refuse_tables, restacked_config, without_prediction
 from moesurgery.merge.align import Aligner, not_aligned
 from moesurgery.merge.arguments import Arguments
 from moesurgery.merge.chat_templates import TEMPLATE, chat_template
@@ -226,6 +226,7 @@ class _Merger:
             leads = [(self.sources.lead(index), offset) for index, offset, _ in self.placement.stack]
             origins = [LayerOrigin(lead.parts.anatomy.settings, lead.first + offset) for lead, offset in leads]
             with at_line(self.origin, self.stage.line_of("slices")):
+                refuse_tables(donor.anatomy, origins)
                 config = restacked_config(donor.anatomy.settings, origins)
             if self.placement.left_out:
                 config = without_prediction(Settings(donor.anatomy.settings.family, config))

@@ -22,7 +22,13 @@ from moesurgery.expr.nodes import Expr
 from moesurgery.expr.tensors import mean
 from moesurgery.families.anatomy import TIED, Anatomy
 from moesurgery.families.components import MTP
-from moesurgery.families.layer_config import LayerOrigin, layer_settings, restacked_config, without_prediction
+from moesurgery.families.layer_config import (
+    LayerOrigin,
+    layer_settings,
+    refuse_tables,
+    restacked_config,
+    without_prediction,
+)
 from moesurgery.families.layer_stack import Stack, stack_of
 from moesurgery.families.quantised import method
 from moesurgery.moe.expert_axis import Entries
@@ -218,8 +224,10 @@ def _form(forms: Mapping[str, Any], inside: str) -> str:
 
 def _config(anatomy: Anatomy, arrangement: TieScheme, prediction_layers: Prediction) -> dict[str, Any]:
     """Return the config of the new stack, as a stock model."""
+    origins = [LayerOrigin(anatomy.settings, block) for block in arrangement.own]
     try:
-        config = restacked_config(anatomy.settings, [LayerOrigin(anatomy.settings, block) for block in arrangement.own])
+        refuse_tables(anatomy, origins)
+        config = restacked_config(anatomy.settings, origins)
     except RefusedError as error:
         raise RefusedError(f"{_NAME}: {error.message}", error.hint) from None
     return without_prediction(replace(anatomy.settings, config=config)) if prediction_layers == "drop" else config
