@@ -347,8 +347,9 @@ def mend_llama4() -> None:
     """
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-    if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
-        MoeCausalLMOutputWithPast.image_outputs = None
+    output: Any = MoeCausalLMOutputWithPast
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def _class_of(plan: Plan, config: Any) -> Any:

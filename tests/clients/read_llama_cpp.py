@@ -55,7 +55,10 @@ def convert(path: Path, gguf: Path, said: Path) -> None:
 
 
 def last_lines(text: str) -> str:
-    return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-3:])[:400]
+    """Return the end of what a program said, without its trace of calls."""
+    lines = [line.strip() for line in text.splitlines()]
+    calls = ("at ", "File ", "throw ", "^", "Node.js", "file:", "~~")
+    return "; ".join([line for line in lines if line and not line.startswith(calls)][-4:])[-500:]
 
 
 def version() -> str:
