@@ -17,6 +17,7 @@ from typing import Any
 from moesurgery.decoders.rope import spelled_both_ways, stated_rules
 from moesurgery.families import client_types
 from moesurgery.families.anatomy import model_type_of
+from moesurgery.families.client_types import types
 from moesurgery.families.family import EXPERTS_KEYS, TOP_K_KEYS
 from moesurgery.families.table import by_model_type
 
@@ -27,7 +28,7 @@ Config = Mapping[str, Any]
 class Fault:
     """What a client does otherwise than transformers 5, for those models of some types of which `wrong` is true."""
 
-    types: frozenset[str] | None  # None: all
+    types: frozenset[str]
     wrong: Callable[[Config], bool]
     words: str
 
@@ -80,7 +81,7 @@ class Client:
         if not self.has_code(kind):
             return [f"it has no code for {kind}"]
         flat = language_part(config)
-        return [f.words for f in self.faults if (f.types is None or kind in f.types) and f.wrong(flat)]
+        return [f.words for f in self.faults if kind in f.types and f.wrong(flat)]
 
     def keys_of(self, config: Config) -> dict[str, Any]:
         """Return the config keys that this client lacks, RoPE's aside."""
@@ -138,10 +139,6 @@ def published_counts(config: Config) -> dict[str, int]:
 # Facts about single types
 
 
-def _types(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
 def _dense_first(config: Config) -> int:
     """Return how many layers come before the first of experts."""
     kinds = config.get("mlp_layer_types")
@@ -192,19 +189,19 @@ def _not_silu(config: Config) -> bool:
     return config.get("hidden_act", "silu") not in ("silu", "swish")
 
 
-DEEPSEEK = _types("deepseek_v3 kimi_k2 glm4_moe_lite")
-SILU = _types(
+DEEPSEEK = types("deepseek_v3 kimi_k2 glm4_moe_lite")
+SILU = types(
     "mixtral qwen2_moe qwen3_moe glm4_moe dots1 granitemoe granitemoeshared granitemoehybrid solar_open deepseek_v3"
     " glm4_moe_lite ernie4_5_moe hunyuan_v1_moe olmoe llama4_text"
 )
-ONE_ATTENTION = _types("mixtral qwen2_moe qwen3_moe dots1 olmoe mistral qwen2 qwen3")
+ONE_ATTENTION = types("mixtral qwen2_moe qwen3_moe dots1 olmoe mistral qwen2 qwen3")
 SILU_ONLY = Fault(SILU, _not_silu, "its experts always use SiLU, and hidden_act is another")
 WINDOWS_IGNORED = Fault(ONE_ATTENTION, _windowed, "it ignores the sliding window of this type")
 # By the type's own code the scores are sigmoids, and a bias corrects the choice.
 SCORES = (
     Key(DEEPSEEK, "scoring_func", "sigmoid"),
     Key(DEEPSEEK, "topk_method", "noaux_tc"),
-    Key(_types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
+    Key(types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
 )
 
 TRANSFORMERS_4 = Client(
@@ -223,9 +220,9 @@ VLLM = Client(
     "vllm",
     "vLLM 0.32",
     client_types.VLLM,
-    _types("qwen3_moe"),
+    types("qwen3_moe"),
     nested_rope=True,
-    heads=_types("glm4_moe glm4_moe_lite deepseek_v2 deepseek_v3 olmoe llama4_text"),
+    heads=types("glm4_moe glm4_moe_lite deepseek_v2 deepseek_v3 olmoe llama4_text"),
     published_counts=False,
     keys=SCORES,
     faults=(SILU_ONLY,),
@@ -236,7 +233,7 @@ SGLANG = Client(
     client_types.SGLANG,
     frozenset(),
     nested_rope=True,
-    heads=_types("mixtral qwen2_moe qwen3_moe glm4_moe glm4_moe_lite olmoe llama4_text"),
+    heads=types("mixtral qwen2_moe qwen3_moe glm4_moe glm4_moe_lite olmoe llama4_text"),
     published_counts=False,
     keys=SCORES,
     faults=(SILU_ONLY,),
@@ -245,37 +242,37 @@ LLAMA_CPP = Client(
     "llama.cpp",
     "llama.cpp of node-llama-cpp 3.22",
     client_types.LLAMA_CPP,
-    _types("qwen2_moe qwen3_moe"),
+    types("qwen2_moe qwen3_moe"),
     nested_rope=True,
-    heads=_types("qwen2_moe dots1 olmoe"),
+    heads=types("qwen2_moe dots1 olmoe"),
     published_counts=False,
     keys=SCORES,
     faults=(
         SILU_ONLY,
         WINDOWS_IGNORED,
-        Fault(_types("qwen2_moe olmoe"), _renormalised, "it never renormalises the gates of this type"),
-        Fault(_types("qwen3_moe"), _raw, "it always renormalises the gates of this type"),
+        Fault(types("qwen2_moe olmoe"), _renormalised, "it never renormalises the gates of this type"),
+        Fault(types("qwen3_moe"), _raw, "it always renormalises the gates of this type"),
         Fault(
-            _types("llama4_text llama4"),
+            types("llama4_text llama4"),
             lambda c: not c.get("attn_temperature_tuning", True),
             "it stops where attn_temperature_tuning is off",
         ),
         Fault(
-            _types("granitemoe granitemoeshared"),
+            types("granitemoe granitemoeshared"),
             lambda c: _rope_type(c) == "llama3",
             "its converter stops at RoPE scaled as Llama 3's in this type",
         ),
         Fault(
-            _types("glm4_moe solar_open qwen2_moe qwen3_moe dots1 ernie4_5_moe olmoe hunyuan_v1_moe qwen2 qwen3"),
+            types("glm4_moe solar_open qwen2_moe qwen3_moe dots1 ernie4_5_moe olmoe hunyuan_v1_moe qwen2 qwen3"),
             lambda c: _rope_type(c) == "llama3",
             "it ignores RoPE scaled as Llama 3's in this type",
         ),
         Fault(
-            _types("granitemoehybrid"),
+            types("granitemoehybrid"),
             lambda c: "mamba" not in (c.get("layer_types") or c.get("layers_block_type") or ()),
             "its converter stops without a Mamba layer",
         ),
-        Fault(_types("granitemoe granitemoeshared"), _own_width, "it has no head_dim in this type"),
+        Fault(types("granitemoe granitemoeshared"), _own_width, "it has no head_dim in this type"),
     ),
     tokens={
         "glm4_moe": ("<|endoftext|>", "<|user|>"),
@@ -289,25 +286,25 @@ MLX = Client(
     client_types.MLX,
     frozenset(),
     nested_rope=False,
-    heads=_types("qwen2_moe glm4_moe glm4_moe_lite deepseek_v2 deepseek_v3 solar_open"),
+    heads=types("qwen2_moe glm4_moe glm4_moe_lite deepseek_v2 deepseek_v3 solar_open"),
     published_counts=True,
     keys=(
-        Key(_types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
-        Key(_types("solar_open glm4_moe"), "first_k_dense_replace", _dense_first),
-        Key(_types("solar_open"), "partial_rotary_factor", 1.0),
-        Key(_types("llama4_text"), "intermediate_size_mlp", lambda c: c["intermediate_size"]),
-        Key(_types("ernie4_5_moe"), "moe_layer_end_index", _last_layer, instead_of=-1),
+        Key(types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
+        Key(types("solar_open glm4_moe"), "first_k_dense_replace", _dense_first),
+        Key(types("solar_open"), "partial_rotary_factor", 1.0),
+        Key(types("llama4_text"), "intermediate_size_mlp", lambda c: c["intermediate_size"]),
+        Key(types("ernie4_5_moe"), "moe_layer_end_index", _last_layer, instead_of=-1),
     ),
     faults=(
         SILU_ONLY,
         WINDOWS_IGNORED,
-        Fault(_types("qwen2_moe"), _renormalised, "it never renormalises the gates of this type"),
+        Fault(types("qwen2_moe"), _renormalised, "it never renormalises the gates of this type"),
         Fault(
-            _types("mixtral qwen2_moe qwen3_moe glm4_moe solar_open lfm2_moe ernie4_5_moe llama4_text"),
+            types("mixtral qwen2_moe qwen3_moe glm4_moe solar_open lfm2_moe ernie4_5_moe llama4_text"),
             _scaled_rope,
             "it ignores or refuses scaled RoPE in this type",
         ),
-        Fault(_types("mixtral qwen2_moe granitemoe"), _own_width, "it has no head_dim in this type"),
+        Fault(types("mixtral qwen2_moe granitemoe"), _own_width, "it has no head_dim in this type"),
     ),
 )
 CLIENTS: Mapping[str, Client] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesurgery.checkpoint.scan import CONFIG
-from moesurgery.families.clients import CLIENTS, Wants
+from moesurgery.families.clients import CLIENTS, Wants, language_part
 from moesurgery.plan.plan import plan_of
 from moesurgery.surgery.client_form import lacks_head, obstacles, zero_gates
 from moesurgery.surgery.convert import unread_layout
@@ -35,10 +35,9 @@ def read_by_client(subject: Context) -> Outcome:
         yield finding("K02", f"{client.name} reads this type's published layout alone", tensor=name, hint=hint)
     rope = client.rope_of(subject.config)
     if rope:
-        keys = ", ".join(key for key in rope if key not in subject.config)
-        yield finding(
-            "K03", f"{client.name} looks for {keys or ', '.join(rope)}, and takes a default", CONFIG, hint=hint
-        )
+        here = language_part(subject.config)
+        lacking = [key for key, value in rope.items() if here.get(key) is None and value is not None]
+        yield finding("K03", f"{client.name} looks for {', '.join(lacking)}, and takes a default", CONFIG, hint=hint)
     if keys := client.keys_of(subject.config):
         yield finding("K04", f"{client.name} needs {', '.join(keys)}", CONFIG, hint=hint)
     if lacks_head(wants, subject.tensors):

@@ -43,8 +43,8 @@ def validate_checkpoint(
 
     `level` includes the ones before it; the default is everything but `forward` for a directory, and everything
     that reads headers alone for a remote one. `against`: the checkpoint that this one was made from, or all that were
-    merged; `NAME=MODEL` says which of those that the provenance names one is. `tolerance` bounds the KL (nats) of F02. `client`: a program of
-    `families.clients` that is to read it.
+    merged; `NAME=MODEL` says which of those that the provenance names one is. `tolerance` bounds the KL (nats) of F02.
+    `client`: a program of `families.clients` that is to read it.
     `progress` is told the bytes of weights that were read.
 
     Never raises for what the checkpoint holds. Raises CheckpointError where there is no such checkpoint or no such

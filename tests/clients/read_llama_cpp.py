@@ -22,8 +22,8 @@ SOURCES = os.environ["MOESURGERY_LLAMA_CPP"]  # llama.cpp as node-llama-cpp ship
 KIND = os.environ.get("MOESURGERY_GGUF", "f32")
 sys.path[:0] = [SOURCES, f"{SOURCES}/gguf-py"]
 
-import convert_hf_to_gguf
-from conversion.base import TextModel
+import convert_hf_to_gguf  # noqa: E402
+from conversion.base import TextModel  # noqa: E402
 
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 
