@@ -62,7 +62,7 @@ MLX = types(
     mixtral minimax minimax_m3_vl phimoe olmoe jamba granitemoe granitemoehybrid dbrx qwen2_moe qwen3_moe qwen3_next
     qwen3_5_moe qwen3_vl_moe mellum laguna deepseek deepseek_v2 deepseek_v3 kimi_k2 kimi_k25 deepseek_v32 glm4_moe
     glm4_moe_lite glm_moe_dsa dots1 solar_open mimo_v2_flash mistral4 exaone_moe bailing_hybrid kimi_linear lfm2_moe
-    afmoe nemotron_h step3p5 muse_spark gpt_oss llama4 llama4_text gemma4 gemma4_text hunyuan ernie4_5_moe
+    afmoe nemotron_h step3p5 muse_spark gpt_oss llama4 gemma4 gemma4_text hunyuan ernie4_5_moe
     longcat_flash bailing_moe llama mistral ministral3 qwen2 qwen3 granite olmo2 olmo3 phi3 gemma glm ernie4_5
     helium hunyuan_v1_dense cohere cohere2 seed_oss internlm3 iquestcoder smollm3 lfm2 gemma2 gemma3_text
     """

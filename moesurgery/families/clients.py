@@ -225,7 +225,14 @@ VLLM = Client(
     heads=types("glm4_moe glm4_moe_lite deepseek_v2 deepseek_v3 olmoe llama4_text"),
     published_counts=False,
     keys=SCORES,
-    faults=(SILU_ONLY,),
+    faults=(
+        SILU_ONLY,
+        Fault(
+            types("llama4_text llama4"),
+            lambda c: c.get("num_experts_per_tok", 1) != 1,
+            "it runs this type with one expert per token alone",
+        ),
+    ),
 )
 SGLANG = Client(
     "sglang",
@@ -292,7 +299,6 @@ MLX = Client(
         Key(types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
         Key(types("solar_open glm4_moe"), "first_k_dense_replace", _dense_first),
         Key(types("solar_open"), "partial_rotary_factor", 1.0),
-        Key(types("llama4_text"), "intermediate_size_mlp", lambda c: c["intermediate_size"]),
         Key(types("ernie4_5_moe"), "moe_layer_end_index", _last_layer, instead_of=-1),
     ),
     faults=(
@@ -300,7 +306,7 @@ MLX = Client(
         WINDOWS_IGNORED,
         Fault(types("qwen2_moe"), _renormalised, "it never renormalises the gates of this type"),
         Fault(
-            types("mixtral qwen2_moe qwen3_moe glm4_moe solar_open lfm2_moe ernie4_5_moe llama4_text"),
+            types("mixtral qwen2_moe qwen3_moe glm4_moe solar_open lfm2_moe ernie4_5_moe"),
             _scaled_rope,
             "it ignores or refuses scaled RoPE in this type",
         ),
