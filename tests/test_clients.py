@@ -6,6 +6,8 @@ What the programs themselves compute is in tests/clients (`make clients`).
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.decoders.lookup import DENSE_TYPES
@@ -349,3 +352,51 @@ def test_every_wish_is_met_by_the_form_for_all(tmp_path: Path) -> None:
         config = read_config(upcycled(tmp_path / "dense", tmp_path / target, to=target))
         assert wants_of(config).keys == {}, target
     assert "mixtral" in LLAMA_CPP
+
+
+# Adapters and tied models say for whom they are
+
+
+def test_an_adapter_says_for_whom_it_is(ok: Cli, tmp_path: Path) -> None:
+    for name, model_type in (("moe", "mixtral"), ("dense", "llama")):
+        base, tuned = tmp_path / f"{name}-base", tmp_path / f"{name}-tuned"
+        (save_tiny if name == "moe" else lambda t, p: save_dense(p, t))(model_type, base)
+        tensors = {n: t + 0.01 if "layers" in n and t.dim() == 2 else t for n, t in read_tensors(base).items()}
+        shutil.copytree(base, tuned)
+        for file in tuned.glob("*.safetensors*"):
+            file.unlink()
+        save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+        out = tmp_path / f"{name}-adapter"
+        said = ok("extract-lora", base, tuned, "--rank", 2, "-o", out)
+        assert "the adapter is for transformers 5 with PEFT" in said.out + said.err
+        assert ("which llama.cpp's converter and others refuse" in said.out + said.err) == (name == "moe")
+        again = ok("extract-lora", base, tuned, "--rank", 2, "-o", tmp_path / f"{name}-2", "--json").json
+        assert "MODEL+ADAPTER" in again["readers"] or name == "dense"
+
+
+def test_an_adapter_of_experts_serves_all_once_it_is_merged(ok: Cli, tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "base")
+    report = ok(
+        "tie-blocks", tmp_path / "base", "--blocks", "0,0", "--relax", 4, "-o", tmp_path / "tied", "--materialize"
+    )
+    assert "which llama.cpp's converter and others refuse" in report.out
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"models: [{{model: {tmp_path / 'tied'}+{tmp_path / 'tied' / 'adapter'}}}]\nmerge_method: passthrough\n"
+    )
+    ok("merge", recipe, "-o", tmp_path / "merged")
+    edit_config(tmp_path / "merged", rope_theta=read_config(tmp_path / "merged")["rope_parameters"]["rope_theta"])
+    for client in ("transformers4", "llama.cpp", "mlx", "vllm"):
+        assert codes_for(tmp_path / "merged", client) == set()
+
+
+def test_tied_models_say_what_they_need(ok: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("mixtral", tmp_path / "base")
+    out = ok("tie-blocks", tmp_path / "base", "--blocks", "0,0", "-o", tmp_path / "tied").out
+    assert "loads in transformers 5 with trust_remote_code=True" in out
+    assert "transformers 4 and other programs refuse it" in out
+    assert codes_for(tmp_path / "tied", "transformers4") == {"K01"}
+    code = (tmp_path / "tied" / "modeling_tied.py").read_text()
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)  # as in transformers 4
+    with pytest.raises(ImportError, match="tied blocks need transformers 5 or newer, and this is .*--materialize"):
+        exec(compile(code, "modeling_tied.py", "exec"), {"__name__": "modeling_tied"})

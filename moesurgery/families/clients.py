@@ -357,3 +357,13 @@ def with_keys(config: Config, keys: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(config.get(part), Mapping):
             return {**config, part: {**config[part], **keys}}
     return {**config, **keys}
+
+
+def adapter_readers(*, experts: bool) -> str:
+    """Say which programs take an adapter, by whether experts are among what it adapts."""
+    if experts:
+        return (
+            "the adapter is for transformers 5 with PEFT: it adapts experts, which llama.cpp's converter and others"
+            " refuse. For them, merge it first, with `model: MODEL+ADAPTER` in a merge recipe"
+        )
+    return "the adapter is for transformers 5 with PEFT, and for other readers of PEFT's linear modules"

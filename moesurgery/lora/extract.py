@@ -20,6 +20,7 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr
+from moesurgery.families.clients import adapter_readers
 from moesurgery.lora.apply import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.moe.canonical_names import CanonicalTensors
 
@@ -41,12 +42,17 @@ _USED_DIRECTLY = ("dt_proj", "out_proj")  # of Mamba mixers: their code takes th
 class Extracted:
     """What was extracted: modules, and for each the share of the difference (its squared norm) that the factors hold.
 
-    `left` are tensors that differ and are in no adapter.
+    `left` are tensors that differ and are in no adapter. `experts`: whether parameters of experts are in it.
     """
 
     shares: Mapping[str, float]
     left: tuple[str, ...]
     nbytes: int
+    experts: bool
+
+    @property
+    def readers(self) -> str:
+        return adapter_readers(experts=self.experts)
 
 
 class _Difference(NamedTuple):
@@ -92,7 +98,7 @@ def extract_lora(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{output} cannot be written: {error.strerror}") from None
-    return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()))
+    return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()), bool(made.parameters))
 
 
 class _Adapter:

@@ -48,10 +48,10 @@ def main() -> int:
     given = parser.parse_args()
     folder = given.folder.resolve()
     made = [case for case in cases(folder / "models") if given.only in case.name]
-    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "cases": {}}
     wanted = list(dict.fromkeys([REFERENCE, *given.clients]))
     answers = {client: read(client, folder, made) for client in wanted}
     gguf_half = read("llama.cpp", folder, made, kind="bf16") if "llama.cpp" in wanted else {}
+    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "cases": {}}
     for client in wanted:
         version = folder / "answers" / client / "version"
         if version.exists():
