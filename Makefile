@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean clients
 
 # torch first and by its exact version: a bare `torch` pulls gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -18,6 +18,29 @@ demo: $(READY)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What people run next, each in an environment of its own (6 GB in all, an hour on two cores): tests/clients/.
+# vLLM's wheel brings builds of torchvision and torchaudio that its own torch refuses; it reads text without them.
+CLIENTS  ?= out/clients
+READERS  := transformers5 transformers4 llama.cpp mlx vllm
+NODE     := node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+
+$(CLIENTS)/%/.ready: tests/clients/requirements/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	test $* = mlx || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	test $* != vllm || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The npm package has llama.cpp's own source in it, of the same version: its converter is used.
+$(CLIENTS)/llama.cpp-source:
+	mkdir -p $(CLIENTS)/node
+	cd $(CLIENTS)/node && npm install --silent --ignore-scripts --omit=optional $(NODE)
+	git clone --quiet $(CLIENTS)/node/node_modules/node-llama-cpp/llama/gitRelease.bundle $@
+
+clients: $(READY) $(READERS:%=$(CLIENTS)/%/.ready) $(CLIENTS)/llama.cpp-source
+	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS) --clients $(READERS)
+	$(BIN)/python docs/generate.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -200,9 +200,9 @@ WINDOWS_IGNORED = Fault(ONE_ATTENTION, _windowed, "it ignores the sliding window
 # By the type's own code the scores are sigmoids, and a bias corrects the choice.
 SCORES = (
     Key(DEEPSEEK, "scoring_func", "sigmoid"),
-    Key(DEEPSEEK, "topk_method", "noaux_tc"),
     Key(types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
 )
+CHOICE = Key(DEEPSEEK, "topk_method", "noaux_tc")
 
 TRANSFORMERS_4 = Client(
     "transformers4",
@@ -224,7 +224,7 @@ VLLM = Client(
     nested_rope=True,
     heads=types("glm4_moe glm4_moe_lite deepseek_v2 deepseek_v3 olmoe llama4_text"),
     published_counts=False,
-    keys=SCORES,
+    keys=(*SCORES, CHOICE),
     faults=(
         SILU_ONLY,
         Fault(
@@ -242,7 +242,7 @@ SGLANG = Client(
     nested_rope=True,
     heads=types("mixtral qwen2_moe qwen3_moe glm4_moe glm4_moe_lite olmoe llama4_text"),
     published_counts=False,
-    keys=SCORES,
+    keys=(*SCORES, CHOICE),
     faults=(SILU_ONLY,),
 )
 LLAMA_CPP = Client(
@@ -296,8 +296,7 @@ MLX = Client(
     heads=types("qwen2_moe glm4_moe glm4_moe_lite deepseek_v2 deepseek_v3 solar_open"),
     published_counts=True,
     keys=(
-        Key(types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
-        Key(types("solar_open glm4_moe"), "first_k_dense_replace", _dense_first),
+        Key(types("glm4_moe_lite solar_open glm4_moe"), "first_k_dense_replace", _dense_first),
         Key(types("solar_open"), "partial_rotary_factor", 1.0),
         Key(types("ernie4_5_moe"), "moe_layer_end_index", _last_layer, instead_of=-1),
     ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,21 +37,28 @@ READERS = {
     "vllm": "read_vllm.py",
 }
 REFERENCE = "transformers5"
+HALF = ("", "bf16", "rescale", "merge", "upcycle-mixtral", "upcycle-qwen3_moe")  # what llama.cpp runs in BF16 too
+GGUF_HALF = "llama.cpp-bf16"
 TOLERANCE = 5e-5  # of log-probabilities, in float32
-HALF = 0.1  # where weights are bf16: each program rounds its activations otherwise
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="environments and results")
     parser.add_argument("--clients", nargs="*", default=list(READERS), choices=list(READERS))
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases in whose name this regular expression is found")
+    parser.add_argument("--summarise", action="store_true", help="run nothing: take the answers that are there")
     given = parser.parse_args()
     folder = given.folder.resolve()
-    made = [case for case in cases(folder / "models") if given.only in case.name]
+    made = [case for case in cases(folder / "models") if re.search(given.only, case.name)]
     wanted = list(dict.fromkeys([REFERENCE, *given.clients]))
-    answers = {client: read(client, folder, made) for client in wanted}
-    gguf_half = read("llama.cpp", folder, made, kind="bf16") if "llama.cpp" in wanted else {}
+    half = [case for case in made if case.operation in HALF]
+    if not given.summarise:
+        for client in wanted:
+            run(client, folder, made)
+        if "llama.cpp" in wanted:
+            run("llama.cpp", folder, half, kind="bf16")
+    answers = {client: {case.name: answer(folder, client, case) for case in made} for client in wanted}
     kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "cases": {}}
     for client in wanted:
         version = folder / "answers" / client / "version"
@@ -60,10 +68,11 @@ def main() -> int:
         row = kept["cases"].setdefault(case.name, {"clients": {}})
         row.update(origin=case.origin, operation=case.operation, model_type=model_type(case))
         for client in wanted:
-            row["clients"][client] = compared(answers[client][case.name], answers[REFERENCE][case.name])
-        if gguf_half:
-            found = [answers[REFERENCE][case.name], answers["llama.cpp"][case.name], gguf_half[case.name]]
-            row["perplexity"] = [perplexity(one) for one in found]
+            if (found := answers[client][case.name]) is not None:
+                row["clients"][client] = compared(found, answers[REFERENCE][case.name])
+        if case in half and "llama.cpp" in wanted:
+            readings = (answers[REFERENCE][case.name], answers["llama.cpp"][case.name], answer(folder, GGUF_HALF, case))
+            row["perplexity"] = [perplexity(reading) for reading in readings]
     wrong = [text for case in made for text in judged(case, kept["cases"], wanted)]
     kept["cases"] = dict(sorted(kept["cases"].items()))
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
@@ -81,9 +90,9 @@ def model_type(case: Case) -> str:
 Answer = numpy.ndarray | str
 
 
-def read(client: str, folder: Path, made: list[Case], kind: str = "f32") -> dict[str, Answer]:
-    """Run a client on all cases; return log-probabilities [tokens, vocabulary], or what it said instead."""
-    out = folder / "answers" / (client if kind == "f32" else f"{client}-{kind}")
+def run(client: str, folder: Path, made: list[Case], kind: str = "f32") -> None:
+    """Run a client on cases; its answers, log-probabilities [tokens, vocabulary] or its words, go into files."""
+    out = folder / "answers" / (client if kind == "f32" else GGUF_HALF)
     out.mkdir(parents=True, exist_ok=True)
     for old in out.iterdir():
         old.unlink()
@@ -101,37 +110,40 @@ def read(client: str, folder: Path, made: list[Case], kind: str = "f32") -> dict
     python = folder / client / "bin" / "python"
     with (out / "log").open("w") as log:
         subprocess.run([python, HERE / READERS[client], job], env=environment, stdout=log, stderr=log, check=False)
-    return {case.name: answer(out, case.name) for case in made}
 
 
-def answer(out: Path, name: str) -> Answer:
-    if (out / f"{name}.npy").exists():
-        found: numpy.ndarray = numpy.load(out / f"{name}.npy")
+def answer(folder: Path, client: str, case: Case) -> Answer | None:
+    """Return a client's answer; None where it never came to this case."""
+    at = folder / "answers" / client / case.name
+    if Path(f"{at}.npy").exists():
+        found: numpy.ndarray = numpy.load(f"{at}.npy")
         return found
-    error = out / f"{name}.error"
-    return error.read_text() if error.exists() else "it stopped before this one"
+    error = Path(f"{at}.error")
+    return error.read_text() if error.exists() else None
 
 
-def compared(found: Answer, reference: Answer) -> float | str:
+def compared(found: Answer, reference: Answer | None) -> float | str:
     """Return the largest difference of log-probabilities, or the client's words."""
-    if isinstance(found, str) or isinstance(reference, str):
-        return " ".join((found if isinstance(found, str) else str(reference)).split())[:200]
+    if isinstance(found, str):
+        return " ".join(found.split())[:200]
+    if reference is None or isinstance(reference, str):
+        return "transformers 5 does not read it"
     if found.shape != reference.shape:
         return f"logits of shape {list(found.shape)}"
     difference = float(numpy.abs(found - reference).max())
     return float(f"{difference:.1e}") if numpy.isfinite(difference) else "NaN"
 
 
-def perplexity(found: Answer) -> float | None:
-    if isinstance(found, str):
+def perplexity(found: Answer | None) -> float | None:
+    if found is None or isinstance(found, str):
         return None
     tokens = prompt()
     rows = found[numpy.arange(len(tokens) - 1), tokens[1:]]
     return round(float(numpy.exp(-rows.mean())), 4)
 
 
-def agrees(value: float | str, operation: str) -> bool:
-    return isinstance(value, float) and value <= (HALF if operation == "bf16" else TOLERANCE)
+def agrees(value: float | str) -> bool:
+    return isinstance(value, float) and value <= TOLERANCE
 
 
 def judged(case: Case, rows: dict[str, Any], clients: list[str]) -> list[str]:
@@ -146,10 +158,10 @@ def judged(case: Case, rows: dict[str, Any], clients: list[str]) -> list[str]:
             said = [*said, "it does not read this layout"]
         if said:
             row["said"][client] = "; ".join(said)
-        if client not in clients:
+        if client not in clients or client not in row["clients"]:
             continue
-        good = agrees(row["clients"][client], case.operation)
-        before = origin is not None and agrees(origin["clients"].get(client, "not run"), "")
+        good = agrees(row["clients"][client])
+        before = origin is not None and agrees(origin["clients"].get(client, "not run"))
         if before and not good and not said:
             found.append(f"{client}: {case.name}: {row['clients'][client]}")
         if said and good:
