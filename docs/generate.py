@@ -237,7 +237,9 @@ def clients() -> str:
     for client in CLIENTS.values():
         for fault in client.faults:
             lines.append(f"* {client.name}: {fault.words}: {', '.join(sorted(fault.types))}")
-        for model_type, tokens in (client.tokens or {}).items():
+        for model_type, file in client.tokenizer_files.items():
+            lines.append(f"* {client.name}: its converter asks for `{file}` in {model_type}")
+        for model_type, tokens in client.tokens.items():
             shown = ", ".join(f"`{token}`" for token in tokens)
             lines.append(f"* {client.name}: its converter asks the tokenizer of {model_type} for {shown}")
     lines += [

@@ -30,7 +30,7 @@ from tests.dense import LATENT, LLAMA3, LONG_PROMPT, NARROW, TIED, save_dense
 from tests.tiny import load, logits, read_config, read_tensors, same_bits, save_tiny
 
 Cli = Callable[..., Result]
-GLM_TOKENS = ("<|endoftext|>", "<|user|>")
+GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 
 def upcycled(dense: Path, out: Path, **parameters: Any) -> Path:
@@ -141,16 +141,26 @@ def test_a_client_chooses_the_type(ok: Cli, cli: Cli, tmp_path: Path) -> None:
 
 def test_a_type_of_which_the_converter_asks_for_other_tokens(tmp_path: Path) -> None:
     save_dense(tmp_path / "dense", "qwen2")
-    add_tokenizer(tmp_path / "dense", "<|endoftext|>")
+    add_tokenizer(tmp_path / "dense", "<|endoftext|>", "<|user|>")
     plan = plan_of(open_checkpoint(tmp_path / "dense"))
     made = apply(plan, "upcycle", experts=4, to="glm4_moe", proof=False)
-    assert made.steps[-1].report["clients"] == {"llama.cpp": ["its converter asks the tokenizer for <|user|>"]}
+    assert made.steps[-1].report["clients"] == {"llama.cpp": ["its converter asks the tokenizer for <|observation|>"]}
     with pytest.raises(RefusedError, match="would lose something") as caught:
         apply(plan, "upcycle", experts=4, client="llama.cpp", proof=False)
-    assert "asks the tokenizer for <|user|>" in caught.value.message
+    assert "asks the tokenizer for <|observation|>" in caught.value.message
     add_tokenizer(tmp_path / "dense", *GLM_TOKENS)
     plan = plan_of(open_checkpoint(tmp_path / "dense"))
     assert apply(plan, "upcycle", experts=4, client="llama.cpp", proof=False).config["model_type"] == "glm4_moe"
+
+
+def test_a_type_of_which_the_converter_asks_for_another_tokenizer(tmp_path: Path) -> None:
+    save_dense(tmp_path / "dense", "llama")
+    add_tokenizer(tmp_path / "dense")
+    made = apply(plan_of(open_checkpoint(tmp_path / "dense")), "upcycle", experts=4, to="ernie4_5_moe", proof=False)
+    assert made.steps[-1].report["clients"] == {"llama.cpp": ["its converter asks for tokenizer.model"]}
+    (tmp_path / "dense" / "tokenizer.model").write_bytes(b"\n")
+    made = apply(plan_of(open_checkpoint(tmp_path / "dense")), "upcycle", experts=4, to="ernie4_5_moe", proof=False)
+    assert made.steps[-1].report["clients"] == {}
 
 
 @pytest.mark.parametrize("rope", ["both", "older", "newer"])

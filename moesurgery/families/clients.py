@@ -10,7 +10,7 @@ because the program has no code for the type or computes something else, is a `F
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -58,7 +58,7 @@ class Client:
 
     `other_layouts`: types of which it reads more than the published layout (None: all). `nested_rope`: it reads
     `rope_parameters`. `heads`: types of which it does not make the head of the embedding. `published_counts`: it reads
-    the numbers of experts under the type's published keys alone. `tokens`: what its converter asks of a tokenizer.
+    the numbers of experts under the type's published keys alone. `tokens` and `tokenizer_files`: what its converter asks of a tokenizer, by type.
     """
 
     name: str
@@ -70,7 +70,8 @@ class Client:
     published_counts: bool
     keys: tuple[Key, ...] = ()
     faults: tuple[Fault, ...] = ()
-    tokens: Mapping[str, tuple[str, ...]] | None = None
+    tokens: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)
 
     def has_code(self, model_type: str) -> bool:
         return self.types is None or model_type in self.types
@@ -202,6 +203,7 @@ SCORES = (
     Key(DEEPSEEK, "scoring_func", "sigmoid"),
     Key(types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
 )
+GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 CHOICE = Key(DEEPSEEK, "topk_method", "noaux_tc")
 
 TRANSFORMERS_4 = Client(
@@ -282,10 +284,11 @@ LLAMA_CPP = Client(
         Fault(types("granitemoe granitemoeshared"), _own_width, "it has no head_dim in this type"),
     ),
     tokens={
-        "glm4_moe": ("<|endoftext|>", "<|user|>"),
-        "glm4_moe_lite": ("<|endoftext|>", "<|user|>"),
+        "glm4_moe": GLM_TOKENS,
+        "glm4_moe_lite": GLM_TOKENS,
         "solar_open": ("<|endoftext|>", "<unk>", "<|startoftext|>"),
     },
+    tokenizer_files={"ernie4_5_moe": "tokenizer.model"},
 )
 MLX = Client(
     "mlx",

@@ -52,26 +52,28 @@ def zero_gates(client: Client, config: Mapping[str, Any], tensors: Mapping[str, 
     return [name for name in gates if not values_of(tensors[name]).any()]
 
 
-def missing_tokens(client: Client, checkpoint: Checkpoint, model_type: str) -> tuple[str, ...]:
-    """Return the tokens without which the client's converter stops at a tokenizer; empty where that cannot be told."""
-    wanted = (client.tokens or {}).get(model_type, ())
-    if not wanted or "tokenizer.json" not in checkpoint.side_files:
-        return ()
-    size = checkpoint.source.files()["tokenizer.json"]
+def asked_of_tokenizer(client: Client, checkpoint: Checkpoint, model_type: str) -> list[str]:
+    """Return what the client's converter does not find in a tokenizer, and stops at; empty where there is none."""
+    files = checkpoint.side_files
+    if "tokenizer.json" not in files:
+        return []
+    file = client.tokenizer_files.get(model_type)
+    if file is not None and file not in files:
+        return [f"its converter asks for {file}"]
+    wanted = client.tokens.get(model_type, ())
     try:
-        added = json.loads(checkpoint.source.read("tokenizer.json", 0, size)).get("added_tokens") or []
-        have = {token["content"] for token in added}
+        size = checkpoint.source.files()["tokenizer.json"] if wanted else 0
+        added = json.loads(checkpoint.source.read("tokenizer.json", 0, size)).get("added_tokens") if wanted else []
+        have = {token["content"] for token in added or ()}
     except (ValueError, TypeError, KeyError, AttributeError, CheckpointError):
-        return ()  # `validate` says what is wrong with it
-    return tuple(token for token in wanted if token not in have)
+        return []  # `validate` says what is wrong with it
+    missing = [token for token in wanted if token not in have]
+    return [f"its converter asks the tokenizer for {', '.join(missing)}"] if missing else []
 
 
 def obstacles(client: Client, plan: Plan, config: Mapping[str, Any]) -> list[str]:
     """Return why a client cannot run, in any form, the model of `config` with the plan's tokenizer."""
-    found = client.faults_of(config)
-    if not found and (tokens := missing_tokens(client, plan.checkpoint, model_type_of(config))):
-        found = [f"its converter asks the tokenizer for {', '.join(tokens)}"]
-    return found
+    return client.faults_of(config) or asked_of_tokenizer(client, plan.checkpoint, model_type_of(config))
 
 
 def readable(plan: Plan, client: Client, operation: str) -> tuple[dict[str, Expr], dict[str, str], dict[str, Any], str]:

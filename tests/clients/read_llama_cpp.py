@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy
-from reading import read_all
 
 NODE = Path(os.environ["MOESURGERY_NODE"])  # the folder with node_modules
 SOURCES = os.environ["MOESURGERY_LLAMA_CPP"]  # llama.cpp as node-llama-cpp ships it
@@ -28,30 +28,42 @@ from conversion.base import TextModel  # noqa: E402
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 
 
-def logprobs(path: Path, tokens: list[int]) -> numpy.ndarray:
-    with tempfile.TemporaryDirectory() as folder:
-        gguf, said, answer = (Path(folder, name) for name in ("model.gguf", "said", "answer.json"))
-        child = multiprocessing.get_context("fork").Process(target=convert, args=(path, gguf, said))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise ValueError(f"the converter: {last_lines(said.read_text())}")
-        script = Path(__file__).with_name("read_gguf.mjs")
-        command = ["node", str(script), str(NODE), str(gguf), json.dumps(tokens), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(last_lines(done.stderr + done.stdout))
-        rows = numpy.array(json.loads(answer.read_text()), dtype=numpy.float64)
-    with numpy.errstate(divide="ignore"):
-        return numpy.log(rows)
+def read_job(job: dict[str, Any]) -> None:
+    """Convert all models, then let one process run them: `NAME.npy`, or why not in `NAME.error`."""
+    out = Path(job["out"])
+    (out / "version").write_text(version())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model, path in job["models"].items():
+            child = multiprocessing.get_context("fork").Process(target=convert, args=(path, folder / model))
+            child.start()
+            child.join()
+            if child.exitcode:
+                said = last_lines((folder / f"{model}.said").read_text())
+                (out / f"{model}.error").write_text(f"the converter: {said}")
+        command = ["node", str(Path(__file__).with_name("read_gguf.mjs")), str(NODE), name, json.dumps(job["tokens"])]
+        while waiting := [path.stem for path in sorted(folder.glob("*.gguf"))]:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            for model in waiting:
+                answer = folder / f"{model}.json"
+                if answer.exists():
+                    rows = numpy.array(json.loads(answer.read_text()), dtype=numpy.float64)
+                    with numpy.errstate(divide="ignore"):
+                        numpy.save(out / f"{model}.npy", numpy.log(rows))
+                else:  # an assertion of llama.cpp ends the process: the others are run by another
+                    (out / f"{model}.error").write_text(last_lines(done.stderr + done.stdout) or "it stopped")
+                (folder / f"{model}.gguf").unlink()
+                if not answer.exists():
+                    break
 
 
-def convert(path: Path, gguf: Path, said: Path) -> None:
-    with said.open("w") as file:
+def convert(path: str, to: Path) -> None:
+    with Path(f"{to}.said").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.argv = ["convert_hf_to_gguf.py", str(path), "--outfile", str(gguf), "--outtype", KIND]
+        sys.argv = ["convert_hf_to_gguf.py", path, "--outfile", f"{to}.part", "--outtype", KIND]
         convert_hf_to_gguf.main()
+    Path(f"{to}.part").rename(f"{to}.gguf")
 
 
 def last_lines(text: str) -> str:
@@ -68,4 +80,4 @@ def version() -> str:
 
 
 if __name__ == "__main__":
-    read_all(logprobs, version())
+    read_job(json.loads(Path(sys.argv[1]).read_text()))
