@@ -30,7 +30,7 @@ from tests.dense import LATENT, LLAMA3, LONG_PROMPT, NARROW, TIED, save_dense
 from tests.tiny import load, logits, read_config, read_tensors, same_bits, save_tiny
 
 Cli = Callable[..., Result]
-GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>", "[gMASK]")
 
 
 def upcycled(dense: Path, out: Path, **parameters: Any) -> Path:
@@ -141,13 +141,15 @@ def test_a_client_chooses_the_type(ok: Cli, cli: Cli, tmp_path: Path) -> None:
 
 def test_a_type_of_which_the_converter_asks_for_other_tokens(tmp_path: Path) -> None:
     save_dense(tmp_path / "dense", "qwen2")
-    add_tokenizer(tmp_path / "dense", "<|endoftext|>", "<|user|>")
+    add_tokenizer(tmp_path / "dense", *GLM_TOKENS[:2])
     plan = plan_of(open_checkpoint(tmp_path / "dense"))
     made = apply(plan, "upcycle", experts=4, to="glm4_moe", proof=False)
-    assert made.steps[-1].report["clients"] == {"llama.cpp": ["its converter asks the tokenizer for <|observation|>"]}
+    assert made.steps[-1].report["clients"] == {
+        "llama.cpp": ["its converter asks the tokenizer for <|observation|>, [gMASK]"]
+    }
     with pytest.raises(RefusedError, match="would lose something") as caught:
         apply(plan, "upcycle", experts=4, client="llama.cpp", proof=False)
-    assert "asks the tokenizer for <|observation|>" in caught.value.message
+    assert "asks the tokenizer for <|observation|>, [gMASK]" in caught.value.message
     add_tokenizer(tmp_path / "dense", *GLM_TOKENS)
     plan = plan_of(open_checkpoint(tmp_path / "dense"))
     assert apply(plan, "upcycle", experts=4, client="llama.cpp", proof=False).config["model_type"] == "glm4_moe"

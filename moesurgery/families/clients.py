@@ -58,7 +58,8 @@ class Client:
 
     `other_layouts`: types of which it reads more than the published layout (None: all). `nested_rope`: it reads
     `rope_parameters`. `heads`: types of which it does not make the head of the embedding. `published_counts`: it reads
-    the numbers of experts under the type's published keys alone. `tokens` and `tokenizer_files`: what its converter asks of a tokenizer, by type.
+    the numbers of experts under the type's published keys alone. `tokens` and `tokenizer_files`: what its converter
+    asks of a tokenizer, by type.
     """
 
     name: str
@@ -203,7 +204,7 @@ SCORES = (
     Key(DEEPSEEK, "scoring_func", "sigmoid"),
     Key(types("glm4_moe_lite"), "first_k_dense_replace", _dense_first),
 )
-GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>", "[gMASK]")
 CHOICE = Key(DEEPSEEK, "topk_method", "noaux_tc")
 
 TRANSFORMERS_4 = Client(

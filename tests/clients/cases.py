@@ -165,7 +165,7 @@ def tokenizer() -> Any:
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
-    special = ("<|endoftext|>", "<|user|>", "<|observation|>", "<unk>", "<s>", "</s>", "<|startoftext|>")
+    special = ("<|endoftext|>", "<|user|>", "<|observation|>", "[gMASK]", "<unk>", "<s>", "</s>", "<|startoftext|>")
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(special),
