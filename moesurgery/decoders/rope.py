@@ -61,14 +61,13 @@ class Rope:
 
     `fraction` is the default of `partial_rotary_factor`; None where the code always rotates whole heads. `rules` are
     the parameters of a config that has none. `by_layer_type`: `rope_parameters` is keyed by layer type, and the full
-    layers' entry counts. `also_theta`: the type keeps `rope_theta` beside `rope_parameters`.
+    layers' entry counts.
     """
 
     theta: float = 10000.0
     fraction: float | None = None
     rules: Mapping[str, Any] = field(default_factory=dict)
     by_layer_type: bool = False
-    also_theta: bool = False
 
     keys = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
