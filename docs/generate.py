@@ -80,6 +80,8 @@ def pair_verdict(pair: Pair, client: Client, rows: Mapping[str, Any]) -> str:
     row = rows.get(f"{pair.source_type}--upcycle-{pair.target_type}", {})
     if agrees(row.get("clients", {}).get(client.name)):
         return "**run**"
+    if client.name in row.get("said", {}):
+        return "no"
     moe, family = pair.target.moe, pair.target.family
     assert moe is not None
     act = pair.source.traits["hidden_act"].read({})

@@ -84,6 +84,8 @@ SAID: list[tuple[str, dict[str, Any], str, dict[str, str]]] = [
     ("qwen2", {}, "qwen2_moe", {"mlx": "never renormalises", "llama.cpp": "never renormalises"}),
     ("qwen2", {}, "glm4_moe", {}),
     ("qwen3", {"head_dim": 8}, "qwen3_moe", {}),
+    ("qwen3", {"head_dim": 8}, "dots1", {"sglang": "no code", "llama.cpp": "as many key and value heads as heads"}),
+    ("qwen3", {"head_dim": 8, "num_key_value_heads": 4}, "dots1", {"sglang": "no code"}),
     ("phi3", {}, "mixtral", {}),
     ("granite", {}, "granitemoe", {}),
     ("granite", {}, "granitemoeshared", {"mlx": "no code"}),

@@ -187,6 +187,11 @@ def _own_width(config: Config) -> bool:
     return width is not None and heads is not None and width * heads != config.get("hidden_size")
 
 
+def _grouped_heads(config: Config) -> bool:
+    heads = config.get("num_attention_heads")
+    return config.get("num_key_value_heads", heads) not in (None, heads)
+
+
 def _not_silu(config: Config) -> bool:
     return config.get("hidden_act", "silu") not in ("silu", "swish")
 
@@ -256,7 +261,7 @@ LLAMA_CPP = Client(
     nested_rope=True,
     heads=types("qwen2_moe dots1 olmoe"),
     published_counts=False,
-    keys=SCORES,
+    keys=(*SCORES, Key(types("dots1"), "scoring_func", "sigmoid")),
     faults=(
         SILU_ONLY,
         WINDOWS_IGNORED,
@@ -283,6 +288,7 @@ LLAMA_CPP = Client(
             "its converter stops without a Mamba layer",
         ),
         Fault(types("granitemoe granitemoeshared"), _own_width, "it has no head_dim in this type"),
+        Fault(types("dots1"), _grouped_heads, "it wants as many key and value heads as heads in this type"),
     ),
     tokens={
         "glm4_moe": GLM_TOKENS,

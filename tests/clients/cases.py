@@ -65,6 +65,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-ungrouped": ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma2": ("gemma2", {"head_dim": 32}),
     "phi3": ("phi3", {}),
