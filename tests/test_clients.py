@@ -244,7 +244,7 @@ MENDED: list[tuple[str, dict[str, Any], str, Callable[[Path], None], str, str]] 
     ("deepseek_v3", {}, "llama.cpp", break_scores, "K04", "needs scoring_func"),
     ("qwen2_moe", {"norm_topk_prob": False, **TIED}, "mlx", lambda model: None, "K05", "lm_head.weight"),
     ("olmoe", TIED, "llama.cpp", lambda model: None, "K05", "lm_head.weight"),
-    ("dots1", TIED, "llama.cpp", lambda model: None, "K05", "lm_head.weight"),
+    ("dots1", {**TIED, "num_key_value_heads": 4}, "llama.cpp", lambda model: None, "K05", "lm_head.weight"),
     ("glm4_moe", TIED, "vllm", lambda model: None, "K05", "lm_head.weight"),
 ]
 
