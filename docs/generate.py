@@ -50,7 +50,7 @@ def validation_codes() -> str:
         "them by name. The severity is the usual one. [validate.md](validate.md) says how to use them.",
         "",
     ]
-    for level in (*LEVELS, "against"):
+    for level in (*LEVELS, "client", "against"):
         lines += [f"## {level}", "", "| code | severity | what |", "| --- | --- | --- |"]
         lines += [f"| {c.code} | {c.severity} | {c.title} |" for c in CODES.values() if c.level == level]
         lines.append("")

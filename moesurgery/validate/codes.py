@@ -10,7 +10,7 @@ from typing import Literal
 
 from moesurgery.checkpoint.finding import Severity
 
-Level = Literal["container", "config", "values", "forward", "against"]
+Level = Literal["container", "config", "values", "forward", "client", "against"]
 
 LEVELS: tuple[Level, ...] = ("container", "config", "values", "forward")
 
@@ -81,12 +81,12 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
     ("C12", "config", "error", "`layer_tie_map` does not fit the layers"),
     ("C13", "config", "error", "quantised weights without scales, scales without weights, or of the wrong shape"),
     ("C14", "config", "warning", "`architectures` and `model_type` name different models"),
-    ("K01", "config", "error", "with --for: the program has no code for the type, or computes something else"),
-    ("K02", "config", "error", "with --for: the experts are in a layout that the program does not read"),
-    ("K03", "config", "error", "with --for: RoPE under keys that the program does not read: it takes a default"),
-    ("K04", "config", "error", "with --for: config keys that the program needs are missing"),
-    ("K05", "config", "error", "with --for: a tied head, which the program does not make of the embedding"),
-    ("K06", "config", "error", "with --for: a shared expert's gate of zeros, of which the program makes NaN"),
+    ("K01", "client", "error", "with --for: the program has no code for the type, or computes something else"),
+    ("K02", "client", "error", "with --for: the experts are in a layout that the program does not read"),
+    ("K03", "client", "error", "with --for: RoPE under keys that the program does not read: it takes a default"),
+    ("K04", "client", "error", "with --for: config keys that the program needs are missing"),
+    ("K05", "client", "error", "with --for: a tied head, which the program does not make of the embedding"),
+    ("K06", "client", "error", "with --for: a shared expert's gate of zeros, of which the program makes NaN"),
     ("T01", "config", "error", "the tokenizer cannot be parsed, or gives ids beyond the embedding"),
     ("T02", "config", "error", "special tokens that the tokenizer does not have, or a chat template that is none"),
     ("V01", "values", "error", "NaN or infinity in a weight"),

@@ -62,6 +62,8 @@ def validate_checkpoint(
     references = (against,) if isinstance(against, (str, Path)) else tuple(against or ())
     for each in references:
         Given(str(each))
+    if client is not None:
+        levels = (*levels, "client")
     if references:
         levels = (*levels, "against")
     scan = scan_checkpoint(source)
