@@ -21,6 +21,7 @@ from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr
+from moesurgery.families.clients import adapter_readers
 from moesurgery.families.components import EMBEDDING, HEAD
 from moesurgery.lora.apply import LAYOUT_VERSION
 from moesurgery.moe.canonical_names import CanonicalTensors
@@ -43,12 +44,17 @@ _USED_DIRECTLY = ("dt_proj", "out_proj")  # of Mamba mixers: their code takes th
 class Extracted:
     """What was extracted: modules, and for each the share of the difference (its squared norm) that the factors hold.
 
-    `left` are tensors that differ and are in no adapter.
+    `left` are tensors that differ and are in no adapter. `experts`: whether parameters of experts are in it.
     """
 
     shares: Mapping[str, float]
     left: tuple[str, ...]
     nbytes: int
+    experts: bool
+
+    @property
+    def readers(self) -> str:
+        return adapter_readers(experts=self.experts)
 
 
 class _Difference(NamedTuple):
@@ -94,7 +100,7 @@ def extract_lora(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{output} cannot be written: {error.strerror}") from None
-    return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()))
+    return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()), bool(made.parameters))
 
 
 class _Adapter:
