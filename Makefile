@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test quick package lint format clean
+.PHONY: demo test quick oldest package lint format clean clients
 
 # torch first and by its exact version: a bare `torch` pulls gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -22,6 +22,43 @@ test: lint
 # The fast unit tests alone.
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/unit tests/test_structure.py
+
+# The families and the engine with the oldest transformers that pyproject.toml allows.
+OLDEST := $(VENV)-oldest
+
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	sed "s/^transformers==.*/transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)/" constraints.txt \
+		> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	touch $@
+
+oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/unit/families/test_families.py tests/unit/forward/test_engine.py
+
+# What people run next, each in an environment of its own (6 GB in all, an hour on two cores): tests/clients/.
+# vLLM's wheel brings builds of torchvision and torchaudio that its own torch refuses; it reads text without them.
+CLIENTS  ?= out/clients
+READERS  := transformers5 transformers4 llama.cpp mlx vllm
+NODE     := node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+
+$(CLIENTS)/%/.ready: tests/clients/requirements/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	test $* = mlx || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	test $* != vllm || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The npm package has llama.cpp's own source in it, of the same version: its converter is used.
+$(CLIENTS)/llama.cpp-source:
+	mkdir -p $(CLIENTS)/node
+	cd $(CLIENTS)/node && npm install --silent --ignore-scripts --omit=optional $(NODE)
+	git clone --quiet $(CLIENTS)/node/node_modules/node-llama-cpp/llama/gitRelease.bundle $@
+
+clients: $(READY) $(READERS:%=$(CLIENTS)/%/.ready) $(CLIENTS)/llama.cpp-source
+	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS) --clients $(READERS)
+	$(BIN)/python docs/generate.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

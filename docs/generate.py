@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesurgery.decoders.pairs import Pair
+    from moesurgery.families.clients import Client
+    from moesurgery.families.family import Family
 
 os.environ.update(COLUMNS="100", NO_COLOR="1", TERM="dumb")
 
@@ -42,16 +50,52 @@ def validation_codes() -> str:
         "them by name. The severity is the usual one. [validate.md](validate.md) says how to use them.",
         "",
     ]
-    for level in (*LEVELS, "against"):
+    for level in (*LEVELS, "client", "against"):
         lines += [f"## {level}", "", "| code | severity | what |", "| --- | --- | --- |"]
         lines += [f"| {c.code} | {c.severity} | {c.title} |" for c in CODES.values() if c.level == level]
         lines.append("")
     return "\n".join(lines)
 
 
+RESULTS = DOCS.parent / "tests" / "clients" / "results.json"
+TOLERANCE = 5e-5  # as in tests/clients/run.py
+VERDICTS = (
+    "**run**: `make clients` has run it, and logits agree within 5e-5. source: by the client's own source, not run.",
+    "no: it has no code for the type, or computes something else; the command says which before it writes.",
+)
+
+
+def client_results() -> dict[str, Any]:
+    """Return what the last `make clients` found."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text())
+    return found
+
+
+def agrees(value: Any) -> bool:
+    return isinstance(value, float) and value <= TOLERANCE
+
+
+def pair_verdict(pair: Pair, client: Client, rows: Mapping[str, Any]) -> str:
+    """Return how a client reads the upcycle of a plain model of the pair's dense type."""
+    row = rows.get(f"{pair.source_type}--upcycle-{pair.target_type}", {})
+    if agrees(row.get("clients", {}).get(client.name)):
+        return "**run**"
+    if client.name in row.get("said", {}):
+        return "no"
+    moe, family = pair.target.moe, pair.target.family
+    assert moe is not None
+    act = pair.source.traits["hidden_act"].read({})
+    config = {**moe.settings, "model_type": pair.target_type, "hidden_act": act, "norm_topk_prob": True}
+    config |= {family.experts_key: 8, family.top_k_key: 2}
+    if pair.target_type.startswith("llama4"):
+        config["attn_temperature_tuning"] = False
+    return "no" if client.faults_of(config) else "source"
+
+
 def pairs() -> str:
     """Return docs/pairs.md: which dense type becomes which mixture."""
-    from moesurgery.decoders.pairs import NO_PAIR, pairs_from, source_types
+    from moesurgery.decoders.pairs import NO_PAIR, PAIRS, pairs_from, source_types
+    from moesurgery.families.clients import CLIENTS
 
     lines = [
         "# What becomes what",
@@ -68,6 +112,22 @@ def pairs() -> str:
         found = pairs_from(source)
         notes = dict.fromkeys(r.note for pair in found for r in pair.rewrites)
         lines.append(f"| {source} | {', '.join(p.target_type for p in found)} | {'; '.join(notes)} |")
+    rows = client_results()["cases"]
+    lines += [
+        "",
+        "## Who runs them",
+        "",
+        "For a plain model of each type: plain RoPE, no windows. What other configs lose, and in which client,",
+        "`upcycle` says before it writes; `--for CLIENT` chooses another type or refuses ([clients.md](clients.md)).",
+        "",
+        *(f"* {line}" for line in VERDICTS),
+        "",
+        "| pair | " + " | ".join(CLIENTS) + " |",
+        "|" + " --- |" * (len(CLIENTS) + 1),
+    ]
+    for pair in PAIRS:
+        verdicts = [pair_verdict(pair, client, rows) for client in CLIENTS.values()]
+        lines.append(f"| {pair.source_type} → {pair.target_type} | {' | '.join(verdicts)} |")
     lines += ["", "## Types without a pair", "", "| dense type | why |", "| --- | --- |"]
     lines += [f"| {source} | {reason} |" for source, reason in NO_PAIR.items()]
     return "\n".join([*lines, ""])
@@ -75,10 +135,18 @@ def pairs() -> str:
 
 def family_table() -> str:
     """Return docs/family-table.md: what is supported for each family."""
+    from moesurgery.families.clients import CLIENTS
     from moesurgery.families.overview import CLASSES, HEADER, overview
     from moesurgery.families.table import FAMILIES
 
     rows = [overview(family) for family in FAMILIES]
+    run = client_results()["cases"].values()
+
+    def verdict(family: Family, client: Client) -> str:
+        if any(row["model_type"] in family.model_types and agrees(row["clients"].get(client.name)) for row in run):
+            return "**run**"
+        return "source" if any(map(client.has_code, family.model_types)) else "no"
+
     lines = [
         "# Families",
         "",
@@ -94,6 +162,11 @@ def family_table() -> str:
         "| " + " | ".join((*row.row, ", ".join(row.family.model_types or row.family.architectures))) + " |"
         for row in rows
     ]
+    lines += ["", "## Who has code for them", "", *(f"* {line}" for line in VERDICTS[:1]), ""]
+    lines += ["| family | " + " | ".join(CLIENTS) + " |", "|" + " --- |" * (len(CLIENTS) + 1)]
+    for family in FAMILIES:
+        verdicts = [verdict(family, client) for client in CLIENTS.values()]
+        lines.append(f"| {family.name} | {' | '.join(verdicts)} |")
     lines += ["", "## What is refused, and why", ""]
     lines += [f"* {row.family.name}: `{name}`: {why}" for row in rows for name, why in row.refusals.items()]
     lines += ["", "## Notes", ""]
@@ -130,7 +203,83 @@ def merge_methods() -> str:
     return "\n".join(lines)
 
 
+def clients() -> str:
+    """Return docs/clients.md: what each client reads, and what the last `make clients` found."""
+    from moesurgery.families.clients import CLIENTS
+
+    found = client_results()
+    lines = [
+        "# Clients",
+        "",
+        "Generated by `python docs/generate.py` from `moesurgery/families/clients.py` and from what `make clients`",
+        "found.",
+        "",
+        "The programs that people run checkpoints with do not all read the same files. Outputs are written so that as",
+        "many as can be read them: the published layout, RoPE in the spellings of transformers 4 and 5, the keys that",
+        "DeepSeek's readers ask for, heads apart from the embedding where some reader has no tied ones.",
+        "",
+        "* `upcycle` and `to-dense` say before they write which clients do not run the result, and why; with",
+        "  `--for CLIENT` they choose a type that it runs, or refuse.",
+        "* `convert --for CLIENT` writes any checkpoint in the form that the client reads.",
+        "* `validate --for CLIENT` says what stands in the way: codes K01 to K06 of [codes.md](codes.md).",
+        "",
+        "## What each of them reads",
+        "",
+        "| client | facts from | other layouts of | RoPE | does not tie the head of | keys it asks for |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for client in CLIENTS.values():
+        layouts = "all" if client.other_layouts is None else ", ".join(sorted(client.other_layouts)) or "none"
+        rope = "either spelling" if client.nested_rope else "`rope_theta`, `rope_scaling`"
+        keys = dict.fromkeys(f"`{key.name}` ({', '.join(sorted(key.types))})" for key in client.keys)
+        counts = ["numbers of experts under the published keys"] if client.published_counts else []
+        heads = ", ".join(sorted(client.heads)) or "none"
+        asked = "; ".join([*counts, *keys]) or "none"
+        lines.append(f"| {client.name} | {client.version} | {layouts} | {rope} | {heads} | {asked} |")
+    lines += ["", "## What no form mends", ""]
+    for client in CLIENTS.values():
+        for fault in client.faults:
+            lines.append(f"* {client.name}: {fault.words}: {', '.join(sorted(fault.types))}")
+        for model_type, file in client.tokenizer_files.items():
+            lines.append(f"* {client.name}: its converter asks for `{file}` in {model_type}")
+        for model_type, tokens in client.tokens.items():
+            shown = ", ".join(f"`{token}`" for token in tokens)
+            lines.append(f"* {client.name}: its converter asks the tokenizer of {model_type} for {shown}")
+    lines += [
+        "",
+        "## What was run",
+        "",
+        "`make clients` makes tiny random models, lets each operation work on them, and lets every client read the",
+        "results, each in an environment of its own. Figures are the largest difference of log-probabilities from",
+        "transformers 5's on the same file, in float32; 5e-5 is the limit. Perplexities are transformers 5's, and",
+        "those of llama.cpp with F32 and BF16 weights. *no* is what the command says; a dash was not run.",
+        "",
+        *(f"* {name}: {version}" for name, version in sorted(found["versions"].items())),
+        "* sglang has no build for processors; its facts are from its source",
+        "",
+    ]
+    names = [name for name in CLIENTS if name in found["versions"]]
+    lines += [f"| checkpoint | {' | '.join(names)} | perplexity |", "|" + " --- |" * (len(names) + 2)]
+    for name, row in found["cases"].items():
+        cells = []
+        for client_name in names:
+            value = row["clients"].get(client_name)
+            if agrees(value):
+                cells.append(f"{value:.0e}")
+            elif value is None:
+                cells.append("—")
+            elif client_name in row["said"]:
+                cells.append("*no*")
+            else:
+                cells.append(f"{value:.0e}" if isinstance(value, float) else "not read")
+        numbers = row.get("perplexity") or []
+        shown = " / ".join("—" if number is None else f"{number:.2f}" for number in numbers) or "—"
+        lines.append(f"| {name.replace('--', ', ')} | {' | '.join(cells)} | {shown} |")
+    return "\n".join([*lines, ""])
+
+
 GENERATED = {
+    "clients.md": clients,
     "cli.md": cli_reference,
     "codes.md": validation_codes,
     "pairs.md": pairs,

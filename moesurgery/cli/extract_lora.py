@@ -46,6 +46,7 @@ def extract_lora_command(
                 "bytes": found.nbytes,
                 "shares": dict(found.shares),
                 "left": list(found.left),
+                "readers": found.readers,
             }
         )
         return
@@ -54,3 +55,4 @@ def extract_lora_command(
         ("least covered", "share of the change"), [(name, f"{share:.1%}") for name, share in lowest], right=(1,)
     )
     console.result(f"wrote {output} ({len(found.shares)} pairs of factors, {human_bytes(found.nbytes)})")
+    console.note(found.readers)

@@ -15,6 +15,7 @@ from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.cli._operations import Model
 from moesurgery.cli._writing import Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
+from moesurgery.families.clients import CLIENTS
 from moesurgery.recipe.registry import did_you_mean
 from moesurgery.validate.codes import LEVELS, Level
 from moesurgery.validate.report import Report
@@ -52,6 +53,10 @@ def validate_command(
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", min=0.0, help="With --against: the KL in nats that forward allows.")
     ] = None,
+    client: Annotated[
+        str | None,
+        typer.Option("--for", metavar="CLIENT", help=f"Whether a program can read it: {', '.join(CLIENTS)}."),
+    ] = None,
     report_format: Annotated[
         str, typer.Option("--format", help="What to print: text, json, junit, sarif or github.")
     ] = "text",
@@ -75,6 +80,8 @@ def validate_command(
     report_format = "json" if as_json else _one_of("--format", report_format, FORMATS)
     severity: Severity = _one_of("--fail-on", fail_on, _FAIL_ON)  # type: ignore[assignment]
     chosen: Level | None = _one_of("--level", level, LEVELS) if level is not None else None  # type: ignore[assignment]
+    if client is not None:
+        _one_of("--for", client, CLIENTS)
     for path in reports or ():
         if path.suffix not in BY_SUFFIX:
             raise RecipeError(f"--report {path}: no format is known by that suffix", f"known: {', '.join(BY_SUFFIX)}")
@@ -90,6 +97,7 @@ def validate_command(
             against=against or (),
             tolerance=tolerance,
             ignore=tuple(ignore or ()),
+            client=client,
             progress=watch.progress,
         )
     write_reports(report, report_format, reports or ())

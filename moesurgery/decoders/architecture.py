@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moesurgery.decoders.traits import Codec, Config, ConflictError, Traits, whole_number
+from moesurgery.decoders.traits import Codec, ConflictError, Traits, whole_number
 from moesurgery.families.family import ExpertAxisTensor, Family
+from moesurgery.families.rope_keys import Config
 from moesurgery.families.table import by_model_type
 
 # What each trait is, as the beginning of a sentence.

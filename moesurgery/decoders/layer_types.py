@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from moesurgery.decoders.traits import Config, ConflictError, Traits, whole_number
+from moesurgery.decoders.traits import ConflictError, Traits, whole_number
+from moesurgery.families.rope_keys import Config
 
 # A window that stands for none, where a type cannot do without.
 BOUNDLESS = 1 << 20

@@ -242,7 +242,6 @@ MOE_TYPES: tuple[Architecture, ...] = (
                 rope_when_sliding=True,
                 extra=("sliding_window_pattern",),
             ),
-            "rope": Rope(also_theta=True),
         },
         rounded_eps(1e-5, "layer_norm_eps"),
         tokens(pad=0, bos=5, eos=255001),

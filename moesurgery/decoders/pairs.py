@@ -25,9 +25,14 @@ from moesurgery.decoders.rewrites import (
     NORM_PLUS_ONE,
     SEPARATE,
     SPLIT_QKV,
+    UNTIE,
     ZERO_BIAS,
     Rewrite,
 )
+from moesurgery.families.clients import CLIENTS
+
+# Types of which some client does not make the head of the embedding.
+UNTIED = frozenset().union(*(client.heads for client in CLIENTS.values()))
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Pair:
             if rewrite.before is None or after[rewrite.trait] == rewrite.before:
                 after.update({rewrite.trait: rewrite.after, **rewrite.then})
                 used.append(rewrite)
+        if after["tied"] is True and self.target_type in UNTIED:
+            after["tied"] = False
+            used.append(UNTIE)
         written, conflicts = self.target.write(after, config)
         layers: Layers = after["layers"]
         if not self.windows and any(layer.window is not None for layer in layers):

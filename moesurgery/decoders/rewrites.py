@@ -142,3 +142,19 @@ def _zero_bias(name: str, expr: Expr, traits: Mapping[str, Any]) -> Tensors:
 ZERO_BIAS = Rewrite(
     "qkv_bias", False, True, _zero_bias, {}, "zero biases on q, k and v: not every engine lets this type go without"
 )
+
+
+def _untie(name: str, expr: Expr, traits: Mapping[str, Any]) -> Tensors:
+    if name == "lm_head.weight":
+        return []  # no loader reads it
+    return [(name, expr), ("lm_head.weight", expr)] if name.endswith("embed_tokens.weight") else [(name, expr)]
+
+
+UNTIE = Rewrite(
+    "tied",
+    True,
+    False,
+    _untie,
+    {},
+    "the head is written apart from the embedding: not every program makes it of the embedding in this type",
+)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from moesurgery.decoders.traits import Config, ConflictError, Traits
+from moesurgery.decoders.traits import ConflictError, Traits
 from moesurgery.errors import CheckpointError
+from moesurgery.families.rope_keys import Config, spelled_both_ways, stated_rules
 
 
 class Rotary(NamedTuple):
@@ -23,25 +24,19 @@ class Rotary(NamedTuple):
 QUERY_SCALING = "llama_4_scaling_beta"
 
 
-def stated_rules(config: Config) -> Mapping[str, Any] | None:
-    """Return the rules that a config gives, if any: of both keys `rope_scaling` counts, as transformers 5.23 has it."""
-    return config.get("rope_scaling") or config.get("rope_parameters")
-
-
 @dataclass(frozen=True)
 class Rope:
     """`rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5), whichever the config has.
 
     `fraction` is the default of `partial_rotary_factor`; None where the code always rotates whole heads. `rules` are
     the parameters of a config that has none. `by_layer_type`: `rope_parameters` is keyed by layer type, and the full
-    layers' entry counts. `also_theta`: the type keeps `rope_theta` beside `rope_parameters`.
+    layers' entry counts.
     """
 
     theta: float = 10000.0
     fraction: float | None = None
     rules: Mapping[str, Any] = field(default_factory=dict)
     by_layer_type: bool = False
-    also_theta: bool = False
 
     keys = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
@@ -69,12 +64,11 @@ class Rope:
         if self.fraction is None and value.fraction != 1.0:
             raise ConflictError(f"{value.fraction:g} of each head here, always whole heads there")
         partial = {} if self.fraction is None else {"partial_rotary_factor": value.fraction}
-        if "rope_parameters" in config:
-            rules: dict[str, Any] = {**value.rules, "rope_theta": value.theta, **partial}
-            if self.by_layer_type:
-                rules = {"full_attention": rules, "sliding_attention": dict(rules)}
-            return {"rope_parameters": rules, **({"rope_theta": value.theta} if self.also_theta else {})}
-        return {"rope_theta": value.theta, "rope_scaling": dict(value.rules) or None, **partial}
+        if self.by_layer_type and "rope_parameters" in config:
+            rules = {**value.rules, "rope_theta": value.theta, **partial}
+            return {"rope_parameters": {"full_attention": rules, "sliding_attention": dict(rules)}}
+        flat = {"rope_theta": value.theta, "rope_scaling": dict(value.rules) or None, **partial}
+        return {**flat, **spelled_both_ways(flat)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 from moesurgery.decoders.architecture import MLP, Architecture, Ffn, Moe
 from moesurgery.decoders.layer_types import AllFull, LayerTypes, MixedLayers
 from moesurgery.decoders.rope import Rope
-from moesurgery.decoders.traits import Always, Codec, Config, Derived, TraitChoice, TraitKey, even_head_dim, heads
+from moesurgery.decoders.traits import Always, Codec, Derived, TraitChoice, TraitKey, even_head_dim, heads
+from moesurgery.families.rope_keys import Config
 
 # Traits
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moesurgery.errors import CheckpointError
+from moesurgery.families.rope_keys import Config
 
-Config = Mapping[str, Any]
 Traits = Mapping[str, Any]
 
 

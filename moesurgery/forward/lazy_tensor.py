@@ -41,6 +41,14 @@ class LazyTensor:
     def contiguous(self) -> LazyTensor:
         return self
 
+    def __getitem__(self, index: Any) -> Any:
+        """Return whole entries of the first axis as an expression; anything else of the real values."""
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(self.expr.shape[0])
+            if stop > start:
+                return LazyTensor(Slice(self.expr, start, stop), self.reader)
+        return self.real()[index]
+
     def real(self) -> torch.Tensor:
         """Return the values in their own dtype."""
         import torch

@@ -299,6 +299,7 @@ def build(plan: Plan, dtype: torch.dtype) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     kind = model_type_of(plan.config)
+    mend_llama4()
     if kind not in CONFIG_MAPPING:
         raise RefusedError(
             f"transformers {transformers.__version__} has no model code for model_type {kind!r}, so it cannot be run",
@@ -316,6 +317,18 @@ def build(plan: Plan, dtype: torch.dtype) -> Any:
             return _class_of(plan, config)._from_config(config, dtype=dtype).eval()
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"transformers cannot build the model of config.json: {error}") from error
+
+
+def mend_llama4() -> None:
+    """Let transformers' Llama 4 be run: 5.24 reads `image_outputs` of its language model's output, which has none.
+
+    Before 5.24 nothing reads it; a version whose output has it is left alone.
+    """
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    output: Any = MoeCausalLMOutputWithPast
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def _class_of(plan: Plan, config: Any) -> Any:

@@ -18,6 +18,7 @@ from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr
+from moesurgery.families.clients import adapter_readers
 from moesurgery.families.components import EMBEDDING, HEAD
 from moesurgery.lora.apply import LAYOUT_VERSION
 from moesurgery.moe.canonical_names import CanonicalTensors
@@ -41,12 +42,19 @@ class Extracted:
     """What was extracted: modules, and for each the share of the difference (its squared norm) that the factors hold.
 
     `left` are tensors that differ and are in no adapter. `nbytes`: of the factors. `files`: the adapter, by file name.
+    `experts`: whether parameters of experts are in it.
     """
 
     shares: Mapping[str, float]
     left: tuple[str, ...]
     nbytes: int
     files: Mapping[str, bytes]
+    experts: bool
+
+    @property
+    def readers(self) -> str:
+        """Which programs read the adapter, in a sentence."""
+        return adapter_readers(experts=self.experts)
 
 
 class _Difference(NamedTuple):
@@ -80,7 +88,8 @@ def extract_lora(
         ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"}),
         ADAPTER_CONFIG: write_json(made.config(base.label)).encode(),
     }
-    return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()), files)
+    nbytes = sum(value.nbytes for value in tensors.values())
+    return Extracted(made.shares, tuple(made.left), nbytes, files, bool(made.parameters))
 
 
 class _Adapter:

@@ -28,7 +28,8 @@ class Param:
     """What an annotation cannot say: a help text (a sentence without full stop), bounds, what a text names.
 
     `reads`: a text that is none of the annotation's words names a model, or another file. Records show such texts
-    without local paths, and a replay takes nothing that the record alone names.
+    without local paths, and a replay takes nothing that the record alone names. `option`: the command's option, where
+    it is not the parameter's name.
     """
 
     help: str
@@ -36,6 +37,7 @@ class Param:
     maximum: float | None = None
     metavar: str | None = None
     reads: Reads | None = None
+    option: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Parameter:
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return self.param.option or "--" + self.name.replace("_", "-")
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:

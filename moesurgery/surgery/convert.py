@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
-from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.clients import CLIENTS, Client
 from moesurgery.families.config_keys import DTYPE_KEYS, with_dtype
-from moesurgery.families.family import Layout
+from moesurgery.families.family import Family, Layout
 from moesurgery.families.quantisation_settings import with_renamed_settings
 from moesurgery.families.quantised import method, without_quantisation
 from moesurgery.moe.expert_axis import Entries
@@ -20,6 +21,7 @@ from moesurgery.plan.plan import Plan, Step
 from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.surgery.client_form import ClientName, readable
 
 _Kind = Literal["per-expert", "fused"]
 StoredDtype = Literal["bf16", "f16", "f32", "bfloat16", "float16", "float32"]
@@ -36,13 +38,17 @@ def convert(
     ] = None,
     dtype: Annotated[StoredDtype | None, Param("cast plain weights; selection biases of routers keep theirs")] = None,
     dequantize: Annotated[bool, Param("write quantised weights as plain ones, in --dtype or the config's")] = False,
+    client: Annotated[
+        ClientName | None, Param("the form that this program reads: layout, config keys, head", option="--for")
+    ] = None,
 ) -> Plan:
     """Write the same model in another form: layout of the experts, dtype, plain weights, shards.
 
     Layouts and shards move bytes and compute nothing, so there and back gives the same tensors. With none of the
-    options the model is copied, as with --max-shard-size alone, which works for every checkpoint.
+    options the model is copied, as with --max-shard-size alone, which works for every checkpoint. What each program
+    reads, and which models it computes wrongly in any form, is in docs/clients.md.
     """
-    parameters = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None}
+    parameters = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None, "client": client}
     done: list[str] = []
     notes: list[str] = []
     changed = plan
@@ -57,6 +63,11 @@ def convert(
     if layout is not None:
         changed, what = _relaid(changed, layout)
         done.append(what)
+        if others := unread_layout(changed):
+            notes.append(f"{', '.join(others)} {'does' if len(others) == 1 else 'do'} not read this layout")
+    if client is not None:
+        changed, what = _for_client(changed, CLIENTS[client], layout)
+        done.append(what)
     step = Step(
         _NAME,
         {key: value for key, value in parameters.items() if value is not None},
@@ -67,6 +78,38 @@ def convert(
     return plan.edited(
         step, tensors=changed.tensors, shard_of=changed.shard_of, config=changed.config, files=changed.files
     )
+
+
+def unread_layout(plan: Plan) -> list[str]:
+    """Return the clients that have code for the type of a plan, and not for the layout that its experts are in."""
+    family = plan.anatomy.family
+    if family is None or all(block.layout == _published(block, family) for block in plan.anatomy.blocks):
+        return []
+    kind = plan.anatomy.model_type
+    return [
+        name
+        for name, client in CLIENTS.items()
+        if client.has_code(kind) and client.other_layouts is not None and kind not in client.other_layouts
+    ]
+
+
+def _published(block: MoeBlock, family: Family) -> Layout:
+    return (block.of.layouts if block.of else family.layouts)[0]
+
+
+def _for_client(plan: Plan, client: Client, layout: _Kind | None) -> tuple[Plan, str]:
+    """Return the plan in the form that a client reads."""
+    tensors, shard_of, config, what = readable(plan, client, _NAME)
+    done = [what] if what else []
+    plan = plan.edited(Step(_NAME, {}, what), tensors=tensors, shard_of=shard_of, config=config)
+    if client.name in unread_layout(plan):
+        if layout is not None:
+            raise RefusedError(
+                f"{_NAME}: {client.name} does not read experts that are {layout} in this type", "leave --layout out"
+            )
+        plan, what = _relaid(plan, None)
+        done.append(what)
+    return plan, f"for {client.name}: " + ("; ".join(done) or "it reads the model as it is")
 
 
 def _dequantised(plan: Plan, dtype: str | None) -> tuple[Plan, str]:
@@ -109,8 +152,8 @@ def _kept(anatomy: Anatomy) -> set[str]:
     return kept | {m.name for block in anatomy.blocks for m in block.members if m.role == "correction_bias"}
 
 
-def _relaid(plan: Plan, kind: _Kind) -> tuple[Plan, str]:
-    """Return the plan with its experts in the first layout of a kind that the family has."""
+def _relaid(plan: Plan, kind: _Kind | None) -> tuple[Plan, str]:
+    """Return the plan with its experts in the family's first layout of a kind, or in the published one for None."""
     anatomy = plan.anatomy
     family = anatomy.require_family(_NAME)
     entries: Entries = {}
@@ -118,10 +161,10 @@ def _relaid(plan: Plan, kind: _Kind) -> tuple[Plan, str]:
     for block in anatomy.blocks:
         assert block.layout is not None
         layouts = block.of.layouts if block.of else family.layouts
-        target = next((found for found in layouts if found.kind == kind), None)
+        target = next((found for found in layouts if kind is None or found.kind == kind), None)
         if target is None:
             raise RefusedError(f"{_NAME}: {family.name} stores its experts {layouts[0].kind} only")
-        if block.layout.kind == kind:
+        if block.layout == target or block.layout.kind == kind:
             continue
         entries.update(relaid(block, plan.tensors, target, _NAME))
         targets[block.layer_path] = (block.layout, target)
@@ -130,9 +173,9 @@ def _relaid(plan: Plan, kind: _Kind) -> tuple[Plan, str]:
     modules = _renamed_modules(anatomy, entries, targets)
     config = with_renamed_settings(plan.config, modules)
     files = renamed_files(plan.checkpoint, plan.files, modules)
-    what = f"experts {kind} in {len(targets)} of {len(anatomy.blocks)} layers"
+    what = f"experts {kind or 'as published'} in {len(targets)} of {len(anatomy.blocks)} layers"
     if not targets:
-        what = f"experts are {kind} already"
+        what = f"experts are {kind or 'as published'} already"
     return plan.edited(Step(_NAME, {}, what), tensors=tensors, shard_of=shard_of, config=config, files=files), what
 
 

@@ -18,6 +18,7 @@ from moesurgery.expr.evaluate import values_of
 from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.expr.tensors import concat_last, mean
 from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
+from moesurgery.families.clients import CLIENTS, Client, wants_of, with_keys
 from moesurgery.families.components import MTP
 from moesurgery.families.layer_config import without_prediction
 from moesurgery.families.layer_keys import KEYED
@@ -29,6 +30,7 @@ from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.surgery.choose_experts import FreeCriterion, LayerKey, check_indices, expert_scores, per_block
+from moesurgery.surgery.client_form import ClientName, obstacles
 
 SharedExpertUse = Literal["auto", "join", "drop"]
 _NAME = "to-dense"
@@ -53,6 +55,9 @@ def to_dense(
         SharedExpertUse, Param("shared experts: join them to the FFN, drop them, or auto: join unless they add nothing")
     ] = "auto",
     to: Annotated[str | None, Param("dense model_type, where several fit")] = None,
+    client: Annotated[
+        ClientName | None, Param("choose a type that this program runs, or refuse", option="--for")
+    ] = None,
 ) -> Plan:
     """Turn a mixture of experts into a dense model of its sister family.
 
@@ -65,7 +70,7 @@ def to_dense(
         raise RecipeError(
             f"{_NAME} needs one of expert, average and concat_top", f"as in `moesurgery {_NAME} --expert 0`"
         )
-    pair = _pair(anatomy, to)
+    pair = _pair(plan, to, CLIENTS[client] if client else None)
     chosen = _chosen(plan, anatomy, expert, average, concat_top, by, seed)
     joins = bool(pair.shared) and _has_shared(plan, anatomy, pair) and _joins(plan, anatomy, pair, shared)
     routed = anatomy.settings.routed_scale_key or 1.0
@@ -88,6 +93,8 @@ def to_dense(
     parameters["shared"] = shared
     if to is not None:
         parameters["to"] = to
+    if client is not None:
+        parameters["client"] = client
     what = (
         "the mean of all experts" if average else f"{concat_top} experts side by side" if concat_top else "one expert"
     )
@@ -103,14 +110,21 @@ def to_dense(
             "shared_joined": joins,
             "layers": [{"layer": where, "experts": experts} for where, experts in chosen.items()],
         },
-        notes=tuple(_notes(plan, anatomy, pair, joins)),
+        notes=(*_notes(plan, anatomy, pair, joins), *_unread(plan, config)),
         tables=_tables(chosen, average),
     )
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
 
 
-def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
-    """Return the first pair whose conditions the config meets, or the one that was asked for."""
+def _unread(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Say which clients do not run the dense model."""
+    found = {name: obstacles(client, plan, config) for name, client in CLIENTS.items()}
+    return [f"not for {name}: {'; '.join(reasons)}" for name, reasons in found.items() if reasons]
+
+
+def _pair(plan: Plan, to: str | None, client: Client | None) -> DensePair:
+    """Return the first pair whose conditions the config meets, in `client` too, or the one that was asked for."""
+    anatomy = plan.anatomy
     if anatomy.config.get("layer_tie_map") is not None:
         raise RefusedError(f"{_NAME}: the blocks are tied", "write them out first: `- tie-blocks: {materialize: true}`")
     found = pairs_of(anatomy.model_type)
@@ -128,9 +142,13 @@ def _pair(anatomy: Anatomy, to: str | None) -> DensePair:
     unmet = {}
     for pair in found:
         wrong = [key for key, allowed in pair.needs.items() if anatomy.settings.first((key,)) not in allowed]
-        if not wrong:
+        lost = [f"{key} is {anatomy.settings.first((key,))!r}" for key in wrong]
+        if client is not None and not wrong:
+            config = _dense_config(anatomy, pair, 0)
+            lost = [f"{client.name}: {reason}" for reason in obstacles(client, plan, config)]
+        if not lost:
             return pair
-        unmet[pair.target] = ", ".join(f"{key} is {anatomy.settings.first((key,))!r}" for key in wrong)
+        unmet[pair.target] = ", ".join(lost)
     reasons = "; ".join(f"{target}: {why}" for target, why in unmet.items())
     raise RefusedError(f"{_NAME}: the dense family would compute something else ({reasons})")
 
@@ -335,7 +353,7 @@ def _dense_config(anatomy: Anatomy, pair: DensePair, width: int) -> dict[str, An
     config["intermediate_size"] = width
     config["model_type"] = pair.target
     config["architectures"] = [pair.architecture]
-    return config
+    return with_keys(config, wants_of(config).keys)
 
 
 def _notes(plan: Plan, anatomy: Anatomy, pair: DensePair, joins: bool) -> list[str]:

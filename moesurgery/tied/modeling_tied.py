@@ -17,7 +17,17 @@ buffers are shared. What is stored is what blocks `layer_tie_map[i] == i` have, 
 import re
 
 import transformers
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+try:
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"tied blocks need transformers 5 or newer, and this is {transformers.__version__}: upgrade it, or write the"
+        " model out in full with `moesurgery tie-blocks MODEL --materialize`"
+    ) from error
 
 PREFIX = "tied_"
 _BLOCK = re.compile(r"((?:model\.)?layers\.)(\d+)\.(.+)")

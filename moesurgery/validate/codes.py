@@ -10,7 +10,7 @@ from typing import Literal
 
 from moesurgery.checkpoint.finding import Severity
 
-Level = Literal["container", "config", "values", "forward", "against"]
+Level = Literal["container", "config", "values", "forward", "client", "against"]
 
 LEVELS: tuple[Level, ...] = ("container", "config", "values", "forward")
 
@@ -88,6 +88,12 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
         "a file that describes quantisation, or a list of modules in config.json, does not fit the weights",
     ),
     ("C16", "config", "error", "NaN in a JSON file, which is no JSON; Infinity, which some configs mean: a warning"),
+    ("K01", "client", "error", "with --for: the program has no code for the type, or computes something else"),
+    ("K02", "client", "error", "with --for: the experts are in a layout that the program does not read"),
+    ("K03", "client", "error", "with --for: RoPE under keys that the program does not read: it takes a default"),
+    ("K04", "client", "error", "with --for: config keys that the program needs are missing"),
+    ("K05", "client", "error", "with --for: a tied head, which the program does not make of the embedding"),
+    ("K06", "client", "error", "with --for: a shared expert's gate of zeros, of which the program makes NaN"),
     ("T01", "config", "error", "the tokenizer cannot be parsed, or gives ids beyond the embedding"),
     ("T02", "config", "error", "special tokens that the tokenizer does not have, or a chat template that is none"),
     ("V01", "values", "error", "NaN or infinity in a weight"),

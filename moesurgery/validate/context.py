@@ -21,13 +21,14 @@ from moesurgery.families.recognition import recognise
 class Context:
     """One checkpoint under examination.
 
-    `against` are the models that its provenance is replayed on; `tolerance` (nats) bounds F02; `progress` is told
-    the bytes of weights that were read.
+    `against` are the models that its provenance is replayed on; `tolerance` (nats) bounds F02; `client` is the program
+    that is to read it; `progress` is told the bytes of weights that were read.
     """
 
     scan: Scan
     against: tuple[str, ...] = ()
     tolerance: float | None = None
+    client: str | None = None
     progress: Callable[[int], None] = field(default=lambda count: None)
     # Facts that are no findings, such as the distance to the reference's logits: they go into the report.
     measured: dict[str, Any] = field(default_factory=dict)

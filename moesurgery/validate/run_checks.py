@@ -12,6 +12,7 @@ from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import Scan, scan_checkpoint
 from moesurgery.checkpoint.source import LocalSource, open_source
 from moesurgery.errors import CheckpointError, RecipeError
+from moesurgery.families.clients import CLIENTS
 from moesurgery.validate.check import CHECKS, NotChecked
 from moesurgery.validate.codes import CODES, LEVELS, Level
 from moesurgery.validate.context import Context
@@ -22,7 +23,7 @@ from moesurgery.validate.report import Report
 # `architecture` when it runs, and with `forward`.
 _MODULES = (
     *("container", "policy", "provenance"),
-    *("constants", "shapes", "experts", "layers", "vocabulary", "dtypes", "tokenizer", "architecture"),
+    *("constants", "shapes", "experts", "layers", "vocabulary", "dtypes", "tokenizer", "architecture", "clients"),
     *("values", "forward", "against"),
 )
 _WITHOUT_TENSORS = frozenset(("C16", "T01", "T02"))  # of the levels above `container`
@@ -35,6 +36,7 @@ def validate_checkpoint(
     against: str | Path | Sequence[str | Path] | None = None,
     tolerance: float | None = None,
     ignore: Collection[str] = (),
+    client: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Report:
     """Validate the checkpoint that `reference` names: a directory, `hf://org/name[@revision]`, a URL.
@@ -42,11 +44,14 @@ def validate_checkpoint(
     `level` includes the ones before it; the default is everything but `forward` for a directory, and everything
     that reads headers alone for a remote one. `against`: the checkpoint that this one was made from, or all that were
     merged; `NAME=MODEL` says which of those that the provenance names one is. `tolerance` bounds the KL (nats) of F02.
+    `client`: a program of `families.clients` that is to read it.
     `progress` is told the bytes of weights that were read.
 
     Never raises for what the checkpoint holds. Raises CheckpointError where there is no such checkpoint or no such
-    reference, RecipeError for an unknown code.
+    reference, RecipeError for an unknown code or client.
     """
+    if client is not None and client not in CLIENTS:
+        raise RecipeError(f"there is no client {client!r}", f"known: {', '.join(CLIENTS)}")
     for code in ignore:
         if code not in CODES:
             raise RecipeError(f"there is no code {code!r}", "docs/codes.md lists them all")
@@ -57,10 +62,12 @@ def validate_checkpoint(
     references = (against,) if isinstance(against, (str, Path)) else tuple(against or ())
     for each in references:
         Given(str(each))
+    if client is not None:
+        levels = (*levels, "client")
     if references:
         levels = (*levels, "against")
     scan = scan_checkpoint(source)
-    subject = Context(scan, tuple(map(str, references)), tolerance, progress)
+    subject = Context(scan, tuple(map(str, references)), tolerance, client, progress)
     found, skipped, checked = _run(subject, levels)
     if level is None and chosen == "config":
         skipped.append(NotChecked(("V01",), f"the values of {_stored(scan) / 1e9:.1f} GB: --level values reads them"))

@@ -374,6 +374,25 @@ def test_attention_that_code_decides_by_number(models: Models, tmp_path: Path) -
         apply(plan_of(open_checkpoint(tmp_path / "silent")), "tie-blocks", scheme="repeat")
 
 
+def test_tables_by_the_number_of_a_layer_stand_still(ok: Cli, cli: Cli, models: Models, tmp_path: Path) -> None:
+    """Inkling 2 keeps queries for each layer outside its layers: those that more layers lack, loaders make up."""
+    path = models("inkling2")
+    table = "attention residuals go by blocks of layers"
+    with pytest.raises(RefusedError, match=table):
+        apply(plan_of(open_checkpoint(path)), "tie-blocks", scheme="repeat", materialize=True)
+    recipe = tmp_path / "r.yaml"
+    part = "- sources: [{{model: {}, layer_range: [{}, {}]}}]\n"
+    text = "merge_method: passthrough\nslices:\n"
+    recipe.write_text(text + part.format(path, 0, 2) + part.format(path, 1, 2))
+    refused = cli("merge", recipe, "-o", tmp_path / "out")
+    assert refused.code == 2
+    assert table in " ".join(refused.err.split())
+    assert not (tmp_path / "out").exists()
+    recipe.write_text(text + part.format(path, 0, 2))  # all layers where they were
+    ok("merge", recipe, "-o", tmp_path / "out")
+    assert read_tensors(tmp_path / "out").keys() == read_tensors(path).keys()
+
+
 def test_quantised_blocks_are_written_out_or_refused(models: Models, tmp_path: Path) -> None:
     make_fp8(models("deepseek_v3", num_hidden_layers=4), tmp_path / "fp8")
     plan = plan_of(open_checkpoint(tmp_path / "fp8"))

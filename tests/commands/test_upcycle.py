@@ -327,7 +327,11 @@ def test_the_proof_shrinks_rope_and_windows_that_old_configs_have(tmp_path: Path
     ("source", "changes", "lost"),
     [
         ("mistral", {"sliding_window": 4096, "max_position_embeddings": 32768}, {"sliding_window": None}),
-        ("llama", LLAMA3, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        (
+            "llama",
+            LLAMA3,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_scaling": None},
+        ),
         ("granite", {"residual_multiplier": 0.2}, {"residual_multiplier": 1.0}),
     ],
 )

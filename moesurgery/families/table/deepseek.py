@@ -191,7 +191,6 @@ DEEPSEEK: tuple[Family, ...] = (
         routing=RouterRule(groups="top2", routed_scale_key="routed_scaling_factor", routed_scale_default=1.0),
         experts_key="n_routed_experts",
         norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
-        buffers=("lerope.alpha", "rotary_emb.alpha"),
         sparse=DEEPSEEK_LAYERS,
         refuses={"convert": OTHER_NAMES},
     ),

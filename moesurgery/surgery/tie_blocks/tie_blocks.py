@@ -21,6 +21,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.expr.tensors import mean
 from moesurgery.families.anatomy import TIED, Anatomy
+from moesurgery.families.clients import adapter_readers
 from moesurgery.families.components import MTP
 from moesurgery.families.layer_config import LayerOrigin, layer_settings, restacked_config, without_prediction
 from moesurgery.families.layer_stack import Stack, check_movable, stack_of
@@ -129,7 +130,10 @@ def tie_blocks(
             "distances": {kind: {str(i): d for i, d in by.items()} for kind, by in found.items()},
             "distances_from": distances,
         },
-        notes=(*_notes(arrangement, compared, found, distances, stored_once, relax), *_odd_note(left_out)),
+        notes=(
+            *_notes(arrangement, compared, found, distances, stored_once, relax, anatomy.is_moe),
+            *_odd_note(left_out),
+        ),
         tables=_tables(found),
     )
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files, companions=companions)
@@ -376,14 +380,15 @@ def _notes(
     distances: Distances,
     stored_once: bool,
     relax: int | None,
+    moe: bool,
 ) -> list[str]:
     notes = []
     if compared:
         notes.append("blocks that were trained apart now share weights: expect damage, and train (docs/surgery.md)")
     if stored_once:
         notes.append(
-            "loads with trust_remote_code=True, or without where moesurgery is installed and imported; other loaders"
-            " refuse it: write them a copy with --materialize"
+            "loads in transformers 5 with trust_remote_code=True, or without where moesurgery is installed and"
+            " imported; transformers 4 and other programs refuse it: write them a copy with --materialize"
         )
     if found and distances == "sampled":
         notes.append("distances ||W - R|| / ||W|| are from a sample of the values (--distances exact reads all)")
@@ -391,6 +396,7 @@ def _notes(
         notes.append("the weights are quantised, so their distances were not taken")
     if relax is not None:
         notes.append(f"adapter/: a PEFT LoRA of rank {relax} that gives each position its difference back")
+        notes.append(adapter_readers(experts=moe))
     return notes
 
 

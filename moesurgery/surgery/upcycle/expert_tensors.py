@@ -126,6 +126,11 @@ def shared_settings(design: Design, moe: Moe, width: int) -> dict[str, int | str
     return found
 
 
+# Weights of a gate that is 1/2 for every token: so small that its sigmoid is 1/2 to the last bit of float32, and no
+# zeros, since llama.cpp computes silu(x) / x. The smallest of float16 is near enough.
+EVEN_GATE = {"F32": 2.0**-60, "BF16": 2.0**-60, "F16": 2.0**-24, "F64": 2.0**-60}
+
+
 def shared_tensors(prefix: str, source: Ingredient, design: Design, moe: Moe, seed: int) -> dict[str, Expr]:
     """Return the shared expert's tensors: its share of the FFN, or one without effect where a type must have one."""
     shared = moe.shared
@@ -144,7 +149,7 @@ def shared_tensors(prefix: str, source: Ingredient, design: Design, moe: Moe, se
     parts["down"] = scaled(parts["down"], source.scale * design.share / shared.factor)
     found = _shared_names(prefix, shared, parts)
     if shared.gate:
-        found[f"{prefix}{shared.gate}.weight"] = Full(0.0, ffn.gate.dtype, (1, ffn.hidden))
+        found[f"{prefix}{shared.gate}.weight"] = Full(EVEN_GATE[ffn.gate.dtype], ffn.gate.dtype, (1, ffn.hidden))
     return found
 
 

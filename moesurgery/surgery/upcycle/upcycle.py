@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.families.clients import CLIENTS
 from moesurgery.families.quantisation_settings import with_renamed_modules
 from moesurgery.families.quantised import quantisation_config
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.plan.side_files import quantisation_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.surgery.client_form import ClientName, obstacles
 from moesurgery.surgery.upcycle.dense_model import DenseModel, dense_model_of
 from moesurgery.surgery.upcycle.dense_sources import (
     DenseSource,
@@ -82,6 +84,9 @@ def upcycle(
         Literal["float32", "bfloat16", "float16"] | None, Param("type of all weights, if not the source's")
     ] = None,
     seed: Annotated[int, Param("seed of everything random", minimum=0)] = 0,
+    client: Annotated[
+        ClientName | None, Param("choose a type that this program runs exactly, or refuse", option="--for")
+    ] = None,
     proof: Annotated[bool, Param("prove the rewrite on a shrunk clone")] = True,
     verify: Annotated[bool, Param("compare the real models' logits on a prompt before anything is written")] = False,
     text: Annotated[
@@ -114,15 +119,22 @@ def upcycle(
         "noise": noise,
         "dtype": dtype,
         "seed": seed,
+        "client": client,
         "verify": verify,
         "text": text,
     }
-    pair, conversion = choose_pair(plan, to, shared=bool(shared_expert))
+    count, k = _counts(experts, top_k, granularity, split, len(sources or []))
+    pair, conversion = choose_pair(
+        plan,
+        to,
+        shared=bool(shared_expert),
+        client=CLIENTS[client] if client else None,
+        routing={"experts": count, "top_k": k, "renormalise": renormalise},
+    )
     base = dense_model_of(plan, pair.source)
     _refuse_named_ffns(base)
     opened = open_sources(base, sources or [])
     shared_from = open_sources(base, [shared_source])[0] if shared_source else None
-    count, k = _counts(experts, top_k, granularity, split, len(opened))
     moe = pair.target.moe
     assert moe is not None
     design = design_for(
@@ -216,17 +228,21 @@ def _finished(mixture: Mixture, proof: bool) -> Plan:
         found = prove(base, mixture.pair, given, upcycle)
         report["proof"] = found.report
         details.append(found.text)
+    config = mixture.config()
+    unread = {name: reasons for name, client in CLIENTS.items() if (reasons := obstacles(client, base.plan, config))}
+    report["clients"] = unread
+    notes = [f"not exact in {name}: {'; '.join(reasons)}" for name, reasons in unread.items()]
     step = Step(
         "upcycle",
         {k: v for k, v in given.items() if v is not None and k not in _ONLY_MEASURED},
         f"{mixture.pair.source_type} -> {mixture.pair.target_type}: {design.experts} experts, top-{design.top_k}",
         tuple(details),
         report,
-        tuple(mixture.notes(exact=not inexact)),
+        (*mixture.notes(exact=not inexact), *notes),
         (known.table,) if known and known.table else (),
         parents=parents(given, mixture.sources, mixture.shared_from),
     )
-    made = base.plan.edited(step, tensors=tensors, config=mixture.config(), shard_of=shard_of)
+    made = base.plan.edited(step, tensors=tensors, config=config, shard_of=shard_of)
     others = [d.plan.checkpoint for d in branches(base, mixture.all_sources()) if d is not base]
     made = replace(made, sources=(*base.plan.sources, *others))
     return _measured(made, base.plan, given["text"] or [], verify=given["verify"])

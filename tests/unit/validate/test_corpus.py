@@ -39,16 +39,17 @@ class Case:
     break_it: Break
     level: str
     against: bool
+    client: str | None
 
 
 CASES: list[Case] = []
 
 
 def case(
-    *expected: str, base: str = "mixtral", level: str = "values", against: bool = False
+    *expected: str, base: str = "mixtral", level: str = "values", against: bool = False, client: str | None = None
 ) -> Callable[[Break], Break]:
     def register(function: Break) -> Break:
-        CASES.append(Case(function.__name__, base, expected, function, level, against))
+        CASES.append(Case(function.__name__, base, expected, function, level, against, client))
         return function
 
     return register
@@ -58,6 +59,47 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
 ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
 NORM = "model.layers.1.input_layernorm.weight"
 LAYER = "model.layers.1."
+
+
+# ---- clients: right in itself, and not for the program that is to read it
+
+
+@case("K01", base="qwen2_moe", client="mlx")
+def gates_that_the_client_does_not_renormalise(p: BrokenCheckpoint) -> None:
+    older_rope(p)
+    p.config("layer_types", norm_topk_prob=True)
+
+
+@case("K02", base="fused", client="transformers4")
+def a_layout_of_transformers_5(p: BrokenCheckpoint) -> None:
+    older_rope(p)
+
+
+@case("K03", client="mlx")
+def rope_in_the_newer_spelling_alone(p: BrokenCheckpoint) -> None:
+    pass
+
+
+@case("K04", base="qwen3_moe", client="transformers4")
+def experts_counted_under_another_key(p: BrokenCheckpoint) -> None:
+    older_rope(p)
+    p.json("config.json", lambda c: {**{k: v for k, v in c.items() if k != "num_experts"}, "num_local_experts": 8})
+
+
+@case("K05", base="tied", client="sglang")
+def a_tied_head_that_the_client_does_not_make(p: BrokenCheckpoint) -> None:
+    pass
+
+
+@case("K06", "V02?", base="qwen2_moe", client="llama.cpp")
+def a_gate_of_zeros_that_the_client_divides_by(p: BrokenCheckpoint) -> None:
+    p.config(norm_topk_prob=False)
+    gates = {name: t for name, t in p.tensors().items() if name.endswith("shared_expert_gate.weight")}
+    p.update({name: torch.zeros_like(t) for name, t in gates.items()})
+
+
+def older_rope(p: BrokenCheckpoint) -> None:
+    p.json("config.json", lambda c: {**c, "rope_theta": c["rope_parameters"]["rope_theta"]})
 
 
 # ---- policy
@@ -1080,7 +1122,7 @@ def test_each_fault_is_found_by_its_code(
     if one.break_it is disk_that_fails:
         failing_disk(monkeypatch, patient.shards[1].name)
     reference = bases("mixtral") if one.against else None
-    report = validate_checkpoint(patient.folder, level=one.level, against=reference)
+    report = validate_checkpoint(patient.folder, level=one.level, against=reference, client=one.client)
     found = {spell(f.code, f.severity) for f in report.findings}
     assert found == set(one.expected), [(f.code, f.severity, f.where, f.message) for f in report.findings]
 
