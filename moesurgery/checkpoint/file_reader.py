@@ -81,7 +81,7 @@ class FileReader:
 
         if nbytes > BUFFER or nbytes == 0:
             tensor = torch.empty(nbytes, dtype=torch.uint8)
-            self._fill(as_bytes(tensor), source, file, start)
+            self.fill(as_bytes(tensor), source, file, start)
             return tensor
         if self._used == len(self._buffers):
             self._buffers.append(Buffer())
@@ -94,7 +94,7 @@ class FileReader:
         """Return bytes of a source, valid until the next call: to be decoded at once. Needs no torch."""
         if nbytes > BUFFER:
             view = memoryview(bytearray(nbytes))
-            self._fill(view, source, file, start)
+            self.fill(view, source, file, start)
             return view
         if self._passing is None:
             self._passing = Buffer()
@@ -103,10 +103,11 @@ class FileReader:
     def bytes_at(self, source: Source, file: str, start: int, nbytes: int, buffer: Buffer) -> memoryview:
         """Return bytes of a source in `buffer`, to be changed in place."""
         view = buffer.at(start, nbytes)
-        self._fill(view, source, file, start)
+        self.fill(view, source, file, start)
         return view
 
-    def _fill(self, view: memoryview, source: Source, file: str, start: int) -> None:
+    def fill(self, view: memoryview, source: Source, file: str, start: int) -> None:
+        """Fill `view` with bytes of a source."""
         path = self.path(source, file)
         if path is None:
             view[:] = read_remote(source, file, start, len(view))
