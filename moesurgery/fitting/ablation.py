@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesurgery.fitting.collector import check_routing
 from moesurgery.forward.engine import Engine, Progress, Resume, Streams
 from moesurgery.forward.hooks import ExpertsCall, Hooks
-from moesurgery.forward.loss import window_loss
+from moesurgery.forward.loss import window_losses
 from moesurgery.forward.meta_model import ExpertsModule
 from moesurgery.forward.tokens import Tokens
 
@@ -132,11 +132,10 @@ def _losses(
 def _finished(run: Streams) -> float:
     """Return the loss of a run that is past its layers, in nats per predicted token."""
     nats, count = 0.0, 0
-    for number, stream in enumerate(run.streams):
-        logits = run.finish(number)
-        for row, ids in enumerate(stream.tokens.ids):
-            nats += window_loss(logits[row], None, ids)[0]
-            count += len(ids) - 1
+    for number in range(len(run)):
+        for _, part, logits in run.ends(number):
+            nats += sum(lost for lost, _ in window_losses(logits, None, part.ids))
+            count += len(part) * (part.length - 1)
     return nats / count
 
 

@@ -148,23 +148,23 @@ class Streams:
         result, stream.coroutine.result = stream.coroutine.result, None
         return result
 
-    def ends(self, number: int) -> Iterator[tuple[int, Tokens, Any]]:
+    def ends(self, number: int, windows: int | None = None) -> Iterator[tuple[int, Tokens, Any]]:
         """Take one stream, past its layers, to the end; yield (first window, windows, logits [b, S, V]).
 
-        Where a batch was made larger than memory has room for its logits, some windows at a time.
+        As many `windows` at a time as memory has room for their logits, where batches are larger.
         """
         stream = self.streams[number]
-        size, layers = self.engine.windows_per_head(stream.tokens), len(self.engine.layers)
+        size, layers = windows or self.engine.windows_per_head(stream.tokens), len(self.engine.layers)
         if size >= len(stream.tokens) or not _is_cut_by_windows(stream.last, stream.tokens):
             yield stream.first, stream.tokens, self.finish(number)
             return
         last, stream.last = stream.last, None
         stream.coroutine.close()
         for start in range(0, len(stream.tokens), size):
-            windows = stream.tokens.rows(start, start + size)
-            rest = Streams(self.engine, windows, size, NO_HOOKS, Resume(layers, [_windows(last, start, start + size)]))
+            part = stream.tokens.rows(start, start + size)
+            rest = Streams(self.engine, part, size, NO_HOOKS, Resume(layers, [_windows(last, start, start + size)]))
             try:
-                yield stream.first + start, windows, rest.finish(0)
+                yield stream.first + start, part, rest.finish(0)
             finally:
                 rest.streams[0].coroutine.close()
 

@@ -42,6 +42,13 @@ class ExpertsCall:
         flat, real = values.reshape(-1, values.shape[-1]), self.real
         return flat if real is None else flat[real]
 
+    def half(self, half: int) -> torch.Tensor:
+        """Return the places [t] of all tokens of even windows (0) or of odd ones (1)."""
+        import torch
+
+        places = torch.arange(self.tokens.ids.numel(), device=self.hidden.device)
+        return places.view(len(self.tokens), -1)[(self.first + half) % 2 :: 2].reshape(-1)
+
     @property
     def window(self) -> torch.Tensor:
         """The number of the window of each token [T]."""

@@ -1,9 +1,9 @@
 """Values of expressions read into tensors of a device, at the speed of the page cache.
 
-What a plan only selects and joins are byte ranges of files (`Expr.pieces`). They are read straight to where they belong:
-into the tensor itself on the processor, into pinned memory on the way to a GPU, by several threads, since one alone
-copies a few GB/s. Quantised weights go to a GPU as they are stored, and become numbers there, so that only
-their bytes cross the bus. Everything else is evaluated on the processor, chunk by chunk.
+What a plan only selects and joins are byte ranges of files (`Expr.pieces`). They are read straight to where they
+belong: into the tensor itself on the processor, into pinned memory on the way to a GPU, by several threads, since one
+alone copies a few GB/s. Quantised weights go to a GPU as they are stored, and become numbers there, so that only their
+bytes cross the bus. Everything else is evaluated on the processor, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import FileReader, as_bytes
@@ -60,10 +60,10 @@ class Loader:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "load")
-        free = torch.cuda.Event()
+        free = torch.cuda.Event()  # type: ignore[no-untyped-call]
         free.record(torch.cuda.current_stream(self.device))  # the memory may still be in use by what was there before
         for done in [self._pool.submit(self._to_gpu, free, *job) for job in jobs]:
-            done.result()
+            done.result().synchronize()
 
     def _to_memory(self, flat: torch.Tensor, start: int, span: list[Piece], expr: Expr) -> None:
         reader = self._reader()
@@ -98,7 +98,8 @@ class Loader:
             _read(reader, part, as_bytes(room[:length]))
             into[at // size : (at + length) // size].copy_(room[:length].view(kind))
 
-    def _to_gpu(self, free: torch.cuda.Event, flat: torch.Tensor, start: int, span: list[Piece], expr: Expr) -> None:
+    def _to_gpu(self, free: torch.cuda.Event, flat: torch.Tensor, start: int, span: list[Piece], expr: Expr) -> Any:
+        """Read and send one span; return what is over when it has arrived."""
         import torch
 
         with torch.no_grad(), torch.cuda.device(self.device):
@@ -112,9 +113,9 @@ class Loader:
                 else:
                     nbytes = sum(piece.nbytes for piece in span)
                     room = staged.room(nbytes)
-                    at = 0
+                    view, at = as_bytes(room), 0
                     for piece in span:
-                        _read(staged.files, piece, as_bytes(room[at : at + piece.nbytes]))  # type: ignore[arg-type]
+                        _read(staged.files, piece, view[at : at + piece.nbytes])  # type: ignore[arg-type]
                         at += piece.nbytes
                     values = room.view(torch_dtype(expr.dtype))
                     into = flat[start : start + len(values)]
@@ -122,7 +123,7 @@ class Loader:
                         values if into.dtype == values.dtype else values.to(self.device, non_blocking=True),
                         non_blocking=True,
                     )
-            staged.stream.synchronize()
+                return staged.stream.record_event()
 
     def _computed(self, flat: torch.Tensor, start: int, piece: Compute, staged: StagedReader) -> None:
         staged.files.begin_chunk()
@@ -143,7 +144,7 @@ class StagedReader:
         import torch
 
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.files = FileReader()
         self._memory = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
         self._used = 0

@@ -51,4 +51,4 @@ class RouterTap(TorchFunctionMode):
 
 def torch_functions_unseen() -> AbstractContextManager[Any]:
     """Return a context in which no torch function mode is active."""
-    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+    return torch._C.DisableTorchFunction()
