@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
     from moesurgery.forward.tokens import Tokens
 
-_SHOWN = ("kind", "ridge", "sweeps", "text", "tokens", "window", "seed", "dtype")
+_SHOWN = ("apart", "assistant_only", "kind", "ridge", "sweeps", "text", "tokens", "window", "seed", "dtype")
 _DIGESTS = {"fingerprint": "another model", "edited": "another edit", "token_ids": "other windows of the text"}
 
 
@@ -35,7 +35,7 @@ class CalibrationCache:
     plan: Plan
     windows: Tokens
     run: _run_options.Run
-    text: list[Path]
+    text: Sequence[str]
     force: bool
 
     def statistics(self, top_k: Sequence[int], recon: Sequence[int], every_expert: bool) -> Path:

@@ -38,11 +38,14 @@ KINDS = ("none", "scalar", "expert", "down", "all")
 AUTO = "auto"
 
 _Texts = Annotated[
-    list[Path] | None,
-    typer.Option("--text", help="Calibration text or JSONL: collects the statistics first; repeat for more."),
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help=f"Collect the statistics first, on {measuring.FORMS}; FILE=3 for three times the tokens; repeat for more.",
+    ),
 ]
 _HeldOut = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option("--heldout", help="Text to measure the outcome on; a quarter of --text is kept for it by default."),
 ]
 _Refit = Annotated[
@@ -73,6 +76,9 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "tokens": (_run_options.CalibrationTokens, _run_options.TOKENS),
     "dtype": (_run_options.DtypeOption, "float32"),
     "device": (_run_options.DeviceOption, "cpu"),
+    "memory": (_run_options.Memory, ""),
+    "apart": (_run_options.Apart, False),
+    "assistant_only": (_run_options.AssistantOnly, False),
 }
 
 
@@ -84,17 +90,20 @@ def takes_statistics(found: Operation) -> bool:
 class Calibration:
     """The options above, as they were given."""
 
-    text: list[Path] | None = None
+    text: list[str] | None = None
     refit: str | None = None
     ridge: str = AUTO
     sweeps: int = 1
-    heldout: list[Path] | None = None
+    heldout: list[str] | None = None
     limit: int = HELD_OUT_WINDOWS
     no_heldout: bool = False
     window: int = 512
     tokens: int = _run_options.TOKENS
     dtype: str = "float32"
     device: str = "cpu"
+    memory: str = ""
+    apart: bool = False
+    assistant_only: bool = False
 
     def check(self) -> None:
         if self.refit not in (None, *KINDS):
@@ -112,7 +121,9 @@ class Calibration:
         return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps)  # type: ignore[arg-type]
 
     def run(self, seed: int) -> _run_options.Run:
-        return _run_options.Run(self.window, None, seed, self.device, self.dtype)
+        return _run_options.Run(
+            self.window, None, seed, self.device, self.dtype, self.memory, self.apart, self.assistant_only
+        )
 
 
 def _number(text: str) -> float | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,8 @@ import typer
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.cli._console import console
 from moesurgery.errors import RecipeError
+from moesurgery.forward.documents import Text, text_of
+from moesurgery.forward.memory_budget import parse_bytes
 from moesurgery.plan.fingerprint import fingerprint
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.reader import load_any_recipe
@@ -26,8 +28,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 ModelOrRecipe = Annotated[
     str, typer.Argument(help="A checkpoint (folder, hf://, URL), or a recipe of one never written.")
 ]
-Texts = Annotated[
-    list[Path], typer.Option("--text", help="Text or JSONL (text, or input_ids) to measure on; repeat for more.")
+FORMS = "text, JSONL or Parquet (messages, prompt and completion, text, input_ids), also hf://datasets/org/name/file"
+Texts = Annotated[list[str], typer.Option("--text", help=f"What to measure on: {FORMS}; repeat for more.")]
+WeightedTexts = Annotated[
+    list[str],
+    typer.Option("--text", help=f"{FORMS[0].upper()}{FORMS[1:]}; FILE=3 for three times the tokens; repeat for more."),
+]
+Apart = Annotated[
+    bool, typer.Option("--apart", help="Each document in windows of its own, so that none attends to another.")
+]
+AssistantOnly = Annotated[
+    bool, typer.Option("--assistant-only", help="Only the assistant's tokens count in what is measured.")
+]
+Memory = Annotated[
+    str,
+    typer.Option("--memory", help="What to take of the device's memory: 40GB. By default what is free on a GPU."),
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Windows per file at most.")]
@@ -36,7 +51,7 @@ Seed = Annotated[
 ]
 TOKENS = 49_152
 CalibrationTokens = Annotated[
-    int, typer.Option("--tokens", min=1, help="Tokens to run over, in equal parts from each file.")
+    int, typer.Option("--tokens", min=1, help="Tokens to run over, in parts from each file as its weight says.")
 ]
 CalibrationSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sample of windows.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16 or float16.")]
@@ -64,56 +79,63 @@ class Run:
     seed: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    memory: str = ""
+    apart: bool = False
+    assistant: bool = False
 
     def check(self) -> None:
         """Raise RecipeError for a dtype or device that is not there."""
         if self.dtype not in DTYPES:
             raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
         check_device(self.device)
+        if self.memory:
+            parse_bytes(self.memory)
 
     def engine(self, plan: Plan) -> Engine:
         from moesurgery.forward.engine import Engine
 
-        return Engine(plan, device=self.device, dtype=self.dtype)
+        memory = parse_bytes(self.memory) if self.memory else 0
+        return Engine(plan, device=self.device, dtype=self.dtype, memory=memory)
 
     def calibration(
-        self, checkpoint: Checkpoint, texts: list[Path], tokens: int, hold_out: int = 0
+        self, checkpoint: Checkpoint, texts: Sequence[str], tokens: int, hold_out: int = 0
     ) -> tuple[Tokens, list[Domain]]:
         """Read windows of all files, drawn by the seed and mixed, so that every part of them is balanced.
 
         With `hold_out`, one window in so many of each file is kept out and returned by itself.
         """
-        from moesurgery.forward.text_windows import Domain
         from moesurgery.forward.tokens import mixed
 
-        limit = max(2 if hold_out else 1, tokens // self.window // len(texts))
-        found = replace(self, limit=limit).domains(checkpoint, texts)
+        files = [text_of(text) for text in texts]
+        whole = sum(file.weight for file in files)
+        least = 2 if hold_out else 1
+        found = [
+            replace(self, limit=max(least, int(tokens * file.weight / whole / self.window))).domain(checkpoint, file)
+            for file in files
+        ]
         if not hold_out:
-            return mixed([d.windows for d in found]), []
-        cuts = [len(d.windows) - max(1, len(d.windows) // hold_out) for d in found]
-        kept = [Domain(d.name, d.windows[cut:]) for d, cut in zip(found, cuts, strict=True)]
-        return mixed([d.windows[:cut] for d, cut in zip(found, cuts, strict=True) if cut]), kept
+            return mixed([d.as_tokens for d in found]), []
+        kept = [d.each(hold_out) for d in found]
+        return mixed([rest.as_tokens for rest, _ in kept if len(rest.windows)]), [out for _, out in kept]
 
-    def domains(self, checkpoint: Checkpoint, texts: list[Path]) -> list[Domain]:
+    def domains(self, checkpoint: Checkpoint, texts: Sequence[str]) -> list[Domain]:
         """Read the text files as windows of the model's tokens."""
+        return [self.domain(checkpoint, Text(text)) for text in texts]
+
+    def domain(self, checkpoint: Checkpoint, text: Text) -> Domain:
         from moesurgery.forward.loss import context_limit
-        from moesurgery.forward.text_windows import load_tokenizer, read_domain, start_token, token_count
+        from moesurgery.forward.text_windows import Reading, read_domain
 
         longest = context_limit(checkpoint)
         if longest is not None and self.window > longest:
             raise RecipeError(
                 f"--window {self.window} is longer than the model's {longest} positions", f"use --window {longest}"
             )
-
-        @cache
-        def tokenizer() -> Any:
-            return load_tokenizer(checkpoint)
-
-        start, count = start_token(checkpoint.config), token_count(checkpoint.config)
-        return [read_domain(path, tokenizer, start, self.window, self.limit, self.seed, count) for path in texts]
+        reading = Reading(checkpoint, self.assistant)
+        return read_domain(text, reading, self.window, self.limit, self.seed, apart=self.apart)
 
 
-def calibrated_on(plan: Plan, windows: Tokens, run: Run, texts: list[Path]) -> dict[str, Any]:
+def calibrated_on(plan: Plan, windows: Tokens, run: Run, texts: Sequence[str]) -> dict[str, Any]:
     """Return all that decides what is measured on calibration text, for provenance: see `beside.differences`."""
     return {
         "model": plan.checkpoint.source.identity,
@@ -124,14 +146,16 @@ def calibrated_on(plan: Plan, windows: Tokens, run: Run, texts: list[Path]) -> d
         "seed": run.seed,
         "dtype": run.dtype,
         "token_ids": windows.digest,
+        **({"apart": True} if run.apart else {}),
+        **({"assistant_only": True} if run.assistant else {}),
     }
 
 
-def described(texts: list[Path]) -> list[dict[str, str]]:
-    """Return name and SHA-256 of text files, for provenance."""
-    from moesurgery.stats.statistics_file import digest
-
-    return [{"file": path.name, "sha256": digest(path)} for path in texts]
+def described(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return name and SHA-256 of text files, for provenance; and the weight, where it is not 1."""
+    files = [text_of(text) for text in texts]
+    weights = [{"weight": file.weight} if file.weight != 1 else {} for file in files]
+    return [{"file": f.name, "sha256": f.digest, **weight} for f, weight in zip(files, weights, strict=True)]
 
 
 def subject(reference: str) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ SUFFIX = ".safetensors"
 
 def collect_command(
     model: _run_options.ModelOrRecipe,
-    text: _run_options.Texts,
+    text: _run_options.WeightedTexts,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: NAME.safetensors and NAME.json.")],
     top_k: Annotated[
         list[int] | None,
@@ -42,6 +43,9 @@ def collect_command(
     seed: _run_options.CalibrationSeed = 0,
     dtype: _run_options.DtypeOption = "float32",
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -56,7 +60,7 @@ def collect_command(
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
     plan = _run_options.subject(model)
-    run = _run_options.Run(window, None, seed, device, dtype)
+    run = _run_options.Run(window, None, seed, device, dtype, memory, apart, assistant_only)
     run.check()
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
     stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert)
@@ -84,7 +88,7 @@ def collect_stats(
     plan: Plan,
     windows: Tokens,
     run: _run_options.Run,
-    text: list[Path],
+    text: Sequence[str],
     top_k: list[int],
     keep: list[int],
     every_expert: bool = False,

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 def perplexity_command(
     model: _run_options.ModelOrRecipe,
-    text: Annotated[list[Path], typer.Argument(help="Text or JSONL files, one domain each.")],
+    text: Annotated[list[str], typer.Argument(help=f"Files, one domain each: {measuring.FORMS}.")],
     window: _run_options.Window = 512,
     limit: _run_options.Limit = None,
     seed: _run_options.Seed = None,
     dtype: _run_options.DtypeOption = "float32",
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -33,7 +36,7 @@ def perplexity_command(
     written. In a text file, form feeds separate documents.
     """
     console.quiet = quiet
-    run = _run_options.Run(window, limit, seed, device, dtype)
+    run = _run_options.Run(window, limit, seed, device, dtype, memory, apart, assistant_only)
     run.check()
     plan = _run_options.subject(model)
     domains = run.domains(plan.checkpoint, text)
@@ -70,6 +73,9 @@ def compare_command(
     seed: _run_options.Seed = None,
     dtype: _run_options.DtypeOption = "float32",
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -78,7 +84,7 @@ def compare_command(
     All run layer by layer. A recipe gives the figures that its written checkpoint would give.
     """
     console.quiet = quiet
-    run = _run_options.Run(window, limit, seed, device, dtype)
+    run = _run_options.Run(window, limit, seed, device, dtype, memory, apart, assistant_only)
     run.check()
     if len(models) < 2:
         raise RecipeError("compare needs two models or more", "`moesurgery perplexity` measures one")
@@ -111,9 +117,9 @@ def compare_command(
     for name, losses in zip(names, found, strict=True):
         total = losses[-1]
         shown = losses if len(domains) > 1 else losses[:1]
-        apart = "" if total.divergence is None else f"{total.divergence:.5f}"
+        distance = "" if total.divergence is None else f"{total.divergence:.5f}"
         over = "" if total.divergence is None else f"{total.nats - found[0][-1].nats:+.4f}"
-        rows.append((name, *(f"{loss.nats:.4f}" for loss in shown), over, apart))
+        rows.append((name, *(f"{loss.nats:.4f}" for loss in shown), over, distance))
     console.table(header, rows, right=range(1, len(header)))
     console.note(f"nats per token over {found[0][-1].tokens:,} predicted tokens; KL from {names[0]}")
 

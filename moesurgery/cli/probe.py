@@ -24,7 +24,7 @@ MODES = {"mask": ["mask"], "zero": ["zero"], "both": ["mask", "zero"]}
 
 def probe_command(
     model: _run_options.ModelOrRecipe,
-    text: _run_options.Texts,
+    text: _run_options.WeightedTexts,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write NAME.json, NAME.html and, unless --no-png, NAME.png.")
     ] = None,
@@ -44,6 +44,9 @@ def probe_command(
     seed: _run_options.CalibrationSeed = 0,
     dtype: _run_options.DtypeOption = "float32",
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -60,7 +63,7 @@ def probe_command(
     for file in files:
         if file.exists() and not force:
             raise OutputError(f"{file} exists", "use --force to replace it, or another -o")
-    run = _run_options.Run(window, None, seed, device, dtype)
+    run = _run_options.Run(window, None, seed, device, dtype, memory, apart, assistant_only)
     run.check()
     plan = _run_options.subject(model)
     plan.anatomy.require_family("probe")

@@ -66,7 +66,7 @@ def ablate(
     abreast = max(1, ABREAST_BYTES // (4 * tokens.count * _width(engine)))
     base = engine.start(tokens, batch=size)
     try:
-        found = Ablations(0.0, tokens.count - len(tokens))
+        found = Ablations(0.0, tokens.predicted)
         for mode in modes:
             found.single[mode] = {b.where: {} for b in blocks}
             indices = [e for e in range(blocks[0].block.experts) if all(e in wanted[b.where] for b in blocks)]
@@ -134,8 +134,8 @@ def _finished(run: Streams) -> float:
     nats, count = 0.0, 0
     for number in range(len(run)):
         for _, part, logits in run.ends(number):
-            nats += sum(lost for lost, _ in window_losses(logits, None, part.ids))
-            count += len(part) * (part.length - 1)
+            nats += sum(lost for lost, _ in window_losses(logits, None, part))
+            count += part.predicted
     return nats / count
 
 

@@ -152,9 +152,8 @@ def add(
             sums[name][half] += found[:, i]
         peak = torch.linalg.vector_norm(part.outputs, ord=torch.inf, dim=-1, dtype=torch.float32) * chosen
         sums["peak"][half] = torch.maximum(sums["peak"][half], by_expert(index, peak, experts).amax(0).double())
-        if len(routings) > 1:
-            index = torch.where(chosen, index, experts)
-        sums["output"] += summed_by_expert(index.reshape(-1), part.outputs.flatten(0, 1), experts).double()
+        counted = torch.where(chosen, index, experts)
+        sums["output"] += summed_by_expert(counted.reshape(-1), part.outputs.flatten(0, 1), experts).double()
         target = part.routed("") if len(routings) > 1 else None
         for name in routings:
             _add_routing(sums, part, name)
@@ -172,7 +171,8 @@ def _outputs_of(part: ExpertOutputs, index: torch.Tensor) -> torch.Tensor:
 
 def _tokens_of_halves(call: ExpertsCall) -> list[float]:
     """Return how many real tokens of even and of odd windows a call has."""
-    each = call.tokens.mask.sum(dim=1) if call.tokens.mask is not None else [call.tokens.length] * len(call.tokens)
+    counts = call.tokens.counts
+    each = [call.tokens.length] * len(call.tokens) if counts is None else counts.sum(dim=1).tolist()
     return [float(sum(each[(call.first + half) % 2 :: 2])) for half in (0, 1)]
 
 

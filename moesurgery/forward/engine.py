@@ -311,9 +311,13 @@ class Engine:
         """Return the logits [N, S, V] in float32: for few windows."""
         import torch
 
-        found: list[torch.Tensor] = []
-        self.run(tokens, logits=lambda first, part, values: found.append(values.float().cpu()))
-        return torch.cat(found)
+        found = torch.zeros(*tokens.ids.shape, self.vocabulary)
+
+        def take(first: int, part: Tokens, values: torch.Tensor) -> None:
+            found[first : first + len(part), : part.length, : values.shape[-1]] = values.float().cpu()
+
+        self.run(tokens, logits=take)
+        return found
 
     def work(self, tokens: Tokens) -> int:
         """What `progress` counts up to in one run."""

@@ -25,8 +25,8 @@ class ExpertOutputs:
     rows [t] are the tokens' places in the call: all of even windows, or all of odd ones, as `half` says. `index` [t, U]
     are the experts that any routing chose, the number of experts where there are fewer; `outputs` [t, U, H] their
     outputs without weights, as the model computes them; `weights[name]` [t, U] the weights by a routing in float32, and
-    `chosen[name]` [t, U] whether it chose the expert. For padding nothing is chosen, nor are experts of a number that
-    is not routed (identity experts); where nothing is chosen, weights are zero and outputs mean nothing.
+    `chosen[name]` [t, U] whether it chose the expert. For padding, and tokens that do not count, nothing is chosen, nor
+    are experts of a number that is not routed (identity experts); where nothing is chosen, weights are zero.
     """
 
     half: int
@@ -66,8 +66,11 @@ def expert_outputs(call: ExpertsCall, experts: int, routings: Mapping[str, Routi
                 n: (i.reshape(-1, i.shape[-1])[rows], w.reshape(-1, w.shape[-1])[rows])
                 for n, (i, w) in routings.items()
             }
-            real = None if call.real is None else call.real[rows]
-            index, weights, chosen = _together(part, experts, real)
+            index, weights, chosen = _together(part, experts)
+            if call.real is not None:
+                real = call.real[rows][:, None]
+                weights = {name: values * real for name, values in weights.items()}
+                chosen = {name: values & real for name, values in chosen.items()}
             outputs = each_output(call, hidden[rows], index.clamp(max=experts - 1))
             yield ExpertOutputs(half, rows, index, outputs, weights, chosen)
 
@@ -77,7 +80,7 @@ def _at(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _together(
-    routings: Mapping[str, RoutingTensors], experts: int, real: torch.Tensor | None
+    routings: Mapping[str, RoutingTensors], experts: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the experts [t, U] that any routing chose, and by routing the weights [t, U] and which it chose."""
     import torch
@@ -85,15 +88,11 @@ def _together(
     if len(routings) == 1:
         ((name, (index, weights)),) = routings.items()
         inside = index < experts
-        if real is not None:
-            inside = inside & real[:, None]
         return torch.where(inside, index, experts), {name: weights.float() * inside}, {name: inside}
     dense: dict[str, torch.Tensor] = {}
     member: dict[str, torch.Tensor] = {}
     for name, (index, weights) in routings.items():
         inside = index < experts
-        if real is not None:
-            inside = inside & real[:, None]
         at = torch.where(inside, index, experts)
         empty = torch.zeros(len(index), experts + 1, device=index.device)
         dense[name] = empty.scatter(1, at, weights.float())[:, :experts]

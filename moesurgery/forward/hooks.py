@@ -19,8 +19,8 @@ class ExpertsCall:
 
     hidden [T, H], index [T, k] and weights [T, k] are its inputs: the routing that the model itself computed. Where
     the code has no such module, `adapters` read the block as if it had, and `module` is the block.
-    `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding. `run()` computes
-    the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
+    `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding, and for tokens
+    that do not count. `run()` computes the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
     """
 
     block: ExpertsModule
@@ -35,7 +35,8 @@ class ExpertsCall:
 
     @property
     def real(self) -> torch.Tensor | None:
-        return self.tokens.mask.reshape(-1).to(self.hidden.device) if self.tokens.mask is not None else None
+        counts = self.tokens.counts
+        return counts.reshape(-1).to(self.hidden.device) if counts is not None else None
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """Return the rows [t, …] of values of this call that are no padding."""

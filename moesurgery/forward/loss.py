@@ -11,7 +11,7 @@ from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.text_windows import Domain
-from moesurgery.forward.tokens import Tokens
+from moesurgery.forward.tokens import Tokens, joined
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def compared(
             for ends in zip(*(run.ends(number, heads) for run in runs), strict=True):
                 first, part, reference = ends[0]
                 for found, (_, _, logits) in zip(sums, ends, strict=True):
-                    lost = window_losses(logits, None if logits is reference else reference, part.ids)
+                    lost = window_losses(logits, None if logits is reference else reference, part)
                     for row, (nats, divergence) in enumerate(lost):
                         entry = found[_domain_of(domains, first + row)]
                         entry[0] += nats
@@ -82,24 +82,26 @@ def compared(
     ]
 
 
-def window_losses(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> list[tuple[float, float]]:
+def window_losses(logits: torch.Tensor, reference: torch.Tensor | None, tokens: Tokens) -> list[tuple[float, float]]:
     """Return for each window the summed loss of its predictions, and the summed KL(reference || logits).
 
-    logits and reference are [b, S, V], ids [b, S]. Raises CheckpointError where a loss is not finite.
+    logits and reference are [b, S, V] for b windows. Raises CheckpointError where a loss is not finite.
     """
     import torch
 
-    targets = ids[:, 1:].to(logits.device)
-    sums = torch.zeros(2, len(ids), dtype=torch.float64, device=logits.device)
+    targets = tokens.ids[:, 1:].to(logits.device)
+    counts = None if tokens.counts is None else tokens.counts[:, 1:].to(logits.device)
+    sums = torch.zeros(2, len(tokens), dtype=torch.float64, device=logits.device)
     step = ROWS_GPU if logits.is_cuda else ROWS
-    for window in range(len(ids)):
+    for window in range(len(tokens)):
         for start in range(0, targets.shape[1], step):
             rows = slice(start, min(start + step, targets.shape[1]))
             log = torch.log_softmax(logits[window, rows], dim=-1, dtype=torch.float32)
-            sums[0, window] -= log.gather(1, targets[window, rows, None]).double().sum()
+            counted = 1.0 if counts is None else counts[window, rows].double()
+            sums[0, window] -= (log.gather(1, targets[window, rows, None])[:, 0].double() * counted).sum()
             if reference is not None:
                 base = torch.log_softmax(reference[window, rows], dim=-1, dtype=torch.float32)
-                sums[1, window] += (base.exp() * (base - log)).sum(-1).double().sum()
+                sums[1, window] += ((base.exp() * (base - log)).sum(-1).double() * counted).sum()
     found: list[tuple[float, float]] = [(nats, divergence) for nats, divergence in sums.T.tolist()]
     if not all(math.isfinite(nats) for nats, _ in found):
         raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
@@ -107,9 +109,7 @@ def window_losses(logits: torch.Tensor, reference: torch.Tensor | None, ids: tor
 
 
 def _together(domains: Sequence[Domain]) -> Tokens:
-    import torch
-
-    return Tokens(torch.cat([domain.windows for domain in domains]))
+    return joined([domain.as_tokens for domain in domains])
 
 
 def _domain_of(domains: Sequence[Domain], window: int) -> int:
