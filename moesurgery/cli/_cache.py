@@ -55,7 +55,10 @@ class CalibrationCache:
             check_same(target, "statistics", differs, f"collect again, --stats {target} to take them as they are,")
             console.note(f"statistics of {self.windows.count:,} tokens in {target} are used again")
             return target
-        stats = collect_stats(self.plan, self.windows, self.run, self.text, list(top_k), list(recon), every_expert)
+        scratch = target.with_name(target.name.removesuffix(SUFFIX) + ".scratch")
+        stats = collect_stats(
+            self.plan, self.windows, self.run, self.text, list(top_k), list(recon), every_expert, scratch
+        )
         stats.save(target)
         console.note(f"statistics of {self.windows.count:,} tokens are in {target}")
         return target

@@ -74,7 +74,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "no_heldout": (_NoHeldOut, False),
     "window": (_run_options.Window, 512),
     "tokens": (_run_options.CalibrationTokens, _run_options.TOKENS),
-    "dtype": (_run_options.DtypeOption, "float32"),
+    "dtype": (_run_options.DtypeOption, _run_options.AUTO),
     "device": (_run_options.DeviceOption, "cpu"),
     "memory": (_run_options.Memory, ""),
     "apart": (_run_options.Apart, False),
@@ -99,7 +99,7 @@ class Calibration:
     no_heldout: bool = False
     window: int = 512
     tokens: int = _run_options.TOKENS
-    dtype: str = "float32"
+    dtype: str = _run_options.AUTO
     device: str = "cpu"
     memory: str = ""
     apart: bool = False
@@ -121,8 +121,11 @@ class Calibration:
         return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps)  # type: ignore[arg-type]
 
     def run(self, seed: int) -> _run_options.Run:
+        dtype = self.dtype
+        if dtype == _run_options.AUTO and self.refit not in (None, "none"):
+            dtype = "float32"  # what is fitted is small beside what rounding leaves
         return _run_options.Run(
-            self.window, None, seed, self.device, self.dtype, self.memory, self.apart, self.assistant_only
+            self.window, None, seed, self.device, dtype, self.memory, self.apart, self.assistant_only
         )
 
 

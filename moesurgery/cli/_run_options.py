@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moesurgery.forward.tokens import Tokens
 
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
 
 ModelOrRecipe = Annotated[
     str, typer.Argument(help="A checkpoint (folder, hf://, URL), or a recipe of one never written.")
@@ -54,8 +55,16 @@ CalibrationTokens = Annotated[
     int, typer.Option("--tokens", min=1, help="Tokens to run over, in parts from each file as its weight says.")
 ]
 CalibrationSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sample of windows.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, or cuda where there is a GPU.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="What to compute in: float32, bfloat16, float16; auto is bfloat16 on a GPU.")
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="cpu; cuda for all GPUs that are visible; cuda:1 for one of them.")
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option("--scratch", help="Folder for the state between layers, where a killed run goes on. [OUT.scratch]"),
+]
 
 
 def check_device(name: str) -> None:
@@ -78,24 +87,46 @@ class Run:
     limit: int | None = None
     seed: int | None = None
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = AUTO
     memory: str = ""
     apart: bool = False
     assistant: bool = False
 
     def check(self) -> None:
         """Raise RecipeError for a dtype or device that is not there."""
-        if self.dtype not in DTYPES:
+        if self.dtype not in (AUTO, *DTYPES):
             raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(DTYPES)}")
         check_device(self.device)
         if self.memory:
             parse_bytes(self.memory)
 
+    @property
+    def devices(self) -> list[str]:
+        """The devices that windows are shared out among."""
+        if self.device != "cuda":
+            return [self.device]
+        import torch
+
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+    @property
+    def computed_in(self) -> str:
+        """The dtype: bfloat16 on GPUs and float32 on the processor, unless it is named."""
+        if self.dtype != AUTO:
+            return self.dtype
+        return "bfloat16" if self.device.startswith("cuda") else "float32"
+
     def engine(self, plan: Plan) -> Engine:
+        """Return an engine on the first of the devices."""
+        return self.engines(plan, 1)[0]
+
+    def engines(self, plan: Plan, most: int | None = None) -> list[Engine]:
+        """Return an engine for each device."""
         from moesurgery.forward.engine import Engine
 
         memory = parse_bytes(self.memory) if self.memory else 0
-        return Engine(plan, device=self.device, dtype=self.dtype, memory=memory)
+        dtype = self.computed_in
+        return [Engine(plan, device=device, dtype=dtype, memory=memory) for device in self.devices[:most]]
 
     def calibration(
         self, checkpoint: Checkpoint, texts: Sequence[str], tokens: int, hold_out: int = 0
@@ -144,7 +175,7 @@ def calibrated_on(plan: Plan, windows: Tokens, run: Run, texts: Sequence[str]) -
         "tokens": windows.count,
         "window": run.window,
         "seed": run.seed,
-        "dtype": run.dtype,
+        "dtype": run.computed_in,
         "token_ids": windows.digest,
         **({"apart": True} if run.apart else {}),
         **({"assistant_only": True} if run.assistant else {}),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moesurgery.cli import _run_options
-from moesurgery.cli._console import console
+from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.errors import OutputError
 
@@ -41,11 +43,15 @@ def collect_command(
     window: _run_options.Window = 512,
     tokens: _run_options.CalibrationTokens = _run_options.TOKENS,
     seed: _run_options.CalibrationSeed = 0,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = _run_options.AUTO,
     device: _run_options.DeviceOption = "cpu",
     memory: _run_options.Memory = "",
     apart: _run_options.Apart = False,
     assistant_only: _run_options.AssistantOnly = False,
+    scratch: _run_options.Scratch = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time the first layer, and say what all of them will take.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -63,7 +69,11 @@ def collect_command(
     run = _run_options.Run(window, None, seed, device, dtype, memory, apart, assistant_only)
     run.check()
     windows, _ = run.calibration(plan.checkpoint, text, tokens)
-    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert)
+    scratch = scratch or target.with_name(target.name.removesuffix(SUFFIX) + ".scratch")
+    if dry_run:
+        _forecast(plan, windows, run, scratch, as_json=as_json)
+        return
+    stats = collect_stats(plan, windows, run, text, top_k or [], recon or [], every_expert, scratch)
     stats.save(target)
     document = _document(stats, target)
     target.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
@@ -92,15 +102,49 @@ def collect_stats(
     top_k: list[int],
     keep: list[int],
     every_expert: bool = False,
+    scratch: Path | None = None,
 ) -> Stats:
-    """Collect statistics with a progress bar, and note what they were collected on."""
-    from moesurgery.fitting.collector import collect
+    """Collect statistics with a progress bar, and note what they were collected on.
 
-    engine = run.engine(plan)
-    with console.progress("collecting", engine.work(windows), of_bytes=False) as watch:
-        stats = collect(engine, windows, top_k, keep, watch.progress, every_expert=every_expert)
-    stats.about |= _run_options.calibrated_on(plan, windows, run, text)
+    With `scratch`, what is done is kept there between layers, and the same call goes on from it.
+    """
+    from moesurgery.fitting.collector import collect_over
+    from moesurgery.forward.scratch import Scratch, each_part
+
+    engines = run.engines(plan)
+    about = _run_options.calibrated_on(plan, windows, run, text)
+    kept: list[Scratch | None] = [None] * len(engines)
+    if scratch is not None:
+        asked = {"top_k": top_k, "recon": keep, "every_expert": every_expert, "devices": run.devices}
+        kept = [Scratch(part, {**about, **asked}, console.note) for part in each_part(scratch, len(engines))]
+    with console.passing("collecting", windows.count, len(engines[0].layers)) as watch:
+        stats = collect_over(engines, windows, top_k, keep, watch.progress, every_expert=every_expert, scratch=kept)
+    stats.about |= about
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
     return stats
+
+
+def _forecast(plan: Plan, windows: Tokens, run: _run_options.Run, scratch: Path, *, as_json: bool) -> None:
+    from moesurgery.fitting.forecast import forecast
+
+    found = forecast(run.engine(plan), windows, len(run.devices))
+    if as_json:
+        console.json({"schema_version": 1, "tokens": windows.count, "scratch": str(scratch), **asdict(found)})
+        return
+    console.result(f"{windows.count:,} tokens through {found.layers} layers on {', '.join(run.devices)}")
+    console.table(
+        ("what", "how much"),
+        [
+            ("time", duration(found.seconds)),
+            ("of which one layer computes", f"{found.layer_seconds:.2f} s"),
+            ("and is read in", f"{found.load_seconds:.2f} s"),
+            ("weights read", human_bytes(found.read_bytes)),
+            ("memory of each device", human_bytes(found.memory_bytes)),
+            (f"space in {scratch}", human_bytes(found.scratch_bytes)),
+        ],
+        right=(1,),
+    )
 
 
 def _document(stats: Stats, target: Path) -> dict[str, Any]:

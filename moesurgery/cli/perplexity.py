@@ -22,7 +22,7 @@ def perplexity_command(
     window: _run_options.Window = 512,
     limit: _run_options.Limit = None,
     seed: _run_options.Seed = None,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = _run_options.AUTO,
     device: _run_options.DeviceOption = "cpu",
     memory: _run_options.Memory = "",
     apart: _run_options.Apart = False,
@@ -53,7 +53,7 @@ def perplexity_command(
                 "schema_version": 1,
                 "model": plan.checkpoint.source.identity,
                 "window": window,
-                "dtype": dtype,
+                "dtype": run.computed_in,
                 "domains": [_entry(f) for f in (*found, mean_loss(found))],
             }
         )
@@ -71,7 +71,7 @@ def compare_command(
     window: _run_options.Window = 512,
     limit: _run_options.Limit = None,
     seed: _run_options.Seed = None,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = _run_options.AUTO,
     device: _run_options.DeviceOption = "cpu",
     memory: _run_options.Memory = "",
     apart: _run_options.Apart = False,
@@ -103,7 +103,7 @@ def compare_command(
             {
                 "schema_version": 1,
                 "window": window,
-                "dtype": dtype,
+                "dtype": run.computed_in,
                 "reference": names[0],
                 "models": [
                     {"name": name, "reference": model, "domains": [_entry(loss) for loss in losses]}

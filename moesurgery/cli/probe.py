@@ -42,7 +42,7 @@ def probe_command(
     window: _run_options.Window = 512,
     tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = _run_options.AUTO,
     device: _run_options.DeviceOption = "cpu",
     memory: _run_options.Memory = "",
     apart: _run_options.Apart = False,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.keep_search import best_kept
-from moesurgery.forward.engine import Engine, Progress
+from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.expert_outputs import (
     ExpertOutputs,
     RoutingTensors,
@@ -22,6 +24,7 @@ from moesurgery.forward.expert_outputs import (
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
 from moesurgery.forward.meta_model import ExpertsModule
 from moesurgery.forward.paired_run import PairedRun
+from moesurgery.forward.scratch import Scratch
 from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.expert_counts import check_remaining
 from moesurgery.plan.plan import Plan
@@ -40,12 +43,13 @@ def collect(
     progress: Progress = lambda count: None,
     *,
     every_expert: bool = False,
+    scratch: Scratch | None = None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
-    With `every_expert`, also what each expert says to tokens that are not routed to it. Raises RefusedError for a
-    family whose code shows no routing.
+    With `every_expert`, also what each expert says to tokens that are not routed to it. With `scratch`, goes on from
+    what a killed run has left there. Raises RefusedError for a family whose code shows no routing.
     """
     import torch
 
@@ -88,11 +92,23 @@ def collect(
                 )
         return result
 
+    batch, resume = engine.windows_per_batch(tokens, False), None
+    if scratch is not None and (left := scratch.load(engine.device)) is not None:
+        resume, batch, sums = left
+        progress(resume.layer * tokens.count)
+    streams: Streams | None = None
     try:
-        engine.run(tokens, Hooks(experts=experts, block=block, router_logits=True), progress=progress)
+        watch = Hooks(experts=experts, block=block, router_logits=True)
+        streams = engine.start(tokens, watch, resume=resume, batch=batch)
+        while streams.unit is not None and streams.passed < len(engine.layers):
+            streams.step(progress)
+            if scratch is not None:
+                scratch.keep(streams, batch, sums)
     finally:
         for twin in twins.values():
             twin.close()
+        if streams is not None:
+            streams.close()
     about = {
         "model": engine.plan.checkpoint.source.identity,
         "model_type": engine.plan.anatomy.model_type,
@@ -106,6 +122,63 @@ def collect(
         "windows": len(tokens),
     }
     return Stats({b.where: BlockStats(b.where, as_numpy(sums[b.where])) for b in blocks}, about)
+
+
+def collect_over(
+    engines: Sequence[Engine],
+    tokens: Tokens,
+    other_top_k: Sequence[int] = (),
+    keep: Sequence[int] = (),
+    progress: Progress = lambda count: None,
+    *,
+    every_expert: bool = False,
+    scratch: Sequence[Scratch | None] = (None,),
+) -> Stats:
+    """Return what `collect` returns, with the windows shared out among engines on several devices.
+
+    The sums are those of one engine but for the order in which float64 numbers are added: to about 1e-15 of them.
+    """
+    if len(engines) == 1:
+        return collect(engines[0], tokens, other_top_k, keep, progress, every_expert=every_expert, scratch=scratch[0])
+    parts = shared_out(tokens, len(engines))
+
+    def one(number: int) -> Stats:
+        return collect(
+            engines[number],
+            parts[number],
+            other_top_k,
+            keep if number == 0 else (),
+            progress,
+            every_expert=every_expert,
+            scratch=scratch[number],
+        )
+
+    with ThreadPoolExecutor(len(parts), "device") as pool:
+        found = list(pool.map(one, range(len(parts))))
+    return added(found)
+
+
+def shared_out(tokens: Tokens, count: int) -> list[Tokens]:
+    """Return windows in up to `count` parts, each of an even number of windows, so that halves stay what they are."""
+    pairs = -(-len(tokens) // 2)
+    cuts = [2 * (pairs * i // count) for i in range(count)] + [len(tokens)]
+    return [tokens.rows(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def added(parts: Sequence[Stats]) -> Stats:
+    """Return the statistics of all windows from those of parts of them."""
+    import numpy as np
+
+    first = parts[0]
+    about = first.about | {name: sum(p.about[name] for p in parts) for name in ("tokens", "windows")}
+    blocks = {}
+    for where, block in first.blocks.items():
+        sums: dict[str, np.ndarray] = {}
+        for name, values in block.sums.items():
+            each = [p.blocks[where].sums[name] for p in parts if name in p.blocks[where].sums]
+            sums[name] = np.max(each, axis=0) if name == "peak" else np.sum(each, axis=0) if len(each) > 1 else values
+        blocks[where] = BlockStats(where, sums)
+    return Stats(blocks, about)
 
 
 def check_routing(engine: Engine, operation: str) -> list[ExpertsModule]:

@@ -65,7 +65,7 @@ class _PauseAt:
     """What a stream asks for: to go through a unit."""
 
     unit: LayerUnit
-    call: Callable[[], Any]
+    call: partial[Any]
 
 
 @dataclass
@@ -107,6 +107,13 @@ class Streams:
         if len(waiting) > 1:
             raise RefusedError(f"batches take different ways through the model: {', '.join(waiting)}")
         return next(iter(waiting.values()), None)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether layers are called with nothing that layers before them may have left in it."""
+        requests = [stream.coroutine.request for stream in self.streams]
+        given = [value for r in requests if r is not None for value in (*r.call.args, *r.call.keywords.values())]
+        return all(value is None or not isinstance(value, (dict, list, set)) or not value for value in given)
 
     def rehearse(self, watch: Hooks, count: int | None = None) -> list[Any]:
         """Send all streams, or the first `count`, through the unit they wait at under another watch, leave them at its
@@ -271,12 +278,26 @@ class Engine:
         free = (memory_budget.free_bytes(self.device) + held) // max(1, others)
         return min(free, self.memory) if self.memory else free
 
+    @property
+    def width(self) -> int:
+        """The hidden size."""
+        return self._shape.hidden
+
+    def hidden_bytes(self, tokens: Tokens) -> int:
+        """Return what the hidden states of all windows take: a model keeps its embeddings, and the last batch is twice
+        there."""
+        return 3 * tokens.ids.numel() * self._shape.hidden * self._shape.itemsize
+
+    def batch_bytes(self, tokens: Tokens) -> int:
+        """Return about what a batch takes on its way through a layer."""
+        return tokens.ids.numel() * self._shape.per_token(tokens.length)
+
     def _share_memory(self, tokens: Tokens) -> None:
         """Decide what may stay loaded, beside hidden states, activations and the unit that is read meanwhile."""
         if not self._keeps_what_fits:
             return
         largest = max(unit.nbytes for unit in self.skeleton.units.values())
-        hidden = 3 * tokens.ids.numel() * self._shape.hidden * self._shape.itemsize
+        hidden = self.hidden_bytes(tokens)
         if self.on_gpu:
             left = int((1 - memory_budget.ACTIVATIONS - 2 * memory_budget.LOGITS) * self._budget()) - hidden
             everything = sum(unit.nbytes for unit in self.skeleton.units.values())

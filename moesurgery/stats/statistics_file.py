@@ -139,7 +139,7 @@ class Stats:
     def save(self, path: Path) -> Path:
         """Write `path.safetensors` and, for people, `path.json`; return the former."""
         import numpy as np
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         target = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
         arrays = {
@@ -148,8 +148,18 @@ class Stats:
             for name, values in block.sums.items()
         }
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, target, metadata={"format": FORMAT, "about": json.dumps(self.about)})
+        target.write_bytes(_ordered(save(arrays, metadata={"format": FORMAT, "about": json.dumps(self.about)})))
         return target
+
+
+def _ordered(data: bytes) -> bytes:
+    """Return a safetensors file with its metadata in order: the library writes them in another order every time."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def load_stats(path: str | Path) -> Stats:
