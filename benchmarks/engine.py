@@ -7,7 +7,8 @@
 Writes a random Qwen3-MoE into FOLDER: `small` has 775 M parameters (128 experts, top-8, 10 layers), `tiny` 28 M
 (64 experts), `large` layers of 6 GB (256 experts in FP8 with a scale per 128 x 128 block). Then it times, after a pass
 to warm up: `forward` (weights in memory, and read again in each pass), `load` (a layer's way to the device), `collect`,
-`probe`, `fit_layers` (scalar and down). transformers is not run on `large`, which need not fit into memory.
+`probe`, `fit_layers` (scalar and down), `devices` (all GPUs against one). transformers is not run on `large`, which need not
+fit into memory.
 docs/performance.md has figures. Read the ratios.
 """
 
@@ -18,6 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.fitting.ablation import ablate
-from moesurgery.fitting.collector import collect
+from moesurgery.fitting.collector import collect, collect_over, shared_out
 from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.tokens import Tokens
@@ -37,7 +39,7 @@ SHAPES = {
     "small": {"hidden": 768, "width": 256, "experts": 128, "layers": 10, "heads": 12, "kv": 4},
     "large": {"hidden": 5120, "width": 1536, "experts": 256, "layers": 8, "heads": 64, "kv": 8},
 }
-WHAT = ("forward", "load", "collect", "probe", "refit")
+WHAT = ("forward", "load", "collect", "probe", "refit", "devices")
 BLOCK = 128
 
 
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--json", type=Path)
     given = parser.parse_intermixed_args()
-    what = given.what or WHAT
+    what = given.what or [name for name in WHAT if name != "devices"]
     large = given.shape == "large"
     shape = SHAPES[given.shape] | ({"layers": given.layers} if given.layers else {})
     model = given.folder / given.shape
@@ -199,6 +201,24 @@ def main() -> None:
         streamed = Engine(plan, device=device, dtype=dtype, keep=0)
         streamed.run(tokens)
         table.time("ours, weights read in each pass", lambda: streamed.run(tokens), 2)
+    if "devices" in what:
+        more = range(1, torch.cuda.device_count())
+        engines = [engine, *(Engine(plan, device=f"cuda:{i}", dtype=dtype, keep=keep) for i in more)]
+        parts = shared_out(tokens, len(engines))
+
+        def over_all() -> None:
+            with ThreadPoolExecutor(len(engines)) as pool:
+                list(pool.map(lambda pair: pair[0].run(pair[1]), zip(engines, parts, strict=True)))
+            for i in range(len(engines)):
+                torch.cuda.synchronize(i)
+
+        none = [None] * len(engines)
+        for name, job in (("forward", over_all), ("collect", lambda: collect_over(engines, tokens, scratch=none))):
+            one = (lambda: engine.run(tokens)) if name == "forward" else (lambda: collect(engine, tokens))
+            one()
+            job()
+            alone = table.time(f"{name}, one GPU", one, 2)
+            print(f"{'':44} {table.time(f'{name}, {len(engines)} GPUs', job, 2) / alone:9.2f} times one")
     if "load" in what:
         fresh = Engine(plan, device=device, dtype=dtype, keep=0)
         fresh.skeleton.read(fresh.layers[0])

@@ -65,6 +65,7 @@ class FileReader:
         self._buffers: list[Buffer] = []
         self._used = 0
         self._passing: Buffer | None = None
+        self._last: tuple[Source, str, Path | None] | None = None
 
     def close(self) -> None:
         for descriptor in self._open.values():
@@ -116,9 +117,12 @@ class FileReader:
 
     def path(self, source: Source, file: str) -> Path | None:
         """Return the path of a source file, checked once: it must not lead out of the checkpoint."""
+        if self._last is not None and self._last[0] is source and self._last[1] == file:
+            return self._last[2]
         if (source, file) not in self._paths:
             self._paths[source, file] = source.local(file)
-        return self._paths[source, file]
+        self._last = source, file, self._paths[source, file]
+        return self._last[2]
 
     def descriptor(self, path: Path) -> int:
         if path not in self._open:
