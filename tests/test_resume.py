@@ -114,6 +114,15 @@ def test_the_command_leaves_no_scratch_behind(demo: Path, tmp_path: Path, ok: Cl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.json", "s.safetensors"]
 
 
+def test_files_of_others_in_the_scratch_folder_stay(demo: Path, tmp_path: Path, ok: Cli) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    text = demo.parent / "heldout-code.txt"
+    options = ["--text", text, "--window", 64, "--tokens", 512, "--scratch", tmp_path / "mine"]
+    ok("collect", demo, *options, "-o", tmp_path / "s")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
 def test_a_dry_run_says_what_it_will_take_and_writes_nothing(demo: Path, tmp_path: Path, ok: Cli) -> None:
     text = demo.parent / "heldout-code.txt"
     options = ["--text", text, "--window", 64, "--tokens", 512, "-o", tmp_path / "s", "--dry-run"]

@@ -120,9 +120,9 @@ class Calibration:
         kind = self.refit or ("down" if operation == MERGE_EXPERTS and self.text else "none")
         return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps)  # type: ignore[arg-type]
 
-    def run(self, seed: int) -> _run_options.Run:
+    def run(self, seed: int, operation: str) -> _run_options.Run:
         dtype = self.dtype
-        if dtype == _run_options.AUTO and self.refit not in (None, "none"):
+        if dtype == _run_options.AUTO and self.options(operation) is not None:
             dtype = "float32"  # what is fitted is small beside what rounding leaves
         return _run_options.Run(
             self.window, None, seed, self.device, dtype, self.memory, self.apart, self.assistant_only
@@ -155,7 +155,7 @@ def prepare(
     if not given.text and not given.heldout:
         return Prepared((RecipeStep(found.name, values),))
     plan = plan_of(open_checkpoint(model))
-    run = given.run(int(values.get("seed", 0)))
+    run = given.run(int(values.get("seed", 0)), found.name)
     run.check()
     held_out: list[Domain] = []
     if given.heldout and not given.no_heldout:

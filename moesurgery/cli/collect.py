@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -120,8 +119,11 @@ def collect_stats(
     with console.passing("collecting", windows.count, len(engines[0].layers)) as watch:
         stats = collect_over(engines, windows, top_k, keep, watch.progress, every_expert=every_expert, scratch=kept)
     stats.about |= about
-    if scratch is not None:
-        shutil.rmtree(scratch, ignore_errors=True)
+    for each in kept:
+        if each is not None:
+            each.remove()
+    if scratch is not None and scratch.is_dir() and not any(scratch.iterdir()):
+        scratch.rmdir()
     return stats
 
 

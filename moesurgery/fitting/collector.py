@@ -136,7 +136,8 @@ def collect_over(
 ) -> Stats:
     """Return what `collect` returns, with the windows shared out among engines on several devices.
 
-    The sums are those of one engine but for the order in which float64 numbers are added: to about 1e-15 of them.
+    The sums are those of one engine but for rounding: batches hold other windows, and float64 numbers are added in
+    another order. `keep` is decided by the first engine, on its first batch.
     """
     if len(engines) == 1:
         return collect(engines[0], tokens, other_top_k, keep, progress, every_expert=every_expert, scratch=scratch[0])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,7 +76,12 @@ class Scratch:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what was kept, and the folder where nothing else is in it."""
+        for pattern in (STATE, f"{STATE}.new", "layer-*.safetensors*", "sums-*.safetensors*"):
+            for file in self.folder.glob(pattern):
+                file.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _stop(self, why: str) -> None:
         self._off = True
