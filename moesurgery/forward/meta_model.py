@@ -7,6 +7,7 @@ transformers' own conversion tables, so that every family and layout it loads is
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+_building = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -379,9 +382,13 @@ def _class_of(plan: Plan, config: Any) -> Any:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Have modules put every parameter that they register on the meta device; buffers keep their values."""
+    """Have modules put every parameter that they register on the meta device; buffers keep their values.
+
+    One thread at a time: what is changed meanwhile is torch's own.
+    """
     import torch
 
+    _building.acquire()
     register = torch.nn.Module.register_parameter
 
     def on_meta(module: Any, name: str, parameter: Any) -> None:
@@ -394,3 +401,4 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _building.release()
