@@ -67,7 +67,7 @@ class CalibrationRun:
                 "devices": self.settings.devices,
             }
             kept = [Scratch(part, about, reporter.note) for part in each_part(scratch, len(engines))]
-        with reporter.layer_progress("collecting", self.windows.count, len(engines[0].layers)) as progress:
+        with reporter.through_layers("collecting", self.windows.count, len(engines[0].layers)) as progress:
             stats = collect_over(
                 engines,
                 self.windows,

@@ -16,22 +16,23 @@ def _unseen(what: str, total: int) -> Iterator[Progress]:
     yield lambda count: None
 
 
-@contextmanager
-def _unseen_layers(what: str, tokens: int, layers: int) -> Iterator[Progress]:
-    yield lambda count: None
-
-
 @dataclass(frozen=True)
 class Reporter:
-    """Three callbacks: `note` takes a line; `progress(what, total)` is open while something goes on.
+    """Callbacks: `note` takes a line; `progress(what, total)` is open while something goes on.
 
-    It gives a function that takes how much has been done since the last call, of `total`. So does `layer_progress(what,
-    tokens, layers)`, while all tokens go through all layers, of `tokens` times `layers`.
+    It gives a function that takes how much has been done since the last call, of `total`. Where `layer_progress(what,
+    tokens, layers)` is there, it is open instead while tokens go through layers, for a total of `tokens` times `layers`.
     """
 
     note: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int], AbstractContextManager[Progress]] = _unseen
-    layer_progress: Callable[[str, int, int], AbstractContextManager[Progress]] = _unseen_layers
+    layer_progress: Callable[[str, int, int], AbstractContextManager[Progress]] | None = None
+
+    def through_layers(self, what: str, tokens: int, layers: int) -> AbstractContextManager[Progress]:
+        """Say how far `tokens` have come through `layers`, counted as tokens times layers."""
+        if self.layer_progress is None:
+            return self.progress(what, tokens * layers)
+        return self.layer_progress(what, tokens, layers)
 
 
 SILENT = Reporter()

@@ -176,7 +176,7 @@ def test_progress_says_layer_rate_and_time_left(
 
     now = [0.0]
     monkeypatch.setattr(console_module.time, "monotonic", lambda: now[0])
-    with Console().passing("collecting", 100, 8) as watch:
+    with Console().layer_progress("collecting", 100, 8) as watch:
         watch.progress(200)  # what an earlier run has done
         now[0] = 40.0
         watch.progress(100)
