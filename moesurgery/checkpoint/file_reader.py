@@ -65,6 +65,7 @@ class FileReader:
         self._buffers: list[Buffer] = []
         self._used = 0
         self._passing: Buffer | None = None
+        self._last: tuple[Source, str, Path | None] | None = None
 
     def close(self) -> None:
         for descriptor in self._open.values():
@@ -73,7 +74,7 @@ class FileReader:
 
     def check(self) -> None:
         """Raise CheckpointError where a file that was read is not what it was when its header was read."""
-        for (source, file), path in self._paths.items():
+        for (source, file), path in list(self._paths.items()):  # another thread may be reading
             source.check(file, self._open.get(path) if path is not None else None)
 
     def begin_chunk(self) -> None:
@@ -86,7 +87,7 @@ class FileReader:
 
         if nbytes > BUFFER or nbytes == 0:
             tensor = torch.empty(nbytes, dtype=torch.uint8)
-            self._fill(as_bytes(tensor), source, file, start)
+            self.fill(as_bytes(tensor), source, file, start)
             return tensor
         if self._used == len(self._buffers):
             self._buffers.append(Buffer())
@@ -99,7 +100,7 @@ class FileReader:
         """Return bytes of a source, valid until the next call: to be decoded at once. Needs no torch."""
         if nbytes > BUFFER:
             view = memoryview(bytearray(nbytes))
-            self._fill(view, source, file, start)
+            self.fill(view, source, file, start)
             return view
         if self._passing is None:
             self._passing = Buffer()
@@ -108,10 +109,11 @@ class FileReader:
     def bytes_at(self, source: Source, file: str, start: int, nbytes: int, buffer: Buffer) -> memoryview:
         """Return bytes of a source in `buffer`, to be changed in place."""
         view = buffer.at(start, nbytes)
-        self._fill(view, source, file, start)
+        self.fill(view, source, file, start)
         return view
 
-    def _fill(self, view: memoryview, source: Source, file: str, start: int) -> None:
+    def fill(self, view: memoryview, source: Source, file: str, start: int) -> None:
+        """Fill `view` with bytes of a source."""
         path = self.path(source, file)
         if path is None:
             view[:] = read_remote(source, file, start, len(view))
@@ -120,9 +122,12 @@ class FileReader:
 
     def path(self, source: Source, file: str) -> Path | None:
         """Return the path of a source file, checked once: it must not lead out of the checkpoint."""
+        if self._last is not None and self._last[0] is source and self._last[1] == file:
+            return self._last[2]
         if (source, file) not in self._paths:
             self._paths[source, file] = source.local(file)
-        return self._paths[source, file]
+        self._last = source, file, self._paths[source, file]
+        return self._last[2]
 
     def descriptor(self, path: Path) -> int:
         if path not in self._open:

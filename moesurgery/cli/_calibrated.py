@@ -6,7 +6,6 @@ All that they set off is `fitting.calibrate`.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,11 +19,15 @@ from moesurgery.recipe.reader import Recipe
 from moesurgery.recipe.registry import find_operation
 
 _Texts = Annotated[
-    list[Path] | None,
-    typer.Option("--text", help="Calibration text or JSONL: collects the statistics first; repeat for more."),
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help=f"Collect the statistics first, on {_run_options.TEXT_FORMS}; FILE=3 for three times the tokens;"
+        " repeat for more.",
+    ),
 ]
 _HeldOut = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option("--heldout", help="Text to measure the outcome on; a quarter of --text is kept for it by default."),
 ]
 _Refit = Annotated[
@@ -56,6 +59,9 @@ OPTIONS: dict[str, Any] = {
     "tokens": _run_options.CalibrationTokens,
     "dtype": _run_options.DtypeOption,
     "device": _run_options.DeviceOption,
+    "memory": _run_options.Memory,
+    "apart": _run_options.Apart,
+    "assistant_only": _run_options.AssistantOnly,
 }
 OPTIONS = {name: (option, getattr(CalibrationOptions, name)) for name, option in OPTIONS.items()}
 

@@ -20,6 +20,7 @@ from moesurgery.errors import OutputError
 from moesurgery.escape import one_line, safe
 from moesurgery.write.shard import JobControl
 
+LOG_SECONDS = 30  # between lines of progress where there is no terminal
 _LONGEST = 2000  # characters of a line of an error: a recipe or a config may hold any number of them
 
 
@@ -101,6 +102,41 @@ class Console:
         return f"\033[{code}m{text}\033[0m" if wanted else text
 
     @contextmanager
+    def layer_progress(self, what: str, tokens: int, layers: int) -> Iterator[JobControl]:
+        """Show layer, tokens per second and time left on stderr while all tokens go through all layers.
+
+        On a terminal that is one line; elsewhere a line every `LOG_SECONDS`.
+        """
+        watch, lock, terminal = JobControl(), threading.Lock(), sys.stderr.isatty()
+        moved = 0
+        shown = time.monotonic()
+        base: tuple[float, int] | None = None  # what the first call brings may be what an earlier run has done
+
+        def advance(count: int) -> None:
+            nonlocal moved, shown, base
+            with lock:
+                moved += count
+                now = time.monotonic()
+                if base is None:
+                    base = now, moved
+                if self.quiet or now - shown < (0.2 if terminal else LOG_SECONDS):
+                    return
+                shown = now
+                rate = (moved - base[1]) / layers / max(now - base[0], 1e-9)
+                left = duration((tokens * layers - moved) / layers / rate) if rate else "an unknown time"
+                layer = min(layers, moved // max(tokens, 1) + 1)
+                line = f"{what}: layer {layer} of {layers}, {rate:,.0f} tokens/s, {left} left"
+                end = "" if terminal else "\n"
+                print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+        watch.progress = advance
+        try:
+            yield watch
+        finally:
+            if terminal and not self.quiet:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    @contextmanager
     def progress(self, what: str, total: int, *, of_bytes: bool = True) -> Iterator[JobControl]:
         """Show bytes and rate (or the share done) and time left on stderr while a job runs, on a terminal."""
         watch = JobControl()
@@ -144,6 +180,16 @@ class Console:
         with bar:
             yield watch
             bar.update(task, completed=moved)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def width(text: str) -> int:

@@ -22,8 +22,24 @@ if TYPE_CHECKING:
 ModelOrRecipe = Annotated[
     str, typer.Argument(help="A checkpoint (folder, hf://, URL), or a recipe of one never written.")
 ]
-Texts = Annotated[
-    list[Path], typer.Option("--text", help="Text or JSONL (text, or input_ids) to measure on; repeat for more.")
+TEXT_FORMS = (
+    "text, JSONL or Parquet (messages, prompt and completion, text, input_ids), also hf://datasets/org/name/file"
+)
+Texts = Annotated[list[str], typer.Option("--text", help=f"What to measure on: {TEXT_FORMS}; repeat for more.")]
+WeightedTexts = Annotated[
+    list[str],
+    typer.Option(
+        "--text", help=f"{TEXT_FORMS[0].upper()}{TEXT_FORMS[1:]}; FILE=3 for three times the tokens; repeat for more."
+    ),
+]
+Apart = Annotated[
+    bool, typer.Option("--apart", help="Each document in windows of its own, so that none attends to another.")
+]
+AssistantOnly = Annotated[
+    bool, typer.Option("--assistant-only", help="Only the assistant's tokens count in what is measured.")
+]
+Memory = Annotated[
+    str, typer.Option("--memory", help="What to take of the device's memory: 40GB. By default what is free on a GPU.")
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Windows per file at most.")]
@@ -31,11 +47,20 @@ Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="Draw the windows at random by this seed instead of the first ones.")
 ]
 CalibrationTokens = Annotated[
-    int, typer.Option("--tokens", min=1, help="Tokens to run over, in equal parts from each file.")
+    int, typer.Option("--tokens", min=1, help="Tokens to run over, in parts from each file as its weight says.")
 ]
 CalibrationSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sample of windows.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="What to compute in: float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, or cuda where there is a GPU.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="What to compute in: float32, bfloat16, float16; auto is bfloat16 on a GPU.")
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", help="cpu; cuda:1 for one GPU; cuda for the first, and for statistics all that are seen."),
+]
+ScratchFolder = Annotated[
+    Path | None,
+    typer.Option("--scratch", help="Folder for the state between layers, where a killed run goes on. [OUT.scratch]"),
+]
 
 
 @contextmanager
@@ -44,7 +69,13 @@ def _share_done(what: str, total: int) -> Iterator[Progress]:
         yield control.progress
 
 
-reporter = Reporter(console.note, _share_done)
+@contextmanager
+def _through_layers(what: str, tokens: int, layers: int) -> Iterator[Progress]:
+    with console.layer_progress(what, tokens, layers) as control:
+        yield control.progress
+
+
+reporter = Reporter(console.note, _share_done, _through_layers)
 
 
 def subject(reference: str) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,11 +10,11 @@ import typer
 
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
-from moesurgery.cli._console import console
+from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.errors import OutputError
-from moesurgery.fitting.calibration_run import read_calibration
-from moesurgery.fitting.run_settings import TOKENS, WINDOW, RunSettings
+from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
+from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
 from moesurgery.stats.statistics_file import SUFFIX
 from moesurgery.whole_file import whole_file
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def collect_command(
     model: _run_options.ModelOrRecipe,
-    text: _run_options.Texts,
+    text: _run_options.WeightedTexts,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: NAME.safetensors and NAME.json.")],
     top_k: Annotated[
         list[int] | None,
@@ -41,8 +42,15 @@ def collect_command(
     window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = AUTO,
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
+    scratch: _run_options.ScratchFolder = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time the first layer, and say what all of them will take.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -57,10 +65,15 @@ def collect_command(
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
     plan = _run_options.subject(model)
-    settings = RunSettings(window, None, seed, device, dtype)
+    settings = RunSettings(window, None, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
     run = read_calibration(settings, plan, text, tokens)
-    stats = run.statistics(NeededStatistics(top_k or (), recon or (), every_expert), _run_options.reporter)
+    scratch = scratch or target.with_name(target.name.removesuffix(SUFFIX) + ".scratch")
+    if dry_run:
+        _show_forecast(run, scratch, as_json=as_json)
+        return
+    needed = NeededStatistics(top_k or (), recon or (), every_expert)
+    stats = run.statistics(needed, _run_options.reporter, scratch)
     stats.save(target)
     document = _document(stats, target)
     with whole_file(target.with_suffix(".json")) as new:
@@ -80,6 +93,29 @@ def collect_command(
     if document["super_experts"]:
         named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in document["super_experts"].items())
         console.result(f"experts with outputs far above all others: {named}")
+
+
+def _show_forecast(run: CalibrationRun, scratch: Path, *, as_json: bool) -> None:
+    from moesurgery.fitting.forecast import forecast
+
+    devices, count = run.settings.devices, run.windows.count
+    expected = forecast(run.settings.engine(run.plan), run.windows, len(devices))
+    if as_json:
+        console.json({"schema_version": 1, "tokens": count, "scratch": str(scratch), **asdict(expected)})
+        return
+    console.result(f"{count:,} tokens through {expected.layers} layers on {', '.join(devices)}")
+    console.table(
+        ("what", "how much"),
+        [
+            ("time", duration(expected.seconds)),
+            ("of which one layer computes", f"{expected.layer_seconds:.2f} s"),
+            ("and is read in", f"{expected.load_seconds:.2f} s"),
+            ("weights read", human_bytes(expected.read_bytes)),
+            ("memory of each device", human_bytes(expected.memory_bytes)),
+            (f"space in {scratch}", human_bytes(expected.scratch_bytes)),
+        ],
+        right=(1,),
+    )
 
 
 def _document(stats: Stats, target: Path) -> dict[str, Any]:

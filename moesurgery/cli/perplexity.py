@@ -11,7 +11,7 @@ from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._writing import Json, Quiet
 from moesurgery.errors import RecipeError
-from moesurgery.fitting.run_settings import WINDOW, RunSettings
+from moesurgery.fitting.run_settings import AUTO, WINDOW, RunSettings
 
 if TYPE_CHECKING:
     from moesurgery.forward.loss import Loss
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 def perplexity_command(
     model: _run_options.ModelOrRecipe,
-    text: Annotated[list[Path], typer.Argument(help="Text or JSONL files, one domain each.")],
+    text: Annotated[list[str], typer.Argument(help=f"Files, one domain each: {_run_options.TEXT_FORMS}.")],
     window: _run_options.Window = WINDOW,
     limit: _run_options.Limit = None,
     seed: _run_options.Seed = None,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = AUTO,
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -34,7 +37,7 @@ def perplexity_command(
     written. In a text file, form feeds separate documents.
     """
     console.quiet = quiet
-    settings = RunSettings(window, limit, seed, device, dtype)
+    settings = RunSettings(window, limit, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
     plan = _run_options.subject(model)
     domains = settings.domains(plan.checkpoint, text)
@@ -51,7 +54,7 @@ def perplexity_command(
                 "schema_version": 1,
                 "model": plan.checkpoint.source.identity,
                 "window": window,
-                "dtype": dtype,
+                "dtype": settings.computed_in,
                 "domains": [_entry(f) for f in (*found, mean_loss(found))],
             }
         )
@@ -69,8 +72,11 @@ def compare_command(
     window: _run_options.Window = WINDOW,
     limit: _run_options.Limit = None,
     seed: _run_options.Seed = None,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = AUTO,
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -79,7 +85,7 @@ def compare_command(
     All run layer by layer. A recipe gives the figures that its written checkpoint would give.
     """
     console.quiet = quiet
-    settings = RunSettings(window, limit, seed, device, dtype)
+    settings = RunSettings(window, limit, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
     if len(models) < 2:
         raise RecipeError("compare needs two models or more", "`moesurgery perplexity` measures one")
@@ -98,7 +104,7 @@ def compare_command(
             {
                 "schema_version": 1,
                 "window": window,
-                "dtype": dtype,
+                "dtype": settings.computed_in,
                 "reference": names[0],
                 "models": [
                     {"name": name, "reference": model, "domains": [_entry(loss) for loss in losses]}
@@ -112,9 +118,9 @@ def compare_command(
     for name, losses in zip(names, found, strict=True):
         total = losses[-1]
         shown = losses if len(domains) > 1 else losses[:1]
-        apart = "" if total.divergence is None else f"{total.divergence:.5f}"
+        distance = "" if total.divergence is None else f"{total.divergence:.5f}"
         over = "" if total.divergence is None else f"{total.nats - found[0][-1].nats:+.4f}"
-        rows.append((name, *(f"{loss.nats:.4f}" for loss in shown), over, apart))
+        rows.append((name, *(f"{loss.nats:.4f}" for loss in shown), over, distance))
     console.table(header, rows, right=range(1, len(header)))
     console.note(f"nats per token over {found[0][-1].tokens:,} predicted tokens; KL from {names[0]}")
 

@@ -13,7 +13,7 @@ from moesurgery.cli._console import console
 from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.calibration_run import read_calibration
-from moesurgery.fitting.run_settings import WINDOW, RunSettings
+from moesurgery.fitting.run_settings import AUTO, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
 from moesurgery.whole_file import whole_file
 
@@ -27,7 +27,7 @@ MODES = {"mask": ["mask"], "zero": ["zero"], "both": ["mask", "zero"]}
 
 def probe_command(
     model: _run_options.ModelOrRecipe,
-    text: _run_options.Texts,
+    text: _run_options.WeightedTexts,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write NAME.json, NAME.html and, unless --no-png, NAME.png.")
     ] = None,
@@ -45,8 +45,11 @@ def probe_command(
     window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = _TOKENS,
     seed: _run_options.CalibrationSeed = 0,
-    dtype: _run_options.DtypeOption = "float32",
+    dtype: _run_options.DtypeOption = AUTO,
     device: _run_options.DeviceOption = "cpu",
+    memory: _run_options.Memory = "",
+    apart: _run_options.Apart = False,
+    assistant_only: _run_options.AssistantOnly = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -63,7 +66,7 @@ def probe_command(
     for file in files:
         if file.exists() and not force:
             raise OutputError(f"{file} exists", "use --force to replace it, or another -o")
-    settings = RunSettings(window, None, seed, device, dtype)
+    settings = RunSettings(window, None, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
     plan = _run_options.subject(model)
     plan.anatomy.require_family("probe")

@@ -14,7 +14,7 @@ from moesurgery.fitting.collector import check_routing
 from moesurgery.forward.engine import Engine, Progress, Resume, Streams
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
-from moesurgery.forward.loss import window_loss
+from moesurgery.forward.loss import window_losses
 from moesurgery.forward.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def ablate(
     abreast = max(1, ABREAST_BYTES // (4 * tokens.count * _width(engine)))
     base = engine.start(tokens, batch=size)
     try:
-        found = Ablations(0.0, tokens.count - len(tokens))
+        found = Ablations(0.0, tokens.predicted)
         for mode in modes:
             found.single[mode] = {b.where: {} for b in blocks}
             indices = [e for e in range(blocks[0].block.experts) if all(e in wanted[b.where] for b in blocks)]
@@ -132,11 +132,10 @@ def _losses(
 def _finished(run: Streams) -> float:
     """Return the loss of a run that is past its layers, in nats per predicted token."""
     nats, count = 0.0, 0
-    for number, stream in enumerate(run.streams):
-        logits = run.finish(number)
-        for row, ids in enumerate(stream.tokens.ids):
-            nats += window_loss(logits[row], None, ids)[0]
-            count += len(ids) - 1
+    for number in range(len(run)):
+        for _, part, logits in run.ends(number):
+            nats += sum(lost for lost, _ in window_losses(logits, None, part))
+            count += part.predicted
     return nats / count
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
     from moesurgery.surgery.group_experts import Merger
 
-_SHOWN = ("kind", "ridge", "sweeps", "text", "tokens", "window", "seed", "dtype")
+_SHOWN = ("apart", "assistant_only", "kind", "ridge", "sweeps", "text", "tokens", "window", "seed", "dtype")
 _DIGESTS = {"fingerprint": "another model", "edited": "another edit", "token_ids": "other windows of the text"}
 
 
@@ -53,7 +53,7 @@ class CalibrationCache:
             _check_same(target, "statistics", differs, f"collect again, --stats {target} to take them as they are,")
             self.reporter.note(f"{tokens} in {target} are used again")
         else:
-            self.run.statistics(needed, self.reporter).save(target)
+            self.run.statistics(needed, self.reporter, self._beside(".stats.scratch")).save(target)
             self.reporter.note(f"{tokens} are in {target}")
         return str(target)
 
@@ -129,4 +129,6 @@ def about_differences(made_of: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 def _in_words(value: Any) -> str:
     if isinstance(value, list):
         return " and ".join(entry["file"] for entry in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)

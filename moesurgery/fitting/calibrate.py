@@ -19,7 +19,7 @@ from moesurgery.errors import RecipeError, SurgeryError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.reporter import SILENT, Reporter
-from moesurgery.fitting.run_settings import TOKENS, WINDOW, RunSettings
+from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.reader import RecipeStep
 from moesurgery.recipe.registry import Operation, apply, checked_operation
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
 KINDS = ("none", "scalar", "expert", "down", "all")
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
     """What text to use, and for what; each field is the command line's option of its name.
 
-    `text` are calibration files, of which `tokens` are read in windows of `window`; one window in four is kept out to
-    measure the outcome on, or the first `limit` windows of each file of `heldout`, unless `no_heldout`. `refit` is the
-    kind of repair (none, scalar, expert, down, all; None for what is usual with the operation), `ridge` a number, or
-    "auto" to find it on held-out windows, and `sweeps` how often `down` and `all` go over the experts.
+    `text` are calibration files, FILE or FILE=WEIGHT, of which `tokens` are read in windows of `window`; one window in
+    four is kept out to measure the outcome on, or the first `limit` windows of each file of `heldout`, unless
+    `no_heldout`. `refit` is the kind of repair (none, scalar, expert, down, all; None for what is usual with the
+    operation), `ridge` a number, or "auto" to find it on held-out windows, and `sweeps` how often `down` and `all` go
+    over the experts. The rest is as in `RunSettings`.
     """
 
     text: Sequence[str | Path] | None = None
@@ -54,8 +54,11 @@ class CalibrationOptions:
     no_heldout: bool = False
     window: int = WINDOW
     tokens: int = TOKENS
-    dtype: str = "float32"
+    dtype: str = AUTO
     device: str = "cpu"
+    memory: str = ""
+    apart: bool = False
+    assistant_only: bool = False
 
     def check(self) -> None:
         """Raise RecipeError for options that are wrong by themselves, before a model is opened."""
@@ -79,8 +82,12 @@ class CalibrationOptions:
         kind: Any = (self.refit or usual) if self.text else "none"
         return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps)
 
-    def run_settings(self, seed: int) -> RunSettings:
-        return RunSettings(self.window, None, seed, self.device, self.dtype)
+    def run_settings(self, seed: int, usual: str) -> RunSettings:
+        """Return how the model is run, `usual` being the kind of repair where none is asked for."""
+        # What is fitted is small beside what rounding leaves, so "auto" is float32 for a repair, also on a GPU.
+        dtype = "float32" if self.dtype == AUTO and self.repair(usual) is not None else self.dtype
+        memory, apart = self.memory, self.apart
+        return RunSettings(self.window, None, seed, self.device, dtype, memory, apart, self.assistant_only)
 
 
 def _number(value: float | str) -> float | None:
@@ -138,7 +145,7 @@ def calibrate(
         return Calibrated(apply(plan, operation, **values), (RecipeStep(operation, values),))
     if not declared.takes_statistics:
         raise RecipeError(f"{operation} has no parameter `stats`, so no text says anything of it", "leave text out")
-    settings = options.run_settings(int(values.get("seed", 0)))
+    settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair)
     settings.check()
     held_out: list[Domain] = []
     if options.heldout and not options.no_heldout:

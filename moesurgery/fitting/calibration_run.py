@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.reporter import Reporter
 from moesurgery.fitting.run_settings import RunSettings
+from moesurgery.forward.text_documents import Text, text_of
 from moesurgery.plan.fingerprint import fingerprint
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.text_needs import NeededStatistics
@@ -27,35 +28,67 @@ class CalibrationRun:
 
     settings: RunSettings
     plan: Plan
-    texts: tuple[Path, ...]
+    texts: tuple[Text, ...]
     windows: Tokens
     held_out: list[Domain]
 
     @cached_property
     def about(self) -> dict[str, Any]:
         """All that decides what is measured on the windows, for provenance."""
-        from moesurgery.stats.statistics_file import digest
-
+        settings = self.settings
         return {
             "model": self.plan.checkpoint.source.identity,
             "fingerprint": fingerprint(self.plan),
-            "text": [{"file": path.name, "sha256": digest(path)} for path in self.texts],
+            "text": [_described(text) for text in self.texts],
             "tokens": self.windows.count,
-            "window": self.settings.window,
-            "seed": self.settings.seed,
-            "dtype": self.settings.dtype,
+            "window": settings.window,
+            "seed": settings.seed,
+            "dtype": settings.computed_in,
             "token_ids": self.windows.digest,
+            **({"apart": True} if settings.apart else {}),
+            **({"assistant_only": True} if settings.assistant_only else {}),
         }
 
-    def statistics(self, needed: NeededStatistics, reporter: Reporter) -> Stats:
-        """Run the model once and return the statistics of its experts."""
-        from moesurgery.fitting.collector import collect
+    def statistics(self, needed: NeededStatistics, reporter: Reporter, scratch: Path | None = None) -> Stats:
+        """Run the model once, on all devices, and return the statistics of its experts.
 
-        engine = self.settings.engine(self.plan)
-        with reporter.progress("collecting", engine.work(self.windows)) as progress:
-            stats = collect(engine, self.windows, needed.top_k, needed.keep, progress, every_expert=needed.every_expert)
+        With `scratch`, what is done is kept in that folder between layers, and the same call goes on from it.
+        """
+        from moesurgery.fitting.collector import collect_over
+        from moesurgery.forward.scratch import Scratch, each_part
+
+        engines = self.settings.engines(self.plan)
+        kept: list[Scratch | None] = [None] * len(engines)
+        if scratch is not None:
+            about = self.about | {
+                "top_k": list(needed.top_k),
+                "recon": list(needed.keep),
+                "every_expert": needed.every_expert,
+                "devices": self.settings.devices,
+            }
+            kept = [Scratch(part, about, reporter.note) for part in each_part(scratch, len(engines))]
+        with reporter.through_layers("collecting", self.windows.count, len(engines[0].layers)) as progress:
+            stats = collect_over(
+                engines,
+                self.windows,
+                needed.top_k,
+                needed.keep,
+                progress,
+                every_expert=needed.every_expert,
+                scratch=kept,
+            )
         stats.about |= self.about
+        for part in kept:
+            if part is not None:
+                part.remove()
+        if scratch is not None and scratch.is_dir() and not any(scratch.iterdir()):
+            scratch.rmdir()
         return stats
+
+
+def _described(text: Text) -> dict[str, Any]:
+    """Return name and SHA-256 of a text file, and its weight where that is not 1."""
+    return {"file": text.name, "sha256": text.digest, **({"weight": text.weight} if text.weight != 1 else {})}
 
 
 def read_calibration(
@@ -63,21 +96,25 @@ def read_calibration(
 ) -> CalibrationRun:
     """Read `tokens` in windows of all files, drawn by the seed and mixed, so that every part of them is balanced.
 
-    With `hold_out`, one window in so many of each file is kept out. Raises RecipeError where that leaves none.
+    Of each file, FILE or FILE=WEIGHT, there are as many as its weight says. With `hold_out`, one window in so many of
+    each file is kept out. Raises RecipeError where that leaves none.
     """
-    from moesurgery.forward.text_windows import Domain
     from moesurgery.forward.tokens import mixed
 
-    limit = max(2 if hold_out else 1, tokens // settings.window // len(texts))
-    domains = replace(settings, limit=limit).domains(plan.checkpoint, texts)
+    files = [text_of(str(text)) for text in texts]
+    whole, least = sum(file.weight for file in files), 2 if hold_out else 1
+    limits = [max(least, int(tokens * file.weight / whole / settings.window)) for file in files]
+    domains = [
+        replace(settings, limit=limit).domain(plan.checkpoint, file) for file, limit in zip(files, limits, strict=True)
+    ]
     held_out = []
     if hold_out:
-        cuts = [len(d.windows) - max(1, len(d.windows) // hold_out) for d in domains]
-        held_out = [Domain(d.name, d.windows[cut:]) for d, cut in zip(domains, cuts, strict=True)]
-        domains = [Domain(d.name, d.windows[:cut]) for d, cut in zip(domains, cuts, strict=True) if cut]
+        parts = [domain.each(hold_out) for domain in domains]
+        held_out = [out for _, out in parts]
+        domains = [rest for rest, _ in parts if len(rest.windows)]
     if not domains:
         raise RecipeError(
             f"{texts[0]} has one window of {settings.window} tokens, and one is kept out to measure the outcome on",
             "give more text, a smaller --window, or --no-heldout",
         )
-    return CalibrationRun(settings, plan, tuple(map(Path, texts)), mixed([d.windows for d in domains]), held_out)
+    return CalibrationRun(settings, plan, tuple(files), mixed([d.as_tokens for d in domains]), held_out)

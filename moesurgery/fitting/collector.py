@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.keep_search import best_kept
-from moesurgery.forward.engine import Engine, Progress
-from moesurgery.forward.expert_outputs import ExpertOutputs, expert_outputs, one_expert
+from moesurgery.forward.engine import Engine, Progress, Streams
+from moesurgery.forward.expert_outputs import (
+    ExpertOutputs,
+    by_expert,
+    expert_outputs,
+    gram_by_expert,
+    is_grouped,
+    one_expert,
+    summed_by_expert,
+)
 from moesurgery.forward.experts_module import ExpertsModule, RoutingTensors
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
 from moesurgery.forward.paired_run import PairedRun
+from moesurgery.forward.scratch import Scratch
 from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.expert_counts import check_remaining
 from moesurgery.plan.plan import Plan
@@ -31,19 +42,21 @@ def collect(
     progress: Progress = lambda count: None,
     *,
     every_expert: bool = False,
+    scratch: Scratch | None = None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
-    With `every_expert`, also what each expert says to tokens that are not routed to it. Raises RefusedError for a
-    family whose code shows no routing.
+    With `every_expert`, also what each expert says to tokens that are not routed to it. With `scratch`, goes on from
+    what a killed run has left there. Raises RefusedError for a family whose code shows no routing.
     """
     import torch
 
     blocks = check_routing(engine, "collect")
     for r in keep:
         check_remaining(engine.plan.anatomy, "collect --recon", r)
-    top_k = engine.plan.anatomy.settings.top_k
+    settings = engine.plan.anatomy.settings
+    top_k = settings.top_k
     others = [k for k in dict.fromkeys(other_top_k) if k != top_k]
     twins = {k: PairedRun(engine, plan_with_top_k(engine, k)) for k in others}
     sums: dict[str, dict[str, Any]] = {}
@@ -51,35 +64,50 @@ def collect(
     def sums_of(call: ExpertsCall) -> dict[str, Any]:
         where = call.block.where
         if where not in sums:
-            sums[where] = empty_sums(call.block.block.experts, call.hidden.shape[-1], others)
+            sums[where] = empty_sums(call.block.block.experts, call.hidden.shape[-1], others, call.hidden.device)
         return sums[where]
 
-    calls: dict[str, ExpertsCall] = {}
+    seen: dict[str, ExpertsCall] = {}
+    routings: dict[str, dict[str, RoutingTensors]] = {}
 
-    def experts(call: ExpertsCall) -> None:
-        calls[call.block.where] = call
+    def experts(call: ExpertsCall) -> torch.Tensor | None:
+        where = call.block.where
+        seen[where] = call
+        said = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
+        if every_expert:
+            add_every_expert(sums_of(call), call, settings)
+        return said
 
     def block(around: BlockCall) -> Any:
+        where = around.block.where
+        routings[where] = {f"@{k}": twin.routing(around) for k, twin in twins.items()}
         result = around.run()
-        call = calls.pop(around.block.where)
-        routings = {"": (call.index, call.weights)}
-        for k, twin in twins.items():
-            routings[f"@{k}"] = twin.routing(around)
-        sums = sums_of(call)
-        add(sums, call, routings, engine.plan.anatomy.settings)
-        if every_expert:
-            add_every_expert(sums, call, engine.plan.anatomy.settings)
+        call = seen.pop(where)
         if call.first == 0:
             for r in keep:
                 kept = torch.tensor(best_kept(engine, around, call, r))
-                sums[f"recon@{r}"] = torch.zeros(call.block.block.experts, dtype=torch.float64).index_fill_(0, kept, 1)
+                sums[where][f"recon@{r}"] = torch.zeros(call.block.block.experts, dtype=torch.float64).index_fill_(
+                    0, kept, 1
+                )
         return result
 
+    batch, resume = engine.windows_per_batch(tokens, False), None
+    if scratch is not None and (left := scratch.load(engine.device)) is not None:
+        resume, batch, sums = left
+        progress(resume.layer * tokens.count)
+    streams: Streams | None = None
     try:
-        engine.run(tokens, Hooks(experts=experts, block=block, router_logits=True), progress=progress)
+        watch = Hooks(experts=experts, block=block, router_logits=True)
+        streams = engine.start(tokens, watch, resume=resume, batch=batch)
+        while streams.unit is not None and streams.passed < len(engine.layers):
+            streams.step(progress)
+            if scratch is not None:
+                scratch.keep(streams, batch, sums)
     finally:
         for twin in twins.values():
             twin.close()
+        if streams is not None:
+            streams.close()
     about = {
         "model": engine.plan.checkpoint.source.identity,
         "model_type": engine.plan.anatomy.model_type,
@@ -93,6 +121,64 @@ def collect(
         "windows": len(tokens),
     }
     return Stats({b.where: BlockStats(b.where, as_numpy(sums[b.where])) for b in blocks}, about)
+
+
+def collect_over(
+    engines: Sequence[Engine],
+    tokens: Tokens,
+    other_top_k: Sequence[int] = (),
+    keep: Sequence[int] = (),
+    progress: Progress = lambda count: None,
+    *,
+    every_expert: bool = False,
+    scratch: Sequence[Scratch | None] = (None,),
+) -> Stats:
+    """Return what `collect` returns, with the windows shared out among engines on several devices.
+
+    The sums are those of one engine but for rounding: batches hold other windows, and float64 numbers are added in
+    another order. `keep` is decided by the first engine, on its first batch.
+    """
+    if len(engines) == 1:
+        return collect(engines[0], tokens, other_top_k, keep, progress, every_expert=every_expert, scratch=scratch[0])
+    parts = shared_out(tokens, len(engines))
+
+    def one(number: int) -> Stats:
+        return collect(
+            engines[number],
+            parts[number],
+            other_top_k,
+            keep if number == 0 else (),
+            progress,
+            every_expert=every_expert,
+            scratch=scratch[number],
+        )
+
+    with ThreadPoolExecutor(len(parts), "device") as pool:
+        found = list(pool.map(one, range(len(parts))))
+    return added(found)
+
+
+def shared_out(tokens: Tokens, count: int) -> list[Tokens]:
+    """Return windows in up to `count` parts, each of an even number of windows, so that halves stay what they are."""
+    pairs = -(-len(tokens) // 2)
+    cuts = [2 * (pairs * i // count) for i in range(count)] + [len(tokens)]
+    return [tokens.rows(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def added(parts: Sequence[Stats]) -> Stats:
+    """Return the statistics of all windows from those of parts of them."""
+    import numpy as np
+
+    first = parts[0]
+    about = first.about | {name: sum(p.about[name] for p in parts) for name in ("tokens", "windows")}
+    blocks = {}
+    for where, block in first.blocks.items():
+        sums: dict[str, np.ndarray] = {}
+        for name, values in block.sums.items():
+            each = [p.blocks[where].sums[name] for p in parts if name in p.blocks[where].sums]
+            sums[name] = np.max(each, axis=0) if name == "peak" else np.sum(each, axis=0) if len(each) > 1 else values
+        blocks[where] = BlockStats(where, sums)
+    return Stats(blocks, about)
 
 
 def check_routing(engine: Engine, operation: str) -> list[ExpertsModule]:
@@ -110,52 +196,67 @@ def plan_with_top_k(engine: Engine, top_k: int) -> Plan:
     return apply(engine.plan, "rescale", top_k=top_k, scale="none")
 
 
-def add(sums: dict[str, Any], call: ExpertsCall, routings: Mapping[str, RoutingTensors], settings: Settings) -> None:
-    """Add one call's tokens to the sums of its block. `routings` has the block's own under the name ""."""
+def add(
+    sums: dict[str, Any], call: ExpertsCall, routings: Mapping[str, RoutingTensors], settings: Settings
+) -> torch.Tensor | None:
+    """Add one call's tokens to the sums of its block. `routings` has the block's own under the name "".
+
+    Returns what the block's experts add [T, H], where that comes of the same computation; None where it does not.
+    """
     import torch
 
     experts = call.block.block.experts
-    window = call.window % 2
-    real = torch.ones_like(window, dtype=torch.bool) if call.real is None else call.real
-    sums["tokens"] += torch.bincount(window[real], minlength=2).cpu()
+    for half, count in enumerate(_tokens_of_halves(call)):
+        sums["tokens"][half] += count
     if call.logits is not None:
-        _add_logits(sums, call.logits[:, :experts].float(), window, real, settings.score)
+        _add_logits(sums, call, call.logits[:, :experts], settings.score)
+    said = torch.empty_like(call.hidden) if is_grouped(call.module) else None
     for part in expert_outputs(call, experts, routings):
-        half = window[part.rows]
-        chosen = part.chosen[""]
-        key = _keys(part, half, chosen, experts)
-        outputs, weights = part.outputs[chosen], part.weights[""][chosen]
-        norm = outputs.norm(dim=-1)
-        sums["count"] += _binned(key, torch.ones_like(weights), experts)
-        sums["gate"] += _binned(key, weights, experts)
-        sums["norm"] += _binned(key, norm, experts)
-        sums["gate_norm"] += _binned(key, weights * norm, experts)
-        peak = outputs.abs().amax(dim=-1).double().cpu()
-        sums["peak"].view(-1).scatter_reduce_(0, key.cpu(), peak, "amax")
-        said = outputs.new_zeros(experts, outputs.shape[-1])
-        sums["output"] += said.index_add_(0, part.index[chosen], outputs).double().cpu()
-        target = part.routed("")
+        half, index, weights, chosen = part.half, part.index, part.weights[""], part.chosen[""]
+        if said is not None:
+            # The module's own arithmetic, for experts of its own routing.
+            own, mine = (values[part.rows] for values in (call.index, call.weights))
+            outputs = part.outputs if len(routings) == 1 else _outputs_of(part, own)
+            said[part.rows] = (outputs * mine[..., None]).sum(dim=1).to(said.dtype)
+        norm = torch.linalg.vector_norm(part.outputs, dim=-1, dtype=torch.float32)
+        values = torch.stack([chosen.float(), weights, norm * chosen, weights * norm], dim=-1)
+        found = by_expert(index, values, experts).sum(0, dtype=torch.float64)
+        for i, name in enumerate(("count", "gate", "norm", "gate_norm")):
+            sums[name][half] += found[:, i]
+        peak = torch.linalg.vector_norm(part.outputs, ord=torch.inf, dim=-1, dtype=torch.float32) * chosen
+        sums["peak"][half] = torch.maximum(sums["peak"][half], by_expert(index, peak, experts).amax(0).double())
+        counted = torch.where(chosen, index, experts)
+        sums["output"] += summed_by_expert(counted.reshape(-1), part.outputs.flatten(0, 1), experts).double()
+        target = part.routed("") if len(routings) > 1 else None
         for name in routings:
-            _add_routing(sums, part, half, name)
-            if name:
-                key = _keys(part, half, part.chosen[name], experts)
-                along = (part.outputs @ target[..., None])[..., 0] * part.weights[name]
-                sums["cross" + name] += _binned(key, along[part.chosen[name]], experts)
+            _add_routing(sums, part, name)
+            if target is not None and name:
+                along = part.along(target) * part.weights[name]
+                sums["cross" + name][half] += by_expert(part.index, along, experts).sum(0, dtype=torch.float64)
+    return said
 
 
-def _add_routing(sums: dict[str, Any], part: ExpertOutputs, half: torch.Tensor, name: str) -> None:
+def _outputs_of(part: ExpertOutputs, index: torch.Tensor) -> torch.Tensor:
+    """Return the outputs [t, k, H] of the experts `index` [t, k] among those of a part."""
+    slots = (part.index[:, None, :] == index[:, :, None]).float().argmax(dim=-1)
+    return part.outputs.gather(1, slots[..., None].expand(-1, -1, part.outputs.shape[-1]))
+
+
+def _tokens_of_halves(call: ExpertsCall) -> list[float]:
+    """Return how many real tokens of even and of odd windows a call has."""
+    counts = call.tokens.counts
+    each = [call.tokens.length] * len(call.tokens) if counts is None else counts.sum(dim=1).tolist()
+    return [float(sum(each[(call.first + half) % 2 :: 2])) for half in (0, 1)]
+
+
+def _add_routing(sums: dict[str, Any], part: ExpertOutputs, name: str) -> None:
     """Add what depends on a routing alone: second moments of weights and of contributions."""
     import torch
 
-    experts = sums["gram" + name].shape[-1]
-    weights, chosen = part.weights[name], part.chosen[name]
-    sums["gate2" + name] += _binned(_keys(part, half, chosen, experts), weights[chosen] ** 2, experts)
-    sums["mass" + name] += torch.bincount(half, weights=weights.double().sum(-1) ** 2, minlength=2).cpu()
-    both = chosen[:, :, None] & chosen[:, None, :]
-    key = (half[:, None, None] * experts + part.index[:, :, None]) * experts + part.index[:, None, :]
-    products = (part.products * weights[:, :, None] * weights[:, None, :])[both].double()
-    found = torch.bincount(key[both], weights=products, minlength=2 * experts**2)
-    sums["gram" + name] += found.view(2, experts, experts).cpu()
+    experts, weights = sums["gram" + name].shape[-1], part.weights[name]
+    sums["gate2" + name][part.half] += by_expert(part.index, weights**2, experts).sum(0, dtype=torch.float64)
+    sums["mass" + name][part.half] += (weights.double().sum(-1) ** 2).sum()
+    sums["gram" + name][part.half] += gram_by_expert(part, name, experts).double()
 
 
 def add_every_expert(sums: dict[str, Any], call: ExpertsCall, settings: Settings) -> None:
@@ -166,23 +267,28 @@ def add_every_expert(sums: dict[str, Any], call: ExpertsCall, settings: Settings
     hidden = call.rows(call.hidden)
     logits = call.rows(call.logits)[:, :experts].float() if call.logits is not None else None
     for name in ("output_all", "gated_all") if logits is not None else ("output_all",):
-        sums.setdefault(name, torch.zeros(experts, width, dtype=torch.float64))
+        sums.setdefault(name, torch.zeros(experts, width, dtype=torch.float64, device=hidden.device))
     for expert in range(experts):
         outputs = one_expert(call, expert, hidden).float()
-        sums["output_all"][expert] += outputs.double().sum(0).cpu()
+        sums["output_all"][expert] += outputs.sum(0, dtype=torch.float64)
         if logits is not None:
             share = shares(logits, settings.score)[:, expert]
-            sums["gated_all"][expert] += (outputs * share[:, None]).double().sum(0).cpu()
+            sums["gated_all"][expert] += (outputs * share[:, None]).sum(0, dtype=torch.float64)
 
 
-def _add_logits(sums: dict[str, Any], logits: torch.Tensor, half: torch.Tensor, real: torch.Tensor, score: str) -> None:
-    scores = shares(logits, score)
-    entropy = -(scores * scores.clamp(min=1e-30).log()).sum(-1)
-    for h in (0, 1):
-        rows = real & (half == h)
-        sums["probability"][h] += scores[rows].double().sum(0).cpu()
-        sums["entropy"][h] += entropy[rows].double().sum().cpu()
-        sums["logits"][h] += (logits[rows].T @ logits[rows]).double().cpu()
+def _add_logits(sums: dict[str, Any], call: ExpertsCall, logits: torch.Tensor, score: str) -> None:
+    import torch
+
+    for half in (0, 1):
+        rows = call.half(half)
+        z = logits[rows].float()
+        scores = shares(z, score)
+        if call.real is not None:
+            real = call.real[rows][:, None]
+            z, scores = z * real, scores * real
+        sums["probability"][half] += scores.sum(0, dtype=torch.float64)
+        sums["entropy"][half] -= (scores * scores.clamp(min=1e-30).log()).sum(dtype=torch.float64)
+        sums["logits"][half] += (z.T @ z).double()
 
 
 def shares(logits: torch.Tensor, score: str) -> torch.Tensor:
@@ -196,14 +302,3 @@ def shares(logits: torch.Tensor, score: str) -> torch.Tensor:
     else:
         return logits.softmax(dim=-1)
     return scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-
-
-def _keys(part: ExpertOutputs, half: torch.Tensor, chosen: torch.Tensor, experts: int) -> torch.Tensor:
-    """Return half * E + expert for every slot that is chosen."""
-    return (half[:, None] * experts + part.index)[chosen]
-
-
-def _binned(key: torch.Tensor, values: torch.Tensor, experts: int) -> torch.Tensor:
-    import torch
-
-    return torch.bincount(key, weights=values.double(), minlength=2 * experts).view(2, experts).cpu()

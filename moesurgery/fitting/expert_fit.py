@@ -1,7 +1,7 @@
 """The matrices of a block's experts fitted to what is missing, in place, one expert after the other (Gauss-Seidel).
 
-`calls` are a block's calls of its experts, `residuals` what is still missing of each call's output [T, H], padding
-left as zero; they are brought up to date after every expert.
+`residuals` is what is still missing of the output [T, H] of each of a block's calls, padding left as zero; they are
+brought up to date after every expert.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ BLOCK_ROWS = 512
 
 def fit_expert(
     expert: int,
-    calls: Sequence[ExpertsCall],
+    module: Any,
+    routed: RoutedTokens,
     residuals: Sequence[torch.Tensor],
     ridge: float | None,
     dtype: torch.dtype,
@@ -41,7 +42,7 @@ def fit_expert(
     Returns the new matrices, none where the expert stays as it is, and how they were found.
     """
     fit = _fit_all if whole else _fit_down
-    return fit(calls[0].module, expert, _routed_to(expert, calls), residuals, ridge, dtype)
+    return fit(module, expert, routed.of(expert), residuals, ridge, dtype)
 
 
 def check_names(plan: Plan, call: ExpertsCall) -> None:
@@ -74,18 +75,30 @@ class _Routed:
     odd: torch.Tensor
 
 
-def _routed_to(expert: int, calls: Sequence[ExpertsCall]) -> list[_Routed]:
-    import torch
+class RoutedTokens:
+    """The tokens of a block's calls by the expert that they are routed to: sorted once for all experts."""
 
-    found = []
-    for call in calls:
-        hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
-        token, slot = torch.where(call.index.reshape(len(hidden), -1) == expert)
-        if call.real is not None:
-            token, slot = token[call.real[token]], slot[call.real[token]]
-        weight = call.weights.reshape(len(hidden), -1)[token, slot].float()[:, None]
-        found.append(_Routed(token, weight, hidden[token], call.window[token] % 2 == 1))
-    return found
+    def __init__(self, calls: Sequence[ExpertsCall], experts: int) -> None:
+        import torch
+
+        self._calls: list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for call in calls:
+            hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
+            index, weights = (values.reshape(len(hidden), -1) for values in (call.index, call.weights))
+            routed = index.clamp(max=experts)
+            if call.real is not None:
+                routed = torch.where(call.real[:, None], routed, experts)
+            order = torch.argsort(routed.reshape(-1), stable=True)
+            counts = torch.bincount(routed.reshape(-1), minlength=experts + 1).tolist()
+            self._calls.append((list(torch.split(order, counts)), weights.reshape(-1), hidden, call.window % 2 == 1))
+        self._slots = calls[0].index.shape[-1]
+
+    def of(self, expert: int) -> list[_Routed]:
+        found = []
+        for slots, weights, hidden, odd in self._calls:
+            token = slots[expert] // self._slots
+            found.append(_Routed(token, weights[slots[expert]].float()[:, None], hidden[token], odd[token]))
+        return found
 
 
 def _fit_down(

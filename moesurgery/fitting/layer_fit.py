@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
-from moesurgery.fitting.expert_fit import check_names, fit_expert
+from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
 from moesurgery.fitting.ridge import RidgeSolution, solve
 from moesurgery.forward.activations import check_form, down
 from moesurgery.forward.engine import Engine, Progress, Streams
-from moesurgery.forward.expert_outputs import ExpertOutputs, expert_outputs
+from moesurgery.forward.expert_outputs import by_expert, expert_outputs, gram_by_expert
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.tokens import Tokens
@@ -249,9 +249,10 @@ def _fit_factors(
     gram = torch.zeros(2, experts, experts, dtype=torch.float64, device=device)
     cross = torch.zeros(2, experts, dtype=torch.float64, device=device)
     for call, left in zip(calls, missing, strict=True):
-        half = call.window % 2
         for part in expert_outputs(call, experts, {"": (call.index, call.weights)}):
-            _add_products(gram, cross, part, half[part.rows], left[part.rows])
+            along = part.along(left[part.rows]) * part.weights[""]
+            cross[part.half] += by_expert(part.index, along, experts).sum(0, dtype=torch.float64)
+            gram[part.half] += gram_by_expert(part, "", experts).double()
     if options.kind == "scalar":
         change = solve(gram.sum((1, 2), keepdim=True), cross.sum(1).view(2, 1, 1), options.ridge)
     else:
@@ -264,28 +265,10 @@ def _fit_factors(
     return change
 
 
-def _add_products(
-    gram: torch.Tensor, cross: torch.Tensor, part: ExpertOutputs, half: torch.Tensor, missing: torch.Tensor
-) -> None:
-    """Add g_i g_j <f_i, f_j> to gram [2, E, E] and g_i <f_i, missing> to cross [2, E]."""
-    experts = cross.shape[-1]
-    chosen, weights, index = part.chosen[""], part.weights[""], part.index
-    along = (part.outputs @ missing[..., None])[..., 0] * weights
-    cross += _binned((half[:, None] * experts + index)[chosen], along[chosen], 2 * experts).view(2, -1)
-    products = part.products * weights[:, :, None] * weights[:, None, :]
-    both = chosen[:, :, None] & chosen[:, None, :]
-    pairs = (half[:, None, None] * experts + index[:, :, None]) * experts + index[:, None, :]
-    gram += _binned(pairs[both], products[both], 2 * experts**2).view(2, experts, experts)
-
-
-def _binned(index: torch.Tensor, values: torch.Tensor, bins: int) -> torch.Tensor:
+def _energy(values: Sequence[torch.Tensor]) -> float:
     import torch
 
-    return torch.bincount(index, values.double(), minlength=bins)
-
-
-def _energy(values: Sequence[torch.Tensor]) -> float:
-    return sum(float(v.double().pow(2).sum()) for v in values)
+    return float(sum(torch.linalg.vector_norm(v, dtype=torch.float64) ** 2 for v in values))
 
 
 def _fit_matrices(
@@ -302,13 +285,14 @@ def _fit_matrices(
         check_names(plan, calls[0])
     dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
     changes = []
+    module, routed = calls[0].module, RoutedTokens(calls, block.experts)
     for _ in range(options.sweeps):
         for expert in range(block.experts):
-            if fitted.tokens[expert] < options.minimum * down(calls[0].module, expert).shape[1]:
+            if fitted.tokens[expert] < options.minimum * down(module, expert).shape[1]:
                 fitted.skipped = sorted({*fitted.skipped, expert})
                 continue
             whole = options.kind == "all"
-            matrices, change = fit_expert(expert, calls, missing, options.ridge, dtype, whole=whole)
+            matrices, change = fit_expert(expert, module, routed, missing, options.ridge, dtype, whole=whole)
             changes.append(change)
             if matrices:
                 fitted.matrices[expert] = matrices

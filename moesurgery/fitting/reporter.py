@@ -18,13 +18,21 @@ def _unseen(what: str, total: int) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Two callbacks: `note` takes a line; `progress(what, total)` is open while something goes on.
+    """Callbacks: `note` takes a line; `progress(what, total)` is open while something goes on.
 
-    It gives a function that takes how much has been done since the last call, of `total`.
+    It gives a function that takes how much has been done since the last call, of `total`. Where `layer_progress(what,
+    tokens, layers)` is there, it is open instead while tokens go through layers, for a total of `tokens` times `layers`.
     """
 
     note: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int], AbstractContextManager[Progress]] = _unseen
+    layer_progress: Callable[[str, int, int], AbstractContextManager[Progress]] | None = None
+
+    def through_layers(self, what: str, tokens: int, layers: int) -> AbstractContextManager[Progress]:
+        """Say how far `tokens` have come through `layers`, counted as tokens times layers."""
+        if self.layer_progress is None:
+            return self.progress(what, tokens * layers)
+        return self.layer_progress(what, tokens, layers)
 
 
 SILENT = Reporter()

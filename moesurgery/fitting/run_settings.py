@@ -1,16 +1,17 @@
-"""How models are run over text: what `--window`, `--limit`, `--seed`, `--device` and `--dtype` say."""
+"""How models are run over text: what `--window`, `--limit`, `--seed`, `--device`, `--dtype` and the like say."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.dtypes import COMMON_DTYPES
 from moesurgery.errors import RecipeError
+from moesurgery.forward.memory_budget import parse_bytes
+from moesurgery.forward.text_documents import Text
 from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 WINDOW = 512
 TOKENS = 49_152  # of calibration text
+AUTO = "auto"
 
 
 def check_device(name: str) -> None:
@@ -35,40 +37,70 @@ def check_device(name: str) -> None:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """`limit` is windows per file at most; `seed` draws them at random, where the first ones are taken without."""
+    """`limit` is windows per file at most; `seed` draws them at random, where the first ones are taken without.
+
+    `device` is one, or "cuda" for all GPUs that are visible; `dtype` one of float32, bfloat16 and float16, or "auto".
+    `memory` bounds what is taken of each device, as 40GB. With `apart` documents have windows of their own, with
+    `assistant_only` only the assistant's tokens count.
+    """
 
     window: int = WINDOW
     limit: int | None = None
     seed: int | None = None
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = AUTO
+    memory: str = ""
+    apart: bool = False
+    assistant_only: bool = False
 
     def check(self) -> None:
-        """Raise RecipeError for a dtype or device that is not there."""
-        if self.dtype not in COMMON_DTYPES:
-            raise RecipeError(f"--dtype {self.dtype}: expected {', '.join(COMMON_DTYPES)}")
+        """Raise RecipeError for a dtype or device that is not there, and for `memory` that is no amount."""
+        if self.dtype not in (AUTO, *COMMON_DTYPES):
+            raise RecipeError(f"--dtype {self.dtype}: expected {', '.join((AUTO, *COMMON_DTYPES))}")
         check_device(self.device)
+        if self.memory:
+            parse_bytes(self.memory)
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices that windows are shared out among when statistics are collected."""
+        if self.device != "cuda":
+            return [self.device]
+        import torch
+
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+    @property
+    def computed_in(self) -> str:
+        """The dtype: bfloat16 on GPUs and float32 on the processor, unless it is named."""
+        if self.dtype != AUTO:
+            return self.dtype
+        return "bfloat16" if self.device.startswith("cuda") else "float32"
 
     def engine(self, plan: Plan) -> Engine:
-        """Return what runs a plan's model."""
+        """Return what runs a plan's model, on the first of the devices."""
+        return self.engines(plan, 1)[0]
+
+    def engines(self, plan: Plan, most: int | None = None) -> list[Engine]:
+        """Return what runs a plan's model on each device, or on the first `most` of them."""
         from moesurgery.forward.engine import Engine
 
-        return Engine(plan, device=self.device, dtype=self.dtype)
+        memory = parse_bytes(self.memory) if self.memory else 0
+        return [Engine(plan, device=d, dtype=self.computed_in, memory=memory) for d in self.devices[:most]]
 
     def domains(self, checkpoint: Checkpoint, texts: Sequence[str | Path]) -> list[Domain]:
         """Read the text files as windows of the model's tokens."""
+        return [self.domain(checkpoint, Text(str(text))) for text in texts]
+
+    def domain(self, checkpoint: Checkpoint, text: Text) -> Domain:
+        """Read one text file as windows of the model's tokens."""
         from moesurgery.forward.loss import context_limit
-        from moesurgery.forward.text_windows import load_tokenizer, read_domain, start_token, token_count
+        from moesurgery.forward.text_windows import Reading, read_domain
 
         longest = context_limit(checkpoint)
         if longest is not None and self.window > longest:
             raise RecipeError(
                 f"--window {self.window} is longer than the model's {longest} positions", f"use --window {longest}"
             )
-
-        @cache
-        def tokenizer() -> Any:
-            return load_tokenizer(checkpoint)
-
-        start, count = start_token(checkpoint.config), token_count(checkpoint.config)
-        return [read_domain(path, tokenizer, start, self.window, self.limit, self.seed, count) for path in texts]
+        reading = Reading(checkpoint, self.assistant_only)
+        return read_domain(text, reading, self.window, self.limit, self.seed, apart=self.apart)

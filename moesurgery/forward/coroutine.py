@@ -17,6 +17,16 @@ class _Abandoned(BaseException):
     """Unwinds a coroutine that nobody will resume."""
 
 
+class Errand:
+    """A request that the owner fulfils at once: `call()`, in its own thread.
+
+    A thread that computes has worker threads of its own, and with more of them than cores all wait for each other.
+    """
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+
+
 class Coroutine:
     """`function()`, run up to each `ask`. `request` is what it asked for; `done` and `result` are set at the end."""
 
@@ -34,12 +44,18 @@ class Coroutine:
 
     def advance(self, answer: Any = None) -> None:
         """Run until the next `ask` or the end, giving `answer` to the last `ask`. Raises what the function raises."""
+        self._resume(answer)
+        answer = None  # a large tensor is not to be kept alive from here
+        while isinstance(self.request, Errand):
+            self._resume(self.request.call())
+
+    def _resume(self, answer: Any) -> None:
         self.request, self._answer = None, answer
         if self._thread.ident is None:
             self._thread.start()
         else:
             self._turn.release()
-        answer = None  # a large tensor is not to be kept alive from here
+        answer = None
         self._back.acquire()
         if self._error is not None:
             error, self._error = self._error, None

@@ -1,33 +1,37 @@
 """The forward pass of a model that does not fit in memory: all windows go through one layer, then the next.
 
 The model's own code runs, unchanged, once per batch of windows. Each of these forward passes is a coroutine
-that stops at the door of every unit (`skeleton.Unit`) until all have come there; then the unit's weights are
+that stops at the door of every unit (`layer_units.LayerUnit`) until all have come there; then the unit's weights are
 read from the plan, all batches go through, and the weights are given free. So what a layer is called with
 (positions, masks, sliding windows, what earlier layers left for later ones) is what the model's code says.
 
     engine = Engine(plan)
-    engine.run(tokens, experts=watch_experts, logits=take_logits)
+    engine.run(tokens, Hooks(experts=see_experts), logits=take_logits)
 
 Memory: one unit's weights, the hidden states of all windows twice (a model keeps its embeddings), one batch's
-activations. Units stay loaded while all that are take less than `keep` bytes.
+activations. Units stay loaded as far as `keep` bytes go. On a GPU that is what its memory leaves, and the next unit is
+read beside the one that computes.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
-from moesurgery.forward.coroutine import Coroutine, current
+from moesurgery.forward import memory_budget
+from moesurgery.forward.coroutine import Coroutine, Errand, current
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import NO_HOOKS, BlockCall, ExpertsCall, Hooks
-from moesurgery.forward.layer_units import LayerUnit
+from moesurgery.forward.layer_units import LayerUnit, modules_without_weights
 from moesurgery.forward.meta_model import MetaModel
-from moesurgery.forward.router_logits import RouterTap
+from moesurgery.forward.router_logits import RouterTap, torch_functions_unseen
 from moesurgery.forward.routing_adapters import adapter_of, routed
 from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
@@ -35,9 +39,12 @@ from moesurgery.plan.plan import Plan
 if TYPE_CHECKING:
     import torch
 
+# On the processor; on a GPU its memory decides (`memory_budget`).
 KEEP_BYTES = 256 << 20
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 1024  # more leave the caches: on two cores batches of 4,096 take a quarter longer
 LOGITS_BYTES = 512 << 20
+
+_on_gpus: weakref.WeakSet[Any] = weakref.WeakSet()  # engines that share the memory of their device
 
 Progress = Callable[[int], None]
 _Args = tuple[Any, ...]
@@ -59,7 +66,7 @@ class _PauseAt:
     """What a stream asks for: to go through a unit."""
 
     unit: LayerUnit
-    call: Callable[[], Any]
+    call: partial[Any]
 
 
 @dataclass
@@ -102,6 +109,13 @@ class Streams:
             raise RefusedError(f"batches take different ways through the model: {', '.join(waiting)}")
         return next(iter(waiting.values()), None)
 
+    @property
+    def resumable(self) -> bool:
+        """Whether layers are called with nothing that layers before them may have left in it."""
+        requests = [stream.coroutine.request for stream in self.streams]
+        given = [value for r in requests if r is not None for value in (*r.call.args, *r.call.keywords.values())]
+        return all(value is None or not isinstance(value, (dict, list, set)) or not value for value in given)
+
     def rehearse(self, watch: Hooks, count: int | None = None) -> list[Any]:
         """Send all streams, or the first `count`, through the unit they wait at under another watch, leave them at its
         door, and return what the unit returns for each."""
@@ -142,26 +156,67 @@ class Streams:
         result, stream.coroutine.result = stream.coroutine.result, None
         return result
 
+    def ends(self, number: int, windows: int | None = None) -> Iterator[tuple[int, Tokens, Any]]:
+        """Take one stream, past its layers, to the end; yield (first window, windows, logits [b, S, V]).
+
+        As many `windows` at a time as memory has room for their logits, where batches are larger.
+        """
+        stream = self.streams[number]
+        size, layers = windows or self.engine.windows_per_head(stream.tokens), len(self.engine.layers)
+        if size >= len(stream.tokens) or not _is_cut_by_windows(stream.last, stream.tokens):
+            yield stream.first, stream.tokens, self.finish(number)
+            return
+        last, stream.last = stream.last, None
+        stream.coroutine.close()
+        for start in range(0, len(stream.tokens), size):
+            part = stream.tokens.rows(start, start + size)
+            rest = Streams(self.engine, part, size, NO_HOOKS, Resume(layers, [_windows(last, start, start + size)]))
+            try:
+                yield stream.first + start, part, rest.finish(0)
+            finally:
+                rest.streams[0].coroutine.close()
+
     def close(self) -> None:
         for stream in self.streams:
             stream.coroutine.close()
         self.engine.unpin()
 
 
-class Engine:
-    """Runs a plan's model, written or not, in little memory. `dtype` is that of weights and activations.
+def _is_cut_by_windows(output: Any, tokens: Tokens) -> bool:
+    """Whether the first axes of all that a layer returned are windows and positions."""
+    parts = output if isinstance(output, tuple) else (output,)
+    return all(part is None or tuple(part.shape[:2]) == tuple(tokens.ids.shape) for part in parts)
 
-    Raises RefusedError where transformers has no code for the model, CheckpointError where tensors are missing.
+
+def _windows(output: Any, start: int, stop: int) -> Any:
+    if isinstance(output, tuple):
+        return tuple(_windows(part, start, stop) for part in output)
+    return None if output is None else output[start:stop]
+
+
+class Engine:
+    """Runs a plan's model, written or not. `dtype` is that of weights and activations.
+
+    `keep` bytes of weights stay loaded. Without it, `memory` bounds all that a run takes on its device; by default that
+    is what is free on a GPU, and little on the processor. Raises RefusedError where transformers has no code for the
+    model, CheckpointError where tensors are missing.
     """
 
-    def __init__(self, plan: Plan, *, device: str = "cpu", dtype: str = "float32", keep: int = KEEP_BYTES) -> None:
+    def __init__(
+        self, plan: Plan, *, device: str = "cpu", dtype: str = "float32", keep: int | None = None, memory: int = 0
+    ) -> None:
         self.plan = plan
         self.skeleton = MetaModel(plan, device, dtype)
         self.layers = self.skeleton.layers
         self.blocks = self.skeleton.blocks()
-        self.keep = keep
+        self.on_gpu = self.device.type == "cuda"
+        self.memory = memory
+        self.keep = keep if keep is not None else KEEP_BYTES
+        self._keeps_what_fits = keep is None
         self._resident: dict[str, LayerUnit] = {}  # least recently used first
         self._pinned: set[str] = set()
+        self._ahead: dict[str, Future[dict[str, torch.Tensor]]] = {}  # weights that are being read beside
+        self._reading: ThreadPoolExecutor | None = None
         self.freed: list[Callable[[LayerUnit], None]] = []  # called when a unit's weights go
         self._active: _Active | None = None
         self._tap: RouterTap | None = None
@@ -171,6 +226,12 @@ class Engine:
             self._wrap(self.skeleton.model.get_submodule(block.path), partial(self._at_block, block))
         for unit in self.skeleton.units.values():
             self._wrap(unit.module, partial(self._at_door, unit))
+        for module in modules_without_weights(self.skeleton.model):
+            self._wrap(module, self._at_once)
+        text = self.skeleton.model.config.get_text_config()
+        self._shape = memory_budget.shape_of(text, plan.anatomy.settings.top_k or 1, self.skeleton.dtype.itemsize)
+        if self.on_gpu and self._keeps_what_fits:
+            _on_gpus.add(self)
 
     @property
     def device(self) -> torch.device:
@@ -193,15 +254,59 @@ class Engine:
         resume: Resume | None = None,
         batch: int | None = None,
     ) -> Streams:
-        """Begin the forward pass of all windows, `batch` at a time (small enough for logits by default)."""
+        """Begin the forward pass of all windows, `batch` at a time (by default as many as memory has room for)."""
+        self._share_memory(tokens)
         return Streams(self, tokens, batch or self.windows_per_batch(tokens, True), watch, resume)
 
     def windows_per_batch(self, tokens: Tokens, logits: bool) -> int:
-        """Return how many windows go through a layer together, with room for their logits if asked for."""
+        """Return how many windows go through a layer together. On the processor their logits must have room too."""
         limit = BATCH_TOKENS
-        if logits:
+        if self.on_gpu:
+            room = memory_budget.ACTIVATIONS * self._budget()
+            limit = min(memory_budget.GPU_BATCH_TOKENS, int(room / self._shape.per_token(tokens.length)))
+        elif logits:
             limit = min(limit, LOGITS_BYTES // (4 * self.vocabulary))
         return max(1, limit // tokens.length)
+
+    def windows_per_head(self, tokens: Tokens) -> int:
+        """Return how many windows have room for their logits, in float32 and once more."""
+        if not self.on_gpu:
+            return len(tokens)
+        return max(1, int(memory_budget.LOGITS * self._budget()) // (8 * self.vocabulary * tokens.length))
+
+    def _budget(self) -> int:
+        """Return what this engine may take of its device's memory, weights that it holds already among them."""
+        held = sum(unit.nbytes for unit in self._resident.values())
+        others = sum(1 for other in _on_gpus if other.device == self.device)
+        free = (memory_budget.free_bytes(self.device) + held) // max(1, others)
+        return min(free, self.memory) if self.memory else free
+
+    @property
+    def width(self) -> int:
+        """The hidden size."""
+        return self._shape.hidden
+
+    def hidden_bytes(self, tokens: Tokens) -> int:
+        """Return what the hidden states of all windows take: a model keeps its embeddings, and the last batch is twice
+        there."""
+        return 3 * tokens.ids.numel() * self._shape.hidden * self._shape.itemsize
+
+    def batch_bytes(self, tokens: Tokens) -> int:
+        """Return about what a batch takes on its way through a layer."""
+        return tokens.ids.numel() * self._shape.per_token(tokens.length)
+
+    def _share_memory(self, tokens: Tokens) -> None:
+        """Decide what may stay loaded, beside hidden states, activations and the unit that is read meanwhile."""
+        if not self._keeps_what_fits:
+            return
+        largest = max(unit.nbytes for unit in self.skeleton.units.values())
+        hidden = self.hidden_bytes(tokens)
+        if self.on_gpu:
+            left = int((1 - memory_budget.ACTIVATIONS - 2 * memory_budget.LOGITS) * self._budget()) - hidden
+            everything = sum(unit.nbytes for unit in self.skeleton.units.values())
+            self.keep = left if everything <= left else max(0, left - 2 * largest)
+        elif self.memory:
+            self.keep = max(0, self.memory - hidden - largest)
 
     def run(
         self,
@@ -220,8 +325,9 @@ class Engine:
         try:
             streams.to_layer(len(self.layers), progress)
             if logits is not None:
-                for i, stream in enumerate(streams.streams):
-                    logits(stream.first, stream.tokens, streams.finish(i))
+                for i in range(len(streams)):
+                    for first, windows, values in streams.ends(i):
+                        logits(first, windows, values)
         finally:
             streams.close()
 
@@ -229,9 +335,13 @@ class Engine:
         """Return the logits [N, S, V] in float32: for few windows."""
         import torch
 
-        found: list[torch.Tensor] = []
-        self.run(tokens, logits=lambda first, part, values: found.append(values.float().cpu()))
-        return torch.cat(found)
+        found = torch.zeros(*tokens.ids.shape, self.vocabulary)
+
+        def take(first: int, part: Tokens, values: torch.Tensor) -> None:
+            found[first : first + len(part), : part.length, : values.shape[-1]] = values.float().cpu()
+
+        self.run(tokens, logits=take)
+        return found
 
     def work(self, tokens: Tokens) -> int:
         """What `progress` counts up to in one run."""
@@ -242,12 +352,28 @@ class Engine:
         """Have a unit's weights in memory. Those over the budget are given free afterwards, pinned ones later."""
         if unit.path not in self._resident:
             self._evict(self.keep - unit.nbytes)
-            self.skeleton.load(unit)
+            ahead = self._ahead.pop(unit.path, None)
+            if ahead is None:
+                self.skeleton.load(unit)
+            else:
+                self.skeleton.put(unit, ahead.result())
         self._resident[unit.path] = self._resident.pop(unit.path, unit)
         if pin:
             self._pinned.add(unit.path)
+        self._read_ahead(unit)
         yield
         self._evict(self.keep)
+
+    def _read_ahead(self, unit: LayerUnit) -> None:
+        """Begin to read the layer after `unit`, on a GPU, where the processor's memory is not what is short."""
+        if not self.on_gpu or self.skeleton.donor is not None or unit.layer is None:
+            return
+        following = self.layers[(unit.layer + 1) % len(self.layers)]
+        if following.path in self._resident or following.path in self._ahead or following is unit:
+            return
+        if self._reading is None:
+            self._reading = ThreadPoolExecutor(1, "ahead")
+        self._ahead[following.path] = self._reading.submit(self.skeleton.read, following)
 
     def forget(self, unit: LayerUnit) -> None:
         """Give a unit's weights free at once: what was changed in them goes."""
@@ -259,12 +385,15 @@ class Engine:
         self._pinned.clear()
         self._evict(self.keep)
 
-    def _evict(self, budget: int) -> None:
-        """Give units free, least recently used first, until those that may go take no more than `budget`."""
+    def _evict(self, keep: int) -> None:
+        """Give units free until those that may go take no more than `keep`.
+
+        On a GPU the latest first: passes go round through the layers, and what was used first is wanted first.
+        """
         free = [path for path in self._resident if path not in self._pinned]
         held = sum(self._resident[path].nbytes for path in free)
-        for path in free:
-            if held <= budget:
+        for path in reversed(free) if self.on_gpu else free:
+            if held <= keep:
                 return
             unit = self._resident.pop(path)
             held -= unit.nbytes
@@ -278,22 +407,18 @@ class Engine:
     @contextmanager
     def watching(self, watch: Hooks, tokens: Tokens, first: int, unit: LayerUnit) -> Iterator[None]:
         """Have a watch see what a unit does, for a batch of windows that begins at window `first`."""
-        before = self._active, self._tap
+        before = self._active
         blocks = [b for b in self.blocks if b.unit == unit.path]
         banned = {b.where: list(watch.ban(b)) for b in blocks} if watch.ban else {}
         self._active = _Active(watch, tokens, first, banned)
-        self._tap = None
         with ExitStack() as stack:
-            if blocks and (watch.router_logits or any(banned.values())):
-                routers = {b.where: self.skeleton.tensor(b.router) for b in blocks if b.router is not None}
-                self._tap = stack.enter_context(RouterTap(routers, banned))
             for block in blocks:
                 if banned.get(block.where) and block.correction is not None:
                     stack.enter_context(_lowered(self.skeleton.tensor(block.correction), banned[block.where]))
             try:
                 yield
             finally:
-                self._active, self._tap = before
+                self._active = before
 
     def _forward(self, stream: Stream, streams: Streams) -> Any:
         """The body of a stream: the model's own forward pass."""
@@ -331,13 +456,40 @@ class Engine:
             return resume.outputs[_here.stream.number]
         return coroutine.ask(_PauseAt(unit, partial(forward, *args, **kwargs)))
 
+    def _at_once(self, module: Any, forward: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
+        """Have what a stream computes between its doors, such as rotary embeddings, computed by the engine's thread."""
+        import torch
+
+        coroutine = current()
+        if coroutine is None:
+            return forward(*args, **kwargs)
+
+        def call() -> Any:
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+
+        return coroutine.ask(Errand(call))
+
     def _at_block(
         self, block: ExpertsModule, module: Any, forward: Callable[..., Any], args: _Args, kwargs: _Kwargs
     ) -> Any:
         active = self._active
-        if active is None or active.watch.block is None:
+        if active is None:
             return forward(*args, **kwargs)
-        run = partial(forward, *args, **kwargs)
+
+        def run() -> Any:
+            banned = active.banned.get(block.where, [])
+            if block.router is None or not (active.watch.router_logits or banned):
+                return forward(*args, **kwargs)
+            before, self._tap = self._tap, RouterTap(self.skeleton.tensor(block.router), banned)
+            try:
+                with self._tap:
+                    return forward(*args, **kwargs)
+            finally:
+                self._tap = before
+
+        if active.watch.block is None:
+            return run()
         return active.watch.block(BlockCall(block, active.tokens, active.first, args, kwargs, run))
 
     def _at_experts(
@@ -362,9 +514,10 @@ class Engine:
             chosen = changed or (hidden, index, weights)
             return forward(*chosen) if adapter is None else routed(module, *chosen)
 
-        logits = self._tap.logits.get(block.where) if self._tap else None
+        logits = self._tap.logits if self._tap else None
         call = ExpertsCall(block, module, active.tokens, active.first, hidden, index, weights, logits, run)
-        result = active.watch.experts(call)
+        with torch_functions_unseen():
+            result = active.watch.experts(call)
         if result is None:
             return forward(*args, **kwargs)
         return result if adapter is None else adapter.returned(module, given[0], result)

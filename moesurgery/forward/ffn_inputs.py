@@ -39,7 +39,7 @@ def ffn_inputs(plan: Plan, tokens: Tokens, ffn: str) -> Iterator[torch.Tensor]:
         while streams.passed < len(engine.layers):
             streams.step()
             if found:
-                yield torch.cat(found)
+                yield torch.cat([torch.nn.functional.pad(f, (0, 0, 0, tokens.length - f.shape[1])) for f in found])
                 found.clear()
     finally:
         streams.close()

@@ -19,8 +19,8 @@ class ExpertsCall:
 
     hidden [T, H], index [T, k] and weights [T, k] are its inputs: the routing that the model itself computed. Where
     the code has no such module, `adapters` read the block as if it had, and `module` is the block.
-    `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding. `run()` computes
-    the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
+    `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding, and for tokens
+    that do not count. `run()` computes the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
     """
 
     block: ExpertsModule
@@ -35,12 +35,20 @@ class ExpertsCall:
 
     @property
     def real(self) -> torch.Tensor | None:
-        return self.tokens.mask.reshape(-1).to(self.hidden.device) if self.tokens.mask is not None else None
+        counts = self.tokens.counts
+        return counts.reshape(-1).to(self.hidden.device) if counts is not None else None
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """Return the rows [t, …] of values of this call that are no padding."""
         flat, real = values.reshape(-1, values.shape[-1]), self.real
         return flat if real is None else flat[real]
+
+    def half(self, half: int) -> torch.Tensor:
+        """Return the places [t] of all tokens of even windows (0) or of odd ones (1)."""
+        import torch
+
+        places = torch.arange(self.tokens.ids.numel(), device=self.hidden.device)
+        return places.view(len(self.tokens), -1)[(self.first + half) % 2 :: 2].reshape(-1)
 
     @property
     def window(self) -> torch.Tensor:

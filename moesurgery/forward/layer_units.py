@@ -50,6 +50,19 @@ def find_units(model: Any) -> Iterator[LayerUnit]:
     return walk("", model)
 
 
+def modules_without_weights(model: Any) -> Iterator[Any]:
+    """Yield the largest modules outside of units: what is computed between them."""
+    import torch
+
+    for child in model.children():
+        if isinstance(child, torch.nn.ModuleList):
+            continue
+        if any(isinstance(m, torch.nn.ModuleList) for m in child.modules()):
+            yield from modules_without_weights(child)
+        elif next(child.parameters(), None) is None:
+            yield child
+
+
 def decoder_layers(units: dict[str, LayerUnit], target: dict[str, str], plan: Plan) -> list[LayerUnit]:
     """Return the list of units that holds the MoE blocks, or the largest list of a dense model."""
     weight: dict[str, int] = {}

@@ -11,22 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.expr.nodes import Concat, Expr, Slice, concat, reshape, stack, torch_dtype
 from moesurgery.expr.tensors import concat_last, slice_last, transpose
+from moesurgery.forward.layer_loading import Loader
 
 if TYPE_CHECKING:
     import torch
-
-CHUNK_BYTES = 32 << 20
 
 
 class LazyTensor:
     """An expression that passes for a tensor in `torch.stack`, `torch.cat`, `torch.chunk` and `torch.transpose`."""
 
-    def __init__(self, expr: Expr, reader: FileReader) -> None:
+    def __init__(self, expr: Expr, loader: Loader) -> None:
         self.expr = expr
-        self.reader = reader
+        self.loader = loader
 
     @property
     def shape(self) -> torch.Size:
@@ -54,7 +52,7 @@ class LazyTensor:
         import torch
 
         out = torch.empty(self.expr.shape, dtype=torch_dtype(self.expr.dtype))
-        evaluate_into(out, self.expr, self.reader)
+        self.loader.fill([(out, self.expr)])
         return out
 
     def __getattr__(self, name: str) -> Any:
@@ -70,22 +68,6 @@ class LazyTensor:
         symbolic = _SYMBOLIC.get(function.__name__)
         found = symbolic(*args, **kwargs) if symbolic else None
         return found if found is not None else function(*_real(args), **_real(kwargs))
-
-
-def evaluate_into(out: torch.Tensor, expr: Expr, reader: FileReader) -> None:
-    """Fill a contiguous tensor of any floating dtype with an expression's values, chunk by chunk."""
-    flat = out.view(-1)
-    if isinstance(expr, Concat):
-        at = 0
-        for part in expr.parts:
-            evaluate_into(flat[at : at + part.numel], part, reader)
-            at += part.numel
-        return
-    step = max(1, CHUNK_BYTES // max(1, expr.nbytes // max(1, expr.numel)) // expr.chunk_multiple) * expr.chunk_multiple
-    for start in range(0, expr.numel, step):
-        stop = min(start + step, expr.numel)
-        reader.begin_chunk()
-        flat[start:stop] = expr.evaluate(start, stop, reader)
 
 
 def _real(value: Any) -> Any:
@@ -108,7 +90,7 @@ def _exprs(tensors: Any) -> list[Expr] | None:
 
 def _stack(tensors: Any, dim: int = 0) -> LazyTensor | None:
     exprs = _exprs(tensors)
-    return LazyTensor(stack(exprs), tensors[0].reader) if exprs and dim == 0 else None
+    return LazyTensor(stack(exprs), tensors[0].loader) if exprs and dim == 0 else None
 
 
 def _cat(tensors: Any, dim: int = 0) -> LazyTensor | None:
@@ -118,15 +100,15 @@ def _cat(tensors: Any, dim: int = 0) -> LazyTensor | None:
     rank = len(exprs[0].shape)
     dim %= rank
     if dim == 0:
-        return LazyTensor(concat(exprs), tensors[0].reader)
+        return LazyTensor(concat(exprs), tensors[0].loader)
     if dim == rank - 1 and rank > 1:
-        return LazyTensor(concat_last(exprs), tensors[0].reader)
+        return LazyTensor(concat_last(exprs), tensors[0].loader)
     if dim != 1:
         return None
     # [E, I, H] and [E, I, H] into [E, 2I, H]: expert by expert, the rows of each one after the other.
     joined = concat([_entry(expr, e) for e in range(exprs[0].shape[0]) for expr in exprs])
     return LazyTensor(
-        reshape(joined, (exprs[0].shape[0], sum(e.shape[1] for e in exprs), *exprs[0].shape[2:])), tensors[0].reader
+        reshape(joined, (exprs[0].shape[0], sum(e.shape[1] for e in exprs), *exprs[0].shape[2:])), tensors[0].loader
     )
 
 
@@ -147,9 +129,9 @@ def _chunk(tensor: Any, chunks: int, dim: int = 0) -> tuple[LazyTensor, ...] | N
     step = size // chunks
     cuts = [(i * step, (i + 1) * step) for i in range(chunks)]
     if dim % tensor.ndim == 0:
-        return tuple(LazyTensor(Slice(expr, a, b), tensor.reader) for a, b in cuts)
+        return tuple(LazyTensor(Slice(expr, a, b), tensor.loader) for a, b in cuts)
     if dim % tensor.ndim == tensor.ndim - 1:
-        return tuple(LazyTensor(slice_last(expr, a, b), tensor.reader) for a, b in cuts)
+        return tuple(LazyTensor(slice_last(expr, a, b), tensor.loader) for a, b in cuts)
     return None
 
 
@@ -159,7 +141,7 @@ def _transpose(tensor: Any, dim0: int, dim1: int) -> LazyTensor | None:
         tensor.ndim - 2,
     }:
         return None
-    return LazyTensor(transpose(tensor.expr), tensor.reader)
+    return LazyTensor(transpose(tensor.expr), tensor.loader)
 
 
 _SYMBOLIC: dict[str, Callable[..., Any]] = {"stack": _stack, "cat": _cat, "chunk": _chunk, "transpose": _transpose}

@@ -11,12 +11,13 @@ from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.text_windows import Domain
-from moesurgery.forward.tokens import Tokens
+from moesurgery.forward.tokens import Tokens, joined
 
 if TYPE_CHECKING:
     import torch
 
 _ROWS = 512  # of logits, whose softmax is computed together
+_ROWS_GPU = 8192
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,16 @@ def compared(
         for engine in engines:
             runs.append(engine.start(windows, batch=size))
             runs[-1].to_layer(len(engine.layers), progress)
-        for number, stream in enumerate(runs[0].streams):
-            reference = runs[0].finish(number)
-            for found, run in zip(sums, runs, strict=True):
-                logits = reference if run is runs[0] else run.finish(number)
-                for row, ids in enumerate(stream.tokens.ids):
-                    nats, divergence = window_loss(logits[row], reference[row] if run is not runs[0] else None, ids)
-                    entry = found[_domain_of(domains, stream.first + row)]
-                    entry[0] += nats
-                    entry[1] += divergence
+        heads = min(engine.windows_per_head(windows) for engine in engines)
+        for number in range(len(runs[0])):
+            for ends in zip(*(run.ends(number, heads) for run in runs), strict=True):
+                first, part, reference = ends[0]
+                for found, (_, _, logits) in zip(sums, ends, strict=True):
+                    lost = window_losses(logits, None if logits is reference else reference, part)
+                    for row, (nats, divergence) in enumerate(lost):
+                        entry = found[_domain_of(domains, first + row)]
+                        entry[0] += nats
+                        entry[1] += divergence
     finally:
         for run in runs:
             run.close()
@@ -80,27 +82,34 @@ def compared(
     ]
 
 
-def window_loss(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> tuple[float, float]:
-    """Return the summed loss of one window's predictions, and the summed KL(reference || logits)."""
+def window_losses(logits: torch.Tensor, reference: torch.Tensor | None, tokens: Tokens) -> list[tuple[float, float]]:
+    """Return for each window the summed loss of its predictions, and the summed KL(reference || logits).
+
+    logits and reference are [b, S, V] for b windows. Raises CheckpointError where a loss is not finite.
+    """
     import torch
 
-    nats = divergence = 0.0
-    targets = ids[1:].to(logits.device)
-    for start in range(0, len(targets), _ROWS):
-        log = torch.log_softmax(logits[:-1][start : start + _ROWS].float(), dim=-1)
-        nats -= log.gather(1, targets[start : start + _ROWS, None]).double().sum().item()
-        if reference is not None:
-            base = torch.log_softmax(reference[:-1][start : start + _ROWS].float(), dim=-1)
-            divergence += (base.exp() * (base - log)).sum(-1).double().sum().item()
-    if not math.isfinite(nats):
+    targets = tokens.ids[:, 1:].to(logits.device)
+    counts = None if tokens.counts is None else tokens.counts[:, 1:].to(logits.device)
+    sums = torch.zeros(2, len(tokens), dtype=torch.float64, device=logits.device)
+    step = _ROWS_GPU if logits.is_cuda else _ROWS
+    for window in range(len(tokens)):
+        for start in range(0, targets.shape[1], step):
+            rows = slice(start, min(start + step, targets.shape[1]))
+            log = torch.log_softmax(logits[window, rows], dim=-1, dtype=torch.float32)
+            counted = 1.0 if counts is None else counts[window, rows].double()
+            sums[0, window] -= (log.gather(1, targets[window, rows, None])[:, 0].double() * counted).sum()
+            if reference is not None:
+                base = torch.log_softmax(reference[window, rows], dim=-1, dtype=torch.float32)
+                sums[1, window] += ((base.exp() * (base - log)).sum(-1).double() * counted).sum()
+    found: list[tuple[float, float]] = [(nats, divergence) for nats, divergence in sums.T.tolist()]
+    if not all(math.isfinite(nats) for nats, _ in found):
         raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
-    return nats, divergence
+    return found
 
 
 def _together(domains: Sequence[Domain]) -> Tokens:
-    import torch
-
-    return Tokens(torch.cat([domain.windows for domain in domains]))
+    return joined([domain.as_tokens for domain in domains])
 
 
 def _domain_of(domains: Sequence[Domain], window: int) -> int:

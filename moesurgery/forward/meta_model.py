@@ -7,17 +7,19 @@ transformers' own conversion tables, so that every family and layout it loads is
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.expr.nodes import Expr
 from moesurgery.families.anatomy import MoeBlock, model_type_of
 from moesurgery.families.components import is_vision
 from moesurgery.forward.experts_module import ExpertsModule
+from moesurgery.forward.layer_loading import Loader
 from moesurgery.forward.layer_units import LayerUnit, TensorGroup, decoder_layers, find_units
-from moesurgery.forward.lazy_tensor import LazyTensor, evaluate_into
+from moesurgery.forward.lazy_tensor import LazyTensor
 from moesurgery.forward.model_config import load_config
 from moesurgery.forward.routing_adapters import UNREAD, adapter_of
 from moesurgery.plan.dequantise import dequantised
@@ -25,6 +27,8 @@ from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+_building = threading.RLock()
 
 
 class MetaModel:
@@ -49,7 +53,9 @@ class MetaModel:
                 if buffer is not None and buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(self.device)
         self._dtypes: dict[str, Any] = self.model._get_dtype_plan(self.dtype)
-        self._reader = FileReader()
+        self._loader = Loader(self.device)
+        self._on_host = Loader(torch.device("cpu"))
+        self._exprs: dict[str, dict[str, Any]] = {}  # what a group's parameters are made of, by its target
         self.units: dict[str, LayerUnit] = {unit.path: unit for unit in find_units(self.model)}
         self._loose = LayerUnit("", self.model)
         self._empty = {
@@ -89,20 +95,42 @@ class MetaModel:
 
     def load(self, unit: LayerUnit) -> None:
         """Read a unit's weights from the plan into its module. Raises CheckpointError where a source has changed."""
+        self.put(unit, self.read(unit))
+
+    def read(self, unit: LayerUnit) -> dict[str, torch.Tensor]:
+        """Return a unit's weights on the device, by parameter. May run in a thread beside the model.
+
+        Raises CheckpointError where a source has changed since its headers were read.
+        """
         import torch
 
-        done: set[str] = set()
+        found: dict[str, torch.Tensor] = {}
+        lazy: list[tuple[torch.Tensor, Expr]] = []
         with torch.no_grad():
             for group in unit.groups:
-                if self.donor is not None and self._shared(group, self.donor):
-                    done.add(group.target)
+                if self.donor is not None and (given := self._shared(group, self.donor)) is not None:
+                    found[group.target] = given
                     continue
                 for target, value in self._converted(group).items():
                     if target in self._empty or self._is_buffer(target):
-                        self._set(target, value)
-                        done.add(target)
-        self._reader.check()
-        self._refuse_missing([n for n in self._parameters(unit) if n not in done])
+                        found[target] = self._room(target, value)
+                        if isinstance(value, LazyTensor):
+                            lazy.append((found[target], value.expr))
+                        else:
+                            found[target].copy_(value)
+            self._loader.fill(lazy)
+        self._loader.check()
+        self._on_host.check()
+        return found
+
+    def put(self, unit: LayerUnit, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give a unit's module the weights that `read` returned."""
+        import torch
+
+        for target, value in weights.items():
+            buffer = target not in self._empty
+            self._place(target, value if buffer else torch.nn.Parameter(value, requires_grad=False))
+        self._refuse_missing([n for n in self._parameters(unit) if n not in weights])
 
     def free(self, unit: LayerUnit) -> None:
         """Give a unit's weights free."""
@@ -163,20 +191,29 @@ class MetaModel:
                         again = TensorGroup(missing, tied.converter, tied.names)
                         self.unit_of(missing).groups.append(again)
 
-    def _shared(self, group: TensorGroup, donor: MetaModel) -> bool:
-        """Take a parameter from the donor if it has it in memory and it comes of the same tensors."""
+    def _shared(self, group: TensorGroup, donor: MetaModel) -> torch.Tensor | None:
+        """Return a parameter of the donor if it has it in memory and it comes of the same tensors."""
         if len(getattr(group.converter, "target_patterns", ())) > 1 or donor.target.get(group.names[0][1]) is None:
-            return False
+            return None
         empty = donor._empty.get(group.target)
         if empty is None or donor.tensor(group.target) is empty or empty.shape != self._empty[group.target].shape:
-            return False
+            return None
         if any(self.tensors[name] != donor.tensors.get(name) for _, name in group.names):
-            return False
-        self._place(group.target, donor.tensor(group.target))
-        return True
+            return None
+        given: torch.Tensor = donor.tensor(group.target).data
+        return given
 
     def _converted(self, group: TensorGroup) -> dict[str, Any]:
-        lazy = [(pattern, name, LazyTensor(self.tensors[name], self._reader)) for pattern, name in group.names]
+        """Return what a group's parameters are made of; kept where that is expressions alone."""
+        if group.target not in self._exprs:
+            values = self._convert(group)
+            if not all(isinstance(value, LazyTensor) for value in values.values()):
+                return values
+            self._exprs[group.target] = values
+        return self._exprs[group.target]
+
+    def _convert(self, group: TensorGroup) -> dict[str, Any]:
+        lazy = [(pattern, name, LazyTensor(self.tensors[name], self._on_host)) for pattern, name in group.names]
         if group.converter is None:
             return {group.target: lazy[0][2]}
         converter = copy.deepcopy(group.converter)
@@ -188,20 +225,15 @@ class MetaModel:
             raise CheckpointError(f"{group.target}: transformers cannot make it of {lazy[0][1]}: {error}") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
-    def _set(self, target: str, value: Any) -> None:
+    def _room(self, target: str, value: Any) -> torch.Tensor:
+        """Return memory on the device for a parameter or buffer, of which a value of the right shape is known."""
         import torch
 
         empty = self._empty.get(target)
         shape = tuple(empty.shape) if empty is not None else tuple(self.tensor(target).shape)
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{target} has shape {list(value.shape)}, the model's code expects {list(shape)}")
-        out = torch.empty(shape, dtype=self._dtype_of(target))
-        if isinstance(value, LazyTensor):
-            evaluate_into(out, value.expr, self._reader)
-        else:
-            out.copy_(value)
-        out = out.to(self.device)
-        self._place(target, out if empty is None else torch.nn.Parameter(out, requires_grad=False))
+        return torch.empty(shape, dtype=self._dtype_of(target), device=self.device)
 
     def _dtype_of(self, target: str) -> torch.dtype:
         kind: torch.dtype = self.tensor(target).dtype
@@ -312,7 +344,8 @@ def build(plan: Plan, dtype: torch.dtype) -> Any:
                 f"{kind} is an encoder-decoder: it has no loss on running text, and is not run",
                 "counting and editing work without it",
             )
-        config._experts_implementation = "eager"
+        # Grouped products of all experts where the model's code can do without a loop over them.
+        config._experts_implementation = None
         with torch.no_grad(), parameters_on_meta():
             return _class_of(plan, config)._from_config(config, dtype=dtype).eval()
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
@@ -345,9 +378,13 @@ def _class_of(plan: Plan, config: Any) -> Any:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Have modules put every parameter that they register on the meta device; buffers keep their values."""
+    """Have modules put every parameter that they register on the meta device; buffers keep their values.
+
+    One thread at a time: what is changed meanwhile is torch's own.
+    """
     import torch
 
+    _building.acquire()
     register = torch.nn.Module.register_parameter
 
     def on_meta(module: Any, name: str, parameter: Any) -> None:
@@ -360,3 +397,4 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _building.release()

@@ -1,34 +1,57 @@
-"""Text into windows of tokens: the input of everything that measures a model."""
+"""Text into windows of tokens: the input of everything that measures a model.
+
+Windows are cut from documents one after the other, or each document stands in a window of its own (`apart`), padded on
+the right: then none attends to another, whatever the model's code is.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.filenames import TOKENIZER
 from moesurgery.errors import CheckpointError, RecipeError
+from moesurgery.forward.chat_text import ChatTemplate, Spans, load_chat_template
+from moesurgery.forward.text_documents import Completion, Conversation, Text, TextDocument, documents
+from moesurgery.forward.tokens import Tokens, padded
 
 if TYPE_CHECKING:
     import torch
 
-DOCUMENT_BREAK = "\f"  # a form feed on a line of its own separates documents in a text file
-
 
 @dataclass(frozen=True)
 class Domain:
-    """Windows of token ids [windows, length] from one file."""
+    """Windows of token ids [windows, length] from one file; `mask` and `counted` as in `Tokens`."""
 
     name: str
     windows: torch.Tensor
+    mask: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
-        """Tokens that are predicted: all but the first of each window."""
-        return int(self.windows.shape[0] * (self.windows.shape[1] - 1))
+        """Tokens that are predicted: all but the first of each window, padding and what does not count."""
+        return self.as_tokens.predicted
+
+    @property
+    def as_tokens(self) -> Tokens:
+        return Tokens(self.windows, self.mask, self.counted)
+
+    def each(self, number: int) -> tuple[Domain, Domain]:
+        """Return the windows without one in `number`, one at least, and those by themselves: the last ones, or where
+        they are sorted by length, some of all lengths."""
+        count, tokens = len(self.windows), self.as_tokens
+        kept = max(1, count // number)
+        chosen = set(range(count - kept, count) if self.mask is None else range(count - 1, -1, -number))
+
+        def part(windows: list[int]) -> Domain:
+            found = tokens.of(windows)
+            return Domain(self.name, found.ids, found.mask, found.counted)
+
+        return part([i for i in range(count) if i not in chosen]), part(sorted(chosen))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -45,95 +68,143 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
 
 
+@dataclass
+class Tokenised:
+    """The ids of a document, and which of them are the assistant's; None where that was not asked."""
+
+    ids: list[int]
+    counted: list[bool] | None = None
+
+
+@dataclass
+class Reading:
+    """How the documents of files become token ids for one model. `assistant`: only the assistant's tokens count."""
+
+    checkpoint: Checkpoint
+    assistant: bool = False
+    vocabulary: int | None = field(init=False)
+    start: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vocabulary = token_count(self.checkpoint.config)
+        self.start = start_token(self.checkpoint.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        return load_chat_template(self.checkpoint)
+
+    def documents(self, text: Text) -> Iterator[Tokenised]:
+        """Yield the documents of a file. Raises RecipeError for a token that the model does not have."""
+        for document, where in documents(text.path):
+            found = self._tokenised(document, where)
+            if self.vocabulary is not None and max(found.ids, default=0) >= self.vocabulary:
+                raise RecipeError(
+                    f"{text} has the token {max(found.ids)}, and the model has {self.vocabulary:,} tokens, 0 to"
+                    f" {self.vocabulary - 1}",
+                    "the tokenizer that made it is another model's",
+                )
+            yield found
+
+    def _tokenised(self, document: TextDocument, where: str) -> Tokenised:
+        if isinstance(document, list):
+            if self.assistant:
+                raise RecipeError(f"{where}: token ids do not say which are the assistant's")
+            return Tokenised(document)
+        if isinstance(document, Conversation):
+            try:
+                text, spans = self.chat.render(document.messages, document.tools, self.assistant)
+            except ValueError as error:
+                raise RecipeError(f"{where}: {error}") from None
+            return self._encoded(text, spans, begin=False)
+        if isinstance(document, Completion):
+            whole = document.prompt + document.completion
+            return self._encoded(whole, [(len(document.prompt), len(whole))])
+        if self.assistant:
+            raise RecipeError(f"{where}: plain text does not say which words are the assistant's", "give messages")
+        return self._encoded(document, [])
+
+    def _encoded(self, text: str, spans: Spans, *, begin: bool = True) -> Tokenised:
+        """Return the ids of a text; a template writes the token that begins a document itself."""
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        first = [self.start] if begin and self.start is not None else []
+        if not self.assistant:
+            return Tokenised(first + encoded.ids)
+        counted = [any(start < b and end > a for a, b in spans) for start, end in encoded.offsets]
+        return Tokenised(first + encoded.ids, [False] * len(first) + counted)
+
+
 def read_domain(
-    path: str | Path,
-    tokenizer: Callable[[], Any],
-    start_token: int | None,
+    text: Text,
+    reading: Reading,
     length: int,
     limit: int | None = None,
     seed: int | None = None,
-    vocabulary: int | None = None,
+    *,
+    apart: bool = False,
 ) -> Domain:
-    """Cut a file into windows of `length` tokens, each text after `start_token`; the rest is dropped.
+    """Return a file as windows of `length` tokens; what is left of the last one is dropped.
 
-    A `.jsonl` file has a document per line, as text or as token ids (`input_ids`, padding marked by
-    `attention_mask` left out); any other file is text, for which `tokenizer()` is asked. `limit` bounds the number
-    of windows: the first ones, or with `seed` a sample. Raises RecipeError for an unreadable or too short file, and
-    for a token that the model's `vocabulary` does not have.
+    With `apart` every document has windows of its own, sorted by length, and nothing is dropped. `limit` bounds the
+    number of windows, or of tokens over `length` where documents stand apart: the first ones, or with `seed` a sample.
+    Raises RecipeError for an unreadable or too short file, and for a token that the model does not have.
     """
     import numpy as np
     import torch
 
     enough = limit * length if limit is not None and seed is None else None
-    ids: list[int] = []
-    for document in _documents(path):
-        if isinstance(document, str):
-            if start_token is not None:
-                ids.append(start_token)
-            ids += tokenizer().encode(document, add_special_tokens=False).ids
-        else:
-            ids += document
-        if enough is not None and len(ids) >= enough:
+    found: list[Tokenised] = []
+    total = 0
+    for document in reading.documents(text):
+        found.append(document)
+        total += len(document.ids)
+        if enough is not None and total >= enough:
             break
-    if vocabulary is not None and max(ids, default=0) >= vocabulary:
-        raise RecipeError(
-            f"{path} has the token {max(ids)}, and the model has {vocabulary:,} tokens, 0 to {vocabulary - 1}",
-            "the tokenizer that made it is another model's",
-        )
+    if apart:
+        return _apart(text, found, length, limit, seed)
+    ids = [i for document in found for i in document.ids]
     count = len(ids) // length
     if count == 0:
         raise RecipeError(
-            f"{path} has {len(ids)} tokens, less than one window of {length}", "give more text or a smaller --window"
+            f"{text} has {len(ids)} tokens, less than one window of {length}", "give more text or a smaller --window"
         )
     windows = torch.tensor(ids[: count * length]).view(count, length)
+    counted = None
+    if reading.assistant:
+        counted = torch.tensor([c for d in found for c in d.counted or ()][: count * length]).view(count, length)
     if limit is not None and limit < count:
         chosen = range(limit) if seed is None else sorted(np.random.default_rng(seed).permutation(count)[:limit])
-        windows = windows[list(map(int, chosen))]
-    return Domain(Path(path).stem, windows)
+        rows = list(map(int, chosen))
+        windows, counted = windows[rows], None if counted is None else counted[rows]
+    return Domain(text.name.rpartition(".")[0] or text.name, windows, None, counted)
 
 
-def _documents(path: str | Path) -> Iterator[str | list[int]]:
-    """Yield the documents of a file: texts, or lists of token ids."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is no text
-    except (OSError, UnicodeDecodeError) as error:
-        reason, hint = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text", None
-        if isinstance(error, UnicodeDecodeError):
-            hint = f"convert it first, as with `iconv -f latin1 -t utf-8 {path}`"
-        raise RecipeError(f"{path} cannot be read: {reason}", hint) from None
-    if not str(path).endswith(".jsonl"):
-        yield from documents(text)
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also cut at U+2028, inside of strings
-        if line.strip():
-            yield _record(line, f"{path}:{number}")
+def _apart(text: Text, found: list[Tokenised], length: int, limit: int | None, seed: int | None) -> Domain:
+    """Return every document, cut where it is longer than a window, in windows of its own, the longest first."""
+    import numpy as np
 
-
-def _record(line: str, where: str) -> str | list[int]:
-    """Read one line of JSON: {"text": …}, {"input_ids": […]}, or a bare list of ids."""
-    hint = 'a line is {"text": "…"}, {"input_ids": [1, 2, …]} or [1, 2, …]'
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise RecipeError(f"{where}: not JSON: {error}", hint) from None
-    mask = None
-    if isinstance(value, dict):
-        mask = value.get("attention_mask")
-        value = value.get("text", value.get("input_ids"))
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(type(v) is int and v >= 0 for v in value):
-        if mask is None:
-            return value
-        if isinstance(mask, list) and len(mask) == len(value):
-            return [v for v, real in zip(value, mask, strict=True) if real]
-        raise RecipeError(f"{where}: attention_mask is no list of {len(value)}, as input_ids is", hint)
-    raise RecipeError(f"{where}: neither text nor token ids", hint)
-
-
-def documents(text: str) -> Sequence[str]:
-    """Split a file at its form feeds; a file without them is one document."""
-    return [part.strip("\n") for part in text.split(DOCUMENT_BREAK) if part.strip()]
+    pieces = [
+        Tokenised(d.ids[at : at + length], None if d.counted is None else d.counted[at : at + length])
+        for d in found
+        for at in range(0, len(d.ids), length)
+        if len(d.ids) - at > 1
+    ]
+    if seed is not None:
+        pieces = [pieces[i] for i in np.random.default_rng(seed).permutation(len(pieces))]
+    if limit is not None:
+        room, kept = limit * length, 0
+        while kept < len(pieces) and room > 0:
+            room -= len(pieces[kept].ids)
+            kept += 1
+        pieces = pieces[:kept]
+    if not pieces:
+        raise RecipeError(f"{text} has no document of two tokens or more")
+    pieces.sort(key=lambda piece: -len(piece.ids))
+    tokens = padded([piece.ids for piece in pieces], [p.counted for p in pieces if p.counted is not None])
+    return Domain(text.name.rpartition(".")[0] or text.name, tokens.ids, tokens.mask, tokens.counted)
 
 
 def _inner(config: Any) -> Any:

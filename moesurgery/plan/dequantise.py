@@ -280,7 +280,7 @@ def fp4_values(
     """Return 4-bit floats [rows, width / 2] bytes times their scales, times or divided by the overall one."""
     import torch
 
-    table = torch.tensor([*_FP4, *(-v for v in _FP4)])
+    table = torch.tensor([*_FP4, *(-v for v in _FP4)], device=packed.device)
     nibbles = packed.view(torch.uint8)
     values = torch.stack([table[(nibbles & 15).long()], table[(nibbles >> 4).long()]], dim=-1).flatten(1)
     factor = _spread(scale, width, wide)
@@ -293,6 +293,6 @@ def packed_values(width: int, packed: torch.Tensor, scale: torch.Tensor, bits: i
     """Return integers packed into 32-bit words, the first in the lowest bits, offset by half their range."""
     import torch
 
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     values = (packed.view(torch.int32)[:, :, None] >> shifts) & ((1 << bits) - 1)
     return (values.flatten(1) - (1 << (bits - 1))).float().mul_(_spread(scale, width, wide))

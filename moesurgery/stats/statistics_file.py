@@ -47,6 +47,7 @@ from moesurgery.stats.safetensors_file import save_arrays
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 _FORMAT = "moesurgery statistics 1"
 SUFFIX = ".safetensors"
@@ -266,18 +267,18 @@ def digest(path: str | Path) -> str:
     return value.hexdigest()
 
 
-def empty_sums(experts: int, hidden: int, others: list[int]) -> dict[str, Any]:
+def empty_sums(experts: int, hidden: int, others: list[int], device: torch.device) -> dict[str, Any]:
     """Return zeros of all names, as torch tensors in float64."""
     import torch
 
     def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(2, *shape, dtype=torch.float64)
+        return torch.zeros(2, *shape, dtype=torch.float64, device=device)
 
     per_expert = ("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak")
     sums: dict[str, Any] = {name: zeros(experts) for name in per_expert}
     sums |= {"tokens": zeros(), "mass": zeros(), "entropy": zeros()}
     sums |= {"gram": zeros(experts, experts), "logits": zeros(experts, experts)}
-    sums["output"] = torch.zeros(experts, hidden, dtype=torch.float64)
+    sums["output"] = torch.zeros(experts, hidden, dtype=torch.float64, device=device)
     for k in others:
         sums |= {f"gram@{k}": zeros(experts, experts), f"gate2@{k}": zeros(experts)}
         sums |= {f"mass@{k}": zeros(), f"cross@{k}": zeros(experts)}

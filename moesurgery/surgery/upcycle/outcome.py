@@ -6,7 +6,6 @@ Both models are streamed layer by layer in float32 (`forward.engine`), so they m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
@@ -72,15 +71,11 @@ def loss_compared(dense: Plan, mixture: Plan, texts: Sequence[str]) -> tuple[str
 
 
 def _domains(dense: Plan, texts: Sequence[str], window: int, limit: int) -> list[Domain]:
-    from moesurgery.forward.text_windows import load_tokenizer, read_domain, start_token, token_count
+    from moesurgery.forward.text_documents import Text
+    from moesurgery.forward.text_windows import Reading, read_domain
 
-    @cache
-    def tokenizer() -> Any:
-        return load_tokenizer(dense.checkpoint)
-
-    start, count = start_token(dense.checkpoint.config), token_count(dense.checkpoint.config)
-    length = _window(dense, window)
-    return [read_domain(text, tokenizer, start, length, limit, vocabulary=count) for text in texts]
+    reading, length = Reading(dense.checkpoint), _window(dense, window)
+    return [read_domain(Text(str(text)), reading, length, limit) for text in texts]
 
 
 def _window(dense: Plan, wanted: int) -> int:

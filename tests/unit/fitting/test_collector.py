@@ -278,7 +278,7 @@ def test_spearman_is_scipys(ties: bool) -> None:
 
 def test_halves_hold_the_same_mixture_of_texts() -> None:
     parts = [torch.full((n, 4), i) for i, n in enumerate((6, 2, 4, 6))]
-    found = mixed(parts).ids[:, 0]
+    found = mixed([Tokens(part) for part in parts]).ids[:, 0]
     assert found[::2].tolist() == found[1::2].tolist()
     assert found.bincount().tolist() == [6, 2, 4, 6]
 

@@ -1,0 +1,260 @@
+"""Our pass over a model against transformers' plain forward, on the same device and tokens, in one run.
+
+    python benchmarks/engine.py FOLDER [--device cuda] [--dtype bfloat16] [--tokens 49152] [WHAT…]
+    python benchmarks/engine.py FOLDER --shape tiny forward collect                      # for a processor
+    python benchmarks/engine.py FOLDER --shape large --layers 8 --device cuda --dtype bfloat16 --tokens 1000000
+
+Writes a random Qwen3-MoE into FOLDER: `small` has 775 M parameters (128 experts, top-8, 10 layers), `tiny` 28 M
+(64 experts), `large` layers of 6 GB (256 experts in FP8 with a scale per 128 x 128 block). Then it times, after a pass
+to warm up: `forward` (weights in memory, and read again in each pass), `load` (a layer's way to the device), `collect`,
+`probe`, `fit_layers` (scalar and down), `devices` (all GPUs against one). transformers is not run on `large`, which
+need not fit into memory.
+docs/performance.md has figures. Read the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from moesurgery import apply, open_checkpoint, plan_of
+from moesurgery.fitting.ablation import ablate
+from moesurgery.fitting.collector import collect, collect_over, shared_out
+from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
+from moesurgery.forward.engine import Engine
+from moesurgery.forward.tokens import Tokens
+
+VOCABULARY, WINDOW, HEAD = 4096, 512, 64
+SHAPES = {
+    "tiny": {"hidden": 256, "width": 64, "experts": 64, "layers": 8, "heads": 4, "kv": 2},
+    "small": {"hidden": 768, "width": 256, "experts": 128, "layers": 10, "heads": 12, "kv": 4},
+    "large": {"hidden": 5120, "width": 1536, "experts": 256, "layers": 8, "heads": 64, "kv": 8},
+}
+WHAT = ("forward", "load", "collect", "probe", "refit", "devices")
+BLOCK = 128
+
+
+def write(folder: Path, hidden: int, width: int, experts: int, layers: int, heads: int, kv: int, *, fp8: bool) -> None:
+    """Write a random Qwen3-MoE, a shard per layer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": hidden,
+        "moe_intermediate_size": width,
+        "intermediate_size": width,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": HEAD,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+        "torch_dtype": "bfloat16",
+    }
+    if fp8:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+
+    def random(*shape: int, std: float | None = None) -> torch.Tensor:
+        values = torch.randn(*shape, generator=generator, device=device)
+        return (values * (std or shape[-1] ** -0.5)).to(torch.bfloat16).cpu()
+
+    def matrix(tensors: dict[str, torch.Tensor], name: str, out: int, width: int) -> None:
+        if not fp8:
+            tensors[name] = random(out, width)
+            return
+        values = torch.randn(out, width, generator=generator, device=device).mul_(32).to(torch.float8_e4m3fn)
+        tensors[name] = values.cpu()
+        tensors[f"{name}_scale_inv"] = torch.full((out // BLOCK, width // BLOCK), width**-0.5 / 32)
+
+    folder.mkdir(parents=True)
+    places: dict[str, str] = {}
+    for layer in range(-1, layers):
+        tensors = {"model.embed_tokens.weight": random(VOCABULARY, hidden, std=1.0)}
+        tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        if layer >= 0:
+            base = f"model.layers.{layer}."
+            tensors = {
+                f"{base}{n}_layernorm.weight": torch.ones(hidden).bfloat16() for n in ("input", "post_attention")
+            }
+            tensors |= {f"{base}self_attn.{n}_norm.weight": torch.ones(HEAD).bfloat16() for n in "qk"}
+            for name, out in (("q", heads * HEAD), ("k", kv * HEAD), ("v", kv * HEAD)):
+                matrix(tensors, f"{base}self_attn.{name}_proj.weight", out, hidden)
+            matrix(tensors, f"{base}self_attn.o_proj.weight", hidden, heads * HEAD)
+            tensors[f"{base}mlp.gate.weight"] = random(experts, hidden)
+            for e in range(experts):
+                for name, out, inner in (("gate", width, hidden), ("up", width, hidden), ("down", hidden, width)):
+                    matrix(tensors, f"{base}mlp.experts.{e}.{name}_proj.weight", out, inner)
+        file = f"model-{layer + 2:05}-of-{layers + 1:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class Table:
+    """What was measured, as lines and, at the end, as JSON."""
+
+    def __init__(self, tokens: int, device: str) -> None:
+        self.tokens, self.device, self.base = tokens, device, 0.0
+        self.rows: dict[str, float] = {}
+
+    def time(self, name: str, job: Callable[[], Any], rounds: int = 1, work: int | None = None) -> float:
+        """Run a job; print the least seconds it took, and tokens per second."""
+        seconds = min(self._once(job) for _ in range(rounds))
+        rate = (work or self.tokens) / seconds
+        self.rows[name] = rate
+        ratio = f"{rate / self.base:8.3f} of transformers' best" if self.base else ""
+        print(f"{name:44} {seconds:9.3f} s {rate:12,.0f} tokens/s {ratio}", flush=True)
+        return rate
+
+    def _once(self, job: Callable[[], Any]) -> float:
+        self._wait()
+        began = time.perf_counter()
+        job()
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+def plain_forwards(table: Table, model: Path, ids: torch.Tensor, device: str, dtype: str) -> None:
+    """Time transformers' own forward, with each implementation of experts, at the best of some batch sizes."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    best = 0.0
+    for experts in ("grouped_mm", "eager") if ids.numel() < 100_000 else ("grouped_mm",):  # the loop takes minutes
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), experts_implementation=experts
+        )
+        loaded = loaded.to(device).eval()
+
+        def forward(batch: int, loaded: Any = loaded) -> None:
+            with torch.no_grad():
+                for part in ids.split(batch):
+                    loaded(input_ids=part.to(device), use_cache=False)
+
+        sizes = [b for b in (2, 8, 32, 96) if b <= len(ids)] if experts == "grouped_mm" else [8]
+        for batch in sizes:
+            forward(batch)
+            best = max(best, table.time(f"transformers, {experts}, {batch} windows", lambda b=batch: forward(b), 3))
+        del loaded
+    table.base = best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", nargs="*", default=[], choices=[*WHAT, []])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, default=49_152)
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_intermixed_args()
+    what = given.what or [name for name in WHAT if name != "devices"]
+    large = given.shape == "large"
+    shape = SHAPES[given.shape] | ({"layers": given.layers} if given.layers else {})
+    model = given.folder / given.shape
+    if not (model / "config.json").exists():
+        shutil.rmtree(model, ignore_errors=True)
+        began = time.perf_counter()
+        write(model, **shape, fp8=large)
+        print(f"wrote {model} in {time.perf_counter() - began:.0f} s", flush=True)
+    plan = plan_of(open_checkpoint(model))
+    device, dtype = given.device, given.dtype
+    ids = torch.randint(0, VOCABULARY, (given.tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(1))
+    tokens = Tokens(ids)
+    table = Table(ids.numel(), device)
+    print(f"{ids.numel():,} tokens in windows of {WINDOW}, {device}, {dtype}")
+    if not large:
+        plain_forwards(table, model, ids, device, dtype)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    keep = 1 << 40 if not large else None
+    engine = Engine(plan, device=device, dtype=dtype, keep=keep)
+    if "forward" in what:
+        if not large:
+            engine.run(tokens)
+            table.time("ours, weights in memory, no head", lambda: engine.run(tokens), 3)
+            table.time("ours, weights in memory", lambda: engine.run(tokens, logits=lambda *seen: None), 3)
+        streamed = Engine(plan, device=device, dtype=dtype, keep=0)
+        streamed.run(tokens)
+        table.time("ours, weights read in each pass", lambda: streamed.run(tokens), 2)
+    if "devices" in what:
+        more = range(1, torch.cuda.device_count())
+        engines = [engine, *(Engine(plan, device=f"cuda:{i}", dtype=dtype, keep=keep) for i in more)]
+        parts = shared_out(tokens, len(engines))
+
+        def over_all() -> None:
+            with ThreadPoolExecutor(len(engines)) as pool:
+                list(pool.map(lambda pair: pair[0].run(pair[1]), zip(engines, parts, strict=True)))
+            for i in range(len(engines)):
+                torch.cuda.synchronize(i)
+
+        none = [None] * len(engines)
+        for name, job in (("forward", over_all), ("collect", lambda: collect_over(engines, tokens, scratch=none))):
+            one = (lambda: engine.run(tokens)) if name == "forward" else (lambda: collect(engine, tokens))
+            one()
+            job()
+            alone = table.time(f"{name}, one GPU", one, 2)
+            print(f"{'':44} {table.time(f'{name}, {len(engines)} GPUs', job, 2) / alone:9.2f} times one")
+    if "load" in what:
+        fresh = Engine(plan, device=device, dtype=dtype, keep=0)
+        fresh.skeleton.read(fresh.layers[0])
+        layers = fresh.layers[: min(4, len(fresh.layers))]
+        seconds = table._once(lambda: [fresh.skeleton.read(layer) for layer in layers])
+        nbytes = sum(e.nbytes for layer in layers for g in layer.groups for _, n in g.names for e in stored(fresh, n))
+        print(f"a layer arrives: {nbytes / 1e9:.2f} GB as stored in {seconds:.2f} s, {nbytes / seconds / 1e9:.2f} GB/s")
+    if "collect" in what:
+        if not large:
+            collect(engine, Tokens(ids[:2]))
+        table.time("collect", lambda: collect(engine, tokens), 1 if large else 2)
+        if large:
+            collect_seconds = table.tokens / table.rows["collect"]
+            whole = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+            print(f"so 300 GB take {collect_seconds * 300e9 / whole / 60:.1f} minutes, in proportion")
+    if "probe" in what:
+        wanted = {block.where: list(range(16)) for block in engine.routed}
+        few = Tokens(ids[:8])
+        table.time("probe, 16 experts a layer, 4,096 tokens", lambda: ablate(engine, few, wanted, ["mask", "zero"]))
+    if "refit" in what:
+        edited = apply(plan, "drop-experts", experts=list(range(32)))
+        for kind in ("scalar", "down"):
+            other = Engine(edited, device=device, dtype=dtype, keep=0)
+            options = RepairOptions(kind, minimum=0.5)  # type: ignore[arg-type]
+            table.time(
+                f"--refit {kind}", lambda o=other, p=options: fit_layers(engine, o, tokens, p, lambda fitted: None)
+            )
+    if device.startswith("cuda"):
+        print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    if given.json:
+        given.json.write_text(json.dumps({"base": table.base, "rows": table.rows}, indent=1))
+
+
+def stored(engine: Engine, name: str) -> list[Any]:
+    return list(engine.skeleton.tensors[name].stored())
+
+
+if __name__ == "__main__":
+    main()
