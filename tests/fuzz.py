@@ -35,7 +35,8 @@ from moesurgery.count.params import count_params
 from moesurgery.errors import CheckpointError, SurgeryError
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.recognition import recognise
-from moesurgery.forward.text_windows import _documents, load_tokenizer, start_token, token_count
+from moesurgery.forward.text_documents import documents
+from moesurgery.forward.text_windows import load_tokenizer, start_token, token_count
 from moesurgery.lora.apply import _Names, adapted
 from moesurgery.merge.chat_templates import chat_template
 from moesurgery.merge.merge_recipe import parse_merge_recipe
@@ -478,14 +479,21 @@ def tokenizer(rng: Rng) -> None:
     made.resized({model: parts.plan.tensors[name] for model, parts in pair.items() if name in parts.plan.tensors})
 
 
-LINES: list[Any] = [{"text": "a b"}, {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 0]}, [1, 2, 3]]
+LINES: list[Any] = [
+    {"text": "a b"},
+    {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 0]},
+    [1, 2, 3],
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": "[]"},
+    {"prompt": "a", "completion": "b"},
+]
 
 
 def text(rng: Rng) -> None:
     path = FOLDER.with_name(rng.choice(["t.jsonl", "t.txt"]))
     path.write_bytes(b"\n".join(changed_json(rng, rng.choice(LINES)) for _ in range(rng.randrange(4))))
-    for document in _documents(path):
-        assert isinstance(document, str) or min(document, default=0) >= 0
+    for document, where in documents(str(path)):
+        assert where.startswith(str(path))
+        assert not isinstance(document, list) or min(document, default=0) >= 0
 
 
 TARGETS: dict[str, Callable[[Rng], None]] = {
