@@ -25,6 +25,7 @@ from moesurgery.cli import main as command
 from moesurgery.validate.check import CHECKS
 from moesurgery.validate.check_architecture import check_architecture
 from moesurgery.validate.run_checks import validate_checkpoint
+from moesurgery.write import publish
 
 READS = ("preadv", "pread")
 WRITES = ("pwritev", "copy_file_range", "open", "replace", "rename", "fsync", "ftruncate", "posix_fallocate", "link")
@@ -42,6 +43,7 @@ class Steps:
             setattr(os, name, self.wrapped(name, getattr(os, name)))
         if kind != "unreadable":
             builtins.open = self.opened(builtins.open)  # type: ignore[assignment]
+            publish.exchange = self.wrapped("exchange", publish.exchange)
 
     def step(self, name: str, half: Callable[[], Any]) -> None:
         self.count += 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -19,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
-from moesurgery.checkpoint.answers import CHANGED, Asked, http_answers, hub_answers
+from moesurgery.checkpoint.http_answers import CHANGED, Asked, http_answers, hub_answers
+from moesurgery.checkpoint.web import bound_the_hub, bounded
 from moesurgery.errors import CheckpointError
 
 MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
+MAX_FILE_BYTES = 1 << 60  # what a server says of a file's size is believed up to here
 _BLOCK = 8 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Source(Protocol):
@@ -247,9 +251,12 @@ _KINDS = {
 def _state_or_kind(path: Path) -> _State | str:
     """Return the state of a regular file (links followed), or what else it is."""
     try:
-        status = path.stat()
-    except OSError:
-        status = path.lstat()
+        try:
+            status = path.stat()
+        except OSError:
+            status = path.lstat()
+    except OSError as error:  # gone since it was listed, as files of /proc are
+        return f"a name of nothing ({error.strerror})"
     kind = stat.S_IFMT(status.st_mode)
     return _state(status) if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
@@ -291,12 +298,17 @@ class RemoteSource:
         if not hasattr(self._local, "opened"):
             import fsspec
 
+            if self.url.startswith("hf://"):
+                bound_the_hub()  # here too: a shard may be written by a process of its own
             try:
                 self._local.opened = fsspec.core.url_to_fs(self.url)
             except (ImportError, ValueError) as error:
                 raise CheckpointError(
                     f"{self.url} cannot be opened: {error}", "see README.md, 'Remote models'"
                 ) from None
+            except Exception as error:  # of any kind: protocols are other people's code
+                reason = f"{type(error).__name__}: {error}"
+                raise CheckpointError(f"{self.url} cannot be opened: {reason}", "check the address") from None
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:
@@ -315,7 +327,13 @@ class RemoteSource:
         if len(found) > MAX_FILES:
             raise CheckpointError(f"{self.label} holds more than {MAX_FILES:,} files", "name the model's own folder")
         prefix = root.rstrip("/") + "/"
-        return [(p.removeprefix(prefix), int(d["size"])) for p, d in sorted(found.items()) if d.get("type") == "file"]
+        files = [(p.removeprefix(prefix), d.get("size")) for p, d in sorted(found.items()) if d.get("type") == "file"]
+        for file, size in files:
+            if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
+                raise CheckpointError(
+                    f"{self.label}/{file}: the server says that it has {size!r} bytes", "download the model first"
+                )
+        return files
 
     def local(self, file: str) -> None:
         contained(file)
@@ -373,18 +391,22 @@ class RemoteSource:
 
 
 class remote_errors:  # noqa: N801 - reads as a statement
-    """Turn whatever a remote library raises into a CheckpointError about `where`."""
+    """Turn whatever a remote library raises into a CheckpointError about `where`; bound what a server may cost."""
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self._bounds = bounded(where)
 
     def __enter__(self) -> None:
-        return None
+        self._bounds.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._bounds.__exit__(None, None, None)
         if error is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
             return
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, (TypeError, LookupError, AttributeError)):
+            reason = f"the server's answer is not understood ({type(error).__name__}: {reason})"
         hint = "check the name and the network; for a private model set HF_TOKEN"
         raise CheckpointError(f"{self.where} cannot be read: {reason}", hint) from None
 
@@ -396,8 +418,11 @@ def open_hub(reference: str) -> RemoteSource:
     repository, _, revision = reference.removeprefix("hf://").strip("/").partition("@")
     if repository.count("/") != 1:
         raise CheckpointError(f"{reference} does not name a model", "write hf://org/name or hf://org/name@revision")
+    bound_the_hub()
     with remote_errors(reference):
         commit = HfApi().model_info(repository, revision=revision or None).sha
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise CheckpointError(f"{reference}: the server names no commit, but {commit!r}", "is it the Hub that answers?")
     label = f"hf://{repository}@{commit}"
     return RemoteSource(url=label, label=label)
 
@@ -414,9 +439,9 @@ def open_source(reference: str | Path) -> Source:
     if "://" in text:
         return RemoteSource(url=text, label=text)
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(text):  # False for a name that no file can have
         return LocalSource(path)
-    if path.is_file():
+    if os.path.isfile(text):
         raise CheckpointError(f"{text} is a file, not a checkpoint directory", f"try {path.parent}")
     hint = None
     if len(path.parts) == 2 and not path.is_absolute() and not text.startswith("."):

@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 import traceback
+from contextlib import suppress
 
 from moesurgery.cli._exit_codes import DONE, FAILED, INTERRUPTED
 from moesurgery.errors import SurgeryError
@@ -28,22 +29,31 @@ def main(arguments: list[str] | None = None) -> int:
 
         given = sys.argv[1:] if arguments is None else arguments
         code = app(given[0] if given else "")(args=arguments, standalone_mode=False)
-        sys.stdout.flush()
+        console.flush()
         return code if isinstance(code, int) else DONE
     except SurgeryError as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         console.error(error.message, error.hint)
         return FAILED
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`); Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output is gone (`| head`)
+        _give_up_output()
         return FAILED
     except KeyboardInterrupt:
         console.note("interrupted")
         return INTERRUPTED
     except Exception as error:
         return _other(error)
+
+
+def _give_up_output() -> None:
+    """Point what can no longer be written at nothing: Python would complain at exit, and end with another code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _other(error: Exception) -> int:
@@ -61,6 +71,9 @@ def _other(error: Exception) -> int:
         return FAILED
     if os.environ.get(DEBUG):
         traceback.print_exc()
+    if (expected := _of_the_machine(error)) is not None:
+        console.error(expected.message, expected.hint)
+        return 2
     console.error(
         f"this is a bug in moesurgery: {type(error).__name__}: {error}",
         f"set {DEBUG}=1 for the traceback and report it; nothing was written over",
@@ -68,6 +81,42 @@ def _other(error: Exception) -> int:
     return FAILED
 
 
+def _of_the_machine(error: Exception) -> SurgeryError | None:
+    """Say what the machine refused; None for an error that is none of its."""
+    if isinstance(error, MemoryError):
+        return SurgeryError("there is not enough memory", "close other programs, or use fewer threads: --jobs 1")
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return SurgeryError(
+            "the system allows no more threads", "raise its limit (`ulimit -u`), or use fewer: --jobs 1"
+        )
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    where = "standard output or a file" if error.filename is None else error.filename
+    return SurgeryError(
+        f"{where}: {error.strerror}", f"mend that and run the same command again; {DEBUG}=1 shows where it happened"
+    )
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller closed (`>&-`): else the next file that is opened takes the place of stdout.
+
+    In the wrong direction, so that an answer that nobody gets is an error and not silence.
+    """
+    for number, name, mode in ((0, "stdin", os.O_WRONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, mode)  # the lowest number that is free
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def run() -> None:
     """Entry point of the `moesurgery` script."""
-    sys.exit(main())
+    _open_standard_streams()
+    code = main()
+    _give_up_output()
+    sys.exit(code)

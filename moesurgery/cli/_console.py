@@ -12,12 +12,29 @@ import threading
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from moesurgery.checkpoint.strict_json import ascii_json
-from moesurgery.escape import safe
+from moesurgery.errors import OutputError
+from moesurgery.escape import one_line, safe
 from moesurgery.write.shard import JobControl
+
+_LONGEST = 2000  # characters of a line of an error: a recipe or a config may hold any number of them
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Say where an answer cannot go; a reader that is gone (`| head`) is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"the answer cannot be written to standard output: {error.strerror}",
+            "let it go elsewhere, as with > FILE on a disk with space; what was written to -o is complete",
+        ) from None
 
 
 class Console:
@@ -29,11 +46,11 @@ class Console:
 
     def result(self, text: str = "") -> None:
         """Print a line of the answer."""
-        print(safe(text), file=sys.stdout)
+        self._print(safe(text))
 
     def json(self, value: Any) -> None:
         """Print one JSON document, the whole of stdout."""
-        print(ascii_json(value), file=sys.stdout)
+        self._print(ascii_json(value))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
         """Print aligned columns; those in `right` are aligned to the right."""
@@ -45,22 +62,36 @@ class Console:
                 for i, (c, w) in enumerate(zip(row, widths, strict=True))
             ]
             line = "  ".join(shown).rstrip()
-            print(self._style(line, "1") if n == 0 else line, file=sys.stdout)
+            self._print(self._style(line, "1") if n == 0 else line)
+
+    def _print(self, line: str) -> None:
+        with _answering():
+            print(line, file=sys.stdout)
+
+    def flush(self) -> None:
+        """Write what was printed. Raises OutputError where it cannot be written."""
+        with _answering():
+            sys.stdout.flush()
+
+    def _say(self, line: str) -> None:
+        """Print on stderr; where that cannot be written, there is nobody to be told."""
+        with suppress(OSError):
+            print(line, file=sys.stderr)
 
     def note(self, text: str) -> None:
         """Say something that is not the answer."""
         if not self.quiet:
-            print(safe(text), file=sys.stderr)
+            self._say(safe(text))
 
     def warning(self, text: str) -> None:
         if not self.quiet:
-            print(self._style("warning: ", "33", sys.stderr) + safe(text), file=sys.stderr)
+            self._say(self._style("warning: ", "33", sys.stderr) + safe(text))
 
     def error(self, message: str, hint: str | None = None) -> None:
         for line in message.splitlines() or [""]:
-            print(self._style("error: ", "31;1", sys.stderr) + safe(line), file=sys.stderr)
+            self._say(self._style("error: ", "31;1", sys.stderr) + one_line(line, _LONGEST))
         if hint:
-            print(self._style("hint:  ", "36", sys.stderr) + safe(hint), file=sys.stderr)
+            self._say(self._style("hint:  ", "36", sys.stderr) + one_line(hint, _LONGEST))
 
     def _style(self, text: str, code: str, stream: IO[str] | None = None) -> str:
         stream = stream or sys.stdout

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -62,7 +62,7 @@ def command_for(operation: Operation) -> Callable[..., None]:
 
 def recipe_from_command(found: Operation, model: str, values: dict[str, Any]) -> Recipe:
     """Return the recipe that a command line means: one step on `model`, or the recipe `model` with `values` changed."""
-    if model.endswith((".yaml", ".yml")) and not Path(model).is_dir():
+    if model.endswith((".yaml", ".yml")) and not os.path.isdir(model):
         return load_recipe(model).changed(found.name, values)
     wrong = problems(found, values)
     if wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ reporter = Reporter(console.note, _share_done)
 
 def subject(reference: str) -> Plan:
     """Return the plan of a checkpoint, or of a recipe file, which is not written."""
-    if reference.endswith((".yaml", ".yml")) and Path(reference).is_file():
+    if reference.endswith((".yaml", ".yml")) and os.path.isfile(reference):
         plan = load_any_recipe(reference).plan()
         for step in plan.steps:
             console.note(f"{reference}: {step.operation}: {step.summary}")

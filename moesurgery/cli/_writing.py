@@ -20,7 +20,8 @@ from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import parse_size
 from moesurgery.write.card import config_changes
-from moesurgery.write.publish import check_output, check_place
+from moesurgery.write.output_folder import check_output, check_place
+from moesurgery.write.publish import recover
 from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
 
@@ -105,6 +106,8 @@ def carry_out(
         for warning in step.warnings:
             console.warning(warning)
     output = flags.output or Path(default_name(plan))
+    if not flags.dry_run:
+        recover(Path(os.path.abspath(output)))
     check_output(plan, Path(os.path.abspath(output)), force=flags.force)
     if flags.dry_run:
         dry_run(plan, output, flags, more or {})
@@ -174,6 +177,8 @@ def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
 def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
     if flags.output is not None:
+        if not flags.dry_run:
+            recover(Path(os.path.abspath(flags.output)))
         check_place(Path(os.path.abspath(flags.output)), force=flags.force)
 
 

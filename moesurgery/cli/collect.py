@@ -16,6 +16,7 @@ from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.run_settings import TOKENS, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
 from moesurgery.stats.statistics_file import SUFFIX
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     from moesurgery.stats.statistics_file import Stats
@@ -62,7 +63,8 @@ def collect_command(
     stats = run.statistics(NeededStatistics(top_k or (), recon or (), every_expert), _run_options.reporter)
     stats.save(target)
     document = _document(stats, target)
-    target.with_suffix(".json").write_text(write_json(document))
+    with whole_file(target.with_suffix(".json")) as new:
+        new.write_text(write_json(document))
     if as_json:
         console.json(document)
         return

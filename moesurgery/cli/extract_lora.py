@@ -25,12 +25,15 @@ def extract_lora_command(
     """
     from moesurgery.lora.extract import extract_lora
     from moesurgery.merge.references import Models
+    from moesurgery.write.new_folder import new_folder
 
     console.quiet = quiet
-    models = Models()
+    models = Models(own=True)
     first, second = models.parts(base, plain=True), models.parts(tuned, plain=True)
-    with console.progress(f"extracting {output.name}", first.plan.nbytes) as watch:
-        found = extract_lora(first, second, rank, output, progress=watch.progress)
+    progress = console.progress(f"extracting {output.name}", first.plan.nbytes)
+    with new_folder(output, "extract-lora") as files, progress as watch:
+        found = extract_lora(first, second, rank, progress=watch.progress)
+        files.update(found.files)
     if found.left:
         shown = ", ".join(found.left[:3]) + (f" and {len(found.left) - 3} more" if len(found.left) > 3 else "")
         console.warning(f"these differ and are not in the adapter, which holds matrices of layers only: {shown}")

@@ -19,7 +19,7 @@ from moesurgery.families.overview import CLASSES, overview
 from moesurgery.families.quantised import method
 from moesurgery.families.recognition import recognise
 from moesurgery.families.routing import routing_class
-from moesurgery.families.tensor_names import name_template
+from moesurgery.families.tensor_names import OWN_MARK, name_template
 
 
 def inspect_command(model: Model = ".", as_json: Json = False) -> None:
@@ -63,7 +63,7 @@ class TensorPattern:
         """The template with the numbers that occur: `model.layers.[0-31].mlp.experts.[0-7].w1.weight`."""
         pieces = self.template.split("#")
         filled = [f"[{ranges(found)}]" if len(found) > 1 else str(*found) for found in self.numbers]
-        return "".join(a + b for a, b in zip(pieces, [*filled, ""], strict=True))
+        return "".join(a + b for a, b in zip(pieces, [*filled, ""], strict=True)).replace(OWN_MARK, "#")
 
     @property
     def shapes(self) -> str:

@@ -15,6 +15,7 @@ from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.run_settings import WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     from moesurgery.fitting.ablation import Ablations
@@ -92,9 +93,9 @@ def probe_command(
     if output is not None:
         from moesurgery.fitting.heatmap import draw, page
 
-        output.parent.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(write_json(document))
-        files[1].write_text(page(document))
+        for file, content in ((files[0], write_json(document)), (files[1], page(document))):
+            with whole_file(file) as new:
+                new.write_text(content)
         if png:
             draw(document, files[2])
     if as_json:

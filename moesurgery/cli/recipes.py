@@ -36,7 +36,7 @@ def run_command(
     """Carry out a recipe: several operations, one pass, one output."""
     loaded = load_recipe(recipe)
     if model is not None:
-        loaded = replace(loaded, model=model)
+        loaded = replace(loaded, model=model, model_line=0)
     if flags.shard_bytes is not None:
         loaded = replace(loaded, max_shard_size=flags.shard_bytes)
     _writing.carry_out(loaded, flags)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import decoded, rounded
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, element_count
+from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed, torch_dtype
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ class Linear(Expr):
     def __post_init__(self) -> None:
         shapes = {expr.shape for expr, _ in self.terms}
         if len(shapes) != 1 or not {expr.dtype for expr, _ in self.terms} <= PLAIN_FLOATS:
-            raise ValueError(f"cannot add {[(e.dtype, e.shape) for e, _ in self.terms]}")
+            kinds = dict.fromkeys(f"{expr.dtype} {list(expr.shape)}" for expr, _ in self.terms)
+            raise RefusedError(
+                f"tensors of different shapes or types cannot be averaged: {' and '.join(list(kinds)[:4])}",
+                "`moesurgery inspect` shows which of the model's tensors differ",
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

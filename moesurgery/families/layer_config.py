@@ -42,6 +42,7 @@ from moesurgery.families.quantised import quantisation_config
 
 _SOURCES, _SHARERS = "kv_source_layers", "indexer_types"  # of which one layer speaks of another
 _SHARED = ("shared", "S")
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 def layer_settings(settings: Settings, layer: int) -> dict[str, Any]:
@@ -332,7 +333,7 @@ def _parsed(value: Any) -> list[int] | None:
     """Return a list of whole numbers, also written as text; None where it is none."""
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",") if part.strip()]
-        return [int(part) for part in parts] if parts and all(re.fullmatch(r"\d{1,6}", p) for p in parts) else None
+        return [int(part) for part in parts] if parts and all(map(_NUMBER.fullmatch, parts)) else None
     if isinstance(value, list) and all(type(entry) is int for entry in value):
         return list(value)
     return None

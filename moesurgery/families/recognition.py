@@ -166,6 +166,11 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
         by_path = {p.path: p for p in fitting[0].parts}
         block.members = [m._replace(part=by_path[m.part.path]) if m.part else m for m in block.members]
     block.layout = fitting[0]
+    for member in weights:
+        least = 3 if block.layout.kind == "fused" and member.part and not member.part.rows else 2
+        if len(tensors[member.name].shape) < least:
+            what = f"has shape {list(tensors[member.name].shape)}"
+            raise CheckpointError(f"{member.name} {what}, expected {least} dimensions or more")
     if block.layout.kind == "per-expert":
         numbers = {p.path: {m.expert for m in weights if m.part and m.part.path == p.path} for p in block.layout.parts}
         block.experts = _agreed({len(found) for found in numbers.values()}, anatomy)
@@ -180,7 +185,10 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
     _settle_quantised_router(block, tensors, anatomy)
     for member in block.members:
         if member.along is not None and member.along.role != "expert_table" and not member.quantised_router:
-            length = tensors[member.name].shape[member.along.axis]
+            shape = tensors[member.name].shape
+            if len(shape) <= member.along.axis:
+                raise CheckpointError(f"{member.name} has shape {list(shape)}, expected one entry for each expert")
+            length = shape[member.along.axis]
             if length != block.experts and not (member.along.extra and length > block.experts):
                 raise CheckpointError(f"{member.name} has {length} entries for {block.experts} experts")
 
@@ -249,6 +257,8 @@ def _by_orientation(
         for member in weights:
             part = next(p for p in layout.parts if member.part and p.path == member.part.path)
             shape = tensors[member.name].shape
+            if len(shape) < 2:
+                return False
             into, out = (shape[-1], shape[-2]) if part.order == "oi" else (shape[-2], shape[-1])
             if hidden not in (out if part.role == "down" else into,):
                 return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from moesurgery.errors import CheckpointError
 from moesurgery.families.config_keys import Settings
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def selection_order(settings: Settings, logits: np.ndarray, scores: np.ndarray, 
     ranked = ranked + bias.reshape(1, -1) if bias is not None else ranked
     if settings.groups is not None:
         count, kept = settings.groups
-        grouped = ranked.reshape(len(ranked), count, -1)
+        if ranked.shape[1] % count:
+            raise CheckpointError(f"config.json: {count} groups do not divide {ranked.shape[1]} experts", "correct it")
+        grouped = ranked.reshape(len(ranked), count, ranked.shape[1] // count)
         if settings.family.routing.groups == "top2":
             group_score = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
         else:

@@ -15,14 +15,18 @@ from moesurgery.families import components as parts
 from moesurgery.families.family import ExpertAxisTensor, ExpertSet, Family, Projection
 from moesurgery.families.quantised import PACKED, TensorName, packed_bits, split_name, weights_per_element
 
-_NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
-_NUMBER_OR_EXPERT = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(\d+)(?=\.|$)")  # takes three times as long
+# As models number their parts: `00` is no number, and neither is one of more digits than any count has.
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,6})(?![^.])")
+_NUMBER_OR_EXPERT = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(0|[1-9][0-9]{0,6})(?=\.|$)")  # takes three times as long
+OWN_MARK = "\0"  # in a template, for a `#` that a name has itself: no header may hold a name with this
 LAYER_CONTAINERS = ("layers", "blocks", "h", "block")  # what models call the list of their layers
 _ALWAYS_BUFFERS = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
 
 
 def name_template(name: str) -> tuple[str, tuple[int, ...]]:
-    """Return `name` with its numbers as `#`, and the numbers."""
+    """Return `name` with its numbers as `#`, and the numbers. A `#` of its own becomes what no name may hold."""
+    if "#" in name:
+        name = name.replace("#", OWN_MARK)
     pieces = (_NUMBER_OR_EXPERT if "expert_" in name else _NUMBER).split(name)
     return "#".join(pieces[::2]), tuple(map(int, pieces[1::2]))
 

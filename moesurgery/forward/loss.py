@@ -124,7 +124,8 @@ def mean_loss(found: Sequence[Loss]) -> Loss:
 
 def context_limit(checkpoint: Checkpoint) -> int | None:
     """Return the longest window that the model's positions allow."""
-    for place in (checkpoint.config, checkpoint.config.get("text_config") or {}):
+    inner = checkpoint.config.get("text_config")
+    for place in (checkpoint.config, inner if isinstance(inner, dict) else {}):
         value = place.get("max_position_embeddings")
         if isinstance(value, int):
             return value

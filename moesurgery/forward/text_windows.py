@@ -136,9 +136,15 @@ def documents(text: str) -> Sequence[str]:
     return [part.strip("\n") for part in text.split(DOCUMENT_BREAK) if part.strip()]
 
 
+def _inner(config: Any) -> Any:
+    """Return the language model's own part of a config; empty where it has none."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
 def token_count(config: Any) -> int | None:
     """Return how many tokens a model has, from the config."""
-    for place in (config.get("text_config") or {}, config):
+    for place in (_inner(config), config):
         if isinstance(value := place.get("vocab_size"), int):
             return value
     return None
@@ -146,7 +152,7 @@ def token_count(config: Any) -> int | None:
 
 def start_token(config: Any) -> int | None:
     """Return the token that begins a document, from the config."""
-    for place in (config, config.get("text_config") or {}):
+    for place in (config, _inner(config)):
         value = place.get("bos_token_id")
         if isinstance(value, list):
             value = value[0] if value else None

@@ -13,7 +13,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import regex
 
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
@@ -23,6 +25,7 @@ from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.scan import read_object
 from moesurgery.checkpoint.source import open_source
 from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.escape import one_line
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Reader, Slice, Stored, Unary, reshape, torch_dtype
 from moesurgery.expr.tensors import slice_last, transpose
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+_MOST_PATTERNS = 10_000
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?")
 _REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias")
@@ -132,17 +136,16 @@ class LoraAdapter:
             )
 
     def factor(self, module: str, rank: int) -> float:
-        """Return what multiplies B A of one module."""
+        """Return what multiplies B A of one module. Raises CheckpointError for what is no number or no pattern."""
         alpha = self.config.get("lora_alpha", rank)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise CheckpointError(
-                f"{self.name}/{ADAPTER_CONFIG}: lora_alpha is {alpha!r} for {module}, expected a finite number",
-                "put the number that it was trained with there",
-            )
+        try:
+            alpha = next((value for pattern, value in self._patterns if pattern.fullmatch(module, timeout=1)), alpha)
+        except TimeoutError:
+            raise self._wrong("alpha_pattern", "takes more than a second to match") from None
+        if type(alpha) not in (int, float) or not abs(alpha) < 2**64:
+            raise self._wrong("lora_alpha", f"is {one_line(repr(alpha), 80)} for {module}, expected a number")
+        if rank == 0:
+            raise CheckpointError(f"{self.name}: {module} has rank 0", "save the adapter again with PEFT")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @cached_property
@@ -150,6 +153,20 @@ class LoraAdapter:
         """The version of PEFT that saved the adapter; None where it does not say."""
         match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(self.config.get("peft_version") or ""))
         return tuple(int(number or 0) for number in match.groups()) if match else None
+
+    @cached_property
+    def _patterns(self) -> list[tuple[regex.Pattern[str], Any]]:
+        """The expressions of modules that have an alpha of their own: strangers' ones, so matched against time."""
+        given = self.config.get("alpha_pattern") or {}
+        if not isinstance(given, dict) or len(given) > _MOST_PATTERNS:
+            raise self._wrong("alpha_pattern", f"is no object of at most {_MOST_PATTERNS:,} entries")
+        try:
+            return [(regex.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in given.items()]
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise self._wrong("alpha_pattern", f"holds no regular expression: {error}") from None
+
+    def _wrong(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}/{ADAPTER_CONFIG}: {key} {what}", "save the adapter again with PEFT")
 
     @cached_property
     def pairs(self) -> list[_Pair]:
@@ -160,6 +177,10 @@ class LoraAdapter:
         for (module, _), factors in found.items():
             if factors.keys() != {"A", "B"}:
                 raise CheckpointError(f"{self.name} has only one factor of {module}")
+            for letter, factor in factors.items():
+                if len(factor.shape) != 2 or factor.dtype not in PLAIN_FLOATS:
+                    what = f"is {factor.dtype} {list(factor.shape)}, expected floats in two dimensions"
+                    raise CheckpointError(f"{self.name}: factor {letter} of {module} {what}")
         return [_Pair(module, f["A"], f["B"], embedding) for (module, embedding), f in found.items()]
 
     @cached_property

@@ -7,19 +7,16 @@ names, orientation and stacks of experts are those of transformers' own modules,
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.checkpoint.strict_json import write_json
-from moesurgery.errors import CheckpointError, OutputError, RefusedError
+from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.families.clients import adapter_readers
 from moesurgery.families.components import EMBEDDING, HEAD
@@ -44,16 +41,19 @@ _USED_DIRECTLY = ("dt_proj", "out_proj")  # of Mamba mixers: their code takes th
 class Extracted:
     """What was extracted: modules, and for each the share of the difference (its squared norm) that the factors hold.
 
-    `left` are tensors that differ and are in no adapter. `experts`: whether parameters of experts are in it.
+    `left` are tensors that differ and are in no adapter. `nbytes`: of the factors. `files`: the adapter, by file name.
+    `experts`: whether parameters of experts are in it.
     """
 
     shares: Mapping[str, float]
     left: tuple[str, ...]
     nbytes: int
+    files: Mapping[str, bytes]
     experts: bool
 
     @property
     def readers(self) -> str:
+        """Which programs read the adapter, in a sentence."""
         return adapter_readers(experts=self.experts)
 
 
@@ -70,18 +70,11 @@ class _Difference(NamedTuple):
 
 
 def extract_lora(
-    base: CanonicalTensors,
-    tuned: CanonicalTensors,
-    rank: int,
-    output: Path,
-    *,
-    progress: Callable[[int], None] = lambda count: None,
+    base: CanonicalTensors, tuned: CanonicalTensors, rank: int, *, progress: Callable[[int], None] = lambda count: None
 ) -> Extracted:
-    """Write the adapter folder `output`, which must not exist. Raises RefusedError where the models are not alike."""
-    from safetensors.torch import save_file
+    """Return the adapter that brings `base` nearest to `tuned`. Raises RefusedError where the models are not alike."""
+    from safetensors.torch import save
 
-    if output.exists():
-        raise OutputError(f"{output} exists", "choose another folder with -o")
     if base.paths != tuned.paths:
         raise RefusedError(f"{base.label} and {tuned.label} do not have the same tensors")
     made = _Adapter(rank)
@@ -90,17 +83,13 @@ def extract_lora(
     if not made.pairs:
         what = f"differ only in {', '.join(made.left[:3])}" if made.left else "do not differ"
         raise RefusedError(f"{base.label} and {tuned.label} {what}: there is no matrix of a layer to adapt")
-    partial = output.with_name(output.name + ".partial")
-    partial.mkdir(parents=True)
-    try:
-        tensors = {name: value.contiguous() for name, value in made.tensors().items()}
-        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (partial / ADAPTER_CONFIG).write_text(write_json(made.config(base.label)))
-        os.rename(partial, output)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"{output} cannot be written: {error.strerror}") from None
-    return Extracted(made.shares, tuple(made.left), sum(v.nbytes for v in tensors.values()), bool(made.parameters))
+    tensors = {name: value.contiguous() for name, value in made.tensors().items()}
+    files = {
+        ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        ADAPTER_CONFIG: write_json(made.config(base.label)).encode(),
+    }
+    nbytes = sum(value.nbytes for value in tensors.values())
+    return Extracted(made.shares, tuple(made.left), nbytes, files, bool(made.parameters))
 
 
 class _Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME
+from moesurgery.checkpoint.protocols import refuse_unlisted
 from moesurgery.errors import RecipeError
 from moesurgery.families.config_keys import DTYPE_KEYS
 from moesurgery.families.quantised import method as quantisation_method
@@ -25,12 +27,13 @@ class Models:
     """The models of a recipe, each opened once. `stages` are the plans of earlier stages by name.
 
     `where`: what to open for every name that the recipe has, for one that is replayed from a record: what it does not
-    list is not opened.
+    list is not opened. `own`: the references are from a command line, and may be of any protocol.
     """
 
-    def __init__(self, where: Mapping[str, str] | None = None) -> None:
+    def __init__(self, where: Mapping[str, str] | None = None, *, own: bool = False) -> None:
         self.stages: dict[str, Plan] = {}
         self._where = where
+        self._own = own
         self._parts: dict[tuple[str, bool], CanonicalTensors] = {}
         self._parents: dict[str, tuple[Checkpoint | str, ...]] = {}
 
@@ -68,6 +71,8 @@ class Models:
 
     def _located(self, reference: str) -> str:
         if self._where is None:
+            if not self._own:
+                refuse_unlisted(reference)
             return located(reference)
         if reference not in self._where:
             raise RecipeError(f"the recipe names {reference}, and nothing says where that is")
@@ -91,15 +96,16 @@ def _stated_dtype(plan: Plan) -> str:
 
 def located(reference: str) -> str:
     """Return what `open_checkpoint` takes: what looks like a Hub id and is no folder here is one."""
-    if "://" in reference or Path(reference).expanduser().exists():
-        return str(Path(reference).expanduser()) if reference.startswith("~") else reference
+    here = os.path.expanduser(reference)
+    if "://" in reference or os.path.exists(here):
+        return here if reference.startswith("~") else reference
     return f"hf://{reference}" if _HUB_ID.fullmatch(reference) else reference
 
 
 def split(reference: str) -> tuple[str, str | None]:
     """Split `model+adapter`; a folder whose own name has a plus is one model."""
     model, plus, adapter = reference.rpartition("+")
-    return (model, adapter) if plus and not Path(reference).expanduser().exists() else (reference, None)
+    return (model, adapter) if plus and not os.path.exists(os.path.expanduser(reference)) else (reference, None)
 
 
 def label(reference: str) -> str:

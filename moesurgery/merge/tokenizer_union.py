@@ -16,13 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import rounded
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.checkpoint.filenames import (
-    OTHER_TOKENIZER_FORMS,
-    TOKENIZER,
-    TOKENIZER_FILES,
-)
-from moesurgery.checkpoint.strict_json import write_json
+from moesurgery.checkpoint.filenames import OTHER_TOKENIZER_FORMS, TOKENIZER, TOKENIZER_FILES
+from moesurgery.checkpoint.strict_json import parse_json, write_json
 from moesurgery.errors import RefusedError
+from moesurgery.escape import one_line
 from moesurgery.expr.nodes import Expr, Reader, Slice, reshape, torch_dtype
 from moesurgery.families import components
 from moesurgery.merge.align import NeuronStatistics
@@ -33,6 +30,9 @@ from moesurgery.moe.canonical_names import CanonicalTensors
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+_MAX_BYTES = 200_000_000
+_MOST_TOKENS = 20_000_000  # a row of an embedding for each
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,45 @@ def vocabulary(checkpoint: Checkpoint, label: str) -> tuple[dict[str, Any], dict
             f"{label} has no {TOKENIZER}, so its tokens cannot be matched",
             "save it with a fast tokenizer: it writes one",
         )
+    size = checkpoint.file_sizes[TOKENIZER]
     try:
-        data = json.loads(checkpoint.source.read(TOKENIZER, 0, checkpoint.file_sizes[TOKENIZER]))
-        held = data["model"]["vocab"]
-        numbers = dict(held) if isinstance(held, dict) else {piece: i for i, (piece, _) in enumerate(held)}
-        numbers.update({token["content"]: token["id"] for token in data.get("added_tokens") or ()})
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{TOKENIZER} of {label} is not understood: {error}") from None
+        if size > _MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and a tokenizer at most {_MAX_BYTES:,}")
+        data = parse_json(checkpoint.source.read(TOKENIZER, 0, size), config=True)
+        numbers = _numbers(data)
+    except ValueError as error:
+        raise RefusedError(f"{TOKENIZER} of {label} is not understood: {error}", "save the tokenizer again") from None
     return data, numbers
+
+
+def _numbers(data: Any) -> dict[str, int]:
+    """Return the number of every token of a tokenizer.json. Raises ValueError where it is of another form."""
+    model: Any = data.get("model") if isinstance(data, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("it has no object `model`")
+    held = model.get("vocab")
+    if isinstance(held, dict):
+        numbers = dict(held)
+    elif isinstance(held, list) and all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in held):
+        numbers = {piece: i for i, (piece, _) in enumerate(held)}
+    else:
+        raise ValueError("model.vocab is neither tokens with their numbers nor a list of [token, score]")
+    added = data.get("added_tokens")
+    for token in [] if added is None else added if isinstance(added, list) else [None]:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise ValueError("added_tokens is not a list of objects with `content` and `id`")
+        numbers[token["content"]] = token.get("id")
+    wrong = next((t for t, n in numbers.items() if type(n) is not int or not 0 <= n < _MOST_TOKENS), None)
+    if wrong is not None:
+        raise ValueError(f"the token {one_line(wrong, 80)!r} has the number {one_line(repr(numbers[wrong]), 80)}")
+    merges = model.get("merges")
+    if merges is not None and not (isinstance(merges, list) and all(map(_is_merge, merges))):
+        raise ValueError("model.merges is not a list of pairs")
+    return numbers
+
+
+def _is_merge(merge: Any) -> bool:
+    return isinstance(merge, str) or (isinstance(merge, list) and all(isinstance(part, str) for part in merge))
 
 
 def is_kept(config: TokenizerConfig, models: Mapping[str, CanonicalTensors]) -> bool:

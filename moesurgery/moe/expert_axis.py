@@ -15,7 +15,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
 from moesurgery.expr.tensors import Full, concat_last, slice_last
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
-from moesurgery.plan.packed import PackedEntries
+from moesurgery.plan.select_packed import PackedEntries
 
 _PLAIN = "dequantise first: `moesurgery convert --dequantize` where it knows the form, else the tool that made it"
 

@@ -19,10 +19,10 @@ notes: `with_difference_notes`. Keys that mergekit-moe does not know are errors 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.dtypes import COMMON_DTYPES
@@ -103,7 +103,7 @@ def read(document: Document, wrong: list[tuple[int, str]]) -> MergekitRecipe | N
 
 def reference(model: str) -> str:
     """Return a model as we name it: mergekit takes `org/name` from the Hub where no such folder exists."""
-    if "://" in model or Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if "://" in model or os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") != 1:
         return model
     return f"hf://{model}"
 
@@ -117,7 +117,7 @@ def _text(document: Document, path: tuple[Any, ...], wrong: list[tuple[int, str]
         wrong.append((document.line(path), f"{name}: write the model's path or org/name alone"))
     elif not isinstance(found, str):
         wrong.append((document.line(path), f"{name} is {found!r}: expected a model's path or org/name"))
-    elif "+" in found and not Path(found).exists():
+    elif "+" in found and not os.path.exists(found):
         wrong.append((document.line(path), f"{name}: merge the LoRA of {found!r} into its model first"))
     else:
         return found

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.protocols import refuse_unlisted
 from moesurgery.errors import RecipeError, at_line
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.parameters import schema_of
@@ -26,21 +28,35 @@ if TYPE_CHECKING:
     from moesurgery.recipe.yaml_strict import Document
 
 _KEYS = ("model", "steps", "max_shard_size")
-_SIZE = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*")
+_SIZE = re.compile(r"(?i)\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgt]?)(i?)b?\s*")
 
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """One operation with its parameters, and the line it stands on (0 where it came from a command line)."""
+    """One operation with its parameters, and the line it stands on (0 where it came from a command line).
+
+    `own` names the parameters of a recipe's step that a command line gave.
+    """
 
     operation: str
     parameters: Mapping[str, Any]
     line: int = 0
+    own: frozenset[str] = frozenset()
+
+    def check_references(self) -> None:
+        """Raise RecipeError where the recipe names a model by a protocol that is not allowed."""
+        theirs = {name: value for name, value in self.parameters.items() if name not in self.own}
+        for _, text, reads in find_operation(self.operation).named(theirs) if self.line else ():
+            if reads == "model":
+                refuse_unlisted(text)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and what to do to it. `origin` is the file's name, for messages; `finish` adds notes at the end."""
+    """A model and what to do to it. `origin` is the file's name, for messages; `finish` adds notes at the end.
+
+    `model_line`: the line that names the model, 0 where a command line does.
+    """
 
     model: str | None
     steps: tuple[RecipeStep, ...]
@@ -48,19 +64,31 @@ class Recipe:
     origin: str = "recipe"
     finish: Callable[[Plan], Plan] | None = None
     words: Callable[[str], str] | None = None
+    model_line: int = 0
 
     def plan(self) -> Plan:
         """Open the model and apply all steps. Raises SurgeryError, with the recipe's line where it has one."""
+        return self.apply(self.opened())
+
+    def opened(self) -> Plan:
+        """Open the model and return the plan that copies it, before any step. Raises SurgeryError as `plan` does."""
         from moesurgery.checkpoint.checkpoint import open_checkpoint
 
         if self.model is None:
             raise RecipeError(f"{self.origin} names no model", "add `model: PATH`, or give it with --model")
-        return self.apply(plan_of(open_checkpoint(self.model)))
+        for step in self.steps:
+            with at_line(self.origin, step.line):
+                step.check_references()
+        with at_line(self.origin, self.model_line):
+            if self.model_line:
+                refuse_unlisted(self.model)
+            return plan_of(open_checkpoint(self.model))
 
     def apply(self, plan: Plan) -> Plan:
         """Apply all steps to a plan."""
         for step in self.steps:
             with at_line(self.origin, step.line, self.words):
+                step.check_references()
                 plan = find_operation(step.operation).function(plan, **step.parameters)
         return self.finished(plan)
 
@@ -78,7 +106,7 @@ class Recipe:
                 f"`moesurgery run {self.origin}` carries it out as it is",
             )
         step = self.steps[at[0]]
-        step = replace(step, parameters={**step.parameters, **values})
+        step = replace(step, parameters={**step.parameters, **values}, own=step.own | values.keys())
         if wrong := problems(find_operation(operation), step.parameters):
             raise RecipeError("\n".join(problem.message for problem in wrong), f"see `moesurgery {operation} --help`")
         return replace(self, steps=(*self.steps[: at[0]], step, *self.steps[at[0] + 1 :]))
@@ -104,17 +132,18 @@ def load_recipe(path: str | Path) -> Recipe:
 def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
     """Read a recipe from text. Raises RecipeError with every mistake in it."""
     from moesurgery.recipe import mergekit_moe
-    from moesurgery.recipe.yaml_strict import parse
+    from moesurgery.recipe.yaml_strict import TooManyMistakes, parse
 
     document = parse(text)
     if isinstance(document.value, dict) and "merge_method" in document.value:
         raise RecipeError(f"{origin} is the recipe of a merge", f"carry it out with `moesurgery merge {origin}`")
-    wrong = list(document.problems)
+    wrong = document.problems
     build = _build_mergekit if mergekit_moe.is_mergekit_moe(document.value) else _build
-    recipe = build(document, wrong, origin) if not wrong or isinstance(document.value, dict) else None
+    recipe = None
+    with suppress(TooManyMistakes):
+        recipe = build(document, wrong, origin) if not wrong or isinstance(document.value, dict) else None
     if wrong:
-        lines = [f"{origin}:{line}: {message}" for line, message in sorted(set(wrong))]
-        raise RecipeError("\n".join(lines), "`moesurgery schema` prints what a recipe may hold")
+        raise RecipeError(wrong.told(origin), "`moesurgery schema` prints what a recipe may hold")
     assert recipe is not None
     return recipe
 
@@ -137,7 +166,13 @@ def _build(document: Document, wrong: list[tuple[int, str]], origin: str) -> Rec
             size = parse_size(value["max_shard_size"])
         except ValueError as error:
             wrong.append((document.line(("max_shard_size",)), f"max_shard_size: {error}"))
-    return Recipe(model if isinstance(model, str) else None, _steps(document, value.get("steps"), wrong), size, origin)
+    return Recipe(
+        model if isinstance(model, str) else None,
+        _steps(document, value.get("steps"), wrong),
+        size,
+        origin,
+        model_line=document.line(("model",)),
+    )
 
 
 def _build_mergekit(document: Document, wrong: list[tuple[int, str]], origin: str) -> Recipe | None:
@@ -147,7 +182,9 @@ def _build_mergekit(document: Document, wrong: list[tuple[int, str]], origin: st
     if found is None:
         return None
     step = RecipeStep("upcycle", found.parameters, document.line(("experts",)))
-    return Recipe(found.model, (step,), None, origin, mergekit_moe.with_difference_notes, mergekit_moe.in_its_words)
+    line = document.line(("base_model",))
+    notes, words = mergekit_moe.with_difference_notes, mergekit_moe.in_its_words
+    return Recipe(found.model, (step,), None, origin, notes, words, model_line=line)
 
 
 def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tuple[RecipeStep, ...]:
@@ -223,7 +260,10 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "required": ["steps"],
         "properties": {
-            "model": {"type": "string", "description": "a directory, hf://org/name[@revision] or a URL"},
+            "model": {
+                "type": "string",
+                "description": "a directory, hf://org/name[@revision], or a URL that whoever runs it allows",
+            },
             "steps": {"type": "array", "items": {"anyOf": steps}},
             "max_shard_size": {"type": ["string", "integer"], "description": "bytes per shard, such as 5GB"},
         },

@@ -10,16 +10,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moesurgery.errors import RecipeError
+from moesurgery.escape import one_line
 
-MAX_BYTES = 4_000_000
+MAX_BYTES = 2_000_000
 _MAX_DEPTH = 40
-MAX_NODES = 200_000
+MAX_NODES = 50_000  # of all documents of a text, repeated anchors counted each time
+MAX_MISTAKES = 200  # no more are looked for
+SHOWN_MISTAKES = 50
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -35,6 +39,27 @@ _TRAPS = (
 )
 
 
+class TooManyMistakes(Exception):  # noqa: N818 - says that reading goes no further
+    """What is wrong is known well enough."""
+
+
+class Mistakes(list[tuple[int, str]]):
+    """Lines, and what is wrong there. Raises TooManyMistakes beyond MAX_MISTAKES: a text could hold a million."""
+
+    def append(self, mistake: tuple[int, str]) -> None:
+        super().append(mistake)
+        if len(self) > MAX_MISTAKES:
+            raise TooManyMistakes
+
+    def told(self, origin: str) -> str:
+        """Return a line for each, in the order of lines."""
+        lines = [f"{origin}:{line}: {one_line(message, 1000)}" for line, message in sorted(set(self))]
+        more = len(lines) - SHOWN_MISTAKES
+        if more > 0:
+            lines[SHOWN_MISTAKES:] = [f"{origin}: and {'many' if len(self) > MAX_MISTAKES else more} more mistakes"]
+        return "\n".join(lines)
+
+
 @dataclass
 class Document:
     """A parsed document: plain Python data, the line of every value, and what was wrong.
@@ -45,7 +70,7 @@ class Document:
 
     value: Any = None
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    problems: list[tuple[int, str]] = field(default_factory=list)
+    problems: Mistakes = field(default_factory=Mistakes)
     shared: set[tuple[Any, ...]] = field(default_factory=set)
     repeated: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
@@ -58,6 +83,11 @@ class Document:
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
+
+    @cached_property
+    def holders(self) -> set[tuple[Any, ...]]:
+        """The paths at or above a shared value."""
+        return {path[:length] for path in self.shared for length in range(len(path) + 1)}
 
 
 def recipe_text(path: str | Path) -> str:
@@ -74,7 +104,7 @@ def recipe_text(path: str | Path) -> str:
 def parse(text: str) -> Document:
     """Parse YAML; never raises for what the text contains, but lists it under `problems` with line numbers."""
     documents = parse_all(text)
-    documents[0].problems += [documents[0].twice(path, line) for path, line in documents[0].repeated.items()]
+    documents[0].problems.extend(documents[0].twice(path, line) for path, line in documents[0].repeated.items())
     if len(documents) > 1:
         line = documents[1].line(())
         documents[0].problems.append((line, "is not YAML of one document: a second one begins here"))
@@ -86,15 +116,18 @@ def parse_all(text: str) -> list[Document]:
     documents: list[Document] = []
 
     def failed(line: int, message: str) -> list[Document]:
-        return [*documents, Document(problems=[(line, message)])]
+        return [*documents, Document(problems=Mistakes([(line, message)]))]
 
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         return failed(1, f"is larger than {MAX_BYTES:,} bytes")
+    budget = _Budget()
     try:
-        for node in yaml.compose_all(text, Loader=yaml.SafeLoader):
+        for node in yaml.compose_all(text, Loader=_Loader):
             documents.append(Document())
             if node is not None:
-                documents[-1].value = _Builder(documents[-1], node).build(node, (), 0)
+                documents[-1].value = _Builder(documents[-1], node, budget).build(node, (), 0)
+    except TooManyMistakes:
+        return documents
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
@@ -106,11 +139,36 @@ def parse_all(text: str) -> list[Document]:
     return documents or [Document()]
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's composer, with a bound on what it composes: it takes minutes for a text of a few megabytes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.nodes = self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.nodes += 1
+        self.depth += 1
+        if self.nodes > MAX_NODES or self.depth > _MAX_DEPTH:
+            what = "is nested too deeply" if self.depth > _MAX_DEPTH else f"has more than {MAX_NODES:,} values"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=self.get_mark())
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+@dataclass
+class _Budget:
+    """How many values were built, in all documents of a text."""
+
+    nodes: int = 0
+
+
 class _Builder:
-    def __init__(self, document: Document, root: yaml.Node) -> None:
+    def __init__(self, document: Document, root: yaml.Node, budget: _Budget) -> None:
         self.document = document
         self.aliased = _aliased(root)
-        self.nodes = 0
+        self.budget = budget
         self.open: set[int] = set()
         self.seen: dict[int, tuple[Any, ...]] = {}
 
@@ -118,9 +176,9 @@ class _Builder:
         line = node.start_mark.line + 1
         self.document.lines.setdefault(path, line)
         self.note(node, path)
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            if self.nodes == MAX_NODES + 1:
+        self.budget.nodes += 1
+        if self.budget.nodes > MAX_NODES:
+            if self.budget.nodes == MAX_NODES + 1:
                 self.problem(line, "has too many values (anchors repeated?)")
             return None
         if depth > _MAX_DEPTH or id(node) in self.open:

@@ -7,7 +7,6 @@ groups of more than one expert. The metadata has the groups that it was made for
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.nodes import Expr, Slice, Stored
+from moesurgery.stats import entry_rules
 from moesurgery.stats.safetensors_file import save_arrays
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class GroupFitFile:
     """A fit as it was read. Its tensors are opened when their values are asked for."""
 
     source: LocalSource
+    file: str
     about: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
@@ -111,14 +112,44 @@ class GroupFitFile:
             )
 
     def order(self, where: str, expert: int) -> Expr:
-        """Return the order [I] of an expert's neurons."""
-        return Stored(self.source, self.tensors[f"{where}/order/{expert}"])
+        """Return the order [I] of an expert's neurons. Raises CheckpointError where it is none."""
+        import numpy as np
+
+        info = self._tensor(f"{where}/order/{expert}", "I64", 1)
+        values = np.frombuffer(self.source.read(info.file, info.start, info.nbytes), "<i8")
+        if not np.array_equal(np.sort(values), np.arange(info.shape[0])):
+            raise self._wrong(info.name, f"does not name each of {info.shape[0]} neurons once")
+        return Stored(self.source, info)
 
     def row(self, where: str, role: str, number: int) -> Expr:
         """Return the entry [1, H] or [1] of group `number` in the block's "router" or "router_bias"."""
         merged = [n for n, group in enumerate(self.blocks[where]["groups"]) if len(group) > 1]
         at = merged.index(number)
-        return Slice(Stored(self.source, self.tensors[f"{where}/{role}"]), at, at + 1)
+        info = self._tensor(f"{where}/{role}", "F32", 2 if role == "router" else 1)
+        if info.shape[0] != len(merged):
+            raise self._wrong(info.name, f"has {info.shape[0]} entries for {len(merged)} groups")
+        return Slice(Stored(self.source, info), at, at + 1)
+
+    def _tensor(self, name: str, dtype: str, dimensions: int) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None or info.dtype != dtype or len(info.shape) != dimensions:
+            what = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
+            raise self._wrong(name, what)
+        return info
+
+    def _wrong(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: {name} {what}", "make the fit again with --text FILE")
+
+
+_ABOUT = {
+    "align": entry_rules.A_TEXT,
+    "router": entry_rules.A_TEXT,
+    "blocks": entry_rules.mapping_to(entry_rules.EntryRule("an object", lambda v: isinstance(v, dict))),
+}
+_BLOCK = {
+    "groups": entry_rules.listed(entry_rules.listed(entry_rules.COUNT)),
+    "dominant": entry_rules.listed(entry_rules.COUNT),
+}
 
 
 def open_group_fits(path: str | Path) -> GroupFitFile:
@@ -130,9 +161,12 @@ def open_group_fits(path: str | Path) -> GroupFitFile:
         header = read_header(
             file.name, file.stat().st_size, lambda start, length: source.read(file.name, start, length)
         )
-    except (OSError, CheckpointError) as error:
-        raise CheckpointError(f"{path} cannot be read as a fit of groups: {error}", hint) from None
-    if header.metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no fit of groups", hint)
-    about = json.loads(header.metadata["about"])
-    return GroupFitFile(source, about, {info.name: info for info in header.tensors})
+        if header.metadata.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} is no fit of groups", hint)
+        about = entry_rules.read_document(header.metadata.get("about", ""), _ABOUT, {"text": entry_rules.FILES})
+        for where, block in about["blocks"].items():
+            entry_rules.check_entries(block, _BLOCK, {}, f"{where}: ")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} cannot be read as a fit of groups: {reason}", hint) from None
+    return GroupFitFile(source, file.name, about, {info.name: info for info in header.tensors})

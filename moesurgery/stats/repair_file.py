@@ -7,24 +7,45 @@ by one, so that none stays in memory; `refit.json` comes last, so a folder witho
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.filenames import REPAIR_INDEX
 from moesurgery.checkpoint.header import read_header
+from moesurgery.checkpoint.scan import MAX_CONFIG_BYTES
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr, Stored
+from moesurgery.stats import entry_rules
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
 
 _FORMAT = "moesurgery refit 1"
+_MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down)")
+_ABOUT = {
+    "format": entry_rules.A_TEXT,
+    "kind": entry_rules.A_TEXT,
+    "tokens": entry_rules.COUNT,
+    "layers": entry_rules.EntryRule("a list", lambda v: isinstance(v, list)),
+}
+_ALSO = {"text": entry_rules.FILES}
+_LAYER = {
+    "layer": entry_rules.A_TEXT,
+    "factors": entry_rules.maybe(entry_rules.listed(entry_rules.NUMBER)),
+    "file": entry_rules.maybe(entry_rules.A_TEXT),
+    "tokens": entry_rules.listed(entry_rules.COUNT),
+    "skipped": entry_rules.listed(entry_rules.COUNT),
+    "error_before": entry_rules.NUMBER,
+    "error_after": entry_rules.NUMBER,
+}
 
 
 Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
@@ -58,8 +79,11 @@ class RepairWriter:
     """
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
+        if folder.is_symlink():
+            raise OutputError(f"{folder} is a symbolic link, and no repair", "move it away, or use another -o")
         if folder.exists():
-            ours = [folder / REPAIR_INDEX, *folder.glob("layer-*.safetensors")]
+            ours = [folder / REPAIR_INDEX, folder / f"{REPAIR_INDEX}.partial"]
+            ours += [file for end in ("", ".partial") for file in folder.glob(f"layer-*.safetensors{end}")]
             if not folder.is_dir() or set(folder.iterdir()) - set(ours):
                 raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
             if ours[0].exists() and not force:
@@ -79,7 +103,8 @@ class RepairWriter:
         if fitted.matrices:
             file = f"layer-{len(self.layers):03}.safetensors"
             tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
-            save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, self.folder / file)
+            with whole_file(self.folder / file) as new:
+                save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, new)
         self.layers.append(
             {
                 "layer": fitted.where,
@@ -96,7 +121,8 @@ class RepairWriter:
 
     def close(self, about: Mapping[str, Any]) -> None:
         document = {"format": _FORMAT, **about, "layers": self.layers}
-        (self.folder / REPAIR_INDEX).write_text(write_json(document))
+        with whole_file(self.folder / REPAIR_INDEX) as new:
+            new.write_text(write_json(document))
 
 
 def _check_finite(fitted: FittedBlock) -> None:
@@ -129,8 +155,14 @@ class Repair:
         header = read_header(file, size, lambda start, length: self.source.read(file, start, length))
         found: dict[int, dict[str, Expr]] = {}
         for info in header.tensors:
-            expert, _, role = info.name.partition(".")
-            found.setdefault(int(expert), {})[role] = Stored(self.source, info)
+            match = _MATRIX.fullmatch(info.name)
+            if match is None or len(info.shape) != 2 or info.dtype not in PLAIN_FLOATS:
+                what = f"{info.dtype} {list(info.shape)}"
+                raise CheckpointError(
+                    f"{self.source.identity}/{file}: {info.name} ({what}) is no matrix of an expert",
+                    "make the repair again",
+                )
+            found.setdefault(int(match[1]), {})[match[2]] = Stored(self.source, info)
         return found
 
 
@@ -140,13 +172,19 @@ def open_repair(folder: str | Path) -> Repair:
     hint = "make one with `moesurgery … --refit down --text FILE`"
     source = LocalSource(Path(folder).absolute())
     try:
-        sizes = source.files() if path.is_file() else {}  # and their states: none may change from here on
-        document = json.loads(
-            source.read(REPAIR_INDEX, 0, sizes[REPAIR_INDEX]) if REPAIR_INDEX in sizes else path.read_text()
-        )
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and a repair at most {MAX_CONFIG_BYTES:,}")
+        sizes = source.files()  # and their states: none may change from here on
+        document = entry_rules.read_document(source.read(REPAIR_INDEX, 0, sizes[REPAIR_INDEX]), _ABOUT, _ALSO)
         if document["format"] != _FORMAT:
             raise CheckpointError(f"{path} is no repair", hint)
-        layers = {str(entry["layer"]): entry for entry in document.pop("layers")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a repair: {error}", hint) from None
+        layers: dict[str, dict[str, Any]] = {}
+        for i, entry in enumerate(document.pop("layers")):
+            entry_rules.check_entries(
+                entry, _LAYER, {"error_held_out": entry_rules.maybe(entry_rules.NUMBER)}, f"layer {i}: "
+            )
+            layers[entry["layer"]] = entry
+    except (OSError, ValueError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} cannot be read as a repair: {reason}", hint) from None
     return Repair(source, document, layers)

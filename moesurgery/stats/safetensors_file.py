@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.strict_json import compact_json
+from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,5 +27,5 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     header = json.loads(data[8:end]) | {"__metadata__": metadata}
     text = compact_json(header).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    with whole_file(path) as new:
+        new.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])

@@ -33,7 +33,6 @@ docs/measure.md has the formulas that use them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.stats import entry_rules
 from moesurgery.stats.safetensors_file import save_arrays
 
 if TYPE_CHECKING:
@@ -172,12 +172,40 @@ class Stats:
         return target
 
 
+_ABOUT = {
+    "model_type": entry_rules.A_TEXT,
+    "top_k": entry_rules.COUNT,
+    "other_top_k": entry_rules.listed(entry_rules.COUNT),
+    "blocks": entry_rules.listed(entry_rules.A_TEXT),
+}
+_ALSO = {
+    "recon": entry_rules.listed(entry_rules.COUNT),
+    "unread": entry_rules.mapping_to(entry_rules.A_TEXT),
+    "every_expert": entry_rules.SWITCH,
+    "text": entry_rules.FILES,
+}
+_MAX_BYTES = 8_000_000_000  # of a file: 60 layers of 512 experts, at ten numbers of active ones
+# The shape of each sum, H being any size.
+_SHAPES: dict[str, tuple[str | int, ...]] = {
+    **dict.fromkeys(("tokens", "mass", "entropy"), (2,)),
+    **dict.fromkeys(("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak", "cross"), (2, "E")),
+    **dict.fromkeys(("gram", "logits"), (2, "E", "E")),
+    **dict.fromkeys(("output", "output_all", "gated_all"), ("E", "H")),
+    "recon": ("E",),
+}
+
+
 def load_stats(path: str | Path) -> Stats:
-    """Read a statistics file. Raises CheckpointError where it is none, RefusedError where its sums are not finite."""
-    from safetensors import SafetensorError, safe_open
+    """Read a statistics file.
+
+    Raises CheckpointError where it is none, or where a sum is missing, no sum or not finite.
+    """
+    from safetensors import safe_open
 
     blocks: dict[str, BlockStats] = {}
     try:
+        if (size := Path(path).stat().st_size) > _MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and statistics at most {_MAX_BYTES:,}")
         source, held = LocalSource(Path(path).absolute().parent), Path(path).name
         source.hold(held, Path(path).stat())
         sha256 = digest(path)
@@ -185,21 +213,48 @@ def load_stats(path: str | Path) -> Stats:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise CheckpointError(f"{path} holds no statistics", "make them with `moesurgery collect`")
+            about = entry_rules.read_document(metadata.get("about", ""), _ABOUT, _ALSO)
             for key in file.keys():  # noqa: SIM118 - no mapping
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
-            about = json.loads(metadata["about"])
         source.check(held)
+        if odd := sorted(blocks.keys() ^ set(about["blocks"])):
+            raise ValueError(f"{odd[0]!r} is in its {'tensors' if odd[0] in blocks else 'list of blocks'} only")
+        for block in blocks.values():
+            _check_block(block, about)
     except CheckpointError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except OSError as error:
         longer = f"{path}.safetensors"
         hint = f"name {longer}" if Path(longer).is_file() else "make them with `moesurgery collect`"
-        raise CheckpointError(f"{path} cannot be read as statistics: {error}", hint) from None
-    order = {where: i for i, where in enumerate(about["blocks"])}
-    found = Stats({w: blocks[w] for w in sorted(blocks, key=lambda w: order[w])}, about, sha256)
-    found.check_finite(str(path))
-    return found
+        raise CheckpointError(f"{path} cannot be read as statistics: {error.strerror or error}", hint) from None
+    except Exception as error:  # safetensors has errors of its own for each way in which a file is damaged
+        reason = f"{path} cannot be read as statistics: {error}"
+        raise CheckpointError(reason, "make them again with `moesurgery collect`") from None
+    return Stats({where: blocks[where] for where in about["blocks"]}, about, sha256)
+
+
+def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
+    """Raise ValueError where the sums of a block are not those that the file says it has."""
+    import numpy as np
+
+    where, sums = block.where, block.sums
+    names = ["count"] + [name for name in _SHAPES if name not in WHOLE and name not in ("cross", "recon")] + ["output"]
+    names += [f"{name}@{k}" for k in about["other_top_k"] for name in ("gram", "gate2", "mass", "cross")]
+    names += [f"recon@{r}" for r in about.get("recon", ())]
+    names += ["output_all", "gated_all"] if about.get("every_expert") else []
+    experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
+    for name in dict.fromkeys(names):
+        if name not in sums:
+            raise ValueError(f"{where} has no {name}")
+        values, wanted = sums[name], _SHAPES[name.partition("@")[0]]
+        shape = tuple(experts if size == "E" else size for size in wanted)
+        fits = len(shape) == values.ndim and all(b in ("H", a) for a, b in zip(values.shape, shape, strict=True))
+        if not fits or not experts or values.dtype.kind != "f":
+            shown = " x ".join(map(str, wanted))
+            raise ValueError(f"{where}: {name} is {values.dtype} {list(values.shape)}, expected floats {shown}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{where}: {name} holds NaN or infinity")
 
 
 def digest(path: str | Path) -> str:

@@ -284,6 +284,14 @@ class _Merge:
             orders = {expert: neuron_order(reference, parts[expert]) for expert in others}
         elif self.align == "activations" and self.fits is not None:
             orders = {expert: self.fits.order(self.block.where, expert) for expert in others}
+            for member, expr in reference:
+                neurons = neuron_rows(member, expr).shape[0] if has_neurons(member) else None
+                odd = {order.shape[0] for order in orders.values()} - {neurons}
+                if odd and neurons is not None:
+                    raise RefusedError(
+                        f"{NAME}: {member.name} has {neurons} neurons, and the fit orders {odd.pop()}",
+                        "make the fit again with --text FILE",
+                    )
         found = []
         for at, (member, expr) in enumerate(reference):
             terms = [
@@ -330,7 +338,13 @@ class _Merge:
         if len(group) == 1:
             return Slice(flat, group[0], group[0] + 1)
         if self.router == "lse" and self.fits is not None:
-            return cast(self.fits.row(self.block.where, member.role, number), flat.dtype)
+            row = self.fits.row(self.block.where, member.role, number)
+            if row.shape[1:] != flat.shape[1:]:
+                raise RefusedError(
+                    f"{NAME}: {member.name} has rows of {list(flat.shape[1:])}, the fit of {list(row.shape[1:])}",
+                    "make the fit again with --text FILE",
+                )
+            return cast(row, flat.dtype)
         return Linear(tuple((Slice(flat, e, e + 1), share) for e, share in zip(group, shares, strict=True)), flat.dtype)
 
     def _highest(self, name: str, bias: Expr) -> list[int]:

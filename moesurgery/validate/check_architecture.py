@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,19 +21,15 @@ from moesurgery.families.components import MTP, is_mtp
 from moesurgery.families.layer_config import prediction_layers
 from moesurgery.families.quantised import method, packed_bits, split_name
 from moesurgery.families.tensor_names import name_template
-from moesurgery.forward.model_config import load_config
+from moesurgery.forward.model_config import load_config, too_many
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.context import Context
-
-# Numbers of modules that a model class builds one by one: a hostile config could keep it busy for days.
-_COUNTS = ("layer", "depth", "block", "expert", "stage", "codebook", "head")
-_MOST = 20_000
 
 
 @check("C03", "C11", "C14")
 def check_architecture(subject: Context) -> Outcome:
     """Load the shapes with transformers and report what it says."""
-    reason = _too_many(subject)
+    reason = too_many(subject.config)
     if reason is None and not isinstance(subject.config.get("model_type"), str):
         reason = "config.json names no model_type"
     if reason is not None:
@@ -47,19 +43,6 @@ def check_architecture(subject: Context) -> Outcome:
         return
     yield from _names(subject, model_class)
     yield from _load(subject, model_class, config)
-
-
-def _too_many(subject: Context) -> str | None:
-    """Say why the model is not even built: a count of modules that no model has."""
-
-    def look(value: Any) -> Iterator[str]:
-        for key, inner in value.items() if isinstance(value, Mapping) else ():
-            counts = isinstance(key, str) and any(word in key for word in _COUNTS) and "size" not in key
-            if counts and type(inner) is int and inner > _MOST:
-                yield f"config.json: {key} is {inner:,}: no model of that many parts is built"
-            yield from look(inner)
-
-    return next(look(subject.config), None)
 
 
 def _by_table(subject: Context) -> Outcome:

@@ -6,6 +6,7 @@ first. Nothing that the record alone names is ever opened: it may be a stranger'
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,9 +50,9 @@ def recorded_models(record: Mapping[str, Any]) -> list[Recorded]:
         if not isinstance(entry, dict):
             continue
         name, shards = entry.get("name", entry.get("identity")), entry.get("shards")
-        digests = {s.get("header_sha256") for s in shards if isinstance(s, dict)} if isinstance(shards, list) else set()
+        stated = [s.get("header_sha256") for s in shards if isinstance(s, dict)] if isinstance(shards, list) else []
         if isinstance(name, str):
-            found.append(Recorded(name, frozenset(d for d in digests if isinstance(d, str))))
+            found.append(Recorded(name, frozenset(d for d in stated if isinstance(d, str))))
     return found or [Recorded("./model")]
 
 
@@ -60,14 +61,14 @@ class Given:
 
     def __init__(self, text: str) -> None:
         name, sign, reference = text.partition("=")
-        alone = not sign or "://" in name or Path(text).exists()
+        alone = not sign or "://" in name or os.path.exists(text)
         self.name: str | None = None if alone else name
         self.reference = text if alone else reference
         self.identity = Path(self.reference).name if self._file else open_source(self.reference).identity
 
     @property
     def _file(self) -> bool:
-        return Path(self.reference).is_file()
+        return os.path.isfile(self.reference)
 
     @cached_property
     def headers(self) -> frozenset[str]:

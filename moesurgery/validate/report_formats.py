@@ -7,7 +7,6 @@ form, each is one line of printable characters, cut where it is too long, and th
 from __future__ import annotations
 
 import hashlib
-import html
 from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
@@ -174,6 +173,7 @@ def github(report: Report) -> str:
 def _command(value: str, *, property_: bool = False) -> str:
     """Escape a workflow command's message, or one of its properties."""
     value = value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    value = value.replace("##[", "#%23[")  # the older form of a command, which may stand anywhere in a line
     return value.replace(":", "%3A").replace(",", "%2C") if property_ else value.replace("::", ":%3A")
 
 
@@ -195,9 +195,8 @@ def markdown(report: Report) -> str:
 
 
 def _cell(value: str) -> str:
-    """Escape text for a table cell: no HTML, no Markdown, no mentions."""
-    escaped = html.escape(one_line(value))
-    return "".join(f"&#{ord(c)};" if c in "|`*_[]()!#@~\\{}" else c for c in escaped)
+    """Escape text for a table cell, each character once: no HTML, no Markdown, no mentions."""
+    return "".join(f"&#{ord(c)};" if c in "&<>\"'|`*_[]()!#@~\\{}" else c for c in one_line(value))
 
 
 FORMATS: dict[str, Callable[[Report], str]] = {

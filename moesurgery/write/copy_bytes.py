@@ -71,64 +71,40 @@ def _copy_by_buffer(
         done += len(view)
 
 
-def clone(source: Path, target: Path, *, durable: bool = False) -> bool:
-    """Make `target` share all blocks with `source`; return False where the filesystem cannot."""
+def clone(source: Path, target: int) -> bool:
+    """Make the open empty file `target` share all blocks with `source`; return False where the filesystem cannot."""
     read = open_to_read(source)
     try:
-        write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            fcntl.ioctl(write, FICLONE, read)
-            if durable:
-                os.fsync(write)
-        except OSError:
-            os.unlink(target)
-            return False
-        finally:
-            os.close(write)
+        fcntl.ioctl(target, FICLONE, read)
+    except OSError:
+        return False
     finally:
         os.close(read)
     return True
 
 
-def link(source: Path, target: Path) -> bool:
-    """Hard-link `target` to `source`; return False across filesystems."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            return False
-        raise
-    return True
-
-
-def copy_file(source: Path, target: Path, progress: ByteProgress, stop: threading.Event, *, durable: bool) -> None:
-    """Copy a whole file, leaving its holes holes. The target must not exist."""
+def copy_file(source: Path, target: int, progress: ByteProgress, stop: threading.Event, *, durable: bool) -> None:
+    """Copy a whole file into the open empty file `target`, leaving its holes holes."""
     buffer = Buffer()
     read = open_to_read(source)
     try:
         status = os.fstat(read)
-        write = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            if status.st_blocks * 512 >= status.st_size:
-                allocate(write, status.st_size)
-            else:
-                os.ftruncate(write, status.st_size)
-            at = 0
-            while at < status.st_size and not stop.is_set():
-                start, end = _next_data(read, at, status.st_size)
-                progress(start - at)
-                while start < end and not stop.is_set():
-                    step = min(32 << 20, end - start)
-                    copy_range(read, write, start, start, step, buffer, str(source), stop)
-                    if durable:
-                        start_writeback(write, start, step)
-                    progress(step)
-                    start += step
-                at = end
-            if durable:
-                os.fsync(write)
-        finally:
-            os.close(write)
+        if status.st_blocks * 512 >= status.st_size:
+            allocate(target, status.st_size)
+        else:
+            os.ftruncate(target, status.st_size)
+        at = 0
+        while at < status.st_size and not stop.is_set():
+            start, end = _next_data(read, at, status.st_size)
+            progress(start - at)
+            while start < end and not stop.is_set():
+                step = min(32 << 20, end - start)
+                copy_range(read, target, start, start, step, buffer, str(source), stop)
+                if durable:
+                    start_writeback(target, start, step)
+                progress(step)
+                start += step
+            at = end
     finally:
         os.close(read)
 
@@ -172,12 +148,3 @@ def start_writeback(descriptor: int, offset: int, length: int) -> None:
     """Ask the kernel to begin writing a range to disk, so that the final fsync has little left to do."""
     if _sync_file_range is not None and length:
         _sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
-
-
-def sync_directory(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

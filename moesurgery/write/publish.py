@@ -1,159 +1,228 @@
-"""Where a job works and what its output replaces: refusing, claiming and publishing folders.
+"""Giving a finished folder its output's name, in place of an old output or of nothing; and what a kill leaves of that.
 
-All work happens in `OUT.partial` beside the output, locked, with a record of the plan; the last thing a job does is
-to give that folder the output's name.
+An old output and the new one exchange their names at once where kernel and filesystem can (`RENAME_EXCHANGE` on Linux,
+`RENAME_SWAP` on macOS). Elsewhere the old one is first renamed to `OUT.replaced-…`: killed at that very moment there is
+no OUT until the next run with this output, which gives the old one its name back. What the old one was is in the new
+one's record (its inode), so that this run or the next deletes that folder and no other.
 """
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
+import errno
 import os
-import shlex
-import shutil
+import re
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from moesurgery.checkpoint.filenames import WORK
-from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import OutputError
-from moesurgery.plan.plan import Plan
-from moesurgery.write import copy_bytes
+from moesurgery.write.claim import LOCK, WorkFolder, is_ours, kept_by_a_job, kind, lock_of, mark, read_record
+from moesurgery.write.open_folder import OpenFolder, replaced_meanwhile
+from moesurgery.write.output_folder import check_replaceable
 from moesurgery.write.shard import disk_error
 
-# What `--force` may replace: the files of which a checkpoint consists.
-_CHECKPOINT_SUFFIXES = frozenset(
-    (
-        *(".safetensors", ".json", ".md", ".txt", ".jinja", ".model", ".py", ".bin", ".pt", ".pth", ".gguf"),
-        *(".yaml", ".yml", ".tiktoken", ".vocab"),
-    )
-)
-_CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
+_CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})  # the last by seccomp
 
 
-def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
-    """Refuse an output that exists, or that is or contains an input. It may lie inside one: `cd model; rescale`."""
-    for checkpoint in plan.sources:
-        if isinstance(checkpoint.source, LocalSource):
-            root = checkpoint.source.root.resolve()
-            if root.is_relative_to(output.resolve()):
-                raise OutputError(
-                    f"the output {output} is or contains the input {root}", "choose another folder with -o"
-                )
-    check_place(output, force=force)
+def publish(work: WorkFolder, output: Path, *, force: bool, durable: bool) -> None:
+    """Give the finished folder its name. Killed at any point, it is whole under one name or the other.
+
+    Raises OutputError where something else has taken its name or the output's in the meantime.
+    """
+    parent, partial, name = work.parent, work.path.name, output.name
+    if not parent.is_folder(partial, work.inode):
+        raise replaced_meanwhile(work.path)
+    with suppress(OSError):  # as other folders are, now that it is finished; where the filesystem has such rights
+        os.fchmod(work.descriptor, stat.S_IMODE(work.status(WORK).st_mode))
+    if not parent.exists(name) or (parent.is_folder(name) and not parent.folder(name).names()):
+        parent.replace(partial, name)  # an empty folder gives way at once
+        if not parent.is_folder(name, work.inode):
+            parent.replace(name, partial)
+            raise replaced_meanwhile(work.path)
+        old = None
+    elif not parent.is_folder(name):
+        raise OutputError(
+            f"{output} appeared while {work.path} was written, and is {kind(parent.status(name))}",
+            f"mv {work.path} to a place of your choice",
+        )
+    elif not force:
+        raise OutputError(
+            f"{output} appeared while {work.path} was written", f"mv {work.path} to a place of your choice"
+        )
+    else:
+        old = _take_place(work, name, durable=durable)
+    if durable:
+        parent.sync()
+    if old is not None:
+        _delete(parent, old)
+    if force:
+        _delete_earlier(parent, name)
+    work.unlock()  # a network filesystem keeps a file that is open
+    _remove_work(work)
 
 
-def check_place(output: Path, *, force: bool = False) -> None:
-    """Refuse an output that exists, or has nowhere to be: what can be said before anything is planned."""
+def recover(output: Path) -> None:
+    """Finish what a killed job has left undone when it published: give the old output its name back, or delete it.
+
+    Raises OutputError where that job still runs, or where something came into the old output that is no part of it.
+    """
     try:
-        _check_place(output, force=force)
-    except OSError as error:  # a folder that may not be searched or listed
+        parent = OpenFolder.open(output.parent)
+    except OSError:
+        return  # it is said later that there is no such folder
+    try:
+        if parent.is_folder(output.name):
+            _finish(parent, output)
+        elif not parent.exists(output.name):
+            _give_back(parent, output)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return  # this is said later, too: no job can have had such a name
         raise disk_error(error, output) from error
 
 
-def _check_place(output: Path, *, force: bool) -> None:
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
-    if output.exists() and output.samefile(os.curdir):
-        raise OutputError(
-            f"{output} is the folder you are in, and an output takes the place of its folder",
-            f"go up first: cd .., then -o {shlex.quote(output.name)}",
-        )
-    if not output.parent.is_dir():
-        command = f"mkdir -p {shlex.quote(str(output.parent))}"
-        raise OutputError(f"{output.parent} does not exist", f"make it first: {command}")
-    if not os.access(output.parent, os.W_OK | os.X_OK, effective_ids=True):
-        raise OutputError(f"{output.parent} may not be written to", "choose another place with -o")
-    if not output.exists() or not any(output.iterdir()):
+def _finish(parent: OpenFolder, output: Path) -> None:
+    """Delete the old output, and what the job kept for itself in the new one."""
+    folder = parent.folder(output.name)
+    if not folder.is_folder(WORK) or not _all_kept_by_a_job(folder):
         return
-    if not force:
-        raise OutputError(
-            f"{output} exists and is not empty", "choose another folder with -o, or replace it with --force"
-        )
-    _check_replaceable(output)
+    if folder.exists(LOCK):  # unless it was killed when it had deleted that
+        lock = lock_of(folder)
+        if lock is None:
+            raise OutputError(f"another process is writing {output}", "wait for it, or choose another folder")
+        try:
+            if (old := _replaced(parent, folder, lock, output.name)) is not None:
+                _delete(parent, old, emptied=True)
+        finally:
+            os.close(lock)
+    _remove_work(folder)
 
 
-def _check_replaceable(output: Path) -> None:
-    """Refuse to delete what is no part of a checkpoint."""
-    for path in output.rglob("*"):
-        known = path.suffix.lower() in _CHECKPOINT_SUFFIXES or path.name in _CHECKPOINT_NAMES
-        ours = output / WORK in (path, *path.parents) and not path.is_symlink()
-        folder = path.is_dir() and any(path.iterdir())  # of an adapter, or of shards that an index names so
-        if not ours and (path.is_symlink() or not (folder or (path.is_file() and known))):
-            raise OutputError(
-                f"--force would delete {path}, which is no part of a checkpoint",
-                "move it away, or choose another folder",
-            )
+def _remove_work(folder: OpenFolder) -> None:
+    """Delete what a job keeps for itself; another process may be about to do the same."""
+    with suppress(FileNotFoundError):
+        folder.remove(WORK)
 
 
-def claim(partial: Path, identity: str, *, force: bool) -> int:
-    """Make or take over the working directory; return a locked descriptor that keeps others out."""
-    if partial.is_symlink() or (partial.exists() and not (partial / WORK).is_dir() and any(partial.iterdir())):
-        raise OutputError(
-            f"{partial} exists and is no unfinished job of ours", "move it away, or choose another folder"
-        )
-    record = partial / WORK / "plan"
+def _give_back(parent: OpenFolder, output: Path) -> None:
+    """Give an old output its name again, where a job was killed after taking it and before giving it to the new one."""
+    partial = f"{output.name}.partial"
+    if not parent.is_folder(partial) or not is_ours(parent, parent.status(partial)):
+        return
+    folder = parent.folder(partial)
+    if not folder.is_file(LOCK) or (lock := lock_of(folder)) is None:
+        return
     try:
-        (partial / WORK).mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial / WORK / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise disk_error(error, partial) from error
+        if (old := _replaced(parent, folder, lock, output.name)) is not None:
+            parent.replace(old, output.name)
+    finally:
+        os.close(lock)
+
+
+def _all_kept_by_a_job(folder: OpenFolder) -> bool:
+    """Whether `.moesurgery` in a published output is what its job left there: files of this user by the usual names."""
+    return all(
+        is_ours(folder, status) and kept_by_a_job(name, status)
+        for name, status in folder.entries()
+        if name == WORK or name.startswith(f"{WORK}/")
+    )
+
+
+def _replaced(parent: OpenFolder, folder: OpenFolder, lock: int, output: str) -> str | None:
+    """Return the name of the folder that the job of `folder` was putting itself in place of, where it is there."""
+    record = read_record(folder) or {}
+    inode = record.get("replaces")
+    if not isinstance(inode, int) or record.get("lock") != mark(lock):
+        return None
+    names = [f"{output}.partial", *_set_aside(parent, output)]
+    return next((name for name in names if parent.is_folder(name, inode)), None)
+
+
+def _set_aside(parent: OpenFolder, output: str) -> list[str]:
+    return [name for name in parent.names() if re.fullmatch(re.escape(output) + r"\.replaced-\d+", name)]
+
+
+def _take_place(work: WorkFolder, name: str, *, durable: bool) -> str:
+    """Put the finished folder in place of the old output, and return the name that the old one now has."""
+    parent, partial = work.parent, work.path.name
+    folder = parent.folder(name)
+    check_replaceable(folder)  # again: hours may have passed
+    work.record(replaces=folder.inode, durable=durable)
+    aside = partial if exchange(parent, partial, name) else f"{name}.replaced-{os.getpid()}"
+    if aside != partial:
+        parent.replace(name, aside)
+        try:
+            parent.replace(partial, name)
+        except BaseException:
+            parent.replace(aside, name)
+            raise
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise OutputError(f"another process is writing {partial}", "wait for it, or choose another folder") from None
-    try:
-        found = record.read_text() if record.exists() else None
-        if found is not None and found != identity:
-            if not force:
-                raise OutputError(
-                    f"{partial} holds an unfinished job of another recipe or of changed inputs",
-                    "finish that job, delete the folder, or start over with --force",
-                )
-            _empty(partial, keep=WORK)
-            _empty(partial / WORK, keep="lock")
-        for stale in (partial / WORK).rglob("*.tmp"):
-            _remove(stale)
-        record.with_suffix(".new").write_text(identity)
-        os.replace(record.with_suffix(".new"), record)
-    except OSError as error:
-        os.close(lock)
-        raise disk_error(error, partial) from error
-    except OutputError:
-        os.close(lock)
+        if not parent.is_folder(name, work.inode) or not parent.is_folder(aside, folder.inode):
+            raise replaced_meanwhile(work.path)
+        check_replaceable(folder)  # and again: now nothing finds it by its name
+    except BaseException:
+        if aside != partial:
+            parent.replace(name, partial)
+            parent.replace(aside, name)
+        else:
+            exchange(parent, partial, name)
         raise
-    return lock
+    return aside
 
 
-def _empty(folder: Path, *, keep: str) -> None:
-    for path in folder.iterdir():
-        if path.name != keep:
-            _remove(path)
+def _delete(parent: OpenFolder, name: str, *, emptied: bool = False) -> None:
+    """Delete an old output: what it consists of, and nothing that comes into it meanwhile."""
+    folder = parent.folder(name)
+    try:
+        for entry in reversed(check_replaceable(folder, emptied=emptied)):
+            if not folder.is_folder(entry):
+                folder.remove(entry)
+            else:
+                folder.remove_folder(entry)
+        parent.remove_folder(name)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        raise OutputError(
+            f"something came into {error.filename}, a part of the old output, while that was deleted",
+            f"the new output is whole: move what you need out of {folder.path}, and delete that",
+        ) from None
 
 
-def _remove(path: Path) -> None:
-    """Delete a file, a link or a folder; what a killed process left may be any of them."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _delete_earlier(parent: OpenFolder, output: str) -> None:
+    """Delete old outputs that jobs of earlier versions were killed over, where they hold nothing else."""
+    for name in _set_aside(parent, output):
+        if parent.is_folder(name) and is_ours(parent, parent.status(name)):
+            with suppress(OutputError):
+                _delete(parent, name, emptied=True)
 
 
-def publish(partial: Path, output: Path, *, force: bool, durable: bool) -> None:
-    """Give the finished directory its name. Killed at any point, it is whole under one name or the other."""
-    replaced: Path | None = None
-    if output.exists() and any(output.iterdir()):
-        if not force:
-            raise OutputError(
-                f"{output} appeared while {partial} was written", f"mv {partial} to a place of your choice"
-            )
-        _check_replaceable(output)  # again: hours may have passed
-        replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
-        os.rename(output, replaced)
-    elif output.exists():
-        output.rmdir()
-    os.rename(partial, output)
-    if durable:
-        copy_bytes.sync_directory(output.parent)
-    shutil.rmtree(output / WORK)
-    if replaced is not None:
-        shutil.rmtree(replaced)
+def _find_exchange() -> Callable[..., int] | None:
+    """Return the C library's function for renaming with flags; None where it has none."""
+    name = "renameatx_np" if sys.platform == "darwin" else "renameat2"
+    try:
+        function: Callable[..., int] = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (AttributeError, OSError):
+        return None
+    return function
+
+
+_rename_with_flags = _find_exchange()
+_EXCHANGE = 2  # RENAME_EXCHANGE and RENAME_SWAP alike
+
+
+def exchange(parent: OpenFolder, first: str, second: str) -> bool:
+    """Let two names of a folder change places at once; return False where kernel or filesystem cannot."""
+    if _rename_with_flags is None:
+        return False
+    at = parent.descriptor
+    if _rename_with_flags(at, os.fsencode(first), at, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(parent.path / second))

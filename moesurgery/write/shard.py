@@ -8,6 +8,7 @@ job continues where it stopped.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import queue
@@ -15,12 +16,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.arrays import NotFiniteError, keep_freed_memory
+from moesurgery.checkpoint.digest import sampled_digest
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
 from moesurgery.checkpoint.filenames import WORK
@@ -31,7 +33,9 @@ from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
 from moesurgery.write import copy_bytes
 from moesurgery.write.copy_bytes import ByteProgress
 from moesurgery.write.finite import FiniteCheck
+from moesurgery.write.open_folder import OpenFolder
 
+_MOST_MANIFEST = 1 << 16
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
 
 
@@ -85,17 +89,36 @@ def make_header(entries: tuple[tuple[str, Expr], ...], metadata: tuple[tuple[str
     return len(text).to_bytes(8, "little") + text
 
 
-def done(directory: Path, name: str, plan_id: str) -> bool:
-    """Whether shard `name` of this very plan is already complete in `directory`.
+def done(folder: OpenFolder, name: str, plan_id: str) -> bool:
+    """Whether shard `name` of this very plan is already complete in the working folder.
 
-    What was written without waiting for the disk counts only until the machine restarts.
+    It must be the file that was written: its size, the times of its last change (of which the kernel decides one) and
+    64 blocks of it are in its manifest. What was written without waiting for the disk counts only until the machine
+    restarts.
     """
     try:
-        manifest = json.loads((directory / WORK / f"{name}.json").read_text())
+        manifest = json.loads(folder.read(f"{WORK}/{work_name(name)}.json", _MOST_MANIFEST))
         safe = manifest["boot"] is None or manifest["boot"] == boot_id()
-        return bool(safe and manifest["plan"] == plan_id and (directory / name).stat().st_size == manifest["size"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(safe and manifest == _manifest(folder, name, plan_id, manifest["boot"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SurgeryError):
         return False
+
+
+def work_name(name: str) -> str:
+    """Return what files about a shard are called: its name, or a digest of one that leaves no room for an ending."""
+    return name if len(os.fsencode(name)) <= 100 else hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def _manifest(folder: OpenFolder, name: str, plan_id: str, boot: str | None) -> dict[str, Any]:
+    status = folder.status(name)
+    return {
+        "plan": plan_id,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "sampled_sha256": sampled_digest(folder.source, name, status.st_size),
+        "boot": boot,
+    }
 
 
 def boot_id() -> str:
@@ -103,39 +126,40 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def write_shard(task: ShardTask, directory: Path, plan_id: str, manner: Manner, watch: JobControl | None = None) -> int:
-    """Write one shard into `directory` and return its size. Does nothing where it is already complete.
+def write_shard(
+    task: ShardTask, folder: OpenFolder, plan_id: str, manner: Manner, watch: JobControl | None = None
+) -> int:
+    """Write one shard into the working folder and return its size. Does nothing where it is already complete.
 
     Raises OutputError (full disk), CheckpointError (a source ends too early or has changed) and whatever an expression
     refuses; the shard is then absent.
     """
     watch = watch or JobControl()
-    if done(directory, task.name, plan_id):
-        size = (directory / task.name).stat().st_size
+    if done(folder, task.name, plan_id):
+        size = folder.status(task.name).st_size
         watch.progress(task.data_bytes)
         return size
     unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    temporary = directory / WORK / f"{task.name}.{unique}.tmp"
+    temporary = f"{WORK}/{work_name(task.name)}.{unique}.tmp"
     try:
-        for folder in (temporary.parent, (directory / task.name).parent):
-            folder.mkdir(parents=True, exist_ok=True)  # an index may name shards in a folder
         if task.whole is not None and (path := task.whole[0].local(task.whole[1])) is not None:
-            _copy_whole(path, temporary, task, manner, watch)
+            _copy_whole(path, folder, temporary, task, manner, watch)
             task.whole[0].check(task.whole[1])
         else:
-            _write_body(task, temporary, manner, watch)
+            _write_body(task, folder, temporary, manner, watch)
         if watch.stop.is_set():
             raise KeyboardInterrupt
-        size = temporary.stat().st_size
-        os.replace(temporary, directory / task.name)
+        size = folder.status(temporary).st_size
+        folder.replace(temporary, task.name)
         if manner.durable:
-            copy_bytes.sync_directory(directory)
-        _write_manifest(directory, task.name, plan_id, size, durable=manner.durable)
+            folder.sync()
+        _write_manifest(folder, task.name, plan_id, durable=manner.durable)
         return size
     except OSError as error:
-        raise disk_error(error, directory) from error
+        raise disk_error(error, folder.path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refused the file may refuse this, too; the next run removes it
+            folder.remove(temporary)
 
 
 def disk_error(error: OSError, where: Path) -> SurgeryError:
@@ -153,38 +177,58 @@ def disk_error(error: OSError, where: Path) -> SurgeryError:
     return OutputError(f"cannot write {error.filename or where}: {error.strerror}")
 
 
-def _write_manifest(directory: Path, name: str, plan_id: str, size: int, *, durable: bool) -> None:
-    path = directory / WORK / f"{name}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump({"plan": plan_id, "size": size, "boot": None if durable else boot_id()}, file)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write_manifest(folder: OpenFolder, name: str, plan_id: str, *, durable: bool) -> None:
+    manifest = _manifest(folder, name, plan_id, None if durable else boot_id())
+    temporary = f"{WORK}/{work_name(name)}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+    folder.write(temporary, [json.dumps(manifest).encode()], durable=durable)
+    folder.replace(temporary, f"{WORK}/{work_name(name)}.json")
 
 
-def _copy_whole(source: Path, target: Path, task: ShardTask, manner: Manner, watch: JobControl) -> None:
-    if (manner.link and copy_bytes.link(source, target)) or copy_bytes.clone(source, target, durable=manner.durable):
+def _copy_whole(
+    source: Path, folder: OpenFolder, target: str, task: ShardTask, manner: Manner, watch: JobControl
+) -> None:
+    if manner.link and folder.link(source, target):
         watch.progress(task.data_bytes)
         return
+    descriptor = folder.create(target)
+    try:
+        if copy_bytes.clone(source, descriptor):
+            watch.progress(task.data_bytes)
+        else:
+            progress = _without_header(task, watch).progress
+            copy_bytes.copy_file(source, descriptor, progress, watch.stop, durable=manner.durable)
+        if manner.durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _without_header(task: ShardTask, watch: JobControl) -> JobControl:
+    """Return a watch for the copy of a whole shard, whose header is not counted."""
     assert task.whole is not None
     header = task.whole[2] - task.data_bytes
+    lock = threading.Lock()
 
     def progress(count: int) -> None:
         nonlocal header
-        skipped = min(header, count)  # the header is not counted
-        header -= skipped
+        with lock:
+            skipped = min(header, count)
+            header -= skipped
         watch.progress(count - skipped)
 
-    copy_bytes.copy_file(source, target, progress, watch.stop, durable=manner.durable)
+    return JobControl(progress, watch.stop)
 
 
-def _write_body(task: ShardTask, target: Path, manner: Manner, watch: JobControl) -> None:
-    header = make_header(task.entries, task.metadata, task.phase)
-    total = len(header) + task.data_bytes
-    units = list(units_of(task.entries, len(header)))
-    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+def _write_body(task: ShardTask, folder: OpenFolder, target: str, manner: Manner, watch: JobControl) -> None:
+    if task.whole is not None:  # a remote shard: its bytes as they are, for its header may be spelt otherwise than ours
+        header, total = b"", task.whole[2]
+        units = list(_cut(Copy(task.whole[0], task.whole[1], 0, total), 0))
+        watch = _without_header(task, watch)
+    else:
+        header = make_header(task.entries, task.metadata, task.phase)
+        total = len(header) + task.data_bytes
+        units = list(units_of(task.entries, len(header)))
+    descriptor = folder.create(target)
     try:
         if manner.reflink:
             os.ftruncate(descriptor, total)  # blocks to be shared need no space of their own

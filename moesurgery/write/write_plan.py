@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -22,10 +20,9 @@ from typing import Any
 from moesurgery._version import __version__
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
-from moesurgery.checkpoint.file_reader import open_to_read
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, SINGLE, WORK
 from moesurgery.checkpoint.header import header_digest, read_header
-from moesurgery.checkpoint.source import LocalSource, Source
+from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
@@ -33,7 +30,9 @@ from moesurgery.expr.nodes import Compute
 from moesurgery.plan.plan import Plan
 from moesurgery.write import copy_bytes
 from moesurgery.write.card import card_text, provenance
-from moesurgery.write.publish import check_output, claim, publish
+from moesurgery.write.claim import WorkFolder, claim
+from moesurgery.write.output_folder import check_output
+from moesurgery.write.publish import publish, recover
 from moesurgery.write.shard import JobControl, Manner, ShardTask, disk_error, done, write_shard
 from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 
@@ -80,31 +79,32 @@ def write_plan(
     default. Raises OutputError where the output exists, equals an input, or does not fit.
     """
     output = Path(os.path.abspath(output))
+    recover(output)
     check_output(plan, output, force=options.force)
     for file in plan.checkpoint.side_files:
         plan.checkpoint.source.local(file)  # a link out of the checkpoint is an error now, not after hours
     tasks = [*shard_tasks(plan), *companion_tasks(plan)]
     identity = plan_id(plan, tasks)
     partial = output.with_name(output.name + ".partial")
-    lock = claim(partial, identity, force=options.force)
+    work = claim(partial, identity, force=options.force)
     try:
-        todo = [task for task in tasks if not done(partial, task.name, identity)]
+        todo = [task for task in tasks if not done(work, task.name, identity)]
         workers, threads = _workers(options, todo)
-        manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, partial), durable=options.durable)
-        _check_space(todo, partial, manner)
+        manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, work), durable=options.durable)
+        _check_space(todo, work, manner)
         watch = watch or JobControl()
         for task in tasks:
             if task not in todo:
                 watch.progress(task.data_bytes)
-        _run(todo, partial, identity, manner, watch, workers, make_executor)
+        _run(todo, work, manner, watch, workers, make_executor)
         try:
-            nbytes = _finish(plan, tasks, partial, options)
+            nbytes = _finish(plan, tasks, work, options)
             _check_sources(plan, tasks)
-            publish(partial, output, force=options.force, durable=options.durable)
+            publish(work, output, force=options.force, durable=options.durable)
         except OSError as error:
             raise disk_error(error, partial) from error
     finally:
-        os.close(lock)
+        work.release()
     return Written(output, len(tasks), nbytes, len(tasks) - len(todo))
 
 
@@ -159,7 +159,7 @@ def _workers(options: WriteOptions, tasks: list[ShardTask]) -> tuple[int, int]:
     return workers, max(1, jobs // workers)
 
 
-def _can_reflink(plan: Plan, partial: Path) -> bool:
+def _can_reflink(plan: Plan, work: WorkFolder) -> bool:
     """Try whether the output's filesystem shares blocks with the first source file."""
     source = plan.checkpoint.source
     if not plan.checkpoint.headers:
@@ -167,27 +167,32 @@ def _can_reflink(plan: Plan, partial: Path) -> bool:
     path = source.local(plan.checkpoint.headers[0].file)
     if path is None:
         return False
-    with tempfile.TemporaryDirectory(dir=partial / WORK, suffix=".tmp") as folder:
+    trial = f"{WORK}/clone.tmp"
+    try:
+        descriptor = work.create(trial)
         try:
-            return copy_bytes.clone(path, Path(folder) / "clone")
-        except OSError:
-            return False
+            return copy_bytes.clone(path, descriptor)
+        finally:
+            os.close(descriptor)
+            work.remove(trial)
+    except OSError:
+        return False
 
 
-def _check_space(todo: list[ShardTask], partial: Path, manner: Manner) -> None:
+def _check_space(todo: list[ShardTask], work: WorkFolder, manner: Manner) -> None:
     """Refuse before the first byte where the output cannot fit."""
     needed = sum(bytes_needed(task, linked=manner.link or manner.reflink) for task in todo)
-    status = os.statvfs(partial)
+    status = os.statvfs(work.descriptor)
     free = status.f_bavail * status.f_frsize
     if needed > free:
         hint = "free some space, choose another disk with -o"
         if not manner.link and any(task.whole for task in todo):
             hint += ", or use --link: unchanged shards then take no space"
         # Nothing was written: leave nothing behind.
-        if not any((partial / task.name).exists() for task in todo):
-            shutil.rmtree(partial, ignore_errors=True)
+        if not any(work.exists(task.name) for task in todo):
+            work.discard()
         raise OutputError(
-            f"the output needs {needed / 1e9:.2f} GB, {partial.parent} has {free / 1e9:.2f} GB free", hint
+            f"the output needs {needed / 1e9:.2f} GB, {work.parent.path} has {free / 1e9:.2f} GB free", hint
         )
 
 
@@ -203,8 +208,7 @@ def bytes_needed(task: ShardTask, *, linked: bool) -> int:
 
 def _run(
     todo: list[ShardTask],
-    partial: Path,
-    identity: str,
+    work: WorkFolder,
     manner: Manner,
     watch: JobControl,
     workers: int,
@@ -220,7 +224,8 @@ def _run(
         with executor as pool:
             try:
                 futures = [
-                    pool.submit(write_shard, task, partial, identity, manner, watch if local else None) for task in todo
+                    pool.submit(write_shard, task, work, work.plan_id, manner, watch if local else None)
+                    for task in todo
                 ]
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in finished:
@@ -232,7 +237,7 @@ def _run(
                 raise
     except BrokenExecutor as error:
         raise OutputError(
-            f"a worker died while writing {partial}: {error}", "run the same command again to resume"
+            f"a worker died while writing {work.path}: {error}", "run the same command again to resume"
         ) from None
     finally:
         if previous_threads is not None:
@@ -254,76 +259,51 @@ def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
     return previous
 
 
-def _write_bytes(path: Path, content: Iterable[bytes], *, durable: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        file.writelines(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _finish(plan: Plan, tasks: list[ShardTask], partial: Path, options: WriteOptions) -> int:
+def _finish(plan: Plan, tasks: list[ShardTask], work: WorkFolder, options: WriteOptions) -> int:
     """Check every shard, then write side files, config, card, provenance, and last the index."""
     total = sum(task.data_bytes for task in tasks)
     known = {(c.source, header.file): header.digest for c in plan.sources for header in c.headers}
     with ThreadPoolExecutor(options.jobs or min(cores(), 8)) as pool:
-        outputs = list(pool.map(lambda task: _check_shard(partial, task, known, checksum=options.checksums), tasks))
-    _remove_leftovers(partial, {task.name for task in tasks})
+        outputs = list(pool.map(lambda task: _check_shard(work, task, known, checksum=options.checksums), tasks))
+    work.keep({task.name for task in tasks})  # the input may have lost files since an earlier, interrupted attempt
     source = plan.checkpoint
 
     def write(file: str, content: bytes | Iterator[bytes]) -> None:
-        _write_bytes(partial / file, [content] if isinstance(content, bytes) else content, durable=options.durable)
+        work.write(file, [content] if isinstance(content, bytes) else content, durable=options.durable)
 
     for file in source.side_files:
-        if (file == CARD and options.card) or file in plan.files:
+        # The last is what some uploaded with a checkpoint: the working folder of a job that was killed.
+        if (file == CARD and options.card) or file in plan.files or file.startswith(f"{WORK}/"):
             continue
         write(file, _side_file(source, file))
     for file, content in plan.files.items():
         if content is not None:
             write(file, content)
-    write(CONFIG, _side_file(source, CONFIG) if plan.config == source.config else write_json(plan.config).encode())
+    config = b"".join(_side_file(source, CONFIG)) if plan.config == source.config else write_json(plan.config).encode()
+    write(CONFIG, config)
     if options.card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
         write(CARD, card_text(plan).encode())
-    outputs.append({"file": CONFIG, "sha256": hashlib.sha256((partial / CONFIG).read_bytes()).hexdigest()})
+    outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
     write(PROVENANCE, write_json(provenance(plan, outputs)).encode())
     shards = [task for task in tasks if task.name not in plan.companions]
     if shards[0].name != SINGLE or len(shards) > 1:
         write(INDEX, write_json(_index(plan, shards)).encode())
     if options.durable:
-        _sync(partial, [task.name for task in tasks])
+        for task in tasks:  # shards of an earlier attempt that did not wait among them
+            work.sync_file(task.name)
+        work.sync()
     return total
 
 
-def _sync(partial: Path, shards: Iterable[str]) -> None:
-    """Wait until all of the output is on disk, shards of an earlier attempt that did not wait among it."""
-    for shard in shards:
-        descriptor = open_to_read(partial / shard)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    for folder, _, _ in os.walk(partial, topdown=False):
-        copy_bytes.sync_directory(Path(folder))
-
-
-def _remove_leftovers(partial: Path, shards: set[str]) -> None:
-    """Delete side files of an earlier, interrupted attempt: the input may have lost them since."""
-    for file in LocalSource(partial).files():
-        if file not in shards:
-            (partial / file).unlink()
-
-
 def _check_shard(
-    partial: Path, task: ShardTask, known: Mapping[tuple[Source, str], str], *, checksum: bool
+    work: WorkFolder, task: ShardTask, known: Mapping[tuple[Source, str], str], *, checksum: bool
 ) -> dict[str, Any]:
     """Read back the header of a shard and return its digests; raise OutputError where it is not what was planned.
 
     `known` has the digests of the source shards' headers: a whole copy is known by its header's, unread.
     """
-    source = LocalSource(partial)
-    path = partial / task.name
-    size = path.stat().st_size
+    source = work.source
+    size = work.status(task.name).st_size
 
     def read(start: int, length: int) -> bytes:
         return source.read(task.name, start, length)
@@ -337,7 +317,9 @@ def _check_shard(
         found = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
         same = found == [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]
     if not same:
-        raise OutputError(f"{path} is not what was planned", "delete the .partial folder and start again")
+        raise OutputError(
+            f"{work.path / task.name} is not what was planned", "delete the .partial folder and start again"
+        )
     digests = {"header_sha256": digest, "sampled_sha256": sampled_digest(source, task.name, size)}
     if checksum:
         digests["sha256"] = whole_digest(source, task.name, size)

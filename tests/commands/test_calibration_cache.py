@@ -132,3 +132,41 @@ def test_statistics_are_named_with_their_ending(demo: Path, tmp_path: Path, ok: 
     result = cli("drop-experts", demo, "--count", 1, "--stats", tmp_path / "s", "--dry-run")
     assert result.code == 2
     assert f"hint:  name {tmp_path / 's'}.safetensors" in result.err.replace("\n       ", " ")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_through_a_link_beside_an_output(demo: Path, tmp_path: Path, ok: Cli, there: bool) -> None:
+    """Planted in a shared folder: to a file of the user, or to where one would be made."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    if there:
+        victim.write_text("precious")
+    for name in ("out.stats.safetensors", "out.stats.safetensors.partial"):
+        (tmp_path / name).symlink_to(victim)
+    ok("rescale", demo, *RESCALE, *TEXT, "-o", out, "--dry-run", "--force")
+    stats = tmp_path / "out.stats.safetensors"
+    assert stats.is_file()
+    assert not stats.is_symlink()
+    for name in ("s.json", "s.safetensors.partial"):
+        (tmp_path / name).symlink_to(victim)
+    ok("collect", demo, *TEXT[:6], "-o", tmp_path / "s")
+    assert (victim.read_text() if victim.exists() else None) == ("precious" if there else None)
+    names = {"out.stats.safetensors", "s.safetensors", "s.json", *(["victim"] if there else [])}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_no_repair_is_written_through_a_link(demo: Path, tmp_path: Path, cli: Cli, ok: Cli) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "out.refit"
+    victim.mkdir()
+    folder.symlink_to(victim)
+    drop = ["drop-experts", demo, "--experts", "0,5", *TEXT, "-o", tmp_path / "out", "--dry-run", "--refit", "scalar"]
+    result = cli(*drop, "--force")
+    assert result.code == 2
+    assert f"{folder} is a symbolic link, and no repair" in result.err.replace("\n", " ")
+    assert "move it away, or use another -o" in result.err
+    assert list(victim.iterdir()) == []
+    folder.unlink()
+    folder.mkdir()
+    (folder / "refit.json.partial").symlink_to(victim / "new")  # as an interrupted run leaves a file of that name
+    ok(*drop)
+    assert {path.name for path in folder.iterdir()} == {"refit.json"}
+    assert list(victim.iterdir()) == []

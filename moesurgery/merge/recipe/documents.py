@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from moesurgery.errors import RecipeError
 from moesurgery.merge.recipe.stage import Stage
 from moesurgery.merge.recipe.stage_reader import StageReader
 from moesurgery.recipe.mergekit_moe import is_mergekit_moe
-from moesurgery.recipe.yaml_strict import parse_all
+from moesurgery.recipe.yaml_strict import Mistakes, TooManyMistakes, parse_all
 
 
 def is_merge_recipe(text: str) -> bool:
     """Whether a recipe is of a merge rather than of operations."""
+    if "merge_method" not in text:  # parsing takes its time
+        return False
     return any(isinstance(document.value, dict) and "merge_method" in document.value for document in parse_all(text))
 
 
 def read_stages(text: str, origin: str) -> tuple[Stage, ...]:
     """Return the stages of a recipe, the last of which is the output. Raises RecipeError with every mistake in it."""
-    wrong: list[tuple[int, str]] = []
-    stages = []
+    wrong = Mistakes()
+    stages: list[Stage] = []
     documents = parse_all(text)
     if len(documents) == 1 and isinstance(documents[0].value, dict) and "steps" in documents[0].value:
         raise RecipeError(f"{origin} is a recipe of operations", f"carry it out with `moesurgery run {origin}`")
     if is_mergekit_moe(documents[0].value) and "merge_method" not in documents[0].value:
         raise RecipeError(f"{origin} is a recipe of mergekit-moe", f"carry it out with `moesurgery run {origin}`")
-    for document in documents:
-        reader = StageReader(document)
-        stage = reader.stage() if not document.problems or isinstance(document.value, dict) else None
-        wrong += document.problems + reader.wrong
-        if stage is not None:
-            stages.append(stage)
-    ordered = _ordered(stages, wrong)
+    ordered: list[Stage] = []
+    with suppress(TooManyMistakes):
+        for document in documents:
+            reader = StageReader(document)
+            try:
+                stage = reader.stage() if not document.problems or isinstance(document.value, dict) else None
+            finally:
+                wrong.extend([*document.problems, *reader.wrong])
+            if stage is not None:
+                stages.append(stage)
+        ordered = _ordered(stages, wrong)
     if wrong:
-        lines = [f"{origin}:{line}: {message}" for line, message in sorted(set(wrong))]
-        raise RecipeError("\n".join(lines), "docs/merge.md shows what a merge recipe may hold")
+        raise RecipeError(wrong.told(origin), "docs/merge.md shows what a merge recipe may hold")
     return tuple(ordered)
 
 
-def _ordered(stages: list[Stage], wrong: list[tuple[int, str]]) -> list[Stage]:
+def _ordered(stages: list[Stage], wrong: Mistakes) -> list[Stage]:
     """Return the stages with each after those that it uses, the result last; add what is wrong with them to `wrong`.
 
     The result is the stage without a name, or the last. Stages that it does not need are left out, with a warning.

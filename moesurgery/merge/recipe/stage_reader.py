@@ -13,7 +13,7 @@ from moesurgery.merge.recipe.parameter_values import ParameterValue, converted, 
 from moesurgery.merge.recipe.stage import Input, LayerSlice, Stage
 from moesurgery.merge.recipe.tokenizer_reader import TokenizerReader
 from moesurgery.recipe.registry import did_you_mean
-from moesurgery.recipe.yaml_strict import Document
+from moesurgery.recipe.yaml_strict import Document, Mistakes
 
 # Keys of a document beyond mergekit's own: `granularity`, `align`, `seed`.
 _KEYS = (
@@ -35,7 +35,7 @@ class StageReader:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.wrong: list[tuple[int, str]] = []
+        self.wrong = Mistakes()
         self.warnings: list[tuple[int, str]] = []
         self.method: Method | None = None
         self.references: dict[tuple[Any, ...], str] = {}
@@ -83,7 +83,9 @@ class StageReader:
         self.counts(stage)
         self.idle(stage)
         repeated = self.document.repeated
-        self.wrong += [self.document.twice(path, line) for path, line in repeated.items() if path not in self.anchors]
+        self.wrong.extend(
+            self.document.twice(path, line) for path, line in repeated.items() if path not in self.anchors
+        )
         return replace(stage, warnings=tuple(self.warnings))
 
     def complain(self, path: tuple[Any, ...], message: str) -> None:
@@ -308,7 +310,7 @@ class StageReader:
             if key in known:
                 continue
             here = (*path, key)
-            if any(shared[: len(here)] == here for shared in self.document.shared):
+            if here in self.document.holders:
                 self.anchors.add(here)
                 continue
             line = self.document.line(here)

@@ -18,6 +18,9 @@ class DocumentReader(Protocol):
     def one_of(self, value: dict[str, Any], key: str, kind: Any, what: str) -> Any: ...
 
 
+MOST_PADDING = 65_536  # every row of padding is a row of the embedding
+
+
 class TokenizerReader:
     """Reads those keys of a document for the reader `of` all of it."""
 
@@ -38,10 +41,9 @@ class TokenizerReader:
         self.of.keys(given, path, ("source", "tokens", "pad_to_multiple_of"))
         model = self.tokenizer_source(given.get("source", "union"), (*path, "source"))
         multiple = given.get("pad_to_multiple_of")
-        if multiple is not None and (type(multiple) is not int or multiple < 1):
-            self.of.complain(
-                (*path, "pad_to_multiple_of"), f"pad_to_multiple_of is {multiple!r}, expected a whole number"
-            )
+        if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= MOST_PADDING):
+            wanted = f"expected a whole number up to {MOST_PADDING:,}"
+            self.of.complain((*path, "pad_to_multiple_of"), f"pad_to_multiple_of is {multiple!r}, {wanted}")
             multiple = None
         by_token = given.get("tokens") or {}
         if not isinstance(by_token, dict):

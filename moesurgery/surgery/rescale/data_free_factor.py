@@ -150,6 +150,8 @@ def _logits(plan: Plan, anatomy: Anatomy, block: MoeBlock, sample: np.ndarray) -
         router = router.T
     if router.ndim != 2 or router.shape[1] != sample.shape[1]:
         raise RefusedError(f"{block.router.name} has shape {list(router.shape)}, not [experts, {sample.shape[1]}]")
+    if weight.shape != (sample.shape[1],):
+        raise RefusedError(f"{name} has shape {list(weight.shape)}, not [{sample.shape[1]}]")
     router = router[: block.experts] * (weight + 1 if norm.kind == "rms1" else weight)
     logits = sample @ router.T
     for member in block.named("router_bias"):

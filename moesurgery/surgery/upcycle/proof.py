@@ -30,7 +30,7 @@ LAYERS = 8
 _PROMPT = 48  # tokens; longer than everything below
 _WINDOW = 8
 CONTEXT = 16  # the original context, before RoPE scaling
-LONGEST = 32
+_LONGEST = 32
 VOCABULARY = 64
 
 # What is left out of the clone's upcycle: it changes the function on purpose, or needs the real model.
@@ -189,7 +189,7 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
         "num_attention_heads": small_heads,
         "num_key_value_heads": max(1, small_heads // shared),
         "head_dim": width,
-        "max_position_embeddings": LONGEST,
+        "max_position_embeddings": _LONGEST,
         "max_window_layers": _upper(config, count, len(shown)),
         "sliding_window": _WINDOW if _window_fills(config) else 4 * _PROMPT,
         "original_max_position_embeddings": CONTEXT,
@@ -268,7 +268,7 @@ def _shrunk_rope(rules: Mapping[str, Any], width: int, fraction: float) -> dict[
     if any(isinstance(value, Mapping) for value in rules.values()):
         return {k: _shrunk_rope(v, width, fraction) if isinstance(v, Mapping) else v for k, v in rules.items()}
     found = dict(rules)
-    for key, value in (("original_max_position_embeddings", CONTEXT), ("max_position_embeddings", LONGEST)):
+    for key, value in (("original_max_position_embeddings", CONTEXT), ("max_position_embeddings", _LONGEST)):
         if key in found:
             found[key] = value
     rotary = int(width * (rules.get("partial_rotary_factor") or fraction))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesurgery.errors import RecipeError, RefusedError
@@ -108,7 +108,7 @@ def _rows_from_file(path: str, base: DenseModel, design: Design) -> list[torch.T
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         known = (*WITHOUT_DATA, *FROM_PROMPTS)
         hint = did_you_mean(path, known) or f"known: {', '.join(known)}"
         raise RecipeError(f"upcycle: router {path!r} is neither a kind of router nor a file", hint)

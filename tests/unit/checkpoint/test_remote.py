@@ -5,22 +5,25 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
-from moesurgery.checkpoint.answers import Asked
+from moesurgery.checkpoint.http_answers import Asked
 from moesurgery.checkpoint.source import RemoteSource
 from moesurgery.errors import CheckpointError
 from tests.conftest import ROOT, Result
 from tests.tiny import read_tensors, same_bits
 
+WAITS = ("Retry-After: 61", "Retry-After: 100000", "Retry-After: " + "9" * 5000, 'RateLimit: "api";r=0;t=100000')
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -31,6 +34,7 @@ class Hub(BaseHTTPRequestHandler):
     served: ClassVar[list[tuple[str, int]]] = []
     wrong: ClassVar[str] = ""  # in what the answers about shards are wrong, once their headers are read
     asked: ClassVar[int] = 0
+    fault: ClassVar[str] = ""
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -42,7 +46,23 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, head: bool) -> None:
         path = self.path.split("?")[0].replace("%40", "@")
         api = "/api/models/acme/tiny"
-        if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+        weights = path.endswith(".safetensors")
+        if self.fault == "commit" and path.startswith(api) and "tree" not in path:
+            self.send(b'{"id": "acme/tiny", "sha": "../../evil", "siblings": []}', head)
+        elif self.fault == "junk" and path.startswith(api):
+            self.send(b'{"id": 1, "sha": null, "siblings": "x"}', head)
+        elif self.fault == "packed facts" and path.startswith(api):
+            self.send(gzip.compress(bytes(1 << 20)), head, encoding="gzip")
+        elif self.fault == "long facts" and path.startswith(api):
+            self.endless(65 << 20)
+        elif self.fault in ("endless", "packed", "slow") and weights:
+            getattr(self, self.fault)()
+        elif self.fault in WAITS and weights:
+            name, _, value = self.fault.partition(": ")
+            self.send(b"", head, status=429, **{name.replace("-", "_"): value})
+        elif self.fault in ("loop", "many pages", "size", "many files") and path.startswith(f"{api}/tree/"):
+            self.listing(head)
+        elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
             siblings = [{"rfilename": f.name} for f in sorted(self.folder.iterdir())]
             self.send(json.dumps({"id": "acme/tiny", "sha": COMMIT, "siblings": siblings}).encode(), head)
         elif path.startswith(f"{api}/tree/"):
@@ -65,8 +85,43 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.missing()
 
-    def send(self, data: bytes, head: bool, ranged: bool = False) -> None:
-        status, wanted = 200, self.headers.get("Range")
+    def endless(self, length: int = 1 << 34) -> None:
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        part = bytes(1 << 20)
+        for _ in range(0, length, len(part)):
+            self.wfile.write(b"100000\r\n" + part + b"\r\n")
+
+    def packed(self) -> None:
+        self.send(gzip.compress(bytes(64 << 20)), False, status=206, encoding="gzip")
+
+    def slow(self) -> None:
+        self.send_response(206)
+        self.send_header("Content-Length", "512")
+        self.end_headers()
+        for _ in range(512):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def listing(self, head: bool) -> None:
+        """Answer with a page of the file tree that is wrong."""
+        page = int(self.path.partition("page=")[2] or 0)
+        files = [{"type": "file", "path": "config.json", "size": 10, "oid": "0" * 40}]
+        if self.fault == "size":
+            files[0]["size"] = -5
+        if self.fault == "many files":
+            files += [{"type": "file", "path": f"{i}.json", "size": 3, "oid": "0" * 40} for i in range(20_001)]
+        following = page + 1 if self.fault == "many pages" else page
+        link = f'<http://{self.headers["Host"]}{self.path.partition("?")[0]}?page={following}>; rel="next"'
+        endless = self.fault in ("loop", "many pages")
+        self.send(json.dumps(files).encode(), head, **({"link": link} if endless else {}))
+
+    def send(
+        self, data: bytes, head: bool, ranged: bool = False, status: int = 200, encoding: str = "", **more: str
+    ) -> None:
+        wanted = self.headers.get("Range")
         size = len(data)
         first = 0
         if ranged and wanted:
@@ -76,6 +131,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{size}")
+        for name, value in {**({"content_encoding": encoding} if encoding else {}), **more}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", '"abc"')
@@ -145,7 +202,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(demo: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Hub that holds the demo model as acme/tiny; yields the environment of its clients."""
-    Hub.folder, Hub.served, Hub.wrong, Hub.asked = demo, [], "", 0
+    Hub.folder, Hub.served, Hub.wrong, Hub.asked, Hub.fault = demo, [], "", 0, ""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -327,3 +384,98 @@ def test_answers_over_plain_http_are_checked_too(hub: dict[str, str], demo: Path
         source.read(file, 5000, 100)
     assert "model-00001-of-00003.safetensors" in caught.value.message
     assert caught.value.hint
+
+
+FAULTS = {
+    "commit": "the server names no commit, but '../../evil'",
+    "junk": "the server's answer is not understood",
+    "packed facts": "the server answers in the encoding 'gzip', which was not asked for",
+    "long facts": "the server answers with more than the 67,108,864 bytes that were asked for",
+    "endless": "the server answers with more than the 131,072 bytes that were asked for",
+    "packed": "the server answers in the encoding 'gzip', which was not asked for",
+    "slow": "the server is too slow: ",
+    "loop": "the server leads to the same page more than 10 times",
+    "many pages": "the server leads to more than 200 requests, from one to the next",
+    "size": "config.json: the server says that it has -5 bytes",
+    "many files": "holds more than 20,000 files",
+    **{
+        wait: f"the server asks to wait {wait.partition(': ')[2].rpartition('=')[2][:20]} s (status 429)"
+        for wait in WAITS
+    },
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault[:30] for fault in FAULTS])
+def test_a_server_costs_what_was_asked_for(fault: str, hub: dict[str, str]) -> None:
+    Hub.fault = fault
+    begun = time.monotonic()
+    # A process of its own, which may take less memory than an answer would.
+    quick = "import moesurgery.checkpoint.web as w; w.GRACE = 1.0; " if fault == "slow" else ""
+    code = f"{quick}import sys; from moesurgery.cli import main; code = main(['inspect', 'hf://acme/tiny']); "
+    code += "print(next(v.split()[1] for v in open('/proc/self/status') if v.startswith('VmHWM'))); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], env=hub, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert len(errors) == 2, done.stderr
+    assert FAULTS[fault] in errors[0]
+    assert errors[0].startswith("error: hf://acme/tiny")
+    assert int(done.stdout.split()[-1]) < 500_000
+    assert time.monotonic() - begun < 60
+
+
+def test_a_short_wait_is_waited_for(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    send = Hub.send
+
+    def busy_once(self: Hub, data: bytes, head: bool, *given: Any, **more: Any) -> None:
+        nonlocal asked
+        asked += self.path.endswith(".safetensors")
+        if self.path.endswith(".safetensors") and asked == 1:
+            send(self, b"", head, status=503, retry_after="1")
+        else:
+            send(self, data, head, *given, **more)
+
+    monkeypatch.setattr(Hub, "send", busy_once)
+    done = command(hub, "count-params", "hf://acme/tiny", "--json")
+    assert done.returncode == 0, done.stderr
+
+
+def test_bounds_are_for_our_requests_alone(hub: dict[str, str], tmp_path: Path) -> None:
+    """A program that uses moesurgery as a library downloads what it wants to."""
+    code = (
+        "from moesurgery import open_checkpoint; open_checkpoint('hf://acme/tiny');"
+        " from huggingface_hub import get_session; import os;"
+        " r = get_session().get(os.environ['HF_ENDPOINT'] + '/acme/tiny/resolve/main/model-00001-of-00003.safetensors',"
+        " headers={'Range': 'bytes=0-9'}); print(len(r.content), r.request.headers['accept-encoding'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=hub, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("10 "), done.stderr
+    assert "gzip" in done.stdout
+
+
+@pytest.mark.parametrize("spelling", ["spaces", "order", "padding"])
+@pytest.mark.parametrize("source", ["hf://acme/tiny", "file://{}"])
+def test_an_unchanged_shard_is_copied_byte_for_byte(
+    source: str, spelling: str, hub: dict[str, str], demo: Path, tmp_path: Path
+) -> None:
+    """However its header is written: ours has no spaces, sorts its metadata, and is padded to a page."""
+    model = tmp_path / "model"
+    shutil.copytree(demo, model)
+    Hub.folder = model
+    for file in model.glob("*.safetensors"):
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        if spelling == "order":
+            header = dict(reversed(header.items()))
+        text = json.dumps(header, indent=1 if spelling == "spaces" else None).encode() + b" " * 77
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    for option in ([], ["--no-fsync", "--jobs", "1"], ["--checksums"]):
+        out = tmp_path / f"out{len(option)}"
+        done = command(
+            hub, "rescale", source.format(model), "--top-k", "3", "--scale", "none", "-q", "-o", out, *option
+        )
+        assert done.returncode == 0, done.stderr
+        for file in model.glob("*.safetensors"):
+            assert (out / file.name).read_bytes() == file.read_bytes()
+        assert command(hub, "validate", out, "--level", "container").returncode == 0

@@ -1,13 +1,10 @@
-"""Reports: hostile names in every format, SARIF's shape, the GitHub action and the pre-commit hooks."""
+"""Reports: hostile names in every format, SARIF's shape and the pre-commit hooks."""
 
 from __future__ import annotations
 
+import html
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from moesurgery import write_plan
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.merge.merge_recipe import parse_merge_recipe
 from moesurgery.validate.check import NotChecked
 from moesurgery.validate.report import Report
 from moesurgery.validate.report_formats import BY_SUFFIX, FORMATS, SHOWN
@@ -73,6 +68,20 @@ def test_hostile_names_stay_names(form: Callable[[Report], str], name: str) -> N
         assert not re.search(r"<script|\]\(|@someone", text)
     elif form.__name__ in ("sarif", "to_json"):
         assert keys(json.loads(text)) == keys(json.loads(calm))
+
+
+@pytest.mark.parametrize("name", ["it's", '"a" & <b>', "&amp; &#39;", "#1 | `c` *d* _e_ [f](g) {h} ~i~ \\j", "ö 語"])
+def test_the_job_summary_shows_names_as_they_are(name: str) -> None:
+    """Each character is escaped once: what a browser makes of it is the name again."""
+    text = BY_SUFFIX[".md"](report(name))
+    heading, *_ = text.splitlines()
+    assert html.unescape(heading) == f"### moesurgery validate: {name}"
+    rows = [line for line in text.splitlines() if line.startswith("| error | S01")]
+    assert html.unescape(rows[0].split("|")[4].strip()) == name
+
+
+def test_no_line_of_the_log_is_a_command_of_the_older_form() -> None:
+    assert "##[" not in FORMATS["github"](report("##[set-output name=errors]0"))
 
 
 def shape(element: ElementTree.Element) -> Any:
@@ -175,63 +184,7 @@ def test_thousands_of_findings_stay_readable() -> None:
     assert len(json.loads(FORMATS["json"](Report("m", (), findings)))["findings"]) == 5000
 
 
-# The action
-
-
-def action() -> Any:
-    return yaml.safe_load((ROOT / "action.yml").read_text())
-
-
-def test_inputs_are_never_pasted_into_a_script() -> None:
-    for step in action()["runs"]["steps"]:
-        assert "${{" not in step["run"]
-    assert set(re.findall(r"inputs\.([\w-]+)", (ROOT / "action.yml").read_text())) == set(action()["inputs"])
-
-
-def run_action(tmp_path: Path, **given: str) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
-    """Run the action's script with its inputs as the runner gives them; return its outputs too."""
-    (step,) = [step for step in action()["runs"]["steps"] if step.get("id") == "validate"]
-    assert set(given) == set(step["env"])
-    files = {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", step["run"]],
-        env={**os.environ, **given, **files, "RUNNER_TEMP": str(tmp_path), "PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    return done, dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
-
-
-def test_the_action_takes_several_references(demo: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other one"
-    shutil.copytree(demo, other)
-    text = f"models: [{demo}, {other}]\nmerge_method: linear\nparameters: {{weight: 1}}\n"
-    write_plan(parse_merge_recipe(text).plan(), tmp_path / "out")
-    inputs = {"TARGET": str(tmp_path / "out"), "LEVEL": "container", "FAIL_ON": "warning", "IGNORE": ""}
-    done, _ = run_action(tmp_path, AGAINST=f"{other}\n{demo}\n", **inputs)
-    assert done.returncode == 0, done.stdout + done.stderr
-    done, _ = run_action(tmp_path, AGAINST=str(demo), **inputs)
-    assert done.returncode == 1
-    assert "its recipe needs other one" in done.stdout
-
-
-@pytest.mark.parametrize(("top_k", "code"), [(2, 0), (99, 1)])
-def test_the_action_validates(demo: Path, tmp_path: Path, top_k: int, code: int) -> None:
-    folder = tmp_path / "; rm -rf $(pwd) --level"
-    folder.mkdir()
-    for path in demo.iterdir():
-        os.link(path, folder / path.name) if path.name != "config.json" else None
-    config = json.loads((demo / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
-    given = {"TARGET": str(folder), "LEVEL": "config", "AGAINST": "", "FAIL_ON": "error", "IGNORE": "C03 C14"}
-    done, output = run_action(tmp_path, **given)
-    assert done.returncode == code, done.stderr
-    assert output["errors"] == str(code)
-    assert json.loads(Path(output["report"]).read_text())["errors"] == code
-    assert Path(output["sarif"]).exists()
-    assert ("::error file=config.json,title=C06" in done.stdout) == bool(code)
-    assert (tmp_path / "summary").read_text().startswith("### moesurgery validate")
+# The pre-commit hooks
 
 
 def test_the_hooks_name_commands_that_exist(cli: Cli, tmp_path: Path) -> None:

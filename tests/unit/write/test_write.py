@@ -25,7 +25,7 @@ import moesurgery
 from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
-from moesurgery.write.publish import claim
+from moesurgery.write.claim import claim
 from moesurgery.write.shard import JobControl
 from tests.conftest import ROOT, Result
 from tests.tiny import read_tensors, same_bits
@@ -312,12 +312,12 @@ def test_a_changed_input_does_not_resume(demo: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_output(plan: Plan, tmp_path: Path) -> None:
-    lock = claim(tmp_path / "out.partial", "someone else", force=False)
+    other = claim(tmp_path / "out.partial", "someone else", force=False)
     try:
         with pytest.raises(OutputError, match="another process"):
             write_plan(plan, tmp_path / "out")
     finally:
-        os.close(lock)
+        other.release()
 
 
 def test_a_failed_shard_leaves_no_temporary_file(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
