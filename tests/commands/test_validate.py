@@ -77,7 +77,7 @@ def test_our_own_code_is_told_from_any_other(models: Models, tmp_path: Path, ok:
 
 
 # Tests of these validate what the command writes: no recipe that ships can name what they need.
-BESIDE_RECIPES = {"add-expert": "test_add_expert.py", "refit": "test_refit.py"}
+BESIDE_RECIPES = {"add-expert": "test_add_expert.py", "refit": "test_layer_fit.py"}
 # Commands that write checkpoints and are no operations; recipes/merge/ is run and validated by test_merge.py.
 OTHERS = {"run", "merge"}
 
@@ -87,7 +87,7 @@ def test_every_command_writes_what_validate_lets_pass() -> None:
     steps = {step.operation for path in SHIPPED for step in load_recipe(path).steps}
     assert steps | BESIDE_RECIPES.keys() == set(operations())
     for file in (*BESIDE_RECIPES.values(), "test_merge.py", "test_recipes.py"):
-        assert re.search(r"validate.*level.*forward", (ROOT / "tests" / file).read_text())
+        assert re.search(r"validate.*level.*forward", next((ROOT / "tests").rglob(file)).read_text())
     writers = {
         command.name or ""
         for command in app().registered_commands
