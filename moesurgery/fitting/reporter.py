@@ -21,7 +21,7 @@ class Reporter:
     """Callbacks: `note` takes a line; `progress(what, total)` is open while something goes on.
 
     It gives a function that takes how much has been done since the last call, of `total`. Where there is
-    `layer_progress(what, tokens, layers)`, that is open instead while tokens go through layers; the total is their product.
+    `layer_progress(what, tokens, layers)`, it is open instead while tokens go through layers, and counts their product.
     """
 
     note: Callable[[str], None] = lambda text: None
