@@ -20,9 +20,8 @@ def _unseen(what: str, total: int) -> Iterator[Progress]:
 class Reporter:
     """Callbacks: `note` takes a line; `progress(what, total)` is open while something goes on.
 
-    It gives a function that takes how much has been done since the last call, of `total`. Where `layer_progress(what,
-    tokens, layers)` is there, it is open instead while tokens go through layers, for a total of `tokens` times
-    `layers`.
+    It gives a function that takes how much has been done since the last call, of `total`. Where there is
+    `layer_progress(what, tokens, layers)`, it is open instead while tokens go through layers, and counts their product.
     """
 
     note: Callable[[str], None] = lambda text: None

@@ -267,7 +267,7 @@ def digest(path: str | Path) -> str:
     return value.hexdigest()
 
 
-def empty_sums(experts: int, hidden: int, others: list[int], device: torch.device) -> dict[str, Any]:
+def empty_sums(experts: int, hidden: int, others: list[int], device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return zeros of all names, as torch tensors in float64."""
     import torch
 
