@@ -159,7 +159,7 @@ for name, stock in {cases!r}.items():
         try:
             load.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
-            print(name, load.__name__, type(error).__name__, str(error)[:90].replace(chr(10), " "))
+            print(name, load.__name__, type(error).__name__, str(error)[:1000].replace(chr(10), " "))
         else:
             raise SystemExit(f"{{load.__name__}} loaded {{name}}")
 model.save_pretrained(path / "again")
@@ -182,7 +182,7 @@ assert type(model).__module__ == "moesurgery.tied.modeling_tied"
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * len(FAMILIES), done.stdout
-    assert len(re.findall("custom code|num_hidden_layers", done.stdout)) == 2 * len(FAMILIES), done.stdout
+    assert all(re.search("custom code|num_hidden_layers", line) for line in done.stdout.splitlines()), done.stdout
 
 
 # Maps and weights
