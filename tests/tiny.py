@@ -13,6 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 
+import moesurgery
 from moesurgery.forward.meta_model import mend_llama4
 from tests.families import BASE, CLASSES, ROWS, TINY
 
@@ -66,6 +67,7 @@ def save_tiny(model_type: str, path: Path, *, fused: bool = False, dtype: str = 
 
 def load(path: Path, **changes: Any) -> torch.nn.Module:
     """Load a checkpoint with transformers; every tensor must be used and none may be missing."""
+    moesurgery.register_tied_models()
     config = transformers.AutoConfig.from_pretrained(path)
     for key, value in changes.items():
         setattr(config.get_text_config(), key, value)
