@@ -166,8 +166,9 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
         by_path = {p.path: p for p in fitting[0].parts}
         block.members = [m._replace(part=by_path[m.part.path]) if m.part else m for m in block.members]
     block.layout = fitting[0]
+    stacked = block.layout.kind == "fused" and (block.of or family).along  # else an expert is one row (product keys)
     for member in weights:
-        least = 3 if block.layout.kind == "fused" and member.part and not member.part.rows else 2
+        least = 3 if stacked and member.part and not member.part.rows else 2
         if len(tensors[member.name].shape) < least:
             what = f"has shape {list(tensors[member.name].shape)}"
             raise CheckpointError(f"{member.name} {what}, expected {least} dimensions or more")

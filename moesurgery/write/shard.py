@@ -402,6 +402,6 @@ class Worker:
                     data = piece.expr.raw(first, last, self.reader)
                 else:
                     data = as_bytes(piece.expr.evaluate(first, last, self.reader))
-                self._finite.check(data, piece.expr)
+                self._finite.check(data, piece.expr, first, last, self.reader)
             copy_bytes.write_full(target, data, place)
             first = last
