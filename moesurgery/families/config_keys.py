@@ -126,7 +126,7 @@ class Settings:
     def renormalised(self) -> Any:
         """Whether the chosen weights are divided by their sum (for DBRX: the order of the norm)."""
         found = self.score == "top-softmax" or self.flag(self.family.routing.renormalised)
-        if type(found) is bool or (type(found) in (int, float) and 1 <= found < 1000):
+        if found is None or type(found) is bool or (type(found) in (int, float) and 1 <= found < 1000):
             return found
         raise CheckpointError(f"config.json: the router's norm is {found!r}, expected true, false or a number")
 
