@@ -271,17 +271,66 @@ class remote_errors:  # noqa: N801 - reads as a statement
         raise CheckpointError(f"{self.where} cannot be read: {reason}", hint) from None
 
 
-def open_hub(reference: str) -> RemoteSource:
-    """Resolve `hf://org/name[@revision]` to a commit and return its source."""
-    from huggingface_hub import HfApi
+@dataclass(frozen=True)
+class HubSource(RemoteSource):
+    """A commit on the Hub. Files that are in the Hub's cache are read there, all others by ranges."""
+
+    snapshot: LocalSource | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url, self.label, threading.local(), self.snapshot)
+
+    def local(self, file: str) -> Path | None:  # type: ignore[override]
+        contained(file)
+        if self.snapshot is None or not (self.snapshot.root / file).exists():
+            return None
+        return self.snapshot.local(file)
+
+    def read(self, file: str, start: int, length: int) -> bytes:
+        if self.snapshot is not None and self.local(file) is not None:
+            return self.snapshot.read(file, start, length)
+        return super().read(file, start, length)
+
+
+def open_hub(reference: str) -> Source:
+    """Resolve `hf://org/name[@revision]` to a commit and return its source.
+
+    With HF_HUB_OFFLINE=1 that is the snapshot in the Hub's cache, and the network is not asked.
+    """
+    from huggingface_hub import HfApi, constants
 
     repository, _, revision = reference.removeprefix("hf://").strip("/").partition("@")
     if repository.count("/") != 1:
         raise CheckpointError(f"{reference} does not name a model", "write hf://org/name or hf://org/name@revision")
-    with remote_errors(reference):
-        commit = HfApi().model_info(repository, revision=revision or None).sha
+    if constants.HF_HUB_OFFLINE:
+        snapshot = _cached_snapshot(repository, revision)
+        if snapshot is None:
+            raise CheckpointError(
+                f"{reference} is not in the Hub's cache ({constants.HF_HUB_CACHE}); HF_HUB_OFFLINE=1 forbids the network",
+                f"unset HF_HUB_OFFLINE, or download it first: hf download {repository}",
+            )
+        return snapshot
+    try:
+        with remote_errors(reference):
+            commit = HfApi().model_info(repository, revision=revision or None).sha or ""
+    except CheckpointError as error:
+        if _cached_snapshot(repository, revision) is not None:
+            error.hint = f"{error.hint}; HF_HUB_OFFLINE=1 reads the snapshot in the Hub's cache"
+        raise
     label = f"hf://{repository}@{commit}"
-    return RemoteSource(url=label, label=label)
+    return HubSource(url=label, label=label, snapshot=_cached_snapshot(repository, commit))
+
+
+def _cached_snapshot(repository: str, revision: str) -> LocalSource | None:
+    """Return the folder of a revision in the Hub's cache, which may lack files; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repository, revision=revision or None, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return LocalSource(Path(folder))
 
 
 def open_source(reference: str | Path) -> Source:
