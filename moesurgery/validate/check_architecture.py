@@ -21,6 +21,7 @@ from moesurgery.families.tensor_names import name_template
 from moesurgery.forward.model_config import load_config
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.context import Context
+from moesurgery.validate.prediction_layers import prediction_layers
 
 # Numbers of modules that a model class builds one by one: a hostile config could keep it busy for days.
 _COUNTS = ("layer", "depth", "block", "expert", "stage", "codebook", "head")
@@ -62,7 +63,10 @@ def _too_many(subject: Context) -> str | None:
 def _by_table(subject: Context) -> Outcome:
     """Without a model class, the family table is the only one to say what belongs to the architecture."""
     if subject.anatomy.family is not None:
+        predicting = prediction_layers(subject)
         for name in subject.anatomy.unrecognised:
+            if predicting.holds(name):
+                continue  # C07 and C11 of the layers judge them
             yield finding("C11", "is not known to the family table", tensor=name)
 
 
@@ -142,7 +146,8 @@ def _load(subject: Context, model_class: Any, config: Any) -> Outcome:
         yield finding(
             "C03", f"has shape {list(mine)}, {library} expects {list(theirs)}{_others(names)}", tensor=names[0]
         )
-    for names in _grouped(map(str, report["unexpected_keys"])):
+    predicting = prediction_layers(subject)  # transformers runs none; the check of the layers judges them
+    for names in _grouped(name for name in map(str, report["unexpected_keys"]) if not predicting.holds(name)):
         known = "" if names[0] in seen else " (as transformers renames it)"
         yield finding("C11", f"{library} has no place for it{known}{_others(names)}", tensor=names[0])
 
