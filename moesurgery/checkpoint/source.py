@@ -7,8 +7,10 @@ to another process.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -20,6 +22,12 @@ from moesurgery.errors import CheckpointError
 
 MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
 _BLOCK = 8 << 20
+GGUF_HINT = "moesurgery reads safetensors: name the checkpoint that it was made from"
+# The address that a browser shows for a model; `kind` is what else the Hub has.
+_HUB_PAGE = re.compile(
+    r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/((?P<kind>datasets|spaces|collections|docs)/)?"
+    r"(?P<name>[\w.-]+/[\w.-]+)?(/(tree|blob|resolve)/(?P<revision>[^/?#]+))?"
+)
 
 
 class Source(Protocol):
@@ -306,7 +314,7 @@ def open_hub(reference: str) -> Source:
         snapshot = _cached_snapshot(repository, revision)
         if snapshot is None:
             raise CheckpointError(
-                f"{reference} is not in the Hub's cache ({constants.HF_HUB_CACHE}); HF_HUB_OFFLINE=1 forbids the network",
+                f"{reference} is not in the Hub's cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set",
                 f"unset HF_HUB_OFFLINE, or download it first: hf download {repository}",
             )
         return snapshot
@@ -342,14 +350,37 @@ def open_source(reference: str | Path) -> Source:
     text = str(reference)
     if text.startswith("hf://"):
         return open_hub(text)
+    if page := _HUB_PAGE.match(text):
+        kind, name, revision = page["kind"], page["name"], page["revision"]
+        if kind or not name:
+            raise CheckpointError(f"{text} is a page of the Hub, and no model", "name a model: hf://org/name")
+        raise CheckpointError(
+            f"{text} is a page of the Hub", f"write hf://{name}{f'@{revision}' if revision else ''} for the model"
+        )
     if "://" in text:
         return RemoteSource(url=text, label=text)
     path = Path(text)
     if path.is_dir():
         return LocalSource(path)
     if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            raise CheckpointError(f"{text} is a GGUF file", GGUF_HINT)
         raise CheckpointError(f"{text} is a file, not a checkpoint directory", f"try {path.parent}")
     hint = None
-    if len(path.parts) == 2 and not path.is_absolute() and not text.startswith("."):
+    if text.startswith("hf:"):
+        hint = f"for a model on the Hub write hf://{text.removeprefix('hf:').lstrip('/')}"
+    elif near := nearest_path(path):
+        hint = f"did you mean {near}?"
+    elif len(path.parts) == 2 and not path.is_absolute() and not text.startswith("."):
         hint = f"for a model on the Hub write hf://{text}"
     raise CheckpointError(f"{text}: no such directory", hint)
+
+
+def nearest_path(path: Path) -> Path | None:
+    """Return what lies beside `path` under the most similar name; None where nothing does."""
+    try:
+        beside = [name for _, name in zip(range(MAX_FILES), sorted(os.listdir(path.parent)), strict=False)]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, [name for name in beside if not name.startswith(".")], n=1)
+    return path.with_name(close[0]) if close else None

@@ -19,31 +19,52 @@ DEBUG = "MOESURGERY_DEBUG"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; never lets a traceback through unless MOESURGERY_DEBUG is set."""
-    from moesurgery.cli._console import console
+    from moesurgery.cli._console import console, drop_output
 
     # Headers of large models make hundreds of thousands of small objects and hardly any cycles.
     gc.set_threshold(200_000, 20, 20)
+    given = sys.argv[1:] if arguments is None else arguments
+    console.reset()
+    with console.activity(" ".join(["moesurgery", *given[:1]])):
+        try:
+            code = _run(given)
+        except SystemExit as error:  # click ends so where the reader of its help is gone
+            code = error.code if isinstance(error.code, int) else FAILED
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output(sys.stdout)  # Python would complain again at exit
+    return code
+
+
+def _run(given: list[str]) -> int:
+    from moesurgery.cli._console import console
+
     try:
         from moesurgery.cli._app import app
 
-        given = sys.argv[1:] if arguments is None else arguments
-        code = app(given[0] if given else "")(args=arguments, standalone_mode=False)
-        sys.stdout.flush()
+        code = app(given[0] if given else "")(args=given, standalone_mode=False)
+        if code == INTERRUPTED:  # some versions of Typer turn Ctrl-C into this
+            return _interrupted()
         return code if isinstance(code, int) else DONE
     except SurgeryError as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         console.error(error.message, error.hint)
         return FAILED
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`); Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except KeyboardInterrupt:
-        console.note("interrupted")
-        return INTERRUPTED
+        return _interrupted()
     except Exception as error:
         return _other(error)
+
+
+def _interrupted() -> int:
+    """Say in one line that it was interrupted, and what became of the work where that is known."""
+    from moesurgery.cli._console import console
+
+    console.quiet = False
+    console.note(console.if_interrupted)
+    return INTERRUPTED
 
 
 def _other(error: Exception) -> int:
@@ -51,8 +72,7 @@ def _other(error: Exception) -> int:
     from moesurgery.cli._console import console
 
     if type(error).__name__ == "Abort":
-        console.note("interrupted")
-        return INTERRUPTED
+        return _interrupted()
     message = getattr(error, "format_message", None)
     if message is not None:
         context = getattr(error, "ctx", None)
@@ -70,4 +90,7 @@ def _other(error: Exception) -> int:
 
 def run() -> None:
     """Entry point of the `moesurgery` script."""
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        os._exit(code)  # a second Ctrl-C while threads and torch end would print a traceback
+    sys.exit(code)

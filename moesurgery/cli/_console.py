@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
+from moesurgery.cli._activity import Activity
+from moesurgery.cli._table import table_lines
 from moesurgery.escape import safe
 from moesurgery.write.shard import JobControl
 
@@ -24,43 +26,63 @@ class Console:
     """What a command prints with. `quiet` leaves results and errors only."""
 
     def __init__(self) -> None:
-        self.quiet = False
         self.colour: bool | None = None
+        self._activity: Activity | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what an earlier command set. `if_interrupted` is what is said after Ctrl-C."""
+        self.quiet = False
+        self.if_interrupted = "interrupted"
 
     def result(self, text: str = "") -> None:
         """Print a line of the answer."""
-        print(safe(text), file=sys.stdout)
+        self._print(safe(text), sys.stdout)
 
     def json(self, value: Any) -> None:
         """Print one JSON document, the whole of stdout."""
-        print(json.dumps(value, indent=2, ensure_ascii=True), file=sys.stdout)
+        self._print(json.dumps(value, indent=2, ensure_ascii=True), sys.stdout)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-        """Print aligned columns; those in `right` are aligned to the right."""
+        """Print aligned columns, no wider than the terminal; those in `right` are aligned to the right."""
         cells = [[safe(str(c)) for c in row] for row in (header, *rows)]
-        widths = [max(width(row[i]) for row in cells) for i in range(len(header))]
-        for n, row in enumerate(cells):
-            shown = [
-                " " * (w - width(c)) + c if i in right else c + " " * (w - width(c))
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            line = "  ".join(shown).rstrip()
-            print(self._style(line, "1") if n == 0 else line, file=sys.stdout)
+        for line, of_header in table_lines(cells, right, _columns()):
+            self._print(self._style(line, "1") if of_header else line, sys.stdout)
 
     def note(self, text: str) -> None:
         """Say something that is not the answer."""
         if not self.quiet:
-            print(safe(text), file=sys.stderr)
+            self._print(safe(text), sys.stderr)
 
     def warning(self, text: str) -> None:
         if not self.quiet:
-            print(self._style("warning: ", "33", sys.stderr) + safe(text), file=sys.stderr)
+            self._print(self._style("warning: ", "33", sys.stderr) + safe(text), sys.stderr)
 
     def error(self, message: str, hint: str | None = None) -> None:
         for line in message.splitlines() or [""]:
-            print(self._style("error: ", "31;1", sys.stderr) + safe(line), file=sys.stderr)
+            self._print(self._style("error: ", "31;1", sys.stderr) + safe(line), sys.stderr)
         if hint:
-            print(self._style("hint:  ", "36", sys.stderr) + safe(hint), file=sys.stderr)
+            self._print(self._style("hint:  ", "36", sys.stderr) + safe(hint), sys.stderr)
+
+    def _print(self, line: str, stream: IO[str]) -> None:
+        if self._activity is not None:
+            self._activity.clear()
+        try:
+            print(line, file=stream)
+        except BrokenPipeError:
+            drop_output(stream)
+
+    @contextmanager
+    def activity(self, name: str) -> Iterator[None]:
+        """Say on the terminal what goes on whenever nothing has been shown for a second."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        with Activity(name, sys.stderr) as self._activity:
+            try:
+                yield
+            finally:
+                self._activity = None
 
     def _style(self, text: str, code: str, stream: IO[str] | None = None) -> str:
         stream = stream or sys.stdout
@@ -82,11 +104,21 @@ class Console:
             DownloadColumn,
             Progress,
             ProgressColumn,
+            Task,
             TaskProgressColumn,
             TextColumn,
-            TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.text import Text
+
+        class TimeLeft(ProgressColumn):
+            """The time left at the mean speed so far, from the first step on."""
+
+            def render(self, task: Task) -> Text:
+                if not task.completed or not task.elapsed or task.total is None:
+                    return Text("-:--:--")
+                left = task.elapsed * max(task.total - task.completed, 0) / task.completed
+                return Text(f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
 
         lock, moved = threading.Lock(), 0
         amount: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if of_bytes else [TaskProgressColumn()]
@@ -94,7 +126,7 @@ class Console:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             *amount,
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=RichConsole(stderr=True, markup=False),
             transient=True,
         )
@@ -110,14 +142,28 @@ class Console:
                     bar.update(task, completed=moved)
 
         watch.progress = advance
-        with bar:
-            yield watch
-            bar.update(task, completed=moved)
+        activity = self._activity
+        if activity is not None:
+            activity.pause()
+        try:
+            with bar:
+                yield watch
+                bar.update(task, completed=moved)
+        finally:
+            if activity is not None:
+                activity.go_on()
 
 
-def width(text: str) -> int:
-    """Return the columns that `text` takes; wide East Asian characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def drop_output(stream: IO[str]) -> None:
+    """Let what is still printed go nowhere: the reader of our output is gone (`| head`), the work goes on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _columns() -> int | None:
+    """Return how wide a table may be: COLUMNS, or the terminal; None where there is neither."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit():
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def human_bytes(count: float) -> str:

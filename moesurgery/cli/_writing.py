@@ -104,6 +104,9 @@ def carry_out(
     for step in plan.steps:
         for warning in step.warnings:
             console.warning(warning)
+    if _changes_nothing(plan):
+        would = "would change" if flags.dry_run else "changes"
+        console.warning(f"nothing {would}: every tensor and config.json stay as they are")
     output = flags.output or Path(default_name(plan))
     check_output(plan, Path(os.path.abspath(output)), force=flags.force)
     if flags.dry_run:
@@ -111,7 +114,7 @@ def carry_out(
         return
     report_steps(plan, flags)
     if plan.checkpoint.other_weights:
-        console.note(
+        console.warning(
             "left behind: " + ", ".join(plan.checkpoint.other_weights[:5]) + " (not the safetensors that were edited)"
         )
     options = WriteOptions(
@@ -128,7 +131,8 @@ def carry_out(
         except KeyboardInterrupt:
             partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
             if partial.exists():
-                console.note(f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up")
+                kept = f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up"
+                console.if_interrupted = kept
             raise
     report = _validated(written.path, plan.nbytes) if flags.validate else None
     if flags.as_json:
@@ -157,6 +161,13 @@ def carry_out(
             console.result(text(report))
     if report is not None and report.failed():
         raise typer.Exit(ANSWER_IS_NO)
+
+
+def _changes_nothing(plan: Plan) -> bool:
+    """Whether the output would be the input under another name."""
+    if plan.config != plan.checkpoint.config or plan.files or plan.companions or plan.max_shard_size:
+        return False
+    return sum(1 for _ in plan.untouched()) == len(plan.tensors) == len(plan.checkpoint.tensors)
 
 
 def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
