@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import typer
 
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
+from moesurgery.cli._output_name import default_output
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
@@ -107,8 +106,8 @@ def carry_out(
     if _changes_nothing(plan):
         would = "would change" if flags.dry_run else "changes"
         console.warning(f"nothing {would}: every tensor and config.json stay as they are")
-    output = flags.output or Path(default_name(plan))
-    check_output(plan, Path(os.path.abspath(output)), force=flags.force)
+    output = flags.output or default_output(plan)
+    check_output(plan, Path(os.path.abspath(output)), force=flags.force, dry_run=flags.dry_run)
     if flags.dry_run:
         dry_run(plan, output, flags, more or {})
         return
@@ -185,7 +184,7 @@ def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
 def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
     if flags.output is not None:
-        check_place(Path(os.path.abspath(flags.output)), force=flags.force)
+        check_place(Path(os.path.abspath(flags.output)), force=flags.force, dry_run=flags.dry_run)
 
 
 def _validated(output: Path, nbytes: int) -> Report:
@@ -215,17 +214,6 @@ def report_steps(plan: Plan, flags: WriterFlags) -> None:
             console.result()
 
 
-def default_name(plan: Plan) -> str:
-    """Name an output after the model and what was done: `Mixtral-8x7B-rescale-k3`."""
-    model = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", plan.checkpoint.name)).lstrip("-")
-    words = [model or "model"]
-    for step in plan.steps[:3]:
-        words.append(step.operation)
-        if "top_k" in step.parameters:
-            words.append(f"k{step.parameters['top_k']}")
-    return "-".join(words)
-
-
 def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:
     """Print what writing would do: tensors by kind, config changes, bytes, memory, free space."""
     tasks = [*shard_tasks(plan), *companion_tasks(plan)]
@@ -247,6 +235,9 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
     kinds["new"] = len(plan.tensors.keys() - plan.checkpoint.tensors.keys())
     needed = sum(bytes_needed(task, linked=flags.link) for task in tasks)
     place = Path(os.path.abspath(output)).parent
+    exists = output.exists() and any(output.iterdir())
+    if exists and not flags.force:
+        console.warning(f"{output} exists and is not empty: writing needs --force, or another -o")
     status = os.statvfs(place if place.exists() else ".")
     free = status.f_bavail * status.f_frsize
     changes = config_changes(plan)
@@ -254,6 +245,7 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
     document = {
         "schema_version": 1,
         "output": str(output),
+        "output_exists": exists,
         "shards": len(tasks),
         "tensors": kinds,
         "bytes_written": written,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.file_mode import follow_umask
 from moesurgery.checkpoint.file_reader import FileReader
 from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
@@ -87,6 +88,7 @@ def extract_lora(
     try:
         tensors = {name: value.contiguous() for name, value in made.tensors().items()}
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        follow_umask(partial / ADAPTER_WEIGHTS)
         (partial / ADAPTER_CONFIG).write_text(json.dumps(made.config(base.label), indent=2) + "\n")
         os.rename(partial, output)
     except OSError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.file_mode import follow_umask
 from moesurgery.checkpoint.filenames import REPAIR_INDEX
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.source import LocalSource
@@ -76,6 +77,7 @@ class RepairWriter:
             file = f"layer-{len(self.layers):03}.safetensors"
             tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
             save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, self.folder / file)
+            follow_umask(self.folder / file)
         self.layers.append(
             {
                 "layer": fitted.where,

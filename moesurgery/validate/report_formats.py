@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
@@ -16,10 +17,12 @@ from xml.etree import ElementTree
 from moesurgery._version import __version__
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.escape import one_line
+from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.codes import CODES
 from moesurgery.validate.report import Report, as_json
 
 _LONGEST_PATH = 4096
+_NUMBERS = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?")
 SHOWN = 12  # findings of one code in what people read
 _DOCS = "https://github.com/moesurgery/moesurgery/blob/main/docs/codes.md"
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -29,10 +32,10 @@ def text(report: Report) -> str:
     """Return what the command prints by default."""
     lines = [f"{one_line(report.target)}: {report.verdict} (levels: {', '.join(report.levels)})"]
     shown: dict[str, int] = {}
-    for finding in report.by_gravity:
+    for finding, alike in _kinds(report):
         shown[finding.code] = shown.get(finding.code, 0) + 1
         if shown[finding.code] <= SHOWN:
-            lines.append(f"{finding.severity:<7} {finding.code}  {_line(finding)}")
+            lines.append(f"{finding.severity:<7} {finding.code}  {_line(finding)}{_so_with(alike)}")
             if finding.hint:
                 lines.append(f"             hint: {one_line(finding.hint)}")
     for code, count in shown.items():
@@ -41,10 +44,30 @@ def text(report: Report) -> str:
     for key, value in report.measured.items():
         lines.append(f"measured: {key}: {value}")
     for skipped in report.not_checked:
-        lines.append(f"not checked: {', '.join(skipped.codes)}: {one_line(skipped.reason)}")
+        codes = [*skipped.codes] if len(skipped.codes) <= SHOWN else [*skipped.codes[:3], "…", skipped.codes[-1]]
+        lines.append(f"not checked: {', '.join(codes)}: {one_line(skipped.reason)}")
     if report.ignored:
         lines.append("ignored: " + ", ".join(f"{n} {code}" for code, n in report.ignored.items()))
     return "\n".join(lines)
+
+
+def _kinds(report: Report) -> list[tuple[Finding, int]]:
+    """Return the findings, of those that differ in numbers alone the first, with how many more of its kind there are."""
+    counts: dict[tuple[str, ...], int] = {}
+    first: dict[tuple[str, ...], Finding] = {}
+    for finding in report.by_gravity:
+        tensor = name_template(finding.tensor)[0] if finding.tensor is not None else ""
+        file = finding.file or "" if finding.tensor is None else ""  # tensors of a kind may lie in several shards
+        kind = (finding.severity, finding.code, file, tensor, _NUMBERS.sub("#", finding.message))
+        if finding.tensor is None:
+            kind = (*kind, finding.message)
+        first.setdefault(kind, finding)
+        counts[kind] = counts.get(kind, 0) + 1
+    return [(finding, counts[kind] - 1) for kind, finding in first.items()]
+
+
+def _so_with(alike: int) -> str:
+    return f" (and {alike:,} more like it)" if alike else ""
 
 
 def _line(finding: Finding) -> str:
@@ -183,11 +206,11 @@ def markdown(report: Report) -> str:
     if report.findings:
         lines += ["| | code | where | what |", "| --- | --- | --- | --- |"]
         shown: dict[str, int] = {}
-        for finding in report.by_gravity:
+        for finding, alike in _kinds(report):
             shown[finding.code] = shown.get(finding.code, 0) + 1
             if shown[finding.code] <= SHOWN:
-                where = _cell(finding.where)
-                lines.append(f"| {finding.severity} | {finding.code} | {where} | {_cell(finding.message)} |")
+                where, what = _cell(finding.where), _cell(finding.message + _so_with(alike))
+                lines.append(f"| {finding.severity} | {finding.code} | {where} | {what} |")
         lines += [f"| | {code} | | … and {n - SHOWN:,} more |" for code, n in shown.items() if n > SHOWN]
         lines.append("")
     lines += [f"* not checked: {', '.join(s.codes)}: {_cell(s.reason)}" for s in report.not_checked]

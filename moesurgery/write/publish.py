@@ -29,8 +29,8 @@ _CHECKPOINT_SUFFIXES = frozenset(
 _CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 
 
-def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
-    """Refuse an output that exists, or that is or contains an input. It may lie inside one: `cd model; rescale`."""
+def check_output(plan: Plan, output: Path, *, force: bool = False, dry_run: bool = False) -> None:
+    """Refuse an output that exists, or that is, contains or lies inside an input. A `dry_run` may find one there."""
     for checkpoint in plan.sources:
         if isinstance(checkpoint.source, LocalSource):
             root = checkpoint.source.root.resolve()
@@ -38,18 +38,23 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
                 raise OutputError(
                     f"the output {output} is or contains the input {root}", "choose another folder with -o"
                 )
-    check_place(output, force=force)
+            if output.resolve().is_relative_to(root):
+                raise OutputError(
+                    f"the output {output} lies inside the input {root}",
+                    f"put it beside the model: -o {shlex.quote(os.path.relpath(root.parent / output.name))}",
+                )
+    check_place(output, force=force, dry_run=dry_run)
 
 
-def check_place(output: Path, *, force: bool = False) -> None:
+def check_place(output: Path, *, force: bool = False, dry_run: bool = False) -> None:
     """Refuse an output that exists, or has nowhere to be: what can be said before anything is planned."""
     try:
-        _check_place(output, force=force)
+        _check_place(output, force=force, dry_run=dry_run)
     except OSError as error:  # a folder that may not be searched or listed
         raise disk_error(error, output) from error
 
 
-def _check_place(output: Path, *, force: bool) -> None:
+def _check_place(output: Path, *, force: bool, dry_run: bool) -> None:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output} exists and is not a directory", "choose another folder with -o")
     if output.exists() and output.samefile(os.curdir):
@@ -62,7 +67,7 @@ def _check_place(output: Path, *, force: bool) -> None:
         raise OutputError(f"{output.parent} does not exist", f"make it first: {command}")
     if not os.access(output.parent, os.W_OK | os.X_OK, effective_ids=True):
         raise OutputError(f"{output.parent} may not be written to", "choose another place with -o")
-    if not output.exists() or not any(output.iterdir()):
+    if dry_run or not output.exists() or not any(output.iterdir()):
         return
     if not force:
         raise OutputError(

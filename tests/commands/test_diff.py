@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moesurgery.checkpoint.decode import numbers
-from tests.broken import Patient, admit
+from tests.broken import BrokenCheckpoint, make_broken
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -25,13 +25,13 @@ CHANGED, CAST, RESHAPED, GONE = (
 
 
 @pytest.fixture
-def pair(models: Any, tmp_path: Path) -> tuple[Path, Patient]:
+def pair(models: Any, tmp_path: Path) -> tuple[Path, BrokenCheckpoint]:
     """A model in bfloat16, and a copy of it."""
     model = models("mixtral", dtype="bfloat16")
-    return model, admit(model, tmp_path / "other")
+    return model, make_broken(model, tmp_path / "other")
 
 
-def test_a_copy_is_the_same(pair: tuple[Path, Patient], cli: Cli) -> None:
+def test_a_copy_is_the_same(pair: tuple[Path, BrokenCheckpoint], cli: Cli) -> None:
     model, other = pair
     other.single()  # in another number of shards
     result = cli("diff", model, other.folder)
@@ -39,7 +39,7 @@ def test_a_copy_is_the_same(pair: tuple[Path, Patient], cli: Cli) -> None:
     assert cli("diff", model, other.folder, "--json").json["same"] is True
 
 
-def test_every_kind_of_difference_and_its_size(pair: tuple[Path, Patient], cli: Cli) -> None:
+def test_every_kind_of_difference_and_its_size(pair: tuple[Path, BrokenCheckpoint], cli: Cli) -> None:
     model, other = pair
     before = other.tensors()
     noise = torch.randn(before[CHANGED].shape, generator=torch.Generator().manual_seed(1))
@@ -68,14 +68,14 @@ def test_every_kind_of_difference_and_its_size(pair: tuple[Path, Patient], cli: 
     assert CHANGED in cli("diff", model, other.folder, "--each").out
 
 
-def test_what_is_finite_in_one_only_is_counted(pair: tuple[Path, Patient], cli: Cli) -> None:
+def test_what_is_finite_in_one_only_is_counted(pair: tuple[Path, BrokenCheckpoint], cli: Cli) -> None:
     model, other = pair
     other.edit(CHANGED, lambda t: t.view(-1)[:3].fill_(float("nan")) is None or None)
     (found,) = cli("diff", model, other.folder, "--json").json["tensors"]
     assert (found["not_finite"], found["max_abs"], found["cosine"]) == (3, 0.0, 1.0)
 
 
-def test_names_are_escaped(pair: tuple[Path, Patient], cli: Cli) -> None:
+def test_names_are_escaped(pair: tuple[Path, BrokenCheckpoint], cli: Cli) -> None:
     model, other = pair
     other.config(**{"\x1b[2J": "\x1b]0;title\x07"})
     result = cli("diff", model, other.folder)
