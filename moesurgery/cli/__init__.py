@@ -73,10 +73,16 @@ def _other(error: Exception) -> int:
 
     if type(error).__name__ == "Abort":
         return _interrupted()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        console.result(str(error))
+        return DONE
     message = getattr(error, "format_message", None)
     if message is not None:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "moesurgery"
+        if near := getattr(error, "possibilities", None):
+            console.error(f"no such option: {error.option_name}", f"did you mean {near[0]}? See `{path} --help`")  # type: ignore[attr-defined]
+            return FAILED
         console.error(message(), f"see `{path} --help`")
         return FAILED
     if os.environ.get(DEBUG):

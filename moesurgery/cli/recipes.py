@@ -11,6 +11,7 @@ import typer
 from moesurgery.cli import _writing
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
+from moesurgery.cli._help import completed
 from moesurgery.cli._operations import taking_flags
 from moesurgery.cli._shipped_recipes import check_recipe_file, shipped_recipes
 from moesurgery.errors import RecipeError
@@ -59,7 +60,14 @@ def list_command() -> None:
 
 
 @recipes_app.command("show")
-def show_command(name: Annotated[str, typer.Argument(help="A name from `moesurgery recipes ls`.")]) -> None:
+def show_command(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `moesurgery recipes ls`.", metavar="NAME", autocompletion=completed(shipped_recipes)
+        ),
+    ],
+) -> None:
     """Print a recipe, to be saved and edited."""
     known = shipped_recipes()
     if name not in known:
@@ -68,7 +76,7 @@ def show_command(name: Annotated[str, typer.Argument(help="A name from `moesurge
 
 
 @recipes_app.command("check")
-def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files.")]) -> None:
+def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files.", metavar="FILE...")]) -> None:
     """Say whether recipes can be carried out, as far as that is seen without a model; exit 1 where one cannot."""
     wrong = 0
     for file in files:

@@ -97,10 +97,12 @@ def kinds_of(annotation: Any) -> tuple[Any, ...]:
 
 def words_of(annotation: Any) -> tuple[str, ...]:
     """Return all words that a value may be; none where it may be something else."""
-    kinds = kinds_of(annotation)
-    if any(get_origin(kind) is not Literal for kind in kinds):
-        return ()
-    return tuple(str(word) for kind in kinds for word in get_args(kind))
+    return literals_of(annotation) if all(get_origin(kind) is Literal for kind in kinds_of(annotation)) else ()
+
+
+def literals_of(annotation: Any) -> tuple[str, ...]:
+    """Return the words that a value may be, whatever else it may be."""
+    return tuple(str(word) for k in kinds_of(annotation) if get_origin(k) is Literal for word in get_args(k))
 
 
 def is_of_type(value: Any, annotation: Any) -> bool:

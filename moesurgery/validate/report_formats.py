@@ -52,15 +52,14 @@ def text(report: Report) -> str:
 
 
 def _kinds(report: Report) -> list[tuple[Finding, int]]:
-    """Return the findings, of those that differ in numbers alone the first, with how many more of its kind there are."""
-    counts: dict[tuple[str, ...], int] = {}
-    first: dict[tuple[str, ...], Finding] = {}
+    """Return findings, of those that differ in numbers alone the first, and how many more of its kind there are."""
+    counts: dict[str, int] = {}
+    first: dict[str, Finding] = {}
     for finding in report.by_gravity:
-        tensor = name_template(finding.tensor)[0] if finding.tensor is not None else ""
-        file = finding.file or "" if finding.tensor is None else ""  # tensors of a kind may lie in several shards
-        kind = (finding.severity, finding.code, file, tensor, _NUMBERS.sub("#", finding.message))
-        if finding.tensor is None:
-            kind = (*kind, finding.message)
+        kind = repr((finding.severity, finding.code, finding.file, finding.message))
+        if finding.tensor is not None:  # those of a kind may lie in several shards
+            template, message = name_template(finding.tensor)[0], _NUMBERS.sub("#", finding.message)
+            kind = repr((finding.severity, finding.code, template, message))
         first.setdefault(kind, finding)
         counts[kind] = counts.get(kind, 0) + 1
     return [(finding, counts[kind] - 1) for kind, finding in first.items()]

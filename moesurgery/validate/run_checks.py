@@ -83,7 +83,8 @@ def _by_reason(skipped: Sequence[NotChecked]) -> tuple[NotChecked, ...]:
     codes: dict[str, list[str]] = {}
     for one in skipped:
         codes.setdefault(one.reason, []).extend(one.codes)
-    return tuple(NotChecked(tuple(dict.fromkeys(of_reason)), reason) for reason, of_reason in codes.items())
+    order = list(CODES)
+    return tuple(NotChecked(tuple(sorted(set(each), key=order.index)), reason) for reason, each in codes.items())
 
 
 def _stored(scan: Scan) -> int:
