@@ -14,6 +14,7 @@ import typer
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
+from moesurgery.cli._pictures import check_picture, of_table, write_picture
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
@@ -47,6 +48,12 @@ Validate = Annotated[bool, typer.Option("--validate", help="Validate the output;
 Jobs = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
 ]
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture", metavar="FILE", help="Draw what was decided or measured: .svg, .html, or .png (matplotlib)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
@@ -66,6 +73,7 @@ class WriterFlags:
     checksums: Checksums = False
     validate: Validate = False
     jobs: Jobs = None
+    picture: Picture = None
     as_json: Json = False
     quiet: Quiet = False
 
@@ -108,6 +116,7 @@ def carry_out(
         console.warning(f"nothing {would}: every tensor and config.json stay as they are")
     output = flags.output or default_output(plan)
     check_output(plan, Path(os.path.abspath(output)), force=flags.force, dry_run=flags.dry_run)
+    _draw(plan, flags.picture)
     if flags.dry_run:
         dry_run(plan, output, flags, more or {})
         return
@@ -183,6 +192,7 @@ def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
 
 def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
+    check_picture(flags.picture)
     if flags.output is not None:
         check_place(Path(os.path.abspath(flags.output)), force=flags.force, dry_run=flags.dry_run)
 
@@ -197,6 +207,19 @@ def _validated(output: Path, nbytes: int) -> Report:
 def _say_written(output: Path, written: Written) -> None:
     resumed = f", {written.resumed} of them from the interrupted job" if written.resumed else ""
     console.result(f"wrote {output} ({human_bytes(written.nbytes)} in {written.shards} shards{resumed})")
+
+
+def _draw(plan: Plan, path: Path | None) -> None:
+    """Draw the tables of what each step decided."""
+    if path is None:
+        return
+    titled = [(f"{s.operation}: {t.header[-1]} by {t.header[0]}", t) for s in plan.steps for t in s.tables]
+    panels = [panel for title, t in titled if (panel := of_table(title, t.header, t.rows)) is not None]
+    if not panels:
+        console.warning(f"{path} is not written: no step decided numbers that could be drawn")
+        return
+    summary = "; ".join(step.summary for step in plan.steps)
+    write_picture(path, f"{plan.checkpoint.name}: {', '.join(step.operation for step in plan.steps)}", summary, panels)
 
 
 def report_steps(plan: Plan, flags: WriterFlags) -> None:

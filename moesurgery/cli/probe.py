@@ -28,9 +28,10 @@ def probe_command(
     model: _run_options.ModelOrRecipe,
     text: _run_options.Texts,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write NAME.json, NAME.html and, unless --no-png, NAME.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write NAME.json, NAME.html, NAME.svg and, with matplotlib, NAME.png."),
     ] = None,
-    png: Annotated[bool, typer.Option("--png/--no-png", help="The picture (needs matplotlib).")] = True,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="NAME.png too (needs matplotlib).")] = True,
     mode: Annotated[
         str,
         typer.Option(
@@ -58,7 +59,9 @@ def probe_command(
     console.quiet = quiet
     if mode not in MODES:
         raise RecipeError(f"--mode is {mode!r}, expected one of {', '.join(MODES)}")
-    files = [] if output is None else [output.with_name(output.name + end) for end in (".json", ".html", ".png")]
+    files = (
+        [] if output is None else [output.with_name(output.name + end) for end in (".json", ".html", ".svg", ".png")]
+    )
     for file in files:
         if file.exists() and not force:
             raise OutputError(f"{file} exists", "use --force to replace it, or another -o")
@@ -90,13 +93,18 @@ def probe_command(
     }
     document = _document(plan.checkpoint.name, stats, found, taken, modes)
     if output is not None:
-        from moesurgery.fitting.heatmap import draw, page
+        from moesurgery.cli._pictures import has_matplotlib, write_picture
+        from moesurgery.cli._probe_page import about, page, panels
 
         output.parent.mkdir(parents=True, exist_ok=True)
         files[0].write_text(json.dumps(document, indent=1) + "\n")
         files[1].write_text(page(document))
-        if png:
-            draw(document, files[2])
+        title, drawn = f"{document['name']}: what each expert does", panels(document)
+        write_picture(files[2], title, about(document), drawn)
+        if png and has_matplotlib():
+            write_picture(files[3], title, about(document), drawn)
+        elif png:
+            console.warning("no PNG without matplotlib: `pip install moesurgery[plot]`; the SVG shows the same")
     if as_json:
         console.json(document)
         return

@@ -24,6 +24,12 @@ from moesurgery.validate.report import Report, as_json
 _LONGEST_PATH = 4096
 _NUMBERS = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?")
 SHOWN = 12  # findings of one code in what people read
+_PAGE_STYLE = (
+    ":root{color-scheme:light dark}body{font:15px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:70rem;"
+    "padding:0 1rem;overflow-wrap:anywhere}h1{font-size:1.3rem}h2{font-size:1.05rem}table{border-collapse:collapse;"
+    "width:100%}td,th{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid #8886}"
+    ".error td:first-child{color:#d0342c;font-weight:600}.warning td:first-child{color:#b26a00;font-weight:600}"
+)
 _DOCS = "https://github.com/moesurgery/moesurgery/blob/main/docs/codes.md"
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
@@ -216,6 +222,30 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(report: Report) -> str:
+    """Return an HTML page that needs nothing else."""
+    rows = [
+        f'<tr class="{f.severity}"><td>{f.severity}</td><td>{f.code}</td><td>{html.escape(one_line(f.where))}</td>'
+        f"<td>{html.escape(one_line(f.message))}{_so_with(alike)}"
+        + (f"<br><small>{html.escape(one_line(f.hint))}</small>" if f.hint else "")
+        + "</td></tr>"
+        for f, alike in _kinds(report)
+    ]
+    target = html.escape(one_line(report.target))
+    skipped = [f"<li>{', '.join(s.codes)}: {html.escape(one_line(s.reason))}</li>" for s in report.not_checked]
+    table = ["<table>", "<tr><th></th><th>code</th><th>where</th><th>what</th></tr>", *rows, "</table>"] if rows else []
+    lines = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{target}: {report.verdict}</title><style>{_PAGE_STYLE}</style></head><body>",
+        f"<h1>{target}</h1><p>{report.verdict.capitalize()}. Levels: {', '.join(report.levels)}.</p>",
+        *table,
+        *(["<h2>Not checked</h2><ul>", *skipped, "</ul>"] if skipped else []),
+        "</body></html>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _cell(value: str) -> str:
     """Escape text for a table cell: no HTML, no Markdown, no mentions."""
     escaped = html.escape(one_line(value))
@@ -236,4 +266,5 @@ BY_SUFFIX: dict[str, Callable[[Report], str]] = {
     ".xml": junit,
     ".sarif": sarif,
     ".md": markdown,
+    ".html": page,
 }
