@@ -303,8 +303,8 @@ def from_text(parameter: Parameter, text: str) -> Any:
 
     kinds = [get_origin(c) or c for c in _choices(parameter.annotation)]
     candidates: list[Any] = []
-    if int in kinds:
-        candidates.append(parse_text(text))
+    if int in kinds and type(number := parse_text(text)) is int:
+        candidates.append(number)
     if list in kinds and not text.lstrip().startswith(("[", "{")):
         candidates.append(_with_ranges([parse_text(part) for part in text.split(",") if part.strip()]))
     candidates += [_with_ranges(parse_text(text)) if list in kinds else parse_text(text), text]

@@ -82,6 +82,8 @@ def test_ranges_and_shares_are_the_numbers_that_they_stand_for(ok: Cli, tmp_path
     assert read_config(shared)["num_local_experts"] == 2
     left, right = read_tensors(shared), read_tensors(counted)
     assert all(left[name].equal(right[name]) for name in right)
+    listed = ok("drop-experts", MODEL, "--keep", "0-1,4", "--dry-run", "--json").json["steps"][0]["report"]["layers"]
+    assert [layer["kept"] for layer in listed] == [[0, 1, 4]] * 6
     per_layer = ok(
         "drop-experts",
         MODEL,
