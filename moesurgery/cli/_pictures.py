@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moesurgery.errors import OutputError, RecipeError
 
@@ -45,8 +46,7 @@ class Heatmap:
     def shown(self, value: float) -> str:
         """Return a value as the others are shown: what is nothing beside the largest is 0."""
         largest = max(map(abs, self.seen))
-        places = max(0, 3 - math.floor(math.log10(largest))) if largest else 0
-        return shown(round(value, places) + 0.0)
+        return shown(value, max(0, 3 - _exponent(largest)) if largest else 0)
 
     @property
     def cell(self) -> float:
@@ -84,14 +84,20 @@ def largest_bars(title: str, values: Mapping[str, float], unit: str = "") -> Bar
     return Bars(title, list(kept), list(kept.values()), unit)
 
 
-def shown(value: float) -> str:
-    """Return a value in a few characters: 3 significant digits, never `-0.0`."""
-    if value == 0 or not math.isfinite(value):
-        return f"{abs(value) if value == 0 else value:g}"
-    if abs(value) >= 1e5 or abs(value) < 1e-3:
+def shown(value: float, most_places: int | None = None) -> str:
+    """Return a value in a few characters, rounded once: 3 significant digits, at most so many decimal places."""
+    if not math.isfinite(value):
+        return f"{value:g}"
+    if value and most_places is None and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.1e}"
-    rounded = value if abs(value) >= 1000 else float(f"{value:.3g}")  # 9.996 has two digits before the point
-    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+    places = max(0, 2 - _exponent(value)) if value else 0
+    text = f"{value:.{places if most_places is None else min(places, most_places)}f}"
+    return text if float(text) else "0"
+
+
+def _exponent(value: float) -> int:
+    """Return the power of ten of a number's first digit, once it is rounded to three: 1 for 9.996."""
+    return int(f"{abs(value):.2e}".partition("e")[2])
 
 
 def check_picture(path: Path | None) -> None:
@@ -307,6 +313,20 @@ def number_of(cell: str) -> float | None:
         return float(cell.replace(",", "").replace("%", ""))
     except ValueError:
         return None
+
+
+def factors_of_rules(report: Mapping[str, Any]) -> Heatmap:
+    """Return what a `rescale` reports as factors by rule and layer; the mean where each expert has its own."""
+    layers = report["layers"]
+    used = [f if isinstance(f, int | float) else sum(f) / len(f) for f in (layer["factor"] for layer in layers)]
+    rules: dict[str, list[float | None]] = {"used": list(used)}
+    if any(layer["router"] is not None for layer in layers):
+        rules["router"] = [layer["router"] for layer in layers]
+    constant = {rule: f for rule, f in report["alternatives"].items() if isinstance(f, int | float)}
+    rules |= {rule: [float(factor)] * len(layers) for rule, factor in constant.items()}
+    numbers = [_number(layer["layer"]) or layer["layer"] for layer in layers]
+    title = "rescale: factor on the routed output, by rule and layer"
+    return Heatmap(title, list(rules), numbers, list(rules.values()), across="layer")
 
 
 def of_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Panel | None:

@@ -86,9 +86,9 @@ tokens that come to it more than elsewhere.</div>
 <script>
 const D=JSON.parse(document.getElementById('data').textContent),M={};
 let most=1;
-const few=v=>{const p=Math.max(0,3-Math.floor(Math.log10(most||1)));v=Math.round(v*10**p)/10**p;const a=Math.abs(v);
- if(a===0)return'0';
- return a<1e-3||a>=1e5?v.toExponential(1):v.toFixed(Math.max(0,2-Math.floor(Math.log10(a))))};
+const power=v=>+Math.abs(v).toExponential(2).split('e')[1];
+const few=v=>{if(!v)return'0';const p=Math.min(Math.max(0,2-power(v)),Math.max(0,3-power(most)));
+ const t=v.toFixed(p);return+t?t:'0'};
 for(const m of D.modes)M['change of loss ('+m+')']={f:e=>m in e.change?1000*e.change[m]:null,u:'millinats per token'};
 M['share of tokens']={f:e=>100*e.usage,u:'%'};
 M['mean gate weight']={f:e=>e.gate,u:''};

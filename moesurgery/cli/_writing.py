@@ -14,7 +14,7 @@ import typer
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
-from moesurgery.cli._pictures import check_picture, of_table, write_picture
+from moesurgery.cli._pictures import Panel, check_picture, factors_of_rules, of_table, write_picture
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
@@ -213,8 +213,13 @@ def _draw(plan: Plan, path: Path | None) -> None:
     """Draw the tables of what each step decided."""
     if path is None:
         return
-    titled = [(f"{s.operation}: {t.header[-1]} by {t.header[0]}", t) for s in plan.steps for t in s.tables]
-    panels = [panel for title, t in titled if (panel := of_table(title, t.header, t.rows)) is not None]
+    panels: list[Panel] = []
+    for step in plan.steps:
+        if step.operation == "rescale" and "alternatives" in step.report:
+            panels.append(factors_of_rules(step.report))
+            continue
+        titled = [(f"{step.operation}: {t.header[-1]} by {t.header[0]}", t) for t in step.tables]
+        panels += [panel for title, t in titled if (panel := of_table(title, t.header, t.rows)) is not None]
     if not panels:
         console.warning(f"{path} is not written: no step decided numbers that could be drawn")
         return

@@ -54,6 +54,7 @@ def test_shades_use_the_whole_scale() -> None:
     ("value", "text"),
     [
         (0.0, "0"),
+        (1.2247, "1.22"),
         (-0.0, "0"),
         (9.996, "10.0"),
         (0.05, "0.0500"),
@@ -64,14 +65,18 @@ def test_shades_use_the_whole_scale() -> None:
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert shown(value) == text
-    assert Heatmap("t", ["a"], ["0", "1"], [[800.0, 7e-5]]).shown(7e-5) == "0"
+    wide = Heatmap("t", ["a"], ["0", "1"], [[800.0, 7e-5]])
+    assert [wide.shown(v) for v in (800.0, 10.84, 0.392, -0.04, 7e-5)] == ["800", "10.8", "0.4", "0", "0"]
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".html"])
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["rescale", DEMO, "--top-k", 3, "--dry-run"], ["rescale: factor by layer", "layer 5", "norm"]),
+        (
+            ["rescale", DEMO, "--top-k", 3, "--dry-run"],
+            ["factor on the routed output", "router, layer 5: ", "norm, layer 0: 1.22"],
+        ),
         (["count-params", DEMO], ["Parameters by component", "routed experts", "attention"]),
     ],
     ids=["rescale", "count-params"],
