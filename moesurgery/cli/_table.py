@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 GAP = 2
-_NARROWEST = 8  # columns that text may be wrapped to
-_BREAKS = frozenset(" ,./_-:")  # a cell is cut behind one of these where there is one
+_BESIDE = 26  # columns kept for others beside one long word, such as a tensor's name, before that is cut
+_BREAKS = (" ", ",./_-:")  # a cell is cut behind one of these where there is one, the first kind before the second
 
 
 def width(text: str) -> int:
@@ -23,7 +23,8 @@ def table_lines(rows: Sequence[Sequence[str]], right: Sequence[int], limit: int 
     their own, with the first column again.
     """
     natural = [max(width(row[i]) for row in rows) for i in range(len(rows[0]))]
-    least = [_least(rows, i, numbers=i in right) for i in range(len(natural))]
+    longest = max(limit - _BESIDE, 8) if limit is not None else None
+    least = [_least(rows, i, None if i in right else longest) for i in range(len(natural))]
     for at, group in enumerate(_groups(least, limit)):
         if at:
             yield "", False
@@ -38,11 +39,12 @@ def table_lines(rows: Sequence[Sequence[str]], right: Sequence[int], limit: int 
                 yield (" " * GAP).join(shown).rstrip(), n == 0
 
 
-def _least(rows: Sequence[Sequence[str]], i: int, *, numbers: bool) -> int:
-    """Return how narrow a column may be made: a header breaks between words, a number nowhere."""
+def _least(rows: Sequence[Sequence[str]], i: int, longest: int | None) -> int:
+    """Return how narrow a column may be: text breaks between words, those over `longest` anywhere, a number nowhere."""
     header = max(map(width, rows[0][i].split()), default=0)
-    widest = max((width(row[i]) for row in rows[1:]), default=0)
-    return max(header, widest if numbers else min(widest, _NARROWEST))
+    if longest is None:
+        return max(header, max((width(row[i]) for row in rows[1:]), default=0))
+    return max(header, min(longest, max((width(word) for row in rows[1:] for word in row[i].split()), default=0)))
 
 
 def _groups(least: Sequence[int], limit: int | None) -> list[list[int]]:
@@ -71,7 +73,10 @@ def _wrapped(text: str, limit: int) -> list[str]:
     lines = []
     while width(text) > limit:
         at = next(n for n in range(len(text) + 1, 0, -1) if width(text[:n].rstrip()) <= limit or n == 1)
-        at = next((n for n in range(at, max(at // 2, 1), -1) if text[n - 1] in _BREAKS), at)
+        places = (
+            n for kind in _BREAKS for n in range(at, max(at // 2, 1) if kind != " " else 1, -1) if text[n - 1] in kind
+        )
+        at = next(places, at)
         lines.append(text[:at].rstrip())
         text = text[at:].lstrip()
     return [*lines, text] if text or not lines else lines

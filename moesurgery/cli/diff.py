@@ -76,7 +76,7 @@ def _show(found: Difference, each: bool) -> None:
             groups.setdefault((tensor.kind, name), []).append(tensor)
         rows = [_row(kind, name, tensors) for (kind, name), tensors in groups.items()]
         left_out = len(rows) - SHOWN
-        header = ("", "tensors", "how many", "before", "after", "max |a-b|", "relative", "cosine")
+        header = ("tensors", "", "how many", "before", "after", "max |a-b|", "relative", "cosine")
         console.table(header, rows if each else rows[:SHOWN], right=(2, 5, 6, 7))
         if left_out > 0 and not each:
             console.result(f"… and {left_out} more kinds (--each shows all)")
@@ -92,7 +92,7 @@ def _row(kind: str, name: str, tensors: list[TensorDifference]) -> tuple[str, ..
     if distances:
         relative, cosine = max(d.relative for d in distances), min(d.cosine for d in distances)
         numbers = (f"{max(d.largest for d in distances):.4g}", f"{relative:.3e}", f"{cosine:.6f}")
-    return kind, one_line(name, 120), str(len(tensors)), *shown, *numbers
+    return one_line(name, 120), kind, str(len(tensors)), *shown, *numbers
 
 
 def _form(form: tuple[str, tuple[int, ...]] | None) -> str:

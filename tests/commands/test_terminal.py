@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def test_a_table_fits_and_loses_nothing() -> None:
         lines = [line for line, _ in table_lines([header, *rows], [1], limit)]
         assert all(width(line) <= limit for line in lines)
         assert "46,702,792,704" in "\n".join(lines)
-        letters = sorted("".join("".join(lines).split()))
-        assert letters == sorted("".join("".join([*header, *rows[0]]).split()))
+        wanted, letters = Counter("".join([*header, *rows[0]])), Counter("".join(lines))
+        assert all(letters[letter] >= count for letter, count in wanted.items() if letter != " ")
+        assert limit < 80 or rows[0][0] in "\n".join(lines)
     assert len(list(table_lines([header, *rows], [1], None))) == 2
 
 

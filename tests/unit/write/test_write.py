@@ -383,10 +383,10 @@ import sys, time
 from moesurgery.cli import main
 from moesurgery.write import shard
 from moesurgery.write import copy_bytes
-fast = copying.write_full
+fast = copy_bytes.write_full
 def slow(*a):
     time.sleep(0.5); fast(*a)
-copying.write_full = slow
+copy_bytes.write_full = slow
 sys.exit(main(["rescale", {str(model)!r}, "--top-k", "3", "--scale", "1.5", "-o", {str(out)!r}, "-j", "1"]))
 """
     return subprocess.Popen(
