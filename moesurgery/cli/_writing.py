@@ -172,7 +172,9 @@ def carry_out(
 
 
 def _changes_nothing(plan: Plan) -> bool:
-    """Whether the output would be the input under another name."""
+    """Whether the output would be the input under another name; of merges their own warnings say it."""
+    if any(step.operation == "merge" for step in plan.steps):
+        return False
     if plan.config != plan.checkpoint.config or plan.files or plan.companions or plan.max_shard_size:
         return False
     return sum(1 for _ in plan.untouched()) == len(plan.tensors) == len(plan.checkpoint.tensors)

@@ -114,7 +114,15 @@ def drop_experts(
     else:
         dropped = _named(anatomy, experts, keep)
     kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
-    remaining = equal_count(_NAME, kept)
+    try:
+        remaining = equal_count(_NAME, kept)
+    except RefusedError as error:
+        chosen = experts if experts is not None else keep
+        named = {str(key) for key in chosen} if isinstance(chosen, Mapping) else set()
+        left_out = [str(b.layer) for b in anatomy.blocks if named.isdisjoint((str(b.layer), b.where))]
+        if named and left_out:
+            error.hint = f"{error.hint}; nothing is said of the MoE layers {', '.join(left_out)}"
+        raise
     check_remaining(anatomy, _NAME, remaining)
     check_groups(anatomy, _NAME, kept)
 
@@ -167,13 +175,6 @@ def drop_experts(
 def _named(anatomy: Anatomy, experts: ExpertsByLayer, keep: ExpertsByLayer) -> dict[str, list[int]]:
     """Return the experts to drop in each block, from a choice by number."""
     chosen = per_block(anatomy, _NAME, experts if experts is not None else keep)
-    left_out = [str(block.layer) for block in anatomy.blocks if block.where not in chosen]
-    if left_out and any(len(entry) for entry in chosen.values()):
-        raise RefusedError(
-            f"{_NAME}: nothing is said of the MoE layers {', '.join(left_out)}; config.json has one number of experts"
-            " for all layers",
-            f"name as many experts in each, as '{{{left_out[0]}: {next(iter(chosen.values()))}, …}}'",
-        )
     dropped = {}
     for block in anatomy.blocks:
         indices = chosen.get(block.where, [] if experts is not None else list(range(block.experts)))
