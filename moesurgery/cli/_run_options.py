@@ -13,7 +13,6 @@ import typer
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli._console import console
 from moesurgery.fitting.reporter import Reporter
-from moesurgery.merge.merge_recipe import load_any_recipe
 from moesurgery.plan.plan import Plan, plan_of
 
 if TYPE_CHECKING:
@@ -81,6 +80,8 @@ reporter = Reporter(console.note, _share_done, _through_layers)
 def subject(reference: str) -> Plan:
     """Return the plan of a checkpoint, or of a recipe file, which is not written."""
     if reference.endswith((".yaml", ".yml")) and os.path.isfile(reference):
+        from moesurgery.merge.merge_recipe import load_any_recipe
+
         plan = load_any_recipe(reference).plan()
         for step in plan.steps:
             console.note(f"{reference}: {step.operation}: {step.summary}")
