@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moesurgery.cli._pictures import Bars, Heatmap, shown, svg, write_picture
+from moesurgery.cli._pictures import Bars, Heatmap, shown_number, svg, write_picture
 from tests.conftest import DEMO, ROOT, Result
 
 Cli = Callable[..., Result]
@@ -34,7 +34,7 @@ def test_a_heat_map_has_a_cell_for_each_value_and_a_key(columns: int) -> None:
     said = [element.text or "" for element in root.iter(f"{SVG}title")]
     assert len(said) == 2 * columns
     assert sum("not measured" in text for text in said) == 2
-    assert f"<b>, expert {columns - 1}: {shown(columns - 3.0)} u" in said
+    assert f"<b>, expert {columns - 1}: {shown_number(columns - 3.0)} u" in said
     words = [element.text for element in root.iter(f"{SVG}text")]
     assert {"title & more", "about", "not measured", "a frame", "<b>"} <= set(words)
     wide = float(root.get("width", "0"))
@@ -64,7 +64,7 @@ def test_shades_use_the_whole_scale() -> None:
     ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert shown(value) == text
+    assert shown_number(value) == text
     wide = Heatmap("t", ["a"], ["0", "1"], [[800.0, 7e-5]])
     assert [wide.shown(v) for v in (800.0, 10.84, 0.392, -0.04, 7e-5)] == ["800", "10.8", "0.4", "0", "0"]
 
