@@ -24,7 +24,7 @@ def main(model: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     import moesurgery
     from moesurgery.cli._app import app
-    from moesurgery.cli.recipes import shipped_recipes
+    from moesurgery.cli._shipped_recipes import shipped_recipes
 
     installed = Path(moesurgery.__file__)
     assert "site-packages" in installed.parts, f"{installed} is the checkout, not the installed package"

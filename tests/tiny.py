@@ -39,6 +39,9 @@ def build(model_type: str, **changes: Any) -> torch.nn.Module:
     whole = any(key in row for key in ("text_config", "thinker_config", "vocab_size", "d_model"))
     config = transformers.AutoConfig.for_model(model_type, **({} if whole else BASE) | row | changes)
     config._attn_implementation = "eager"
+    for part in (config, getattr(config, "text_config", None)):
+        if getattr(part, "num_nextn_predict_layers", 0):
+            part.num_nextn_predict_layers = 0  # transformers states its default, and builds none
     torch.manual_seed(0)
     if model_type in CLASSES:
         model = getattr(transformers, CLASSES[model_type])(config)

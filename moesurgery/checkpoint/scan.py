@@ -14,7 +14,7 @@ from typing import Any
 from moesurgery.checkpoint.filenames import CONFIG, INDEX, SINGLE
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.checkpoint.header import Header, TensorInfo, scan_header
-from moesurgery.checkpoint.source import LocalSource, Source, is_contained
+from moesurgery.checkpoint.source import GGUF_HINT, LocalSource, Source, is_contained
 from moesurgery.checkpoint.strict_json import parse_json, repeated_keys
 from moesurgery.cpu_count import cores
 from moesurgery.errors import CheckpointError
@@ -109,6 +109,9 @@ def scan_checkpoint(source: Source, *, headers_only: bool = False) -> Scan:
 
 def _read_config(scan: Scan) -> None:
     if CONFIG not in scan.sizes:
+        if any(file.lower().endswith(".gguf") for file in scan.sizes):
+            scan.add("C01", f"{scan.source.identity} holds GGUF files and no {CONFIG}", hint=GGUF_HINT)
+            return
         scan.add("C01", f"{scan.source.identity} has no {CONFIG}", hint=_hint_without_config(scan.source))
         return
     scan.config = scan.read_object(CONFIG, "C01", MAX_CONFIG_BYTES, fatal=True)

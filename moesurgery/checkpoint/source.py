@@ -10,6 +10,7 @@ is an error, since bytes of two models would stand side by side.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -28,6 +29,12 @@ MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home dire
 MAX_FILE_BYTES = 1 << 60  # what a server says of a file's size is believed up to here
 _BLOCK = 8 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+GGUF_HINT = "moesurgery reads safetensors: name the checkpoint that it was made from"
+# The address that a browser shows for a model; `kind` is what else the Hub has.
+_HUB_PAGE = re.compile(
+    r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/((?P<kind>datasets|spaces|collections|docs)/)?"
+    r"(?P<name>[\w.-]+/[\w.-]+)?(/(tree|blob|resolve)/(?P<revision>[^/?#]+))?"
+)
 
 
 class Source(Protocol):
@@ -280,9 +287,9 @@ class RemoteSource:
     label: str
     sizes: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     seen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    _local: threading.local = field(default_factory=threading.local, repr=False, compare=False)
+    _local: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[RemoteSource], tuple[str, str, dict[str, int], dict[str, str]]]:
+    def __reduce__(self) -> tuple[type[RemoteSource], tuple[Any, ...]]:
         return type(self), (self.url, self.label, self.sizes, self.seen)
 
     @property
@@ -411,20 +418,73 @@ class remote_errors:  # noqa: N801 - reads as a statement
         raise CheckpointError(f"{self.where} cannot be read: {reason}", hint) from None
 
 
-def open_hub(reference: str) -> RemoteSource:
-    """Resolve `hf://org/name[@revision]` to a commit and return its source."""
-    from huggingface_hub import HfApi
+@dataclass(frozen=True)
+class HubSource(RemoteSource):
+    """A commit on the Hub. Files that are in the Hub's cache are read there, all others by ranges."""
+
+    snapshot: LocalSource | None = None
+
+    def __reduce__(self) -> tuple[type[RemoteSource], tuple[Any, ...]]:
+        return type(self), (self.url, self.label, self.sizes, self.seen, self.snapshot)
+
+    def local(self, file: str) -> Path | None:  # type: ignore[override]
+        contained(file)
+        if self.snapshot is None or not (self.snapshot.root / file).exists():
+            return None
+        return self.snapshot.local(file)
+
+    def read(self, file: str, start: int, length: int) -> bytes:
+        if self.snapshot is not None and self.local(file) is not None:
+            return self.snapshot.read(file, start, length)
+        return super().read(file, start, length)
+
+    def check(self, file: str, descriptor: int | None = None) -> None:
+        if self.snapshot is not None and self.local(file) is not None:
+            self.snapshot.check(file, descriptor)
+
+
+def open_hub(reference: str) -> Source:
+    """Resolve `hf://org/name[@revision]` to a commit and return its source.
+
+    With HF_HUB_OFFLINE=1 that is the snapshot in the Hub's cache, and the network is not asked.
+    """
+    from huggingface_hub import HfApi, constants
 
     repository, _, revision = reference.removeprefix("hf://").strip("/").partition("@")
     if repository.count("/") != 1:
         raise CheckpointError(f"{reference} does not name a model", "write hf://org/name or hf://org/name@revision")
+    if constants.HF_HUB_OFFLINE:
+        snapshot = _cached_snapshot(repository, revision)
+        if snapshot is None:
+            raise CheckpointError(
+                f"{reference} is not in the Hub's cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set",
+                f"unset HF_HUB_OFFLINE, or download it first: hf download {repository}",
+            )
+        return snapshot
     bound_the_hub()
-    with remote_errors(reference):
-        commit = HfApi().model_info(repository, revision=revision or None).sha
+    try:
+        with remote_errors(reference):
+            commit = HfApi().model_info(repository, revision=revision or None).sha
+    except CheckpointError as error:
+        if _cached_snapshot(repository, revision) is not None:
+            error.hint = f"{error.hint}; HF_HUB_OFFLINE=1 reads the snapshot in the Hub's cache"
+        raise
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise CheckpointError(f"{reference}: the server names no commit, but {commit!r}", "is it the Hub that answers?")
     label = f"hf://{repository}@{commit}"
-    return RemoteSource(url=label, label=label)
+    return HubSource(url=label, label=label, snapshot=_cached_snapshot(repository, commit))
+
+
+def _cached_snapshot(repository: str, revision: str) -> LocalSource | None:
+    """Return the folder of a revision in the Hub's cache, which may lack files; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repository, revision=revision or None, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return LocalSource(Path(folder))
 
 
 def open_source(reference: str | Path) -> Source:
@@ -436,14 +496,37 @@ def open_source(reference: str | Path) -> Source:
     text = str(reference)
     if text.startswith("hf://"):
         return open_hub(text)
+    if page := _HUB_PAGE.match(text):
+        kind, name, revision = page["kind"], page["name"], page["revision"]
+        if kind or not name:
+            raise CheckpointError(f"{text} is a page of the Hub, and no model", "name a model: hf://org/name")
+        raise CheckpointError(
+            f"{text} is a page of the Hub", f"write hf://{name}{f'@{revision}' if revision else ''} for the model"
+        )
     if "://" in text:
         return RemoteSource(url=text, label=text)
     path = Path(text)
     if os.path.isdir(text):  # False for a name that no file can have
         return LocalSource(path)
     if os.path.isfile(text):
+        if path.suffix.lower() == ".gguf":
+            raise CheckpointError(f"{text} is a GGUF file", GGUF_HINT)
         raise CheckpointError(f"{text} is a file, not a checkpoint directory", f"try {path.parent}")
     hint = None
-    if len(path.parts) == 2 and not path.is_absolute() and not text.startswith("."):
+    if text.startswith("hf:"):
+        hint = f"for a model on the Hub write hf://{text.removeprefix('hf:').lstrip('/')}"
+    elif near := nearest_path(path):
+        hint = f"did you mean {near}?"
+    elif len(path.parts) == 2 and not path.is_absolute() and not text.startswith("."):
         hint = f"for a model on the Hub write hf://{text}"
     raise CheckpointError(f"{text}: no such directory", hint)
+
+
+def nearest_path(path: Path) -> Path | None:
+    """Return what lies beside `path` under the most similar name; None where nothing does."""
+    try:
+        beside = [name for _, name in zip(range(MAX_FILES), sorted(os.listdir(path.parent)), strict=False)]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, [name for name in beside if not name.startswith(".")], n=1)
+    return path.with_name(close[0]) if close else None

@@ -24,12 +24,26 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Headers of large models make hundreds of thousands of small objects and hardly any cycles.
     gc.set_threshold(200_000, 20, 20)
+    given = sys.argv[1:] if arguments is None else arguments
+    console.reset()
+    with console.activity(" ".join(["moesurgery", *given[:1]])):
+        try:
+            code = _run(given)
+        except SystemExit as error:  # click ends so where the reader of its help is gone
+            code = error.code if isinstance(error.code, int) else FAILED
+    return code
+
+
+def _run(given: list[str]) -> int:
+    from moesurgery.cli._console import console
+
     try:
         from moesurgery.cli._app import app
 
-        given = sys.argv[1:] if arguments is None else arguments
-        code = app(given[0] if given else "")(args=arguments, standalone_mode=False)
+        code = app(given[0] if given else "")(args=given, standalone_mode=False)
         console.flush()
+        if code == INTERRUPTED:  # some versions of Typer turn Ctrl-C into this
+            return _interrupted()
         return code if isinstance(code, int) else DONE
     except SurgeryError as error:
         if os.environ.get(DEBUG):
@@ -40,20 +54,30 @@ def main(arguments: list[str] | None = None) -> int:
         _give_up_output()
         return FAILED
     except KeyboardInterrupt:
-        console.note("interrupted")
-        return INTERRUPTED
+        return _interrupted()
     except Exception as error:
         return _other(error)
 
 
+def _interrupted() -> int:
+    """Say in one line that it was interrupted, and what became of the work where that is known."""
+    from moesurgery.cli._console import console
+
+    console.quiet = False
+    console.note(console.if_interrupted)
+    return INTERRUPTED
+
+
 def _give_up_output() -> None:
     """Point what can no longer be written at nothing: Python would complain at exit, and end with another code."""
+    from moesurgery.cli._console import drop_output
+
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                drop_output(stream)
 
 
 def _other(error: Exception) -> int:
@@ -61,12 +85,17 @@ def _other(error: Exception) -> int:
     from moesurgery.cli._console import console
 
     if type(error).__name__ == "Abort":
-        console.note("interrupted")
-        return INTERRUPTED
+        return _interrupted()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        console.result(str(error))
+        return DONE
     message = getattr(error, "format_message", None)
     if message is not None:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "moesurgery"
+        if near := getattr(error, "possibilities", None):
+            console.error(f"no such option: {error.option_name}", f"did you mean {near[0]}? See `{path} --help`")  # type: ignore[attr-defined]
+            return FAILED
         console.error(message(), f"see `{path} --help`")
         return FAILED
     if os.environ.get(DEBUG):
@@ -119,4 +148,6 @@ def run() -> None:
     _open_standard_streams()
     code = main()
     _give_up_output()
+    if code == INTERRUPTED:
+        os._exit(code)  # a second Ctrl-C while threads and torch end would print a traceback
     sys.exit(code)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgery._version import __version__
+from moesurgery.cli._help import GroupedCommands, command_class, in_words
 from moesurgery.recipe.registry import BUILT_IN, find_operation, operations
 
 # The module of this package where each command is; the operations stand between the two.
@@ -35,11 +36,12 @@ def app(first: str = "") -> typer.Typer:
     Importing every command takes longer than a small job does.
     """
     made = typer.Typer(
+        cls=GroupedCommands,
         help="Surgery on Mixture-of-Experts checkpoints. No model is ever loaded to edit it.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # rich help forces ANSI codes into CI logs
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     made.callback()(_root)
     known = first in BUILT_IN or first in _MODULES
@@ -47,7 +49,8 @@ def app(first: str = "") -> typer.Typer:
         if name == "recipes":
             made.add_typer(import_module("moesurgery.cli.recipes").recipes_app, name=name)
         else:
-            made.command(name)(_function(name))
+            own = find_operation(name).parameters if name not in _MODULES else ()
+            made.command(name, cls=command_class(own))(in_words(_function(name)))
     return made
 
 
@@ -70,7 +73,7 @@ def _version(value: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass

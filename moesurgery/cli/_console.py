@@ -7,15 +7,17 @@ shown escaped, and nothing is parsed as markup.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from moesurgery.checkpoint.strict_json import ascii_json
+from moesurgery.cli._activity import Activity
+from moesurgery.cli._table import table_lines
 from moesurgery.errors import OutputError
 from moesurgery.escape import one_line, safe
 from moesurgery.write.shard import JobControl
@@ -30,7 +32,7 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        raise
+        drop_output(sys.stdout)
     except OSError as error:
         raise OutputError(
             f"the answer cannot be written to standard output: {error.strerror}",
@@ -42,8 +44,14 @@ class Console:
     """What a command prints with. `quiet` leaves results and errors only."""
 
     def __init__(self) -> None:
-        self.quiet = False
         self.colour: bool | None = None
+        self._activity: Activity | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what an earlier command set. `if_interrupted` is what is said after Ctrl-C."""
+        self.quiet = False
+        self.if_interrupted = "interrupted"
 
     def result(self, text: str = "") -> None:
         """Print a line of the answer."""
@@ -54,18 +62,13 @@ class Console:
         self._print(ascii_json(value))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-        """Print aligned columns; those in `right` are aligned to the right."""
+        """Print aligned columns, no wider than the terminal; those in `right` are aligned to the right."""
         cells = [[safe(str(c)) for c in row] for row in (header, *rows)]
-        widths = [max(width(row[i]) for row in cells) for i in range(len(header))]
-        for n, row in enumerate(cells):
-            shown = [
-                " " * (w - width(c)) + c if i in right else c + " " * (w - width(c))
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            line = "  ".join(shown).rstrip()
-            self._print(self._style(line, "1") if n == 0 else line)
+        for line, of_header in table_lines(cells, right, _columns()):
+            self._print(self._style(line, "1") if of_header else line)
 
     def _print(self, line: str) -> None:
+        self._clear_activity()
         with _answering():
             print(line, file=sys.stdout)
 
@@ -76,8 +79,13 @@ class Console:
 
     def _say(self, line: str) -> None:
         """Print on stderr; where that cannot be written, there is nobody to be told."""
+        self._clear_activity()
         with suppress(OSError):
             print(line, file=sys.stderr)
+
+    def _clear_activity(self) -> None:
+        if self._activity is not None:
+            self._activity.clear()
 
     def note(self, text: str) -> None:
         """Say something that is not the answer."""
@@ -93,6 +101,31 @@ class Console:
             self._say(self._style("error: ", "31;1", sys.stderr) + one_line(line, _LONGEST))
         if hint:
             self._say(self._style("hint:  ", "36", sys.stderr) + one_line(hint, _LONGEST))
+
+    @contextmanager
+    def activity(self, name: str) -> Iterator[None]:
+        """Say on the terminal what goes on whenever nothing has been shown for a second."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        with Activity(name, sys.stderr) as self._activity:
+            try:
+                yield
+            finally:
+                self._activity = None
+
+    @contextmanager
+    def _instead_of_activity(self) -> Iterator[None]:
+        """Keep the line of `activity` away while progress is shown."""
+        activity = self._activity
+        if activity is None:
+            yield
+            return
+        activity.pause()
+        try:
+            yield
+        finally:
+            activity.go_on()
 
     def _style(self, text: str, code: str, stream: IO[str] | None = None) -> str:
         stream = stream or sys.stdout
@@ -131,7 +164,8 @@ class Console:
 
         watch.progress = advance
         try:
-            yield watch
+            with self._instead_of_activity():
+                yield watch
         finally:
             if terminal and not self.quiet:
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -149,11 +183,21 @@ class Console:
             DownloadColumn,
             Progress,
             ProgressColumn,
+            Task,
             TaskProgressColumn,
             TextColumn,
-            TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.text import Text
+
+        class TimeLeft(ProgressColumn):
+            """The time left at the mean speed so far, from the first step on."""
+
+            def render(self, task: Task) -> Text:
+                if not task.completed or not task.elapsed or task.total is None:
+                    return Text("-:--:--")
+                left = task.elapsed * max(task.total - task.completed, 0) / task.completed
+                return Text(f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
 
         lock, moved = threading.Lock(), 0
         amount: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if of_bytes else [TaskProgressColumn()]
@@ -161,7 +205,7 @@ class Console:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             *amount,
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=RichConsole(stderr=True, markup=False),
             transient=True,
         )
@@ -177,9 +221,14 @@ class Console:
                     bar.update(task, completed=moved)
 
         watch.progress = advance
-        with bar:
+        with self._instead_of_activity(), bar:
             yield watch
             bar.update(task, completed=moved)
+
+
+def drop_output(stream: IO[str]) -> None:
+    """Let what is still printed go nowhere: the reader of our output is gone (`| head`), the work goes on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def duration(seconds: float) -> str:
@@ -192,9 +241,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def width(text: str) -> int:
-    """Return the columns that `text` takes; wide East Asian characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def _columns() -> int | None:
+    """Return how wide a table may be: COLUMNS, or the terminal; None where there is neither."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit():
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def human_bytes(count: float) -> str:

@@ -7,16 +7,17 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from moesurgery.cli import _writing
 from moesurgery.cli._calibrated import OPTIONS, calibrated
 from moesurgery.cli._console import console
+from moesurgery.cli._help import completed
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.calibrate import CalibrationOptions
-from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, words_of
+from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, literals_of, words_of
 from moesurgery.recipe.reader import Recipe, RecipeStep, load_recipe
 from moesurgery.recipe.registry import Operation, problems
 
@@ -101,7 +102,10 @@ def with_signature(command: Callable[..., None], found: Operation, more: Mapping
     for parameter in found.parameters.values():
         kind, extra = _option_type(parameter)
         switches = f"{parameter.option}/--no-{parameter.option[2:]}" if parameter.default is True else parameter.option
-        option = typer.Option(switches, help=_help(parameter), metavar=parameter.param.metavar, **extra)
+        if words := literals_of(parameter.annotation):
+            extra["autocompletion"] = completed(words.__iter__)
+        metavar = parameter.param.metavar or _metavar(parameter)
+        option = typer.Option(switches, help=_help(parameter), metavar=metavar, **extra)
         default = inspect.Parameter.empty if parameter.required else None
         declared: Any = Annotated[kind if parameter.required else kind | None, option]
         parameters.append(
@@ -118,6 +122,16 @@ def _option_type(parameter: Parameter) -> tuple[Any, dict[str, Any]]:
     if kinds in ((int,), (float,)):
         return kinds[0], {"min": parameter.param.minimum, "max": parameter.param.maximum}
     return bool if kinds == (bool,) else str, {}
+
+
+def _metavar(parameter: Parameter) -> str | None:
+    """Say in a word or two what the value is; None where the option takes none, or its type says enough."""
+    origins = [get_origin(kind) or kind for kind in kinds_of(parameter.annotation)]
+    if list in origins or dict in origins:
+        return "N|LIST" if int in origins else "LIST"
+    if parameter.param.reads is not None:
+        return parameter.param.reads.upper()
+    return "N" if origins == [int] else None
 
 
 def _help(parameter: Parameter) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ import typer
 from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
+from moesurgery.cli._output_name import default_output
+from moesurgery.cli._pictures import Panel, check_picture, factors_of_rules, of_table, write_picture
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
@@ -49,6 +49,12 @@ Validate = Annotated[bool, typer.Option("--validate", help="Validate the output;
 Jobs = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
 ]
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture", metavar="FILE", help="Draw what was decided or measured: .svg, .html, or .png (matplotlib)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
@@ -68,6 +74,7 @@ class WriterFlags:
     checksums: Checksums = False
     validate: Validate = False
     jobs: Jobs = None
+    picture: Picture = None
     as_json: Json = False
     quiet: Quiet = False
 
@@ -105,16 +112,20 @@ def carry_out(
     for step in plan.steps:
         for warning in step.warnings:
             console.warning(warning)
-    output = flags.output or Path(default_name(plan))
+    if _changes_nothing(plan):
+        would = "would change" if flags.dry_run else "changes"
+        console.warning(f"nothing {would}: every tensor and config.json stay as they are")
+    output = flags.output or default_output(plan)
     if not flags.dry_run:
         recover(Path(os.path.abspath(output)))
-    check_output(plan, Path(os.path.abspath(output)), force=flags.force)
+    check_output(plan, Path(os.path.abspath(output)), force=flags.force, dry_run=flags.dry_run)
+    _draw(plan, flags.picture)
     if flags.dry_run:
         dry_run(plan, output, flags, more or {})
         return
     report_steps(plan, flags)
     if plan.checkpoint.other_weights:
-        console.note(
+        console.warning(
             "left behind: " + ", ".join(plan.checkpoint.other_weights[:5]) + " (not the safetensors that were edited)"
         )
     options = WriteOptions(
@@ -131,7 +142,8 @@ def carry_out(
         except KeyboardInterrupt:
             partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
             if partial.exists():
-                console.note(f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up")
+                kept = f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up"
+                console.if_interrupted = kept
             raise
     report = _validated(written.path, plan.nbytes) if flags.validate else None
     if flags.as_json:
@@ -162,6 +174,15 @@ def carry_out(
         raise typer.Exit(ANSWER_IS_NO)
 
 
+def _changes_nothing(plan: Plan) -> bool:
+    """Whether the output would be the input under another name; of merges their own warnings say it."""
+    if any(step.operation == "merge" for step in plan.steps):
+        return False
+    if plan.config != plan.checkpoint.config or plan.files or plan.companions or plan.max_shard_size:
+        return False
+    return sum(1 for _ in plan.untouched()) == len(plan.tensors) == len(plan.checkpoint.tensors)
+
+
 def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
     """Print a recipe as YAML, or what the YAML says as JSON."""
     text = recipe.to_yaml()
@@ -176,10 +197,11 @@ def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
 
 def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
+    check_picture(flags.picture)
     if flags.output is not None:
         if not flags.dry_run:
             recover(Path(os.path.abspath(flags.output)))
-        check_place(Path(os.path.abspath(flags.output)), force=flags.force)
+        check_place(Path(os.path.abspath(flags.output)), force=flags.force, dry_run=flags.dry_run)
 
 
 def _validated(output: Path, nbytes: int) -> Report:
@@ -192,6 +214,24 @@ def _validated(output: Path, nbytes: int) -> Report:
 def _say_written(output: Path, written: Written) -> None:
     resumed = f", {written.resumed} of them from the interrupted job" if written.resumed else ""
     console.result(f"wrote {output} ({human_bytes(written.nbytes)} in {written.shards} shards{resumed})")
+
+
+def _draw(plan: Plan, path: Path | None) -> None:
+    """Draw the tables of what each step decided."""
+    if path is None:
+        return
+    panels: list[Panel] = []
+    for step in plan.steps:
+        if step.operation == "rescale" and "alternatives" in step.report:
+            panels.append(factors_of_rules(step.report))
+            continue
+        titled = [(f"{step.operation}: {t.header[-1]} by {t.header[0]}", t) for t in step.tables]
+        panels += [panel for title, t in titled if (panel := of_table(title, t.header, t.rows)) is not None]
+    if not panels:
+        console.warning(f"{path} is not written: no step decided numbers that could be drawn")
+        return
+    summary = "; ".join(step.summary for step in plan.steps)
+    write_picture(path, f"{plan.checkpoint.name}: {', '.join(step.operation for step in plan.steps)}", summary, panels)
 
 
 def report_steps(plan: Plan, flags: WriterFlags) -> None:
@@ -207,17 +247,6 @@ def report_steps(plan: Plan, flags: WriterFlags) -> None:
             console.table(table.header, table.rows, right=range(1, len(table.header)))
         if step.tables:
             console.result()
-
-
-def default_name(plan: Plan) -> str:
-    """Name an output after the model and what was done: `Mixtral-8x7B-rescale-k3`."""
-    model = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", plan.checkpoint.name)).lstrip("-")
-    words = [model or "model"]
-    for step in plan.steps[:3]:
-        words.append(step.operation)
-        if "top_k" in step.parameters:
-            words.append(f"k{step.parameters['top_k']}")
-    return "-".join(words)
 
 
 def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:
@@ -241,6 +270,9 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
     kinds["new"] = len(plan.tensors.keys() - plan.checkpoint.tensors.keys())
     needed = sum(bytes_needed(task, linked=flags.link) for task in tasks)
     place = Path(os.path.abspath(output)).parent
+    exists = output.exists() and any(output.iterdir())
+    if exists and not flags.force:
+        console.warning(f"{output} exists and is not empty: writing needs --force, or another -o")
     status = os.statvfs(place if place.exists() else ".")
     free = status.f_bavail * status.f_frsize
     changes = config_changes(plan)
@@ -248,6 +280,7 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
     document = {
         "schema_version": 1,
         "output": str(output),
+        "output_exists": exists,
         "shards": len(tasks),
         "tensors": kinds,
         "bytes_written": written,

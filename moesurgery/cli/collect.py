@@ -11,7 +11,8 @@ import typer
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
 from moesurgery.cli._console import console, duration, human_bytes
-from moesurgery.cli._writing import Force, Json, Quiet
+from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
+from moesurgery.cli._writing import Force, Json, Picture, Quiet
 from moesurgery.errors import OutputError
 from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
@@ -52,6 +53,7 @@ def collect_command(
         bool, typer.Option("--dry-run", help="Time the first layer, and say what all of them will take.")
     ] = False,
     force: Force = False,
+    picture: Picture = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -64,6 +66,7 @@ def collect_command(
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
+    check_picture(picture)
     plan = _run_options.subject(model)
     settings = RunSettings(window, None, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
@@ -78,6 +81,9 @@ def collect_command(
     document = _document(stats, target)
     with whole_file(target.with_suffix(".json")) as new:
         new.write_text(write_json(document))
+    if picture is not None:
+        about = f"{stats.about['tokens']:,} tokens, seed {seed}"
+        write_picture(picture, f"{plan.checkpoint.name}: what each expert does", about, _panels(document))
     if as_json:
         console.json(document)
         return
@@ -116,6 +122,21 @@ def _show_forecast(run: CalibrationRun, scratch: Path, *, as_json: bool) -> None
         ],
         right=(1,),
     )
+
+
+def _panels(document: dict[str, Any]) -> list[Panel]:
+    """Return how often each expert is used, and its score by each criterion."""
+    layers = document["layers"]
+    rows = [f"layer {next((p for p in x['layer'].split('.') if p.isdigit()), x['layer'])}" for x in layers]
+    framed = {(y, e) for y, x in enumerate(layers) for e in document["super_experts"].get(x["layer"], ())}
+    experts = [str(e) for e in range(max(len(x["experts"]["tokens"]) for x in layers))]
+
+    def of(title: str, values: list[list[float]], unit: str = "") -> Heatmap:
+        return Heatmap(title, rows, experts, values, unit, framed=framed, frame="output far above all others'")
+
+    used = [[100 * n / x["tokens"] for n in x["experts"]["tokens"]] for x in layers]
+    criteria = [key for key in layers[0]["experts"] if key not in ("tokens", "largest_output", "frequency")]
+    return [of("Share of tokens", used, "%"), *(of(by, [x["experts"][by] for x in layers]) for by in criteria)]
 
 
 def _document(stats: Stats, target: Path) -> dict[str, Any]:

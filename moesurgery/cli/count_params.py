@@ -9,13 +9,16 @@ import typer
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.cli._console import console, human_bytes, human_count
 from moesurgery.cli._operations import Model
-from moesurgery.cli._writing import Json
+from moesurgery.cli._pictures import Bars, Heatmap, Panel, check_picture, write_picture
+from moesurgery.cli._writing import Json, Picture
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.count.params import Counts, count_params
 from moesurgery.count.roofline import Roofline, roofline
 from moesurgery.errors import RecipeError
 from moesurgery.families.components import MAIN_COMPONENTS, VISION
 from moesurgery.families.recognition import recognise
+
+_BAR = 24  # characters of the longest bar
 
 CONVENTIONS = {
     "all": "all weights a token uses (Mixtral, Qwen, OLMoE, Llama-4)",
@@ -34,6 +37,7 @@ def count_params_command(
         int, typer.Option("--context", min=1, help="Tokens of context for the memory-or-compute section.")
     ] = 4096,
     accelerator: Annotated[str, typer.Option("--accelerator", help="One of " + ", ".join(ACCELERATORS) + ".")] = "h100",
+    picture: Picture = None,
     as_json: Json = False,
 ) -> None:
     """Count parameters exactly, total and active, from headers alone.
@@ -43,10 +47,14 @@ def count_params_command(
     """
     if accelerator not in ACCELERATORS:
         raise RecipeError(f"unknown accelerator {accelerator!r}", "known: " + ", ".join(ACCELERATORS))
+    check_picture(picture)
     checkpoint = open_checkpoint(model, headers_only=True)
     anatomy = recognise(checkpoint.config, checkpoint.tensors)
     counts = count_params(anatomy, checkpoint.tensors, top_k)
     cost = roofline(anatomy, checkpoint.tensors, counts, context, ACCELERATORS[accelerator])
+    if picture is not None:
+        about = f"{counts.total:,} parameters in all"
+        write_picture(picture, f"{checkpoint.source.name}: where the parameters sit", about, _panels(counts))
     if as_json:
         document = counts.as_json()
         document["model"] = checkpoint.source.identity
@@ -64,6 +72,20 @@ def count_params_command(
         _show_layers(counts)
     if cost is not None:
         _show_roofline(cost, counts)
+
+
+def _panels(counts: Counts) -> list[Panel]:
+    """Return the parameters by component, and by layer and component."""
+    names = [c for c in (*MAIN_COMPONENTS, VISION) if c in counts.components]
+    titles = [name.replace("_", " ") for name in names]
+    found: list[Panel] = [Bars("Parameters by component", titles, [counts.components[name] for name in names])]
+    held = [n for n in names if any(n in entry["components"] for entry in counts.by_layer)]
+    if held:
+        values = [[float(entry["components"].get(n, 0)) for entry in counts.by_layer] for n in held]
+        layers = [str(entry["layer"]) for entry in counts.by_layer]
+        rows = [name.replace("_", " ") for name in held]
+        found.append(Heatmap("Parameters by layer", rows, layers, values, "parameters", across="layer"))
+    return found
 
 
 def _show(identity: str, counts: Counts, unknown: str, *, headers_only: bool) -> None:
@@ -91,8 +113,9 @@ def _show(identity: str, counts: Counts, unknown: str, *, headers_only: bool) ->
     for component in (*MAIN_COMPONENTS, VISION):
         if component in counts.components:
             value = counts.components[component]
-            rows.append((component.replace("_", " "), f"{value:,}", f"{100 * value / counts.total:.2f} %"))
-    console.table(("component", "parameters", "share"), rows, right=(1, 2))
+            share = value / counts.total
+            rows.append((component.replace("_", " "), f"{value:,}", f"{100 * share:.2f} %", "█" * round(_BAR * share)))
+    console.table(("component", "parameters", "share", ""), rows, right=(1, 2))
     for kind, value in counts.not_counted.items():
         console.result(f"not in the total: {value:,} {kind.replace('_', ' ')}")
     if counts.tied_embeddings:

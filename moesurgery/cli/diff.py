@@ -10,7 +10,8 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
-from moesurgery.cli._writing import Json, Quiet
+from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
+from moesurgery.cli._writing import Json, Picture, Quiet
 from moesurgery.escape import one_line
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.difference import Difference, TensorDifference, diff_checkpoints
@@ -22,6 +23,7 @@ def diff_command(
     a: Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], or a URL.")],
     b: Annotated[str, typer.Argument(help="Another one.")],
     each: Annotated[bool, typer.Option("--each", help="A line for every tensor, not for every kind.")] = False,
+    picture: Picture = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -30,15 +32,35 @@ def diff_command(
     Exits 1 where they differ. Streams both; values are compared over what is finite in both.
     """
     console.quiet = quiet
+    check_picture(picture)
     first, second = open_checkpoint(a), open_checkpoint(b)
     with console.progress("comparing", first.stored_bytes) as watch:
         found = diff_checkpoints(first, second, watch.progress)
+    if picture is not None:
+        title = f"{first.source.name} and {second.source.name}: what differs"
+        write_picture(picture, title, f"{len(found.tensors)} tensors differ, {found.equal} are equal", _panels(found))
     if as_json:
         console.json(_document(first.source.identity, second.source.identity, found))
     else:
         _show(found, each)
     if not found.same:
         raise typer.Exit(ANSWER_IS_NO)
+
+
+def _panels(found: Difference) -> list[Panel]:
+    """Return the relative distances by layer and kind of tensor: the largest of each."""
+    worst: dict[tuple[str, int], float] = {}
+    for tensor in found.tensors:
+        template, numbers = name_template(tensor.name)
+        if tensor.distance is not None:
+            kind = template.partition("layers.#.")[2] if "layers.#." in template else template
+            place = (kind.removesuffix(".weight"), numbers[0] if numbers and "layers.#." in template else -1)
+            worst[place] = max(worst.get(place, 0.0), tensor.distance.relative)
+    kinds, layers = list(dict.fromkeys(kind for kind, _ in worst)), sorted({layer for _, layer in worst})
+    values = [[worst.get((kind, layer)) for layer in layers] for kind in kinds]
+    names = ["–" if layer < 0 else str(layer) for layer in layers]
+    title = "Relative distance |a - b| / |a|, the largest of each kind (not measured: equal, or of another shape)"
+    return [Heatmap(title, kinds, names, values, across="layer")] if worst else []
 
 
 def _show(found: Difference, each: bool) -> None:
@@ -56,7 +78,7 @@ def _show(found: Difference, each: bool) -> None:
             groups.setdefault((tensor.kind, name), []).append(tensor)
         rows = [_row(kind, name, tensors) for (kind, name), tensors in groups.items()]
         left_out = len(rows) - _SHOWN
-        header = ("", "tensors", "how many", "before", "after", "max |a-b|", "relative", "cosine")
+        header = ("tensors", "", "how many", "before", "after", "max |a-b|", "relative", "cosine")
         console.table(header, rows if each else rows[:_SHOWN], right=(2, 5, 6, 7))
         if left_out > 0 and not each:
             console.result(f"… and {left_out} more kinds (--each shows all)")
@@ -72,7 +94,7 @@ def _row(kind: str, name: str, tensors: list[TensorDifference]) -> tuple[str, ..
     if distances:
         relative, cosine = max(d.relative for d in distances), min(d.cosine for d in distances)
         numbers = (f"{max(d.largest for d in distances):.4g}", f"{relative:.3e}", f"{cosine:.6f}")
-    return kind, one_line(name, 120), str(len(tensors)), *shown, *numbers
+    return one_line(name, 120), kind, str(len(tensors)), *shown, *numbers
 
 
 def _form(form: tuple[str, tuple[int, ...]] | None) -> str:

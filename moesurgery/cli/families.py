@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 
 from moesurgery.cli._console import console
+from moesurgery.cli._help import completed
 from moesurgery.cli._writing import Json
 from moesurgery.errors import RecipeError
 from moesurgery.families.overview import CLASSES, HEADER, Overview, about, meaning, overview
@@ -14,17 +16,24 @@ from moesurgery.families.table import FAMILIES
 from moesurgery.recipe.registry import did_you_mean
 
 
+def _names() -> Iterable[str]:
+    return sorted({word for f in FAMILIES for word in (f.name, *f.model_types)})
+
+
 def families_command(
-    name: Annotated[str | None, typer.Argument(help="Show everything about one family or model_type.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show everything about one family or model_type.", autocompletion=completed(_names)),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show which model families are known, and what can be done with each."""
     chosen = [overview(f) for f in FAMILIES if name is None or name == f.name or name in f.model_types]
     if not chosen:
-        known = {word for f in FAMILIES for word in (f.name, *f.model_types)}
         raise RecipeError(
             f"no family or model_type is called {name!r}",
-            did_you_mean(name or "", known) or "`moesurgery families` lists all; docs/families.md shows how to add one",
+            did_you_mean(name or "", _names())
+            or "`moesurgery families` lists all; docs/families.md shows how to add one",
         )
     if as_json:
         console.json({"schema_version": 1, "families": [found.as_json() for found in chosen]})

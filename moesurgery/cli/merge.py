@@ -10,6 +10,7 @@ import typer
 
 from moesurgery.cli import _writing
 from moesurgery.cli._operations import taking_flags
+from moesurgery.cli._shipped_recipes import check_recipe_file
 from moesurgery.fitting.run_settings import check_device
 from moesurgery.merge.compute.method import load_methods
 from moesurgery.merge.merge_recipe import load_merge_recipe
@@ -36,5 +37,6 @@ def merge_command(
         load_methods(file)
     if device:
         check_device(device)
+    check_recipe_file(recipe)
     found = load_merge_recipe(recipe)
     _writing.carry_out(replace(found, max_shard_size=flags.shard_bytes, device=device), flags)

@@ -29,9 +29,10 @@ def probe_command(
     model: _run_options.ModelOrRecipe,
     text: _run_options.WeightedTexts,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write NAME.json, NAME.html and, unless --no-png, NAME.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write NAME.json, NAME.html, NAME.svg and, with matplotlib, NAME.png."),
     ] = None,
-    png: Annotated[bool, typer.Option("--png/--no-png", help="The picture (needs matplotlib).")] = True,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="NAME.png too (needs matplotlib).")] = True,
     mode: Annotated[
         str,
         typer.Option(
@@ -62,7 +63,9 @@ def probe_command(
     console.quiet = quiet
     if mode not in MODES:
         raise RecipeError(f"--mode is {mode!r}, expected one of {', '.join(MODES)}")
-    files = [] if output is None else [output.with_name(output.name + end) for end in (".json", ".html", ".png")]
+    files = (
+        [] if output is None else [output.with_name(output.name + end) for end in (".json", ".html", ".svg", ".png")]
+    )
     for file in files:
         if file.exists() and not force:
             raise OutputError(f"{file} exists", "use --force to replace it, or another -o")
@@ -94,13 +97,18 @@ def probe_command(
     }
     document = _document(plan.checkpoint.name, stats, found, taken, modes)
     if output is not None:
-        from moesurgery.fitting.heatmap import draw, page
+        from moesurgery.cli._pictures import has_matplotlib, write_picture
+        from moesurgery.cli._probe_page import about_probe, panels, probe_page
 
-        for file, content in ((files[0], write_json(document)), (files[1], page(document))):
+        for file, content in ((files[0], write_json(document)), (files[1], probe_page(document))):
             with whole_file(file) as new:
                 new.write_text(content)
-        if png:
-            draw(document, files[2])
+        title, drawn = f"{document['name']}: what each expert does", panels(document)
+        write_picture(files[2], title, about_probe(document), drawn)
+        if png and has_matplotlib():
+            write_picture(files[3], title, about_probe(document), drawn)
+        elif png:
+            console.warning("no PNG without matplotlib: `pip install moesurgery[plot]`; the SVG shows the same")
     if as_json:
         console.json(document)
         return

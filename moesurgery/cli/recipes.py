@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +11,9 @@ import typer
 from moesurgery.cli import _writing
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
+from moesurgery.cli._help import completed
 from moesurgery.cli._operations import taking_flags
+from moesurgery.cli._shipped_recipes import check_recipe_file, shipped_recipes
 from moesurgery.errors import RecipeError
 from moesurgery.merge.merge_recipe import load_any_recipe
 from moesurgery.recipe.reader import load_recipe, recipe_schema
@@ -34,6 +33,7 @@ def run_command(
     model: Annotated[str | None, typer.Option("--model", help="Use this model instead of the recipe's.")] = None,
 ) -> None:
     """Carry out a recipe: several operations, one pass, one output."""
+    check_recipe_file(recipe)
     loaded = load_recipe(recipe)
     if model is not None:
         loaded = replace(loaded, model=model, model_line=0)
@@ -45,25 +45,6 @@ def run_command(
 def schema_command() -> None:
     """Print the JSON schema of recipes, for editors and CI."""
     console.json(recipe_schema())
-
-
-def _folder() -> Traversable:
-    """Return where the recipes are: in the installed package, or at the top of a source checkout."""
-    packaged = resources.files("moesurgery") / "recipes_shipped"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
-
-
-def shipped_recipes() -> dict[str, str]:
-    """Return the text of every shipped recipe by its name: `rescale-top3`, `merge/linear`."""
-    return dict(_recipes_in(_folder(), ""))
-
-
-def _recipes_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
-    for entry in sorted(folder.iterdir(), key=lambda e: (e.is_dir(), e.name)):
-        if entry.is_dir():
-            yield from _recipes_in(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(".yaml"):
-            yield prefix + entry.name.removesuffix(".yaml"), entry.read_text(encoding="utf-8")
 
 
 @recipes_app.command("ls")
@@ -79,7 +60,14 @@ def list_command() -> None:
 
 
 @recipes_app.command("show")
-def show_command(name: Annotated[str, typer.Argument(help="A name from `moesurgery recipes ls`.")]) -> None:
+def show_command(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `moesurgery recipes ls`.", metavar="NAME", autocompletion=completed(shipped_recipes)
+        ),
+    ],
+) -> None:
     """Print a recipe, to be saved and edited."""
     known = shipped_recipes()
     if name not in known:
@@ -88,7 +76,7 @@ def show_command(name: Annotated[str, typer.Argument(help="A name from `moesurge
 
 
 @recipes_app.command("check")
-def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files.")]) -> None:
+def check_command(files: Annotated[list[Path], typer.Argument(help="Recipe files.", metavar="FILE...")]) -> None:
     """Say whether recipes can be carried out, as far as that is seen without a model; exit 1 where one cannot."""
     wrong = 0
     for file in files:

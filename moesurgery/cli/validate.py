@@ -62,7 +62,9 @@ def validate_command(
     ] = "text",
     reports: Annotated[
         list[Path] | None,
-        typer.Option("--report", help="Write a report too: .txt, .json, .xml (JUnit), .sarif or .md. May be repeated."),
+        typer.Option(
+            "--report", help="Write a report too: .txt, .json, .xml (JUnit), .sarif, .md or .html. May be repeated."
+        ),
     ] = None,
     fail_on: Annotated[str, typer.Option("--fail-on", help="Exit 1 from this on: error, warning or note.")] = "error",
     ignore: Annotated[

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from moesurgery.checkpoint.strict_json import not_finite
 MISSING = inspect.Parameter.empty
 
 Reads = Literal["model", "file"]
+_RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
+_LONGEST_RANGE = 100_000
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,12 @@ def kinds_of(annotation: Any) -> tuple[Any, ...]:
 
 def words_of(annotation: Any) -> tuple[str, ...]:
     """Return all words that a value may be; none where it may be something else."""
-    kinds = kinds_of(annotation)
-    if any(get_origin(kind) is not Literal for kind in kinds):
-        return ()
-    return tuple(str(word) for kind in kinds for word in get_args(kind))
+    return literals_of(annotation) if all(get_origin(kind) is Literal for kind in kinds_of(annotation)) else ()
+
+
+def literals_of(annotation: Any) -> tuple[str, ...]:
+    """Return the words that a value may be, whatever else it may be."""
+    return tuple(str(word) for k in kinds_of(annotation) if get_origin(k) is Literal for word in get_args(k))
 
 
 def is_of_type(value: Any, annotation: Any) -> bool:
@@ -169,24 +174,29 @@ def _shown(value: Any) -> str:
     return f"{value!r} (text)" if isinstance(value, str) else f"{value!r}"
 
 
+_ONE = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_SEVERAL = {int: "whole numbers, as 0-6,9", float: "numbers", str: "texts", bool: "words true and false"}
+
+
 def describe(annotation: Any) -> str:
-    """Name a type for messages and help: `a whole number`, `one of a, b`."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    found = []
-    for choice in _choices(annotation):
-        origin = get_origin(choice)
-        if origin is Literal:
-            found.append("one of " + ", ".join(str(c) for c in get_args(choice)))
-        elif origin is list:
-            found.append(f"a list, each {describe(get_args(choice)[0])}")
-        elif origin is dict:
-            key, item = get_args(choice)
-            found.append(f"a mapping from {describe(key)} to {describe(item)}")
-        elif typing.is_typeddict(choice):
-            found.append(f"a mapping with {', '.join(fields_of(choice))}")
-        else:
-            found.append(names.get(choice, "any value"))
-    return " or ".join(f for f in found if f != "null")
+    """Name a type for messages and help: `a whole number`, `one of a, b`, `a list of whole numbers, as 0-6,9`."""
+    found = [_described(choice) for choice in kinds_of(annotation)]
+    return ", or ".join(dict.fromkeys(found))
+
+
+def _described(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(str(word) for word in inner)
+    if origin is list:
+        return f"a list of {_SEVERAL[inner[0]]}" if inner[0] in _SEVERAL else f"a list, each {describe(inner[0])}"
+    if origin is dict:
+        if kinds_of(inner[1]) == (list[int],):
+            return "such a list for each layer, as '{0: [3], 1: [6]}'"
+        return f"{describe(inner[1])} for each layer, as '{{0: …, 1: …}}'"
+    if typing.is_typeddict(kind):
+        return f"a mapping with {', '.join(fields_of(kind))}"
+    return _ONE.get(kind, "any value")
 
 
 def check_value(parameter: Parameter, value: Any) -> Misfit | None:
@@ -293,18 +303,17 @@ def schema_of(annotation: Any, param: Param | None = None) -> dict[str, Any]:
 def from_text(parameter: Parameter, text: str) -> Any:
     """Read a value from a command line: a YAML scalar or flow value, `3,5` for a list. Raises ValueError.
 
-    Where one number may be meant, `3` is that, and `[3]` the list.
+    Where one number may be meant, `3` is that, and `[3]` the list. In lists of whole numbers `0-6` is a range.
     """
     from moesurgery.recipe.yaml_strict import parse_text
 
     kinds = [get_origin(c) or c for c in _choices(parameter.annotation)]
     candidates: list[Any] = []
-    if int in kinds:
-        candidates.append(parse_text(text))
+    if int in kinds and type(number := parse_text(text)) is int:
+        candidates.append(number)
     if list in kinds and not text.lstrip().startswith(("[", "{")):
-        candidates.append([parse_text(part) for part in text.split(",") if part.strip()])
-    candidates.append(parse_text(text))
-    candidates.append(text)
+        candidates.append(_with_ranges([parse_text(part) for part in text.split(",") if part.strip()]))
+    candidates += [_with_ranges(parse_text(text)) if list in kinds else parse_text(text), text]
     for candidate in candidates:
         if is_of_type(candidate, parameter.annotation):
             problem = check_value(parameter, candidate)
@@ -312,3 +321,28 @@ def from_text(parameter: Parameter, text: str) -> Any:
                 raise ValueError(problem.message)
             return candidate
     raise ValueError(f"{text!r} is not {describe(parameter.annotation)}")
+
+
+def _with_ranges(value: Any) -> Any:
+    """Return a value with the ranges in its lists written out: `[0-2, 5]` is 0, 1, 2, 5. Raises ValueError."""
+    if isinstance(value, dict):
+        return {key: _with_ranges([v] if _range_of(v) else v) for key, v in value.items()}
+    if not isinstance(value, list):
+        return value
+    found: list[Any] = []
+    for item in value:
+        numbers = _range_of(item)
+        found += [_with_ranges(item)] if numbers is None else numbers
+    return found
+
+
+def _range_of(item: Any) -> range | None:
+    matched = _RANGE.fullmatch(item) if isinstance(item, str) else None
+    if matched is None:
+        return None
+    first, last = int(matched[1]), int(matched[2])
+    if last < first:
+        raise ValueError(f"the range {item} ends before it begins: write {last}-{first}")
+    if last - first >= _LONGEST_RANGE:
+        raise ValueError(f"the range {item} has more than {_LONGEST_RANGE:,} numbers")
+    return range(first, last + 1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from moesurgery.checkpoint.source import nearest_path
 from moesurgery.errors import RecipeError
 from moesurgery.escape import one_line
 
@@ -96,8 +97,10 @@ def recipe_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        near = nearest_path(Path(path))
         raise RecipeError(
-            f"{path} cannot be read: {reason}", "`moesurgery recipes ls` lists the recipes that ship"
+            f"{path} cannot be read: {reason}",
+            f"did you mean {near}?" if near else "`moesurgery recipes ls` lists the recipes that ship",
         ) from None
 
 

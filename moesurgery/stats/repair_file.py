@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.file_mode import follow_umask
 from moesurgery.checkpoint.filenames import REPAIR_INDEX
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.scan import MAX_CONFIG_BYTES
@@ -105,6 +106,7 @@ class RepairWriter:
             tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
             with whole_file(self.folder / file) as new:
                 save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, new)
+                follow_umask(new)
         self.layers.append(
             {
                 "layer": fitted.where,

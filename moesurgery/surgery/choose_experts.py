@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +46,17 @@ def per_block(anatomy: Anatomy, operation: str, value: Any) -> dict[str, Any]:
             raise RefusedError(f"{operation}: there is no MoE layer {key!r}", f"the MoE layers are {layers}")
         found[keys[str(key)]] = entry
     return found
+
+
+def share_of(text: str, total: int) -> int:
+    """Return how many of `total` experts a percentage is, `25%`: rounded, at least one. Raises RecipeError."""
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text)
+    if matched is None or not 0 < float(matched[1]) <= 100:
+        raise RecipeError(
+            f"keep is {text!r}, expected how many experts, a share of them, or which",
+            "as 6, as 25%, or as 0-6,9",
+        )
+    return max(1, math.floor(total * float(matched[1]) / 100 + 0.5))
 
 
 def check_indices(operation: str, block: MoeBlock, indices: Sequence[int]) -> None:

@@ -33,6 +33,7 @@ from moesurgery.surgery.choose_experts import (
     check_indices,
     per_block,
     ranking,
+    share_of,
 )
 
 ExpertsByLayer = list[int] | dict[LayerKey, list[int]] | None
@@ -41,10 +42,11 @@ _NAME = "drop-experts"
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     """Return what text is asked for, unless experts are named. What is impossible whichever go is refused first."""
-    if "stats" in values or "experts" in values or not isinstance(values.get("keep", 0), int):
+    if "stats" in values or "experts" in values or not isinstance(values.get("keep", 0), int | str):
         return None
     drop_experts(plan, **{name: values[name] for name in ("keep", "count") if name in values}, by="random")
     kept = values.get("keep", plan.anatomy.experts - values.get("count", 0))
+    kept = share_of(kept, plan.anatomy.experts) if isinstance(kept, str) else kept
     return NeededStatistics(keep=[kept] if values.get("by") == "recon" else [])
 
 
@@ -53,12 +55,14 @@ def drop_experts(
     plan: Plan,
     *,
     experts: Annotated[
-        ExpertsByLayer, Param("experts to drop in every MoE layer, as 3,5; or per layer, as '{0: [3], 1: [6]}'")
+        ExpertsByLayer,
+        Param("experts to drop in every MoE layer, as 0-6,9; or an entry for each, as '{0: [3], 1: [6]}'"),
     ] = None,
     keep: Annotated[
-        int | ExpertsByLayer,
+        int | ExpertsByLayer | str,
         Param(
-            "how many experts per layer to keep, chosen by --by; or which, as 0,1,4 or per layer, as '{0: [3], 1: [6]}'"
+            "how many experts per layer to keep, as 6 or 25%, chosen by --by; or which, as 0-6,9 or an entry for each"
+            " layer, as '{0: [3], 1: [6]}'"
         ),
     ] = None,
     count: Annotated[int | None, Param("drop this many experts per layer, chosen by --by", minimum=0)] = None,
@@ -86,11 +90,16 @@ def drop_experts(
     anatomy = plan.anatomy
     family = anatomy.require_family(_NAME)
     total = check_blocks(anatomy, _NAME)
-    if sum(choice is not None for choice in (experts, keep, count)) != 1:
-        raise RecipeError(
-            f"{_NAME} needs one of experts, keep and count", f"as in `moesurgery {_NAME} MODEL --experts 3`"
-        )
     given = {"experts": experts, "keep": keep, "count": count}
+    stated = [name for name, choice in given.items() if choice is not None]
+    if len(stated) != 1:
+        raise RecipeError(
+            f"{_NAME} needs one of experts, keep and count"
+            + (f"; {' and '.join(stated)} are given" if stated else ": which experts, or how many"),
+            f"as in `moesurgery {_NAME} MODEL --experts 3`, or `--count 2`, or `--keep 25%`",
+        )
+    if isinstance(keep, str):
+        keep = share_of(keep, total)
     if isinstance(keep, int):
         if keep > total:
             raise RefusedError(
@@ -106,7 +115,15 @@ def drop_experts(
     else:
         dropped = _named(anatomy, experts, keep)
     kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
-    remaining = equal_count(_NAME, kept)
+    try:
+        remaining = equal_count(_NAME, kept)
+    except RefusedError as error:
+        chosen = experts if experts is not None else keep
+        named = {str(key) for key in chosen} if isinstance(chosen, Mapping) else set()
+        left_out = [str(b.layer) for b in anatomy.blocks if named.isdisjoint((str(b.layer), b.where))]
+        if named and left_out:
+            error.hint = f"{error.hint}; nothing is said of the MoE layers {', '.join(left_out)}"
+        raise
     check_remaining(anatomy, _NAME, remaining)
     check_groups(anatomy, _NAME, kept)
 
@@ -162,7 +179,6 @@ def _named(anatomy: Anatomy, experts: ExpertsByLayer, keep: ExpertsByLayer) -> d
     chosen = per_block(anatomy, _NAME, experts if experts is not None else keep)
     dropped = {}
     for block in anatomy.blocks:
-        # A layer that a map leaves out loses nothing; `equal_count` then says which.
         indices = chosen.get(block.where, [] if experts is not None else list(range(block.experts)))
         check_indices(_NAME, block, indices)
         dropped[block.where] = [e for e in range(block.experts) if (e in indices) == (experts is not None)]

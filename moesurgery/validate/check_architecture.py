@@ -8,7 +8,6 @@ code never runs: the class comes from the installed library, and keys that make 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,12 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.families.anatomy import model_type_of
-from moesurgery.families.components import MTP, is_mtp
-from moesurgery.families.layer_config import prediction_layers
 from moesurgery.families.quantised import method, packed_bits, split_name
 from moesurgery.families.tensor_names import name_template
 from moesurgery.forward.model_config import load_config, too_many
 from moesurgery.validate.check import NotChecked, Outcome, check, finding
 from moesurgery.validate.context import Context
+from moesurgery.validate.prediction_layers import language_and_prediction_layers
 
 
 @check("C03", "C11", "C14")
@@ -48,7 +46,10 @@ def check_architecture(subject: Context) -> Outcome:
 def _by_table(subject: Context) -> Outcome:
     """Without a model class, the family table is the only one to say what belongs to the architecture."""
     if subject.anatomy.family is not None:
+        predicting = language_and_prediction_layers(subject)
         for name in subject.anatomy.unrecognised:
+            if predicting.holds(name):
+                continue  # C07 and C11 of the layers judge them
             yield finding("C11", "is not known to the family table", tensor=name)
 
 
@@ -128,34 +129,15 @@ def _load(subject: Context, model_class: Any, config: Any) -> Outcome:
         yield finding(
             "C03", f"has shape {list(mine)}, {library} expects {list(theirs)}{_others(names)}", tensor=names[0]
         )
-    predicted, unexpected = _declared_prediction(subject, sorted(map(str, report["unexpected_keys"])))
-    if predicted:
+    predicting = language_and_prediction_layers(subject)  # transformers runs none; the check of the layers judges them
+    unexpected = sorted(map(str, report["unexpected_keys"]))
+    predicted = [name for name in unexpected if predicting.holds(name)]
+    if predicted and predicting.declared > 0:
         reason = f"{library} builds no layers for multi-token prediction: {len(predicted)} tensors of those that"
         yield NotChecked(("C03",), f"{reason} config.json names were compared with no class")
-    for names in _grouped(unexpected):
+    for names in _grouped(set(unexpected).difference(predicted)):
         known = "" if names[0] in seen else " (as transformers renames it)"
         yield finding("C11", f"{library} has no place for it{known}{_others(names)}", tensor=names[0])
-
-
-def _declared_prediction(subject: Context, names: list[str]) -> tuple[list[str], list[str]]:
-    """Divide names into those of prediction layers that the config names, and others.
-
-    transformers may have renamed them: what counts is the layer in the name.
-    """
-    settings = subject.anatomy.settings
-    declared, depth = prediction_layers(settings), subject.setting("layers")
-    if not declared or depth is None:
-        return [], names
-    numbers = sorted({n for name, n in subject.anatomy.layer.items() if subject.anatomy.component[name] == MTP})
-    behind = {n for n in numbers if n >= depth}
-    allowed = set(sorted(behind)[:declared])
-    own = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)\.")
-    found: tuple[list[str], list[str]] = ([], [])
-    for name in names:
-        match = own.search(name)
-        ours = is_mtp(name) or (match is not None and int(match[1]) in allowed)
-        found[0 if ours else 1].append(name)
-    return found
 
 
 def _grouped(names: Any) -> list[list[str]]:

@@ -6,16 +6,13 @@ from collections.abc import Iterator, Mapping
 
 from moesurgery.checkpoint.filenames import CONFIG
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.families.components import VISION
-from moesurgery.families.config_keys import PREDICTION_KEYS
 from moesurgery.families.layer_keys import DEPTH_LISTS, KEYED, LISTS
 from moesurgery.families.moe_layers import moe_layers, positions, ranges
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.context import Context
+from moesurgery.validate.prediction_layers import language_and_prediction_layers
 
 TIES = "layer_tie_map"
-# What a layer for multi-token prediction has and no other: DeepSeek-V3's names, which all others took over.
-_MTP_PARTS = frozenset(("eh_proj", "enorm", "hnorm", "shared_head"))
 _MOST_LAYERS = 100_000
 
 
@@ -30,7 +27,8 @@ def layers(subject: Context) -> Outcome:
         yield NotChecked(("C07",), "config.json names no number of layers")
         return
     yield from _described(subject, stated)
-    plain, mtp = _layer_numbers(subject)
+    predicting = language_and_prediction_layers(subject)
+    plain, mtp = predicting.plain, predicting.numbers
     if not plain:
         yield NotChecked(("C07",), "the layers cannot be told from the tensors' names")
         return
@@ -47,11 +45,16 @@ def layers(subject: Context) -> Outcome:
     sparse, found = moe_layers(settings), positions(settings, {block.layer for block in subject.anatomy.main_blocks})
     if sparse is not None and found and sparse & plain != found & plain:
         yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(found)}", CONFIG)
-    predicting = settings.first(PREDICTION_KEYS, 0)
-    leftover = sorted(n for n in mtp if n >= stated)[predicting if type(predicting) is int else 0 :]
-    if leftover:
+    behind = sorted(n for n in mtp if n >= stated)
+    if predicting.declared > 0 and not behind and not predicting.own_module:
+        message = f"names {predicting.declared} layers for multi-token prediction; no tensor belongs to one"
+        yield finding("C07", message, CONFIG, hint="set num_nextn_predict_layers to 0, or bring their weights back")
+    if leftover := behind[max(predicting.declared, 0) :]:
         message = f"holds layers for multi-token prediction that {CONFIG} does not name: {ranges(leftover)}"
         yield finding("C11", message, hint="drop them, or set num_nextn_predict_layers")
+    elif predicting.own_module and predicting.declared <= 0:
+        message = f"holds a module for multi-token prediction, `mtp`, that {CONFIG} does not name"
+        yield finding("C11", message, hint="drop it, or set num_nextn_predict_layers")
 
 
 def _described(subject: Context, stated: int) -> Iterator[Finding]:
@@ -66,21 +69,6 @@ def _described(subject: Context, stated: int) -> Iterator[Finding]:
                     yield finding("C07", f"{key} speaks of layer {beyond[0]}; there are {stated} layers", CONFIG)
             elif kinds and isinstance(value, (list, str)) and 0 < len(value) < stated:
                 yield finding("C07", f"{key} says of {len(value)} layers what they are; there are {stated}", CONFIG)
-
-
-def _layer_numbers(subject: Context) -> tuple[set[int], set[int]]:
-    """Return the layer numbers of the language model, and which of them look like multi-token prediction."""
-    stacks: dict[str, set[int]] = {}
-    parts: dict[int, set[str]] = {}
-    for name, layer in subject.anatomy.layer.items():
-        root, _, rest = name.partition(f".{layer}.")
-        if subject.anatomy.component[name] == VISION or "mtp" in root.split("."):
-            continue
-        stacks.setdefault(root, set()).add(layer)
-        parts.setdefault(layer, set()).add(rest.split(".")[0])
-    deepest = max(stacks.values(), key=len, default=set())
-    mtp = {layer for layer in deepest if not parts[layer].isdisjoint(_MTP_PARTS)}
-    return deepest - mtp, mtp
 
 
 @check("C12")

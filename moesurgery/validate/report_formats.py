@@ -7,6 +7,8 @@ form, each is one line of printable characters, cut where it is too long, and th
 from __future__ import annotations
 
 import hashlib
+import html
+import re
 from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
@@ -15,11 +17,19 @@ from moesurgery._version import __version__
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.escape import one_line
+from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.codes import CODES
 from moesurgery.validate.report import Report, as_json
 
 _LONGEST_PATH = 4096
+_NUMBERS = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?")
 SHOWN = 12  # findings of one code in what people read
+_PAGE_STYLE = (
+    ":root{color-scheme:light dark}body{font:15px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:70rem;"
+    "padding:0 1rem;overflow-wrap:anywhere}h1{font-size:1.3rem}h2{font-size:1.05rem}table{border-collapse:collapse;"
+    "width:100%}td,th{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid #8886}"
+    ".error td:first-child{color:#d0342c;font-weight:600}.warning td:first-child{color:#b26a00;font-weight:600}"
+)
 _DOCS = "https://github.com/moesurgery/moesurgery/blob/main/docs/codes.md"
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
@@ -28,10 +38,10 @@ def text(report: Report) -> str:
     """Return what the command prints by default."""
     lines = [f"{one_line(report.target)}: {report.verdict} (levels: {', '.join(report.levels)})"]
     shown: dict[str, int] = {}
-    for finding in report.by_gravity:
+    for finding, alike in _kinds(report):
         shown[finding.code] = shown.get(finding.code, 0) + 1
         if shown[finding.code] <= SHOWN:
-            lines.append(f"{finding.severity:<7} {finding.code}  {_line(finding)}")
+            lines.append(f"{finding.severity:<7} {finding.code}  {_line(finding)}{_so_with(alike)}")
             if finding.hint:
                 lines.append(f"             hint: {one_line(finding.hint)}")
     for code, count in shown.items():
@@ -40,10 +50,29 @@ def text(report: Report) -> str:
     for key, value in report.measured.items():
         lines.append(f"measured: {key}: {value}")
     for skipped in report.not_checked:
-        lines.append(f"not checked: {', '.join(skipped.codes)}: {one_line(skipped.reason)}")
+        codes = [*skipped.codes] if len(skipped.codes) <= SHOWN else [*skipped.codes[:3], "…", skipped.codes[-1]]
+        lines.append(f"not checked: {', '.join(codes)}: {one_line(skipped.reason)}")
     if report.ignored:
         lines.append("ignored: " + ", ".join(f"{n} {code}" for code, n in report.ignored.items()))
     return "\n".join(lines)
+
+
+def _kinds(report: Report) -> list[tuple[Finding, int]]:
+    """Return findings, of those that differ in numbers alone the first, and how many more of its kind there are."""
+    counts: dict[str, int] = {}
+    first: dict[str, Finding] = {}
+    for finding in report.by_gravity:
+        kind = repr((finding.severity, finding.code, finding.file, finding.message))
+        if finding.tensor is not None:  # those of a kind may lie in several shards
+            template, message = name_template(finding.tensor)[0], _NUMBERS.sub("#", finding.message)
+            kind = repr((finding.severity, finding.code, template, message))
+        first.setdefault(kind, finding)
+        counts[kind] = counts.get(kind, 0) + 1
+    return [(finding, counts[kind] - 1) for kind, finding in first.items()]
+
+
+def _so_with(alike: int) -> str:
+    return f" (and {alike:,} more like it)" if alike else ""
 
 
 def _line(finding: Finding) -> str:
@@ -183,14 +212,38 @@ def markdown(report: Report) -> str:
     if report.findings:
         lines += ["| | code | where | what |", "| --- | --- | --- | --- |"]
         shown: dict[str, int] = {}
-        for finding in report.by_gravity:
+        for finding, alike in _kinds(report):
             shown[finding.code] = shown.get(finding.code, 0) + 1
             if shown[finding.code] <= SHOWN:
-                where = _cell(finding.where)
-                lines.append(f"| {finding.severity} | {finding.code} | {where} | {_cell(finding.message)} |")
+                where, what = _cell(finding.where), _cell(finding.message + _so_with(alike))
+                lines.append(f"| {finding.severity} | {finding.code} | {where} | {what} |")
         lines += [f"| | {code} | | … and {n - SHOWN:,} more |" for code, n in shown.items() if n > SHOWN]
         lines.append("")
     lines += [f"* not checked: {', '.join(s.codes)}: {_cell(s.reason)}" for s in report.not_checked]
+    return "\n".join(lines) + "\n"
+
+
+def page(report: Report) -> str:
+    """Return an HTML page that needs nothing else."""
+    rows = [
+        f'<tr class="{f.severity}"><td>{f.severity}</td><td>{f.code}</td><td>{html.escape(one_line(f.where))}</td>'
+        f"<td>{html.escape(one_line(f.message))}{_so_with(alike)}"
+        + (f"<br><small>{html.escape(one_line(f.hint))}</small>" if f.hint else "")
+        + "</td></tr>"
+        for f, alike in _kinds(report)
+    ]
+    target = html.escape(one_line(report.target))
+    skipped = [f"<li>{', '.join(s.codes)}: {html.escape(one_line(s.reason))}</li>" for s in report.not_checked]
+    table = ["<table>", "<tr><th></th><th>code</th><th>where</th><th>what</th></tr>", *rows, "</table>"] if rows else []
+    lines = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{target}: {report.verdict}</title><style>{_PAGE_STYLE}</style></head><body>",
+        f"<h1>{target}</h1><p>{report.verdict.capitalize()}. Levels: {', '.join(report.levels)}.</p>",
+        *table,
+        *(["<h2>Not checked</h2><ul>", *skipped, "</ul>"] if skipped else []),
+        "</body></html>",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -213,4 +266,5 @@ BY_SUFFIX: dict[str, Callable[[Report], str]] = {
     ".xml": junit,
     ".sarif": sarif,
     ".md": markdown,
+    ".html": page,
 }

@@ -77,12 +77,21 @@ def validate_checkpoint(
         source.identity,
         levels,
         tuple(kept),
-        tuple(dict.fromkeys(skipped)),
+        _by_reason(skipped),
         tuple(code for code in dict.fromkeys(checked) if code not in ignore),
         dict(ignored),
         subject.measured,
         time.monotonic() - start,
     )
+
+
+def _by_reason(skipped: Sequence[NotChecked]) -> tuple[NotChecked, ...]:
+    """Put together what was not checked for one reason: a broken file is one line, and not one for each check."""
+    codes: dict[str, list[str]] = {}
+    for one in skipped:
+        codes.setdefault(one.reason, []).extend(one.codes)
+    order = list(CODES)
+    return tuple(NotChecked(tuple(sorted(set(each), key=order.index)), reason) for reason, each in codes.items())
 
 
 def _stored(scan: Scan) -> int:

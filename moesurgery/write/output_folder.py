@@ -25,8 +25,8 @@ _CHECKPOINT_SUFFIXES = frozenset(
 _CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 
 
-def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
-    """Refuse an output that exists, or that is or contains an input. It may lie inside one: `cd model; rescale`."""
+def check_output(plan: Plan, output: Path, *, force: bool = False, dry_run: bool = False) -> None:
+    """Refuse an output that exists, or that is, contains or lies inside an input. A `dry_run` may find one there."""
     place = output.resolve()
     working = re.compile(re.escape(str(place)) + r"\.(partial|replaced-\d+)(/.*)?", re.DOTALL)
     for checkpoint in plan.sources:
@@ -36,23 +36,28 @@ def check_output(plan: Plan, output: Path, *, force: bool = False) -> None:
                 raise OutputError(
                     f"the output {output} is or contains the input {root}", "choose another folder with -o"
                 )
+            if place.is_relative_to(root):
+                raise OutputError(
+                    f"the output {output} lies inside the input {root}",
+                    f"put it beside the model: -o {shlex.quote(os.path.relpath(root.parent / output.name))}",
+                )
             if working.fullmatch(str(root)):
                 raise OutputError(
                     f"the input {root} has the name of a folder that a job for {output} makes and deletes",
                     "give it another name, or choose another folder with -o",
                 )
-    check_place(output, force=force)
+    check_place(output, force=force, dry_run=dry_run)
 
 
-def check_place(output: Path, *, force: bool = False) -> None:
+def check_place(output: Path, *, force: bool = False, dry_run: bool = False) -> None:
     """Refuse an output that exists, or has nowhere to be: what can be said before anything is planned."""
     try:
-        _check_place(output, force=force)
+        _check_place(output, force=force, dry_run=dry_run)
     except OSError as error:  # a folder that may not be searched or listed
         raise disk_error(error, output) from error
 
 
-def _check_place(output: Path, *, force: bool) -> None:
+def _check_place(output: Path, *, force: bool, dry_run: bool) -> None:
     if not output.parent.is_dir():
         command = f"mkdir -p {shlex.quote(str(output.parent))}"
         raise OutputError(f"{output.parent} does not exist", f"make it first: {command}")
@@ -72,7 +77,7 @@ def _check_place(output: Path, *, force: bool) -> None:
         )
     if not os.access(output.parent, os.W_OK | os.X_OK, effective_ids=True):
         raise OutputError(f"{output.parent} may not be written to", "choose another place with -o")
-    if not output.exists() or not any(output.iterdir()):
+    if dry_run or not output.exists() or not any(output.iterdir()):
         return
     if not force:
         raise OutputError(

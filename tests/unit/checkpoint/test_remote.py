@@ -267,6 +267,55 @@ def test_rescale_of_a_remote_model_equals_that_of_a_local_copy(hub: dict[str, st
     assert "base_model:\n- acme/tiny" in (remote / "README.md").read_text()
 
 
+def cached(environment: dict[str, str], model: Path, files: list[str]) -> Path:
+    """Put files of the demo model into the Hub's cache, as huggingface_hub lays it out; return the snapshot."""
+    root = Path(environment["HF_HOME"]) / "hub" / "models--acme--tiny"
+    snapshot = root / "snapshots" / COMMIT
+    for folder in (snapshot, root / "refs", root / "blobs"):
+        folder.mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    for i, file in enumerate(files):
+        shutil.copy(model / file, root / "blobs" / str(i))
+        (snapshot / file).symlink_to(f"../../blobs/{i}")
+    return snapshot
+
+
+def test_offline_reads_the_cache_and_nothing_else(hub: dict[str, str], demo: Path, tmp_path: Path) -> None:
+    offline = {**hub, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    refused = command(offline, "count-params", "hf://acme/tiny")
+    assert refused.returncode == 2
+    assert "not in the Hub's cache" in refused.stderr
+    assert "hf download acme/tiny" in refused.stderr
+    cached(hub, demo, [f.name for f in demo.iterdir()])
+    for reference in ("hf://acme/tiny", "hf://acme/tiny@main", f"hf://acme/tiny@{COMMIT}"):
+        done = command(offline, "count-params", reference, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"] == f"hf://acme/tiny@{COMMIT}"
+    assert "not in the Hub's cache" in command(offline, "count-params", "hf://acme/tiny@other").stderr
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("models:\n- model: acme/tiny\n  parameters: {weight: 1}\nmerge_method: linear\ndtype: bfloat16\n")
+    assert command(offline, "merge", recipe, "-o", tmp_path / "merged").returncode == 0
+    unreachable = command({**offline, "HF_HUB_OFFLINE": "0"}, "count-params", "hf://acme/tiny")
+    assert unreachable.returncode == 2
+    assert "HF_HUB_OFFLINE=1 reads the snapshot" in unreachable.stderr
+    assert Hub.served == []
+
+
+def test_files_in_the_cache_are_not_downloaded_again(hub: dict[str, str], demo: Path, tmp_path: Path) -> None:
+    shards = sorted(f.name for f in demo.glob("*.safetensors"))
+    cached(hub, demo, ["config.json", *shards[:-1]])
+    output = tmp_path / "out"
+    done = command(hub, "rescale", "hf://acme/tiny", "--top-k", "3", "-o", output, "-q")
+    assert done.returncode == 0, done.stderr
+    asked = {path.split("?")[0].rsplit("/", 1)[-1] for path, _ in Hub.served}
+    assert shards[-1] in asked
+    assert not asked & {"config.json", *shards[:-1]}
+    command(hub, "rescale", demo, "--top-k", "3", "-o", tmp_path / "local", "-q")
+    expected, found = read_tensors(tmp_path / "local"), read_tensors(output)
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[n], expected[n]) for n in expected)
+
+
 def test_any_url_that_fsspec_opens(demo: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     for source, output in ((demo.resolve().as_uri(), tmp_path / "url"), (str(demo), tmp_path / "local")):
         done = cli("rescale", source, "--top-k", "3", "-o", output, "-q")

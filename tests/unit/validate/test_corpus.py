@@ -860,13 +860,27 @@ def correction_bias_lost(p: BrokenCheckpoint) -> None:
     p.update({"model.layers.1.mlp.gate.e_score_correction_bias": None})
 
 
-@case("C11", base="deepseek_v3")
-def prediction_layer_left_over(p: BrokenCheckpoint) -> None:
+def add_prediction_layer(p: BrokenCheckpoint) -> None:
     held = p.tensors()
     more = {n.replace(LAYER, "model.layers.2."): t + 1 for n, t in held.items() if n.startswith(LAYER)}
     for part in ("eh_proj", "enorm", "hnorm"):
         more[f"model.layers.2.{part}.weight"] = torch.ones(32, 64)[0 if part != "eh_proj" else slice(None)].bfloat16()
     p.update(more)
+
+
+@case("C11", base="deepseek_v3")
+def prediction_layer_left_over(p: BrokenCheckpoint) -> None:
+    add_prediction_layer(p)
+
+
+@case("C07", base="deepseek_v3")
+def prediction_layer_lost(p: BrokenCheckpoint) -> None:
+    p.config(num_nextn_predict_layers=1)
+
+
+@case("C11", base="qwen3_moe")
+def prediction_module_left_over(p: BrokenCheckpoint) -> None:
+    p.update({"mtp.fc.weight": torch.ones(32, 64).bfloat16(), "mtp.layers.0.mlp.gate.weight": torch.ones(8, 32)})
 
 
 @case("C13", "C11", base="fp8")
@@ -1125,6 +1139,24 @@ def test_each_fault_is_found_by_its_code(
     report = validate_checkpoint(patient.folder, level=one.level, against=reference, client=one.client)
     found = {spell(f.code, f.severity) for f in report.findings}
     assert found == set(one.expected), [(f.code, f.severity, f.where, f.message) for f in report.findings]
+
+
+def test_prediction_layers_that_config_json_declares_are_right(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    model = make_broken(bases("deepseek_v3"), tmp_path / "stack")
+    add_prediction_layer(model)
+    model.config(num_nextn_predict_layers=1)
+    assert validate_checkpoint(model.folder).findings == ()
+    (left,) = validate_checkpoint(make_left_over(model, tmp_path / "twice").folder).findings
+    assert (left.code, left.severity) == ("C11", "warning")
+    assert "does not name: 3" in left.message
+
+
+def make_left_over(model: BrokenCheckpoint, folder: Path) -> BrokenCheckpoint:
+    """One prediction layer more than declared."""
+    more = make_broken(model.folder, folder)
+    more.update({n.replace("layers.2.", "layers.3."): t for n, t in more.tensors().items() if "layers.2." in n})
+    more.edit("model.layers.3.input_layernorm.weight", lambda t: t + 1)
+    return more
 
 
 def failing_disk(monkeypatch: pytest.MonkeyPatch, file: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moesurgery.checkpoint.finding import Finding
 from moesurgery.validate.check import NotChecked
 from moesurgery.validate.report import Report
 from moesurgery.validate.report_formats import BY_SUFFIX, FORMATS, SHOWN
+from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import ROOT, Result
 
 Cli = Callable[..., Result]
@@ -182,6 +184,32 @@ def test_thousands_of_findings_stay_readable() -> None:
     for form in ("text", "github"):
         assert len(FORMATS[form](Report("m", (), findings)).splitlines()) <= SHOWN + 3
     assert len(json.loads(FORMATS["json"](Report("m", (), findings)))["findings"]) == 5000
+
+
+def test_the_same_finding_on_many_tensors_is_one_line_with_a_count() -> None:
+    def of(layer: int, what: str, values: int) -> Finding:
+        return Finding("V01", f"{values} values are NaN", "model.safetensors", f"model.layers.{layer}.{what}.weight")
+
+    findings = (*(of(i, "norm", 3 + i) for i in range(40)), of(0, "router", 1), of(1, "router", 2))
+    for form in ("text", "markdown"):
+        shown = BY_SUFFIX[".txt" if form == "text" else ".md"](Report("m", (), findings))
+        assert shown.count("V01") == 2
+        assert "39 more like it" in shown
+        assert "1 more like it" in shown
+        assert "42 errors" in shown.lower()
+    assert len(json.loads(FORMATS["json"](Report("m", (), findings)))["findings"]) == 42
+
+
+def test_an_error_of_the_files_is_not_buried(demo: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(demo, tmp_path / "model"))
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    report = validate_checkpoint(model)
+    lines = FORMATS["text"](report).splitlines()
+    assert len([line for line in lines if line.startswith("not checked")]) <= 3, lines
+    assert any("error" in line and shard.name in line for line in lines[:3])
+    skipped = {code for one in report.not_checked for code in one.codes}
+    assert {"C02", "C03", "V01"} <= skipped  # the data still says all that was left out
 
 
 # The pre-commit hooks

@@ -184,8 +184,8 @@ def test_an_empty_folder_may_be_filled(plan: Plan, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_an_edit_may_lie_inside_its_model_and_is_no_part_of_it(
-    demo: Path, tmp_path: Path, ok: Cli, monkeypatch: pytest.MonkeyPatch
+def test_an_edit_made_in_its_models_folder_lies_beside_it(
+    demo: Path, tmp_path: Path, ok: Cli, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`moesurgery rescale --top-k 3` in a model's own folder, twice."""
     model = Path(shutil.copytree(demo, tmp_path / "model"))
@@ -193,10 +193,13 @@ def test_an_edit_may_lie_inside_its_model_and_is_no_part_of_it(
     before = digest(model)
     ok("rescale", "--top-k", 3)
     ok("rescale", "--top-k", 4)
-    three, four = model / "model-rescale-k3", model / "model-rescale-k4"
+    three, four = tmp_path / "model-rescale-k3", tmp_path / "model-rescale-k4"
     assert {p.name for p in three.iterdir()} == {p.name for p in four.iterdir()}
-    assert not any(p.is_dir() for p in four.iterdir())
-    assert {k: v for k, v in digest(model).items() if "/" not in k} == before
+    refused = cli("rescale", "--top-k", 3, "-o", "inside")
+    assert refused.code == 2
+    assert "lies inside the input" in refused.err
+    assert "-o ../inside" in refused.err
+    assert digest(model) == before
 
 
 @pytest.mark.parametrize("where", ["model", "."])
