@@ -23,7 +23,8 @@ from moesurgery.fitting.run_settings import TOKENS, WINDOW, RunSettings
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.reader import RecipeStep
 from moesurgery.recipe.registry import Operation, apply, checked_operation
-from moesurgery.recipe.text_needs import TextNeeds, Values, Variant
+from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
+from moesurgery.stats.statistics_file import SUFFIX
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
@@ -134,12 +135,16 @@ def calibrate(
     declared = checked_operation(operation, parameters)
     plan = model if isinstance(model, Plan) else plan_of(open_checkpoint(str(model)))
     values = dict(parameters)
-    if not options.text and not options.heldout:
+    if not needs_run(declared, values, options):
         return Calibrated(apply(plan, operation, **values), (RecipeStep(operation, values),))
     if not declared.takes_statistics:
         raise RecipeError(f"{operation} has no parameter `stats`, so no text says anything of it", "leave text out")
     settings = options.run_settings(int(values.get("seed", 0)))
     settings.check()
+    for name in _own_texts(declared, values):
+        run = read_calibration(settings, plan, [values[name]], options.tokens)
+        beside = Path(f"{output or f'{plan.checkpoint.name}-{operation}'}.{name}")
+        values[name] = CalibrationCache(beside, run, force, reporter).statistics(NeededStatistics())
     held_out: list[Domain] = []
     if options.heldout and not options.no_heldout:
         held_out = replace(settings, limit=options.limit, seed=None).domains(plan.checkpoint, options.heldout)
@@ -161,6 +166,16 @@ def calibrate(
         repaired = apply(edited, "refit", **steps[-1].parameters)
         plans[f"{values.get(declared.text.named_by, operation)}, refit {repair.kind}"] = repaired
     return Calibrated(repaired, tuple(steps), _measure(plans, settings, held_out, reporter) if held_out else None)
+
+
+def needs_run(operation: Operation, values: Values, options: CalibrationOptions) -> bool:
+    """Return whether a model has to be run over text for an edit, or to measure it."""
+    return bool(options.text or options.heldout or _own_texts(operation, values))
+
+
+def _own_texts(operation: Operation, values: Values) -> list[str]:
+    """Return the parameters that name a text where its statistics are wanted."""
+    return [name for name in operation.text.own_text if name in values and not values[name].endswith(SUFFIX)]
 
 
 def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache) -> dict[str, Any]:

@@ -129,9 +129,11 @@ def add(sums: dict[str, Any], call: ExpertsCall, routings: Mapping[str, RoutingT
         sums["count"] += _binned(key, torch.ones_like(weights), experts)
         sums["gate"] += _binned(key, weights, experts)
         sums["norm"] += _binned(key, norm, experts)
+        sums["norm2"] += _binned(key, norm.double() ** 2, experts)
         sums["gate_norm"] += _binned(key, weights * norm, experts)
         peak = outputs.abs().amax(dim=-1).double().cpu()
         sums["peak"].view(-1).scatter_reduce_(0, key.cpu(), peak, "amax")
+        _add_pair_norms(sums, part, half)
         said = outputs.new_zeros(experts, outputs.shape[-1])
         sums["output"] += said.index_add_(0, part.index[chosen], outputs).double().cpu()
         target = part.routed("")
@@ -156,6 +158,16 @@ def _add_routing(sums: dict[str, Any], part: ExpertOutputs, half: torch.Tensor, 
     products = (part.products * weights[:, :, None] * weights[:, None, :])[both].double()
     found = torch.bincount(key[both], weights=products, minlength=2 * experts**2)
     sums["gram" + name] += found.view(2, experts, experts).cpu()
+
+
+def _add_pair_norms(sums: dict[str, Any], part: ExpertOutputs, half: torch.Tensor) -> None:
+    """Add the products of what every two chosen experts contribute in size."""
+    experts = sums["pair_norms"].shape[-1]
+    sizes = (part.outputs.norm(dim=-1) * part.weights[""] * part.chosen[""]).double()
+    by_expert = sizes.new_zeros(len(sizes), experts).scatter_add_(1, part.index.clamp(min=0), sizes)
+    for h in (0, 1):
+        rows = by_expert[half == h]
+        sums["pair_norms"][h] += (rows.T @ rows).cpu()
 
 
 def add_every_expert(sums: dict[str, Any], call: ExpertsCall, settings: Settings) -> None:

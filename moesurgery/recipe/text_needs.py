@@ -54,6 +54,7 @@ class TextNeeds:
     model runs once more; None where the parameters need none.
     `variants` returns what to measure on held-out text, the edit itself among it; the edit alone by default.
     `repair` is the kind of repair that is made unless another is asked for; "none" for none.
+    `own_text` names parameters that take statistics of a text of their own, and may name that text instead.
     `named_by` is the parameter whose value names the edit in the table, `heading` what the table calls its rows.
     """
 
@@ -61,6 +62,7 @@ class TextNeeds:
     groups: Callable[[Plan, Values], Any] | None = None
     variants: Callable[[Plan, Values], Sequence[Variant]] | None = None
     repair: str = "none"
+    own_text: Sequence[str] = ()
     named_by: str = ""
     heading: str = ""
 

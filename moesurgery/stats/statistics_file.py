@@ -8,9 +8,10 @@ is noise. Names and shapes:
     tokens [2]              tokens seen
     count, gate, gate2      [2, E]: tokens routed to the expert, sum of g, of g^2
     probability             [2, E]: sum over all tokens of its share of the router's scores
-    norm, gate_norm         [2, E]: sum of |f|, of g |f|
+    norm, norm2, gate_norm  [2, E]: sum of |f|, of |f|^2, of g |f|
     peak                    [2, E]: largest absolute value in f
     gram                    [2, E, E]: sum of g_i g_j <f_i, f_j>; its diagonal is the sum of g^2 |f|^2
+    pair_norms              [2, E, E]: sum of g_i g_j |f_i| |f_j|
     mass                    [2]: sum of (sum of g)^2
     entropy                 [2]: sum of the entropy of the router's scores, in nats
     logits                  [2, E, E]: sum of z_i z_j over router logits z
@@ -189,10 +190,10 @@ def empty_sums(experts: int, hidden: int, others: list[int]) -> dict[str, Any]:
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(2, *shape, dtype=torch.float64)
 
-    per_expert = ("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak")
+    per_expert = ("count", "gate", "gate2", "probability", "norm", "norm2", "gate_norm", "peak")
     sums: dict[str, Any] = {name: zeros(experts) for name in per_expert}
     sums |= {"tokens": zeros(), "mass": zeros(), "entropy": zeros()}
-    sums |= {"gram": zeros(experts, experts), "logits": zeros(experts, experts)}
+    sums |= {name: zeros(experts, experts) for name in ("gram", "pair_norms", "logits")}
     sums["output"] = torch.zeros(experts, hidden, dtype=torch.float64)
     for k in others:
         sums |= {f"gram@{k}": zeros(experts, experts), f"gate2@{k}": zeros(experts)}

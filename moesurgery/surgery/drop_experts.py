@@ -32,10 +32,12 @@ from moesurgery.surgery.choose_experts import (
     check_indices,
     per_block,
     ranking,
+    with_protection,
 )
 
 ExpertsByLayer = list[int] | dict[LayerKey, list[int]] | None
 _NAME = "drop-experts"
+PROTECTED_SHARE = 0.1
 
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
@@ -47,7 +49,7 @@ def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     return NeededStatistics(keep=[kept] if values.get("by") == "recon" else [])
 
 
-@operation(_NAME, text=TextNeeds(_needed_statistics))
+@operation(_NAME, text=TextNeeds(_needed_statistics, own_text=("protect",)))
 def drop_experts(
     plan: Plan,
     *,
@@ -64,8 +66,9 @@ def drop_experts(
     by: Annotated[
         Criterion | None,
         Param(
-            "how --count or --keep NUMBER choose: router-norm (the default without statistics) or random; or by"
-            " statistics: reap-sum (the default with them), reap, frequency, soft-frequency, ean, gram, recon"
+            "how --count or --keep NUMBER choose: router-norm (the default without statistics), aimer or random; or by"
+            " statistics: reap-sum (the default with them), reap, frequency, soft-frequency, ean, man, msan, gram,"
+            " hope, recon"
         ),
     ] = None,
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
@@ -76,6 +79,18 @@ def drop_experts(
     protect_super: Annotated[
         bool, Param("never drop an expert whose output is far above all others' (needs statistics)")
     ] = True,
+    protect: Annotated[
+        str | None,
+        Param(
+            "text or JSONL, or its statistics from `moesurgery collect`: the experts that say most there are not"
+            " dropped",
+            metavar="FILE",
+            reads="file",
+        ),
+    ] = None,
+    protect_share: Annotated[
+        float, Param("how many experts of each layer --protect keeps, as a share of all", minimum=0, maximum=1)
+    ] = PROTECTED_SHARE,
 ) -> Plan:
     """Leave experts out of every MoE layer, with their router rows.
 
@@ -101,6 +116,8 @@ def drop_experts(
         check_remaining(anatomy, _NAME, total - count)
         by = by or ("router-norm" if stats is None else DEFAULT_CRITERION)
         ranked = ranking(plan, _NAME, by, seed, stats, count, protect_super)
+        if protect is not None:
+            ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)
         dropped = {where: ranked.lowest(anatomy, where, count) for where in ranked.scores}
     else:
         dropped = _named(anatomy, experts, keep)
@@ -124,6 +141,8 @@ def drop_experts(
             parameters["seed"] = seed
         if stats is not None:
             parameters |= {"stats": stats, "protect_super": protect_super}
+        if protect is not None:
+            parameters |= {"protect": protect, "protect_share": protect_share}
     layers = []
     for block in anatomy.blocks:
         entry: dict[str, Any] = {"layer": block.where, "dropped": dropped[block.where], "kept": kept[block.where]}

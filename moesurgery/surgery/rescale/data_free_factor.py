@@ -29,8 +29,8 @@ _RUNS = 64  # the sample is 64 runs of neighbouring rows: few reads, also over a
 MAX_WORK = 4e11  # multiply-adds in all routers together
 
 
-def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) -> dict[str, float]:
-    """Return sqrt(A_old / A_new) for each MoE block, by its name.
+def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int, rho: float = 0.0) -> dict[str, float]:
+    """Return sqrt(A_old / A_new) for each MoE block, by its name, for a correlation `rho` of experts' outputs.
 
     Raises RefusedError where the family's router has no estimate or a tensor for it is missing.
     """
@@ -45,7 +45,7 @@ def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) 
 
     def factor(block: MoeBlock) -> float:
         logits = _logits(plan, anatomy, block, samples[_norm(anatomy, block).kind])
-        moments = second_moments(anatomy.settings, logits, _bias(plan, block))
+        moments = second_moments(anatomy.settings, logits, _bias(plan, block), rho)
         return math.sqrt(moments[old - 1] / moments[new - 1])
 
     with ThreadPoolExecutor(4) as pool:
