@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 MeasuredCriterion = Literal[
     "reap", "reap-sum", "frequency", "soft-frequency", "ean", "man", "msan", "gram", "hope", "recon"
 ]
-PAIR_SUMS: Mapping[str, str] = {"gram": "gram", "hope": "pair_norms"}  # criteria of a set, and the sums that they add up
+PAIR_SUMS: Mapping[str, str] = {
+    "gram": "gram",
+    "hope": "pair_norms",
+}  # criteria of a set, and the sums that they add up
 FLOOR = 32  # tokens: a mean over fewer is taken over this many
 SUPER_PERCENTILE = 99.5
 SUPER_SHARE = 0.1

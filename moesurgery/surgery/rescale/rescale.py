@@ -1,8 +1,9 @@
 """Change the number of active experts, and keep the norm of what they add.
 
-n is the trained top-k, m the new one. The routed output is a sum of expert outputs weighted by gates g_i;
-with A_k = E[sum of g_i^2 over the top k] its norm grows as sqrt(A_k), so the factor that keeps it is
-sqrt(A_n / A_m): docs/rescale.md has the derivation, the sources and what each rule costs on trained models.
+n is the trained top-k, m the new one. The routed output is a sum of expert outputs weighted by gates g_i. With
+A_k = (1 - rho) E[sum of g_i^2] + rho E[(sum of g_i)^2] over the top k, rho the correlation of two experts' outputs, its
+norm grows as sqrt(A_k), so the factor that keeps it is sqrt(A_n / A_m): docs/rescale.md has the derivation, the
+sources and what each rule costs on trained models.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def rescale(
     where: Annotated[
         Where, Param("what takes the factor: the config's own number, quantisation scales, weights")
     ] = "auto",
+    rho: Annotated[
+        float | None,
+        Param(
+            "correlation of experts' outputs that `router` assumes, 0 to 1; by the kind of router where it is left out",
+            minimum=0,
+            maximum=1,
+        ),
+    ] = None,
     seed: Annotated[int, Param("seed of the sample of embedding rows that `router` uses", minimum=0)] = 0,
     stats: Annotated[
         str | None,
@@ -72,9 +81,9 @@ def rescale(
     """Route each token to another number of experts, and rescale their output.
 
     With n the trained and m the new top-k, `router` (the default) estimates sqrt(A_n / A_m) for each layer
-    from the router itself, without data. `norm` is the even-gates case of the same formula: sqrt(m/n) where
-    the router renormalises its weights (Mixtral, Qwen3-MoE, DeepSeek-V3), sqrt(n/m) where it does not.
-    `published` is sqrt(n/m) for every router, to the letter. `none` changes only the config.
+    from the router itself, without data, with A_k = (1 - rho) E[sum g^2] + rho E[(sum g)^2]. `norm` is the case of
+    even gates and rho = 0: sqrt(m/n) where the router renormalises its weights (Mixtral, Qwen3-MoE, DeepSeek-V3),
+    sqrt(n/m) where it does not. `published` is sqrt(n/m) for every router, to the letter. `none` changes only the config.
 
     From statistics: `measured` is least squares between the outputs at the old and the new top-k, one factor per
     layer; `measured-expert` the same with a factor per expert; `norm-matched` keeps the size of the output;
@@ -99,7 +108,9 @@ def rescale(
             Step("rescale", parameters, f"top-k {old} -> {top_k}", report=report, notes=(note,)), config=config
         )
 
-    table = choose_factors(plan, anatomy, old, top_k, scale, seed, stats)
+    table = choose_factors(plan, anatomy, old, top_k, scale, seed, stats, rho)
+    if scale == "router":
+        parameters["rho"] = table.rho
     chosen = table.chosen
     notes = list(table.notes)
     place: Where | None = _place(anatomy, plan, where, scale)
@@ -140,6 +151,7 @@ def rescale(
             for block in anatomy.blocks
         ],
         "alternatives": table.alternatives,
+        "rho": table.rho,
     }
     if table.statistics:
         report["statistics"] = table.statistics
