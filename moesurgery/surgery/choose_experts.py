@@ -23,9 +23,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 FreeCriterion = Literal["router-norm", "aimer", "random"]
-Criterion = Literal[FreeCriterion, MeasuredCriterion]
-DEFAULT_CRITERION: MeasuredCriterion = "reap-sum"  # where there are statistics; docs/measure.md has the table
+Criterion = Literal["auto", FreeCriterion, MeasuredCriterion]
+AUTO = "auto"  # the best of CANDIDATES on held-out text
+# docs/measure.md has the tables behind these.
+CANDIDATES: tuple[MeasuredCriterion, ...] = ("gram", "hope", "reap", "reap-sum")
+FREE_DEFAULT: FreeCriterion = "router-norm"  # where there are no statistics
+COARSE = 16  # experts: with at most so many `reap-sum` costs least, with more `hope`
 LayerKey = int | str  # the number of a layer, or its full name where two have one number
+
+
+def default_criterion(experts: int) -> MeasuredCriterion:
+    """Return the criterion for layers of so many experts where there are statistics and nothing to measure on."""
+    return "reap-sum" if experts <= COARSE else "hope"
 
 
 def per_block(anatomy: Anatomy, operation: str, value: Any) -> dict[str, Any]:
@@ -141,7 +150,13 @@ class Ranking:
 
 
 def ranking(
-    plan: Plan, operation: str, by: Criterion, seed: int, stats: str | None, count: int, protect_super: bool
+    plan: Plan,
+    operation: str,
+    by: FreeCriterion | MeasuredCriterion,
+    seed: int,
+    stats: str | None,
+    count: int,
+    protect_super: bool,
 ) -> Ranking:
     """Rank the experts of every block by `by`, of which `count` are to be given up.
 

@@ -23,13 +23,16 @@ from moesurgery.moe.expert_counts import (
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
-from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values
+from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.surgery.choose_experts import (
-    DEFAULT_CRITERION,
+    AUTO,
+    CANDIDATES,
+    FREE_DEFAULT,
     Criterion,
     LayerKey,
     Ranking,
     check_indices,
+    default_criterion,
     per_block,
     ranking,
     with_protection,
@@ -49,7 +52,15 @@ def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     return NeededStatistics(keep=[kept] if values.get("by") == "recon" else [])
 
 
-@operation(_NAME, text=TextNeeds(_needed_statistics, own_text=("protect",)))
+def _candidates(plan: Plan, values: Values) -> list[Variant]:
+    """Return the criteria that are worth trying, where none is asked for and statistics are there."""
+    number = values.get("keep", values.get("count"))
+    if values.get("by", AUTO) != AUTO or "stats" not in values or not isinstance(number, int):
+        return []
+    return [Variant(by, _NAME, {**values, "by": by}, f"--by {by}") for by in CANDIDATES]
+
+
+@operation(_NAME, text=TextNeeds(_needed_statistics, candidates=_candidates, own_text=("protect",)))
 def drop_experts(
     plan: Plan,
     *,
@@ -66,9 +77,10 @@ def drop_experts(
     by: Annotated[
         Criterion | None,
         Param(
-            "how --count or --keep NUMBER choose: router-norm (the default without statistics), aimer or random; or by"
-            " statistics: reap-sum (the default with them), reap, frequency, soft-frequency, ean, man, msan, gram,"
-            " hope, recon"
+            "how --count or --keep NUMBER choose: auto (the default with text: the best of several on held-out text),"
+            " router-norm (the default without statistics), aimer or random; or by statistics: reap-sum (the default"
+            " with them alone, up to 16 experts), hope (with more), gram, reap, frequency, soft-frequency, ean, man,"
+            " msan, recon"
         ),
     ] = None,
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
@@ -114,7 +126,8 @@ def drop_experts(
     ranked: Ranking | None = None
     if count is not None:
         check_remaining(anatomy, _NAME, total - count)
-        by = by or ("router-norm" if stats is None else DEFAULT_CRITERION)
+        if by is None or by == "auto":
+            by = FREE_DEFAULT if stats is None else default_criterion(total)
         ranked = ranking(plan, _NAME, by, seed, stats, count, protect_super)
         if protect is not None:
             ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)
