@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 FreeCriterion = Literal["router-norm", "aimer", "random"]
 Criterion = Literal["auto", FreeCriterion, MeasuredCriterion]
-AUTO = "auto"  # the best of CANDIDATES on held-out text
-# docs/measure.md has the tables behind these.
+# What `auto` tries on held-out text, and what is taken where there is none: docs/measure.md has the tables.
 CANDIDATES: tuple[MeasuredCriterion, ...] = ("gram", "hope", "reap", "reap-sum")
 FREE_DEFAULT: FreeCriterion = "router-norm"  # where there are no statistics
 COARSE = 16  # experts: with at most so many `reap-sum` costs least, with more `hope`

@@ -25,7 +25,6 @@ from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.surgery.choose_experts import (
-    AUTO,
     CANDIDATES,
     FREE_DEFAULT,
     Criterion,
@@ -55,7 +54,7 @@ def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
 def _candidates(plan: Plan, values: Values) -> list[Variant]:
     """Return the criteria that are worth trying, where none is asked for and statistics are there."""
     number = values.get("keep", values.get("count"))
-    if values.get("by", AUTO) != AUTO or "stats" not in values or not isinstance(number, int):
+    if values.get("by", "auto") != "auto" or "stats" not in values or not isinstance(number, int):
         return []
     return [Variant(by, _NAME, {**values, "by": by}, f"--by {by}") for by in CANDIDATES]
 

@@ -166,7 +166,7 @@ def test_the_best_of_several_criteria_is_taken(
     unmeasured = CalibrationOptions(**{**texts, "heldout": None}, no_heldout=True)
     assert (
         calibrate(path, "drop-experts", {"count": 3}, unmeasured, tmp_path / "un").plan.steps[0].parameters["by"]
-        == "gram"
+        == "reap-sum"
     )
 
 
