@@ -176,7 +176,6 @@ def test_damage_to_a_mark_shows_by_class_and_hardly_in_the_mean(demo: Path, tmp_
     found = ok(*arguments, "--json").json["models"][1]
     classes = {entry["name"]: entry for entry in found["classes"]}
     assert classes["</think>"]["tokens"] == 1
-    print(classes, found["domains"][0])
     assert classes["</think>"]["kl"] > 20 * found["domains"][0]["kl"]
     assert abs(found["domains"][0]["over"]) < 0.05
     assert "</think>" in ok(*arguments, "--details").out
