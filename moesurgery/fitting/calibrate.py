@@ -150,6 +150,7 @@ def calibrate(
     settings = options.run_settings(int(values.get("seed", 0)))
     settings.check()
     for name in _own_texts(declared, values):
+        declared.text.statistics(plan, values)  # refuses what is impossible before the model runs
         run = read_calibration(settings, plan, [values[name]], options.tokens)
         beside = Path(f"{output or f'{plan.checkpoint.name}-{operation}'}.{name}")
         values[name] = CalibrationCache(beside, run, force, reporter).statistics(NeededStatistics())

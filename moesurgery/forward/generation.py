@@ -53,7 +53,8 @@ def continuations(
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     model = loaded.to(device).eval()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    model.generation_config = GenerationConfig()  # what the checkpoint suggests would differ between models
+    usual: Any = GenerationConfig
+    model.generation_config = usual()  # what the checkpoint suggests would differ between models
     torch.manual_seed(0)
     found = []
     for prompt in prompts:

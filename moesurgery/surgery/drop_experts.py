@@ -132,6 +132,8 @@ def drop_experts(
             ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)
         dropped = {where: ranked.lowest(anatomy, where, count) for where in ranked.scores}
     else:
+        if protect is not None:
+            raise RecipeError(f"{_NAME}: protect is for a choice by a criterion, and experts are named", "leave it out")
         dropped = _named(anatomy, experts, keep)
     kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
     remaining = equal_count(_NAME, kept)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.errors import RefusedError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.fitting.collector import collect
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.tokens import Tokens
@@ -163,6 +163,11 @@ def test_what_matters_on_a_text_of_its_own_stays(models: Any, tmp_path: Path, mo
     assert any("math" in note for note in step.notes)
     with pytest.raises(RefusedError, match="are protected by"):
         apply(plan, "drop-experts", count=4, by=by, protect=protect, protect_share=0.8, **given)
+
+
+def test_protection_of_experts_that_are_named(models: Any) -> None:
+    with pytest.raises(RecipeError, match="experts are named"):
+        apply(plan_of(open_checkpoint(models("mixtral"))), "drop-experts", experts=[1], protect="s.safetensors")
 
 
 def test_the_text_to_protect_is_run_over(demo: Path, tmp_path: Path, ok: Cli) -> None:
