@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.filenames import TOKENIZER
+from moesurgery.errors import CheckpointError
 from moesurgery.forward.text_windows import load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,10 +29,17 @@ _CODE = re.compile(r"[^\w]*[{}\[\]()<>=;_\\/|&*+#@$^~`][^\w]*|_+|\t+|[ \n]*\n +|
 
 
 def end_tokens(checkpoint: Checkpoint) -> set[int]:
-    """Return the tokens that end a text, from config.json and generation_config.json."""
+    """Return the tokens that end a text, from config.json and generation_config.json.
+
+    Raises CheckpointError where the latter is no JSON object.
+    """
     places: list[Any] = [checkpoint.config, checkpoint.config.get("text_config") or {}]
     if size := checkpoint.file_sizes.get(_GENERATION_CONFIG):
-        places.append(json.loads(checkpoint.source.read(_GENERATION_CONFIG, 0, size)))
+        try:
+            places.append(dict(json.loads(checkpoint.source.read(_GENERATION_CONFIG, 0, size))))
+        except (ValueError, TypeError) as error:
+            where = f"{checkpoint.source.identity}/{_GENERATION_CONFIG}"
+            raise CheckpointError(f"{where} is no JSON object: {error}", "correct it, or delete it") from None
     ends: set[int] = set()
     for place in places:
         value = place.get("eos_token_id")

@@ -13,10 +13,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from moesurgery import open_checkpoint
+from moesurgery.errors import CheckpointError
 from moesurgery.forward.bootstrap import interval
 from moesurgery.forward.generation import loops
 from moesurgery.forward.loss import token_figures
-from moesurgery.forward.token_classes import kind_of_text
+from moesurgery.forward.token_classes import end_tokens, kind_of_text
 from tests.conftest import Result
 from tests.quantise import rewrite
 from tests.tiny import load, read_tensors
@@ -179,6 +181,17 @@ def test_damage_to_a_mark_shows_by_class_and_hardly_in_the_mean(demo: Path, tmp_
     assert classes["</think>"]["kl"] > 20 * found["domains"][0]["kl"]
     assert abs(found["domains"][0]["over"]) < 0.05
     assert "</think>" in ok(*arguments, "--details").out
+
+
+def test_end_tokens_of_both_configs(demo: Path, tmp_path: Path) -> None:
+    rewrite(demo, tmp_path / "model", read_tensors(demo), {"eos_token_id": 3})
+    checkpoint = tmp_path / "model" / "generation_config.json"
+    checkpoint.write_text(json.dumps({"eos_token_id": [5, 9]}))
+    assert end_tokens(open_checkpoint(tmp_path / "model")) == {3, 5, 9}
+    for wrong in ("{", "[1, 2]", "7"):
+        checkpoint.write_text(wrong)
+        with pytest.raises(CheckpointError, match="no JSON object"):
+            end_tokens(open_checkpoint(tmp_path / "model"))
 
 
 def test_what_loops() -> None:
