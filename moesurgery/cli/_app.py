@@ -19,7 +19,7 @@ _OTHERS = {
     "extract-lora": "extract_lora",
     "run": "recipes",
     "perplexity": "perplexity",
-    "compare": "perplexity",
+    "compare": "compare",
     "validate": "validate",
     "diff": "diff",
     "collect": "collect",

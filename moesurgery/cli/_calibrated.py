@@ -90,10 +90,11 @@ def _show(measured: HeldOut, heading: str) -> None:
     """Print what the variants cost, the cheapest first."""
     nats = dict(measured.nats)
     base = nats.pop("original")
-    console.table(
-        (heading, "held-out loss", "over the original"),
-        [(name, f"{n:.4f}", f"{n - base:+.4f}") for name, n in sorted(nats.items(), key=lambda item: item[1])],
-        right=(1, 2),
-    )
+    rows = []
+    for name, n in sorted(nats.items(), key=lambda item: item[1]):
+        low, high = measured.intervals[name]
+        taken = f"{name} (taken)" if name == measured.chosen else name
+        rows.append((taken, f"{n:.4f}", f"{n - base:+.4f}", f"{low:+.4f} to {high:+.4f}"))
+    console.table((heading, "held-out loss", "over the original", "95 % interval"), rows, right=(1, 2, 3))
     console.result(f"nats per token over {measured.tokens:,} predicted tokens; the original has {base:.4f}")
     console.result()

@@ -16,7 +16,7 @@ from moesurgery.cli._calibrated import OPTIONS, calibrated
 from moesurgery.cli._console import console
 from moesurgery.cli._help import completed
 from moesurgery.errors import RecipeError
-from moesurgery.fitting.calibrate import CalibrationOptions
+from moesurgery.fitting.calibrate import CalibrationOptions, needs_run
 from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, literals_of, words_of
 from moesurgery.recipe.reader import Recipe, RecipeStep, load_recipe
 from moesurgery.recipe.registry import Operation, problems
@@ -53,7 +53,7 @@ def command_for(operation: Operation) -> Callable[..., None]:
         if flags.shard_bytes:
             recipe = replace(recipe, max_shard_size=flags.shard_bytes)
         plan, measured = None, None
-        if options.text or options.heldout:
+        if len(recipe.steps) == 1 and needs_run(operation, recipe.steps[0].parameters, options):
             recipe, plan, measured = calibrated(recipe, options, flags)
         _writing.carry_out(recipe, flags, measured, plan)
 

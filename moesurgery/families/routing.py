@@ -1,8 +1,9 @@
 """From router logits to weights, for every kind of router in the table; and what that says of a change of top-k.
 
 Notation: n is the trained top-k, m the new one, g_i the weight that multiplies expert i's output, and
-A_k = E[sum of g_i^2 over the top k]. Independent expert outputs of equal norm give a routed output of norm
-r * sqrt(A_k), so the factor that keeps it is sqrt(A_n / A_m). (mergekit issue 294 derives the even-gates
+A_k = (1 - rho) E[sum of g_i^2] + rho E[(sum of g_i)^2] over the top k. Expert outputs of equal norm r, of which any
+two have the correlation rho, give a routed output of norm r * sqrt(A_k), so the factor that keeps it is
+sqrt(A_n / A_m). (mergekit issue 294 derives the even-gates
 case; `docs/rescale.md` tells what real gates do to it.) numpy only.
 """
 
@@ -78,10 +79,13 @@ def selection_order(settings: Settings, logits: np.ndarray, scores: np.ndarray, 
     return np.argsort(-ranked, axis=-1, kind="stable")
 
 
-def second_moments(settings: Settings, logits: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+def second_moments(
+    settings: Settings, logits: np.ndarray, bias: np.ndarray | None = None, rho: float = 0.0
+) -> np.ndarray:
     """Return A_k for k = 1..E from router logits [tokens, E] of a sample of tokens.
 
-    Constant factors on the weights are left out: they cancel in A_n / A_m.
+    `rho` is the correlation between the outputs of two experts that are chosen together. Constant factors on the
+    weights are left out: they cancel in A_n / A_m.
     """
     import numpy as np
 
@@ -91,9 +95,9 @@ def second_moments(settings: Settings, logits: np.ndarray, bias: np.ndarray | No
     scores = router_scores(logits, settings.score)
     order = selection_order(settings, logits, scores, bias)
     chosen = np.take_along_axis(scores, order, axis=-1)
-    squares = np.cumsum(chosen**2, axis=-1)
+    moments = (1 - rho) * np.cumsum(chosen**2, axis=-1) + rho * np.cumsum(chosen, axis=-1) ** 2
     norm = settings.renormalised
     if norm:
         power = 1.0 if norm is True else float(norm)
-        squares = squares / np.maximum(np.cumsum(chosen**power, axis=-1), 1e-20) ** (2 / power)
-    return np.asarray(squares.mean(axis=0))
+        moments = moments / np.maximum(np.cumsum(chosen**power, axis=-1), 1e-20) ** (2 / power)
+    return np.asarray(moments.mean(axis=0))

@@ -134,7 +134,7 @@ def _finished(run: Streams) -> float:
     nats, count = 0.0, 0
     for number in range(len(run)):
         for _, part, logits in run.ends(number):
-            nats += sum(lost for lost, _ in window_losses(logits, None, part))
+            nats += sum(window_losses(logits, part))
             count += part.predicted
     return nats / count
 

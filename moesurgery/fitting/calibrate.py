@@ -9,8 +9,8 @@ collected, whether the model runs a second time, and what is measured beside the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,12 @@ from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.reader import RecipeStep
 from moesurgery.recipe.registry import Operation, apply, checked_operation
-from moesurgery.recipe.text_needs import TextNeeds, Values, Variant
+from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
+from moesurgery.stats.statistics_file import SUFFIX
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
+    from moesurgery.forward.loss import Loss
     from moesurgery.forward.text_windows import Domain
 
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
@@ -101,10 +103,16 @@ def _number(value: float | str) -> float | None:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired."""
+    """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired.
+
+    `intervals` has for all but the original the 95 % bootstrap interval, over windows, of what it adds to the loss of
+    the original. `chosen` names the edit that was taken because it costs least, where there was a choice.
+    """
 
     tokens: int
     nats: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    chosen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,8 @@ def calibrate(
     `output` is where the plan is to be written: statistics, fits and repairs go beside it and are used again there;
     with `force` they are replaced. It is named after model and operation by default. Where experts are to be chosen
     by statistics that are yet to be collected, what none could make possible is refused before the model runs; the
-    edit itself is planned once. Without text it is `apply`.
+    edit itself is planned once. Where the parameters leave open by what is chosen, the candidates are measured on the
+    held-out windows and the one that costs least is made. Without text it is `apply`.
 
     Raises RecipeError for wrong parameters and options, RefusedError where the edit has no meaning for the model,
     OutputError where the files beside the output are of something else.
@@ -141,12 +150,17 @@ def calibrate(
     declared = checked_operation(operation, parameters)
     plan = model if isinstance(model, Plan) else plan_of(open_checkpoint(str(model)))
     values = dict(parameters)
-    if not options.text and not options.heldout:
+    if not needs_run(declared, values, options):
         return Calibrated(apply(plan, operation, **values), (RecipeStep(operation, values),))
     if not declared.takes_statistics:
         raise RecipeError(f"{operation} has no parameter `stats`, so no text says anything of it", "leave text out")
     settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair)
     settings.check()
+    for name in _own_texts(declared, values):
+        declared.text.statistics(plan, values)  # refuses what is impossible before the model runs
+        run = read_calibration(settings, plan, [values[name]], options.tokens)
+        beside = Path(f"{output or f'{plan.checkpoint.name}-{operation}'}.{name}")
+        values[name] = CalibrationCache(beside, run, force, reporter).statistics(NeededStatistics())
     held_out: list[Domain] = []
     if options.heldout and not options.no_heldout:
         held_out = replace(settings, limit=options.limit, seed=None).domains(plan.checkpoint, options.heldout)
@@ -157,17 +171,44 @@ def calibrate(
         held_out = held_out or run.held_out
         cache = CalibrationCache(Path(output or f"{plan.checkpoint.name}-{operation}"), run, force, reporter)
         values = _with_measured(values, declared.text, cache)
-    edited = repaired = apply(plan, operation, **values)
-    steps = [RecipeStep(operation, values)]
+    measured = _Measured(settings, held_out, reporter)
     plans = {"original": plan}
-    if held_out:
-        plans |= _variants(plan, declared, values, edited, reporter)
+    chosen: str | None = None
+    if held_out and declared.text.candidates is not None:
+        candidates = {c.name: c for c in declared.text.candidates(plan, values)}
+        planned = _planned(plan, list(candidates.values()), reporter)
+        if planned:
+            plans |= planned
+            measured.add(plans)
+            chosen = measured.cheapest(planned)
+            values = dict(candidates[chosen].parameters)
+            plans[chosen] = _with_choice(plans[chosen], measured.outcome(chosen))
+    edited = repaired = plans[chosen] if chosen else apply(plan, operation, **values)
+    steps = [RecipeStep(operation, values)]
+    if held_out and not chosen:
+        usual = [Variant(declared.name, declared.name, values)]
+        variants = declared.text.variants(plan, values) if declared.text.variants else usual
+        plans |= _planned(plan, variants, reporter, (steps[0], edited))
     repair = options.repair(declared.text.repair)
     if repair is not None and cache is not None:
         steps.append(RecipeStep("refit", {"repair": cache.repair(edited, repair)}))
         repaired = apply(edited, "refit", **steps[-1].parameters)
-        plans[f"{values.get(declared.text.named_by, operation)}, refit {repair.kind}"] = repaired
-    return Calibrated(repaired, tuple(steps), _measure(plans, settings, held_out, reporter) if held_out else None)
+        name = chosen or values.get(declared.text.named_by, operation)
+        plans[f"{name}, refit {repair.kind}"] = repaired
+    if not held_out:
+        return Calibrated(repaired, tuple(steps))
+    measured.add(plans)
+    return Calibrated(repaired, tuple(steps), measured.outcome(chosen))
+
+
+def needs_run(operation: Operation, values: Values, options: CalibrationOptions) -> bool:
+    """Return whether a model has to be run over text for an edit, or to measure it."""
+    return bool(options.text or options.heldout or _own_texts(operation, values))
+
+
+def _own_texts(operation: Operation, values: Values) -> list[str]:
+    """Return the parameters that name a text where its statistics are wanted."""
+    return [name for name in operation.text.own_text if name in values and not values[name].endswith(SUFFIX)]
 
 
 def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache) -> dict[str, Any]:
@@ -182,27 +223,66 @@ def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache) ->
     return values
 
 
-def _variants(plan: Plan, declared: Operation, values: Values, edited: Plan, reporter: Reporter) -> dict[str, Plan]:
-    """Return the plans to measure, by name: `edited`, which is not planned again, and what is compared with it."""
-    usual = [Variant(declared.name, declared.name, values)]
+def _planned(
+    plan: Plan, variants: Sequence[Variant], reporter: Reporter, made: tuple[RecipeStep, Plan] | None = None
+) -> dict[str, Plan]:
+    """Return the plans of edits by name, without those that are refused. `made` is a step that is not planned again."""
     plans = {}
-    for variant in declared.text.variants(plan, values) if declared.text.variants else usual:
+    for variant in variants:
+        step = RecipeStep(variant.operation, dict(variant.parameters))
         try:
-            same = (variant.operation, variant.parameters) == (declared.name, values)
-            plans[variant.name] = edited if same else apply(plan, variant.operation, **variant.parameters)
+            plans[variant.name] = (
+                made[1] if made and step == made[0] else apply(plan, step.operation, **step.parameters)
+            )
         except SurgeryError as error:
             reporter.note(f"{variant.called} is not measured: {error.message}")
     return plans
 
 
-def _measure(plans: Mapping[str, Plan], settings: RunSettings, domains: list[Domain], reporter: Reporter) -> HeldOut:
-    """Return the held-out loss of every plan; none of them is written."""
-    from moesurgery.forward.loss import losses, mean_loss
+def _with_choice(edited: Plan, measured: HeldOut) -> Plan:
+    """Return a plan whose last step records what it was chosen from, for the card and the provenance record."""
+    step = edited.steps[-1]
+    base = measured.nats["original"]
+    costs = ", ".join(
+        f"{name} {measured.nats[name] - base:+.4f} ({low:+.4f} to {high:+.4f})"
+        for name, (low, high) in measured.intervals.items()
+    )
+    note = f"{measured.chosen} costs least on {measured.tokens:,} held-out tokens, in nats with 95 % intervals: {costs}"
+    step = replace(step, report={**step.report, "candidates": asdict(measured)}, notes=(*step.notes, note))
+    return replace(edited, steps=(*edited.steps[:-1], step))
 
-    windows = sum(d.windows.numel() for d in domains)
-    by_name = {}
-    with reporter.progress("measuring", windows * len(plans)) as progress:
-        for name, plan in plans.items():
-            by_name[name] = mean_loss(losses(settings.engine(plan), domains))
-            progress(windows)
-    return HeldOut(by_name["original"].tokens, {name: loss.nats for name, loss in by_name.items()})
+
+@dataclass
+class _Measured:
+    """The held-out loss of plans by name, each measured once; none of them is written."""
+
+    settings: RunSettings
+    domains: list[Domain]
+    reporter: Reporter
+    found: dict[str, Loss] = field(default_factory=dict)
+
+    def add(self, plans: Mapping[str, Plan]) -> None:
+        """Measure the plans that were not measured yet."""
+        from moesurgery.forward.loss import losses, mean_loss
+
+        new = {name: plan for name, plan in plans.items() if name not in self.found}
+        windows = sum(d.windows.numel() for d in self.domains)
+        with self.reporter.progress("measuring", windows * len(new)) as progress:
+            for name, plan in new.items():
+                self.found[name] = mean_loss(losses(self.settings.engine(plan), self.domains))
+                progress(windows)
+
+    def cheapest(self, names: Iterable[str]) -> str:
+        return min(names, key=lambda name: self.found[name].nats)
+
+    def outcome(self, chosen: str | None) -> HeldOut:
+        from moesurgery.forward.bootstrap import interval
+
+        by_window = {name: loss.by_window for name, loss in self.found.items()}
+        base, tokens = by_window["original"], self.found["original"].window_tokens
+        return HeldOut(
+            self.found["original"].tokens,
+            {name: loss.nats for name, loss in self.found.items()},
+            {name: interval(values - base, tokens) for name, values in by_window.items() if name != "original"},
+            chosen,
+        )

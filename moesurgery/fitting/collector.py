@@ -223,6 +223,10 @@ def add(
         found = by_expert(index, values, experts).sum(0, dtype=torch.float64)
         for i, name in enumerate(("count", "gate", "norm", "gate_norm")):
             sums[name][half] += found[:, i]
+        sizes = norm.double()
+        sums["norm2"][half] += by_expert(index, sizes**2 * chosen, experts).sum(0)
+        contributed = by_expert(index, weights * sizes, experts)
+        sums["pair_norms"][half] += contributed.T @ contributed
         peak = torch.linalg.vector_norm(part.outputs, ord=torch.inf, dim=-1, dtype=torch.float32) * chosen
         sums["peak"][half] = torch.maximum(sums["peak"][half], by_expert(index, peak, experts).amax(0).double())
         counted = torch.where(chosen, index, experts)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
@@ -14,6 +14,7 @@ from moesurgery.forward.text_windows import Domain
 from moesurgery.forward.tokens import Tokens, joined
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _ROWS = 512  # of logits, whose softmax is computed together
@@ -21,17 +22,59 @@ _ROWS_GPU = 8192
 
 
 @dataclass(frozen=True)
+class TokenFigures:
+    """What a model says of each predicted token, [windows, length - 1] each, in float64.
+
+    `nats` is the negative log likelihood. Against the reference: `divergence` is KL(reference || model), `agreement`
+    1 where both have the same likeliest token, `overlap` the sum over the vocabulary of the lesser of both
+    probabilities: the share of tokens drawn from one that speculative decoding by the other would accept. Those are
+    None for the reference itself. `counted` is False, and all else zero, for padding and tokens that do not count;
+    None where every token does.
+    """
+
+    nats: np.ndarray
+    divergence: np.ndarray | None = None
+    agreement: np.ndarray | None = None
+    overlap: np.ndarray | None = None
+    counted: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Loss:
-    """Mean negative log likelihood in nats per predicted token; `divergence` is the mean KL to a reference."""
+    """Mean negative log likelihood in nats per predicted token; `divergence` is the mean KL to a reference.
+
+    `agreement` and `overlap` are means too (`TokenFigures`, which `by_token` has for every token).
+    """
 
     domain: str
     tokens: int
     nats: float
     divergence: float | None = None
+    agreement: float | None = None
+    overlap: float | None = None
+    by_token: TokenFigures | None = field(default=None, repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.nats)
+
+    @property
+    def window_tokens(self) -> np.ndarray:
+        """The number of predicted tokens of each window [windows]."""
+        import numpy as np
+
+        assert self.by_token is not None
+        counted, nats = self.by_token.counted, self.by_token.nats
+        return np.full(len(nats), nats.shape[1]) if counted is None else np.asarray(counted.sum(axis=1))
+
+    @property
+    def by_window(self) -> np.ndarray:
+        """Mean nats of each window [windows]; zero where none of its tokens counts."""
+        import numpy as np
+
+        assert self.by_token is not None
+        means: np.ndarray = self.by_token.nats.sum(axis=1) / np.maximum(self.window_tokens, 1)
+        return means
 
 
 def losses(engine: Engine, domains: Sequence[Domain], progress: Progress = lambda count: None) -> list[Loss]:
@@ -53,7 +96,7 @@ def compared(
             "compare models with one tokenizer",
         )
     windows = _together(domains)
-    sums = [[[0.0, 0.0] for _ in domains] for _ in engines]
+    figures: list[dict[int, TokenFigures]] = [{} for _ in engines]  # of each window
     size = min(engine.windows_per_batch(windows, True) for engine in engines)
     runs: list[Streams] = []
     try:
@@ -64,46 +107,93 @@ def compared(
         for number in range(len(runs[0])):
             for ends in zip(*(run.ends(number, heads) for run in runs), strict=True):
                 first, part, reference = ends[0]
-                for found, (_, _, logits) in zip(sums, ends, strict=True):
-                    lost = window_losses(logits, None if logits is reference else reference, part)
-                    for row, (nats, divergence) in enumerate(lost):
-                        entry = found[_domain_of(domains, first + row)]
-                        entry[0] += nats
-                        entry[1] += divergence
+                for found, (_, _, logits) in zip(figures, ends, strict=True):
+                    for row, ids in enumerate(part.ids):
+                        base = None if logits is reference else reference[row]
+                        found[first + row] = token_figures(logits[row], base, ids)
     finally:
         for run in runs:
             run.close()
+    starts = [sum(len(d.windows) for d in domains[:i]) for i in range(len(domains))]
     return [
         [
-            Loss(d.name, d.tokens, nats / d.tokens, None if i == 0 else divergence / d.tokens)
-            for d, (nats, divergence) in zip(domains, found, strict=True)
+            _loss_of(d, [found[start + i] for i in range(len(d.windows))])
+            for d, start in zip(domains, starts, strict=True)
         ]
-        for i, found in enumerate(sums)
+        for found in figures
     ]
 
 
-def window_losses(logits: torch.Tensor, reference: torch.Tensor | None, tokens: Tokens) -> list[tuple[float, float]]:
-    """Return for each window the summed loss of its predictions, and the summed KL(reference || logits).
+def _loss_of(domain: Domain, windows: Sequence[TokenFigures]) -> Loss:
+    """Return the loss on a domain from the figures of its windows, which may be padded further than they need, or less.
 
-    logits and reference are [b, S, V] for b windows. Raises CheckpointError where a loss is not finite.
+    Raises CheckpointError where a loss is not finite.
+    """
+    import numpy as np
+
+    counts = domain.as_tokens.counts
+    counted = None if counts is None else counts[:, 1:].numpy()
+    names = ("nats",) if windows[0].divergence is None else ("nats", "divergence", "agreement", "overlap")
+    width = domain.windows.shape[1] - 1
+    values = {name: np.stack([_wide(getattr(window, name)[:width], width) for window in windows]) for name in names}
+    if counted is not None:
+        values = {name: np.where(counted, value, 0.0) for name, value in values.items()}
+    if not math.isfinite(values["nats"].sum()):
+        raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
+    means = {name: float(value.sum()) / domain.tokens for name, value in values.items()}
+    return Loss(domain.name, domain.tokens, **means, by_token=TokenFigures(**values, counted=counted))
+
+
+def _wide(values: np.ndarray, width: int) -> np.ndarray:
+    """Return an array with zeros at the end of its last axis, `width` long."""
+    import numpy as np
+
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
+
+
+def token_figures(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> TokenFigures:
+    """Return what one window's logits [S, V] say of its tokens `ids` [S] from the second on, in arrays [S - 1]."""
+    return TokenFigures(**{n: values.cpu().numpy() for n, values in _by_token(logits, reference, ids).items()})
+
+
+def _by_token(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the fields of `TokenFigures` for one window, in float64 on the device of its logits."""
+    import torch
+
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def add(name: str, values: torch.Tensor) -> None:
+        found.setdefault(name, []).append(values.double())
+
+    targets = ids[1:].to(logits.device)
+    step = _ROWS_GPU if logits.is_cuda else _ROWS
+    for start in range(0, len(targets), step):
+        rows = slice(start, min(start + step, len(targets)))
+        log = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
+        add("nats", -log.gather(1, targets[rows, None])[:, 0])
+        if reference is not None:
+            base = torch.log_softmax(reference[rows], dim=-1, dtype=torch.float32)
+            likely, expected = log.exp(), base.exp()
+            add("divergence", (expected * (base - log)).sum(-1))
+            add("agreement", log.argmax(-1) == base.argmax(-1))
+            add("overlap", torch.minimum(likely, expected).sum(-1))
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def window_losses(logits: torch.Tensor, tokens: Tokens) -> list[float]:
+    """Return for each window the summed loss of its predictions. `logits` are [b, S, V] for b windows.
+
+    Raises CheckpointError where a loss is not finite.
     """
     import torch
 
-    targets = tokens.ids[:, 1:].to(logits.device)
     counts = None if tokens.counts is None else tokens.counts[:, 1:].to(logits.device)
-    sums = torch.zeros(2, len(tokens), dtype=torch.float64, device=logits.device)
-    step = _ROWS_GPU if logits.is_cuda else _ROWS
-    for window in range(len(tokens)):
-        for start in range(0, targets.shape[1], step):
-            rows = slice(start, min(start + step, targets.shape[1]))
-            log = torch.log_softmax(logits[window, rows], dim=-1, dtype=torch.float32)
-            counted = 1.0 if counts is None else counts[window, rows].double()
-            sums[0, window] -= (log.gather(1, targets[window, rows, None])[:, 0].double() * counted).sum()
-            if reference is not None:
-                base = torch.log_softmax(reference[window, rows], dim=-1, dtype=torch.float32)
-                sums[1, window] += ((base.exp() * (base - log)).sum(-1).double() * counted).sum()
-    found: list[tuple[float, float]] = [(nats, divergence) for nats, divergence in sums.T.tolist()]
-    if not all(math.isfinite(nats) for nats, _ in found):
+    sums = []
+    for window, ids in enumerate(tokens.ids):
+        nats = _by_token(logits[window], None, ids)["nats"]
+        sums.append((nats if counts is None else torch.where(counts[window], nats, 0.0)).sum())
+    found: list[float] = torch.stack(sums).tolist()
+    if not all(map(math.isfinite, found)):
         raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
     return found
 
@@ -112,23 +202,42 @@ def _together(domains: Sequence[Domain]) -> Tokens:
     return joined([domain.as_tokens for domain in domains])
 
 
-def _domain_of(domains: Sequence[Domain], window: int) -> int:
-    for number, domain in enumerate(domains):
-        if window < len(domain.windows):
-            return number
-        window -= len(domain.windows)
-    raise AssertionError("a window of no domain")
-
-
 def mean_loss(found: Sequence[Loss]) -> Loss:
     """Return the mean over domains, weighted by tokens."""
     tokens = sum(loss.tokens for loss in found)
 
-    def weighted(values: list[float]) -> float:
-        return sum(v * loss.tokens for v, loss in zip(values, found, strict=True)) / tokens
+    def mean(name: str) -> Any:
+        values = [getattr(loss, name) for loss in found]
+        if any(value is None for value in values):
+            return None
+        return sum(value * loss.tokens for value, loss in zip(values, found, strict=True)) / tokens
 
-    divergences = [loss.divergence for loss in found if loss.divergence is not None]
-    return Loss("all", tokens, weighted([loss.nats for loss in found]), weighted(divergences) if divergences else None)
+    figures = [loss.by_token for loss in found if loss.by_token is not None]
+    together = _all_windows(figures) if len(figures) == len(found) else None
+    return Loss("all", tokens, mean("nats"), mean("divergence"), mean("agreement"), mean("overlap"), together)
+
+
+def _all_windows(parts: Sequence[TokenFigures]) -> TokenFigures:
+    """Return the figures of all windows of several texts, one after the other, the shorter padded on the right."""
+    import numpy as np
+
+    width = max(part.nats.shape[1] for part in parts)
+
+    def joined_values(name: str) -> np.ndarray | None:
+        values = [getattr(part, name) for part in parts]
+        return None if any(v is None for v in values) else np.concatenate([_wide(v, width) for v in values])
+
+    counted = None
+    if any(part.counted is not None or part.nats.shape[1] < width for part in parts):
+        each = [np.ones(part.nats.shape, bool) if part.counted is None else part.counted for part in parts]
+        counted = np.concatenate([_wide(rows, width) for rows in each])
+    return TokenFigures(
+        np.concatenate([_wide(part.nats, width) for part in parts]),
+        joined_values("divergence"),
+        joined_values("agreement"),
+        joined_values("overlap"),
+        counted,
+    )
 
 
 def context_limit(checkpoint: Checkpoint) -> int | None:

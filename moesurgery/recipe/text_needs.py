@@ -53,14 +53,19 @@ class TextNeeds:
     `groups` returns the groups of experts (`surgery.group_experts.Merger`) for whose fit, the parameter `fit`, the
     model runs once more; None where the parameters need none.
     `variants` returns what to measure on held-out text, the edit itself among it; the edit alone by default.
+    `candidates` returns the edits of which the one with the least held-out loss is made, empty where the parameters
+    leave no choice. They are what is measured then, and `variants` are not.
     `repair` is the kind of repair that is made unless another is asked for; "none" for none.
+    `own_text` names parameters that take statistics of a text of their own, and may name that text instead.
     `named_by` is the parameter whose value names the edit in the table, `heading` what the table calls its rows.
     """
 
     statistics: Callable[[Plan, Values], NeededStatistics | None] = _usual_statistics
     groups: Callable[[Plan, Values], Any] | None = None
     variants: Callable[[Plan, Values], Sequence[Variant]] | None = None
+    candidates: Callable[[Plan, Values], Sequence[Variant]] | None = None
     repair: str = "none"
+    own_text: Sequence[str] = ()
     named_by: str = ""
     heading: str = ""
 

@@ -8,8 +8,12 @@ routed to e, p_e its share of the router's scores, g_e its weight, f_e its outpu
     ean             sum of |f_e|                         (expert activation norm, in arXiv 2510.13999)
     reap            sum of g_e |f_e| / N_e               (arXiv 2510.13999), with N_e at least 32
     reap-sum        sum of g_e |f_e|
-    gram            least sum |sum_D g_e f_e|^2 over the set D of dropped experts, greedily: the part of the
-                    output that goes, without what the promotion of others brings back
+    man             sum of |f_e| / N_e                   (arXiv 2606.15716), with N_e at least 32
+    msan            sum of |f_e|^2 / N_e                 (arXiv 2606.15716), with N_e at least 32
+    gram            the set D of dropped experts with the least sum |sum_D g_e f_e|^2: the part of the output that
+                    goes, without what the promotion of others brings back
+    hope            the set D with the least sum (sum_D g_e |f_e|)^2: gates, norms and how often two are chosen
+                    together, whatever their directions (HOPE, github.com/awslabs/HOPE)
     recon           for a number of experts to keep: the kept set with the least |y - y'|^2, y' the output with
                     the router choosing from that set alone (arXiv 2402.14800); see `fitting.keep_search`
 """
@@ -19,55 +23,67 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
+from moesurgery.errors import RefusedError
+from moesurgery.stats.least_set import greedy_order
 from moesurgery.stats.statistics_file import BlockStats, Stats
 
 if TYPE_CHECKING:
     import numpy as np
 
-MeasuredCriterion = Literal["reap", "reap-sum", "frequency", "soft-frequency", "ean", "gram", "recon"]
+MeasuredCriterion = Literal[
+    "reap", "reap-sum", "frequency", "soft-frequency", "ean", "man", "msan", "gram", "hope", "recon"
+]
+PAIR_SUMS: Mapping[str, str] = {
+    "gram": "gram",
+    "hope": "pair_norms",
+}  # criteria of a set, and the sums that they add up
 FLOOR = 32  # tokens: a mean over fewer is taken over this many
 SUPER_PERCENTILE = 99.5
 SUPER_SHARE = 0.1
 
 
-def _reap(block: BlockStats) -> np.ndarray:
-    import numpy as np
+def _mean(name: str) -> Callable[[BlockStats], np.ndarray]:
+    def mean(block: BlockStats) -> np.ndarray:
+        import numpy as np
 
-    found: np.ndarray = block.total("gate_norm") / np.maximum(block.total("count"), FLOOR)
-    return found
+        found: np.ndarray = block.total(name) / np.maximum(block.total("count"), FLOOR)
+        return found
 
-
-def _gram(block: BlockStats) -> np.ndarray:
-    """Return the place of each expert in the order in which a greedy choice drops them."""
-    import numpy as np
-
-    gram = block.total("gram")
-    order: list[int] = []
-    cost = np.diag(gram).copy()  # what the sum over the dropped set grows by
-    while len(order) < len(gram):
-        candidates = [e for e in range(len(gram)) if e not in order]
-        chosen = min(candidates, key=lambda e: (cost[e], e))
-        order.append(chosen)
-        cost = cost + 2 * gram[chosen]
-    return np.argsort(order).astype(float)
+    return mean
 
 
 _SCORES: Mapping[MeasuredCriterion, Callable[[BlockStats], np.ndarray]] = {
-    "reap": _reap,
+    "reap": _mean("gate_norm"),
     "reap-sum": lambda block: block.total("gate_norm"),
     "frequency": lambda block: block.total("count"),
     "soft-frequency": lambda block: block.total("probability"),
     "ean": lambda block: block.total("norm"),
-    "gram": _gram,
+    "man": _mean("norm"),
+    "msan": _mean("norm2"),
+    "gram": lambda block: greedy_order(pairs(block, "gram")),
+    "hope": lambda block: greedy_order(pairs(block, "hope")),
 }
 CRITERIA: tuple[MeasuredCriterion, ...] = tuple(_SCORES)
 
 
 def scores(block: BlockStats, by: MeasuredCriterion, keep: int = 0) -> np.ndarray:
-    """Return a score [E] for each expert; higher is more worth keeping. `recon` needs the number to `keep`."""
-    if by == "recon":
-        return block.sums[f"recon@{keep}"]
-    return _SCORES[by](block)
+    """Return a score [E] for each expert; higher is more worth keeping. `recon` needs the number to `keep`.
+
+    Of `gram` and `hope` it is the place in the greedy order; which experts go together, `least_set` says. Raises
+    RefusedError where the statistics are older than the criterion.
+    """
+    try:
+        return block.sums[f"recon@{keep}"] if by == "recon" else _SCORES[by](block)
+    except KeyError as error:
+        raise RefusedError(
+            f"the statistics have no {error} of {block.where}, which {by} needs",
+            "collect them again with `moesurgery collect`",
+        ) from None
+
+
+def pairs(block: BlockStats, by: str) -> np.ndarray:
+    """Return what a criterion of a set adds up over all pairs of the set [E, E]; see `PAIR_SUMS`."""
+    return block.total(PAIR_SUMS[by])
 
 
 def super_experts(stats: Stats) -> dict[str, list[int]]:

@@ -8,9 +8,10 @@ is noise. Names and shapes:
     tokens [2]              tokens seen
     count, gate, gate2      [2, E]: tokens routed to the expert, sum of g, of g^2
     probability             [2, E]: sum over all tokens of its share of the router's scores
-    norm, gate_norm         [2, E]: sum of |f|, of g |f|
+    norm, norm2, gate_norm  [2, E]: sum of |f|, of |f|^2, of g |f|
     peak                    [2, E]: largest absolute value in f
     gram                    [2, E, E]: sum of g_i g_j <f_i, f_j>; its diagonal is the sum of g^2 |f|^2
+    pair_norms              [2, E, E]: sum of g_i g_j |f_i| |f_j|
     mass                    [2]: sum of (sum of g)^2
     entropy                 [2]: sum of the entropy of the router's scores, in nats
     logits                  [2, E, E]: sum of z_i z_j over router logits z
@@ -189,11 +190,12 @@ _MAX_BYTES = 8_000_000_000  # of a file: 60 layers of 512 experts, at ten number
 # The shape of each sum, H being any size.
 _SHAPES: dict[str, tuple[str | int, ...]] = {
     **dict.fromkeys(("tokens", "mass", "entropy"), (2,)),
-    **dict.fromkeys(("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak", "cross"), (2, "E")),
-    **dict.fromkeys(("gram", "logits"), (2, "E", "E")),
+    **dict.fromkeys(("count", "gate", "gate2", "probability", "norm", "norm2", "gate_norm", "peak", "cross"), (2, "E")),
+    **dict.fromkeys(("gram", "pair_norms", "logits"), (2, "E", "E")),
     **dict.fromkeys(("output", "output_all", "gated_all"), ("E", "H")),
     "recon": ("E",),
 }
+_LATER = ("norm2", "pair_norms")  # sums that older files are without
 
 
 def load_stats(path: str | Path) -> Stats:
@@ -246,6 +248,8 @@ def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
     names += ["output_all", "gated_all"] if about.get("every_expert") else []
     experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
     for name in dict.fromkeys(names):
+        if name in _LATER and name not in sums:
+            continue
         if name not in sums:
             raise ValueError(f"{where} has no {name}")
         values, wanted = sums[name], _SHAPES[name.partition("@")[0]]
@@ -274,10 +278,10 @@ def empty_sums(experts: int, hidden: int, others: list[int], device: torch.devic
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(2, *shape, dtype=torch.float64, device=device)
 
-    per_expert = ("count", "gate", "gate2", "probability", "norm", "gate_norm", "peak")
+    per_expert = ("count", "gate", "gate2", "probability", "norm", "norm2", "gate_norm", "peak")
     sums: dict[str, Any] = {name: zeros(experts) for name in per_expert}
     sums |= {"tokens": zeros(), "mass": zeros(), "entropy": zeros()}
-    sums |= {"gram": zeros(experts, experts), "logits": zeros(experts, experts)}
+    sums |= {name: zeros(experts, experts) for name in ("gram", "pair_norms", "logits")}
     sums["output"] = torch.zeros(experts, hidden, dtype=torch.float64, device=device)
     for k in others:
         sums |= {f"gram@{k}": zeros(experts, experts), f"gate2@{k}": zeros(experts)}

@@ -1,7 +1,7 @@
 """Which experts: by number, the same in all layers or per layer, or by a criterion.
 
-A criterion gives every expert of a block a score; the lowest are given up first. Two read routers at most; the
-others are computed from statistics of a run over text (`stats.criteria`).
+A criterion gives every expert of a block a score; the lowest are given up first. Three need no data; the others are
+computed from statistics of a run over text (`stats.criteria`), two of them for sets of experts (`stats.least_set`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.evaluate import finite_values
 from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.moe.neurons import tensors_by_expert
 from moesurgery.plan.dequantise import plain_values
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.criteria import MeasuredCriterion
@@ -23,10 +24,18 @@ from moesurgery.stats.criteria import MeasuredCriterion
 if TYPE_CHECKING:
     import numpy as np
 
-FreeCriterion = Literal["router-norm", "random"]
-Criterion = Literal[FreeCriterion, MeasuredCriterion]
-DEFAULT_CRITERION: MeasuredCriterion = "reap-sum"  # where there are statistics; docs/measure.md has the table
+FreeCriterion = Literal["router-norm", "aimer", "random"]
+Criterion = Literal["auto", FreeCriterion, MeasuredCriterion]
+# What `auto` tries on held-out text, and what is taken where there is none: docs/measure.md has the tables.
+CANDIDATES: tuple[MeasuredCriterion, ...] = ("gram", "hope", "reap", "reap-sum")
+FREE_DEFAULT: FreeCriterion = "router-norm"  # where there are no statistics
+COARSE = 16  # experts: with at most so many `reap-sum` costs least, with more `hope`
 LayerKey = int | str  # the number of a layer, or its full name where two have one number
+
+
+def default_criterion(experts: int) -> MeasuredCriterion:
+    """Return the criterion for layers of so many experts where there are statistics and nothing to measure on."""
+    return "reap-sum" if experts <= COARSE else "hope"
 
 
 def per_block(anatomy: Anatomy, operation: str, value: Any) -> dict[str, Any]:
@@ -97,8 +106,29 @@ def _random(plan: Plan, block: MoeBlock, seed: int) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest[:8], "little")).random(block.experts)
 
 
+def _aimer(plan: Plan, block: MoeBlock, seed: int) -> np.ndarray:
+    """The mean absolute weight of each expert over the root mean square of its weights, negated (arXiv 2603.18492).
+
+    It is lowest where few weights are large: such experts are the more distinct, and worth keeping.
+    """
+    import numpy as np
+
+    found = []
+    for tensors in tensors_by_expert(block, plan.tensors):
+        absolute = squares = count = 0.0
+        for member, expr in tensors:
+            if member.stem.main and not member.stem.bias:
+                values = finite_values(member.name, expr)
+                absolute += float(np.abs(values).sum(dtype=np.float64))
+                squares += float(np.square(values).sum(dtype=np.float64))
+                count += values.size
+        found.append(-absolute / math.sqrt(count * squares) if squares else 0.0)
+    return np.array(found)
+
+
 _FREE: Mapping[FreeCriterion, Callable[[Plan, MoeBlock, int], np.ndarray]] = {
     "router-norm": _router_norm,
+    "aimer": _aimer,
     "random": _random,
 }
 
@@ -110,22 +140,37 @@ def expert_scores(plan: Plan, block: MoeBlock, by: FreeCriterion, seed: int) -> 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The score of every expert, by block, and what is to be known about it. Protected experts are never given up."""
+    """The score of every expert, by block, and what is to be known about it. Protected experts are never given up.
+
+    Where `pairs` has a matrix for a block, the set with the least sum over pairs is given up, not the lowest scores.
+    """
 
     scores: Mapping[str, list[float]]
+    pairs: Mapping[str, np.ndarray] = field(default_factory=dict)
     protected: Mapping[str, list[int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
     def lowest(self, anatomy: Anatomy, where: str, count: int) -> list[int]:
         guarded = self.protected.get(where, [])
+        if where in self.pairs:
+            from moesurgery.stats.least_set import least_set
+
+            groups = anatomy.settings.groups
+            return least_set(self.pairs[where], count, groups[0] if groups else 1, guarded)
         return lowest(
             anatomy, [math.inf if e in guarded else score for e, score in enumerate(self.scores[where])], count
         )
 
 
 def ranking(
-    plan: Plan, operation: str, by: Criterion, seed: int, stats: str | None, count: int, protect_super: bool
+    plan: Plan,
+    operation: str,
+    by: FreeCriterion | MeasuredCriterion,
+    seed: int,
+    stats: str | None,
+    count: int,
+    protect_super: bool,
 ) -> Ranking:
     """Rank the experts of every block by `by`, of which `count` are to be given up.
 
@@ -133,14 +178,14 @@ def ranking(
     statistics are needed and missing, RefusedError where they are of another model.
     """
     blocks = plan.anatomy.blocks
-    if by == "router-norm" or by == "random":
+    if by == "router-norm" or by == "aimer" or by == "random":
         return Ranking({b.where: expert_scores(plan, b, by, seed) for b in blocks})
     if stats is None:
         raise RecipeError(
             f"{operation}: --by {by} needs statistics",
             "give --text FILE to collect them, or --stats FILE from `moesurgery collect`",
         )
-    from moesurgery.stats.criteria import agreement, scores, super_experts
+    from moesurgery.stats.criteria import PAIR_SUMS, agreement, pairs, scores, super_experts
     from moesurgery.stats.statistics_file import load_stats
 
     found = load_stats(stats)
@@ -166,7 +211,39 @@ def ranking(
         notes.append(protected_note(protected))
     if others := [where for where in ranked if where not in found.blocks]:
         notes.append(not_run_note(others))
-    return Ranking(ranked, protected, tuple(notes), {"sha256": found.sha256, **found.about})
+    matrices = {where: pairs(block, by) for where, block in found.blocks.items()} if by in PAIR_SUMS else {}
+    return Ranking(ranked, matrices, protected, tuple(notes), {"sha256": found.sha256, **found.about})
+
+
+def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: str, share: float, count: int) -> Ranking:
+    """Return a ranking that also protects the experts that matter most on a text of its own.
+
+    Those are in each block, and in each of its router's groups, the `share` with the most reap-sum by the statistics
+    `stats` of that text, at least one. Raises RefusedError where they are more than remain when `count` go.
+    """
+    from moesurgery.stats.criteria import scores
+    from moesurgery.stats.statistics_file import load_stats
+
+    found = load_stats(stats)
+    found.check(anatomy, operation)
+    groups = anatomy.settings.groups
+    parts = groups[0] if groups else 1
+    size = anatomy.experts // parts
+    least = max(1, round(share * size))
+    if least > size - count // parts:
+        raise RefusedError(
+            f"{operation}: {least} of {size} experts are protected by {stats}, and only {size - count // parts} remain",
+            "choose a smaller --protect-share, or keep more experts",
+        )
+    protected = {where: list(experts) for where, experts in ranked.protected.items()}
+    for where, block in found.blocks.items():
+        standing = scores(block, "reap-sum")
+        for part in range(parts):
+            members = range(part * size, (part + 1) * size)
+            best = sorted(members, key=lambda e: (-standing[e], e))[:least]
+            protected[where] = sorted({*protected.get(where, []), *best})
+    note = f"the {parts * least} experts of each layer that say most on the text of {stats} stay"
+    return replace(ranked, protected=protected, notes=(*ranked.notes, note))
 
 
 def protected_note(protected: Mapping[str, Sequence[int]]) -> str:

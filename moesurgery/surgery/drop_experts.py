@@ -24,20 +24,24 @@ from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
-from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values
+from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.surgery.choose_experts import (
-    DEFAULT_CRITERION,
+    CANDIDATES,
+    FREE_DEFAULT,
     Criterion,
     LayerKey,
     Ranking,
     check_indices,
+    default_criterion,
     per_block,
     ranking,
     share_of,
+    with_protection,
 )
 
 ExpertsByLayer = list[int] | dict[LayerKey, list[int]] | None
 _NAME = "drop-experts"
+PROTECTED_SHARE = 0.1
 
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
@@ -50,7 +54,15 @@ def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     return NeededStatistics(keep=[kept] if values.get("by") == "recon" else [])
 
 
-@operation(_NAME, text=TextNeeds(_needed_statistics))
+def _candidates(plan: Plan, values: Values) -> list[Variant]:
+    """Return the criteria that are worth trying, where none is asked for and statistics are there."""
+    number = values.get("keep", values.get("count"))
+    if values.get("by", "auto") != "auto" or "stats" not in values or not isinstance(number, int):
+        return []
+    return [Variant(by, _NAME, {**values, "by": by}, f"--by {by}") for by in CANDIDATES]
+
+
+@operation(_NAME, text=TextNeeds(_needed_statistics, candidates=_candidates, own_text=("protect",)))
 def drop_experts(
     plan: Plan,
     *,
@@ -69,8 +81,10 @@ def drop_experts(
     by: Annotated[
         Criterion | None,
         Param(
-            "how --count or --keep NUMBER choose: router-norm (the default without statistics) or random; or by"
-            " statistics: reap-sum (the default with them), reap, frequency, soft-frequency, ean, gram, recon"
+            "how --count or --keep NUMBER choose: auto (the default with text: the best of several on held-out text),"
+            " router-norm (the default without statistics), aimer or random; or by statistics: reap-sum (the default"
+            " with them alone, up to 16 experts), hope (with more), gram, reap, frequency, soft-frequency, ean, man,"
+            " msan, recon"
         ),
     ] = None,
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
@@ -81,6 +95,18 @@ def drop_experts(
     protect_super: Annotated[
         bool, Param("never drop an expert whose output is far above all others' (needs statistics)")
     ] = True,
+    protect: Annotated[
+        str | None,
+        Param(
+            "text or JSONL, or its statistics from `moesurgery collect`: the experts that say most there are not"
+            " dropped",
+            metavar="FILE",
+            reads="file",
+        ),
+    ] = None,
+    protect_share: Annotated[
+        float, Param("how many experts of each layer --protect keeps, as a share of all", minimum=0, maximum=1)
+    ] = PROTECTED_SHARE,
 ) -> Plan:
     """Leave experts out of every MoE layer, with their router rows.
 
@@ -109,10 +135,15 @@ def drop_experts(
     ranked: Ranking | None = None
     if count is not None:
         check_remaining(anatomy, _NAME, total - count)
-        by = by or ("router-norm" if stats is None else DEFAULT_CRITERION)
+        if by is None or by == "auto":
+            by = FREE_DEFAULT if stats is None else default_criterion(total)
         ranked = ranking(plan, _NAME, by, seed, stats, count, protect_super)
+        if protect is not None:
+            ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)
         dropped = {where: ranked.lowest(anatomy, where, count) for where in ranked.scores}
     else:
+        if protect is not None:
+            raise RecipeError(f"{_NAME}: protect is for a choice by a criterion, and experts are named", "leave it out")
         dropped = _named(anatomy, experts, keep)
     kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
     try:
@@ -142,6 +173,8 @@ def drop_experts(
             parameters["seed"] = seed
         if stats is not None:
             parameters |= {"stats": stats, "protect_super": protect_super}
+        if protect is not None:
+            parameters |= {"protect": protect, "protect_share": protect_share}
     layers = []
     for block in anatomy.blocks:
         entry: dict[str, Any] = {"layer": block.where, "dropped": dropped[block.where], "kept": kept[block.where]}

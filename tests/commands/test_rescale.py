@@ -100,6 +100,53 @@ def test_the_router_estimate_by_brute_force(demo: Path) -> None:
         assert factors(report)[f"model.layers.{i}"] == pytest.approx(math.sqrt(moments[0] / moments[1]), rel=1e-4)
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.3, 1.0])
+def test_the_router_estimate_for_correlated_experts_by_brute_force(models: Any, rho: float) -> None:
+    """E|y|^2 for outputs of length one, any two of which have the cosine rho, by the model's own router."""
+    for model_type in ("qwen3_moe", "olmoe"):
+        path = models(model_type)
+        report = apply(plan_of(open_checkpoint(path)), "rescale", top_k=4, rho=rho).steps[0].report
+        model = load(path)
+        cosines = torch.full((8, 8), rho, dtype=torch.float64).fill_diagonal_(1.0)
+        for i, layer in enumerate(model.model.layers):
+            if not hasattr(layer.mlp, "gate"):
+                continue  # a dense layer
+            with torch.no_grad():
+                hidden = layer.post_attention_layernorm(model.model.embed_tokens.weight)
+                sizes = []
+                for k in (2, 4):
+                    layer.mlp.gate.top_k = k
+                    _, weights, index = layer.mlp.gate(hidden)
+                    dense = torch.zeros(len(hidden), 8, dtype=torch.float64).scatter_(1, index, weights.double())
+                    sizes.append(torch.einsum("ti,ij,tj->t", dense, cosines, dense).mean().item())
+            # The model's norm adds an epsilon, which tells on embeddings as small as an untrained model's.
+            assert factors(report)[f"model.layers.{i}"] == pytest.approx(math.sqrt(sizes[0] / sizes[1]), rel=5e-3)
+            if rho == 1 and model_type == "qwen3_moe":
+                assert factors(report)[f"model.layers.{i}"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "top_k", "rho"),
+    [
+        ("mixtral", {}, 1, 0.3),
+        ("mixtral", {}, 3, 0.0),
+        ("qwen3_moe", {"num_experts_per_tok": 4}, 2, 0.1),
+        ("qwen3_moe", {"num_experts_per_tok": 4}, 6, 0.2),
+        ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}, 6, 0.0),
+        ("deepseek_v3", {}, 1, 0.0),
+        ("deepseek_v3", {}, 3, 0.5),
+    ],
+)
+def test_the_correlation_that_is_assumed(
+    models: Any, model_type: str, changes: dict[str, Any], top_k: int, rho: float
+) -> None:
+    plan = plan_of(open_checkpoint(models(model_type, **changes)))
+    step = apply(plan, "rescale", top_k=top_k).steps[0]
+    assert (step.report["rho"], step.parameters["rho"]) == (rho, rho)
+    given = apply(plan, "rescale", top_k=top_k, rho=rho).steps[0]
+    assert factors(given.report) == factors(step.report)
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "lfm2_moe"])
 def test_second_moments_are_those_of_the_models_own_router(models: Any, model_type: str) -> None:
     path = models(model_type)
@@ -151,7 +198,7 @@ def test_dbrx_norm_orders() -> None:
     from moesurgery.families.routing import even_gates_factor
 
     for order in (1.0, 2.0, None):
-        family = Family("x", (), (), (), routing=RouterRule(renormalised=Flag(("p",), None)))
+        family = Family("x", (), (), (), routing=RouterRule(renormalised=Flag(("p",), 1.0, null_means_off=True)))
         settings = Settings(family, {"p": order})
         moments = second_moments(settings, np.zeros((5, 8)))
         assert math.sqrt(moments[1] / moments[3]) == pytest.approx(even_gates_factor(settings, 2, 4))

@@ -40,8 +40,10 @@ class RouterEstimate:
     notes: tuple[str, ...] = ()
 
 
-def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) -> RouterEstimate:
-    """Estimate sqrt(A_old / A_new) for each MoE block. Embedding rows that are not finite are left out, and counted.
+def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int, rho: float = 0.0) -> RouterEstimate:
+    """Estimate sqrt(A_old / A_new) for each MoE block, for a correlation `rho` of experts' outputs.
+
+    Embedding rows that are not finite are left out, and counted.
 
     Raises RefusedError where the family's router has no estimate, a tensor for it is missing, or its values give none.
     """
@@ -59,7 +61,7 @@ def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int) 
     def factor(block: MoeBlock) -> float:
         with np.errstate(all="ignore"):  # what comes of it is looked at below
             logits = _logits(plan, anatomy, block, samples[_norm(anatomy, block).kind])
-            moments = second_moments(anatomy.settings, logits, _bias(plan, block))
+            moments = second_moments(anatomy.settings, logits, _bias(plan, block), rho)
         before, after = float(moments[old - 1]), float(moments[new - 1])
         if not (0 < before < math.inf and 0 < after < math.inf):
             raise RefusedError(

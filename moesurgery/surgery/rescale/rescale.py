@@ -1,8 +1,9 @@
 """Change the number of active experts, and keep the norm of what they add.
 
-n is the trained top-k, m the new one. The routed output is a sum of expert outputs weighted by gates g_i;
-with A_k = E[sum of g_i^2 over the top k] its norm grows as sqrt(A_k), so the factor that keeps it is
-sqrt(A_n / A_m): docs/rescale.md has the derivation, the sources and what each rule costs on trained models.
+n is the trained top-k, m the new one. The routed output is a sum of expert outputs weighted by gates g_i. With
+A_k = (1 - rho) E[sum of g_i^2] + rho E[(sum of g_i)^2] over the top k, rho the correlation of two experts' outputs, its
+norm grows as sqrt(A_k), so the factor that keeps it is sqrt(A_n / A_m): docs/rescale.md has the derivation, the
+sources and what each rule costs on trained models.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from moesurgery.surgery.rescale.rules import DATA_RULES, Factors, Rule, choose_f
 
 Where = Literal["auto", "config", "scales", "weights"]
 _DEFAULT_RULE: Rule = "router"
+_AUTO = "auto"  # the rule that costs least on held-out text
+_MEASURED_DEFAULT: Rule = "measured-expert"  # of it, where there are statistics and nothing to measure on
 
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
@@ -46,21 +49,42 @@ def _every_rule(plan: Plan, values: Values) -> list[Variant]:
     ]
 
 
-@operation("rescale", text=TextNeeds(_needed_statistics, variants=_every_rule, named_by="scale", heading="rule"))
+def _candidates(plan: Plan, values: Values) -> list[Variant]:
+    """Return every rule but the published one, which is kept for comparison, where the choice is left open."""
+    if values.get("scale") != _AUTO:
+        return []
+    rules = [rule for rule in get_args(Rule) if rule not in DATA_RULES or values.get("stats")]
+    return [
+        Variant(rule, "rescale", {**values, "scale": rule}, f"--scale {rule}") for rule in rules if rule != "published"
+    ]
+
+
+@operation(
+    "rescale",
+    text=TextNeeds(_needed_statistics, variants=_every_rule, candidates=_candidates, named_by="scale", heading="rule"),
+)
 def rescale(
     plan: Plan,
     *,
     top_k: Annotated[int, Param("the new number of experts per token", minimum=1, metavar="K")],
     scale: Annotated[
-        Rule | float,
+        Rule | Literal["auto"] | float,
         Param(
             "how to choose the factor on the routed output: router, norm, published, none, a number, or from"
-            " statistics: measured, measured-expert, gate, norm-matched"
+            " statistics: measured, measured-expert, gate, norm-matched; or auto, the best of them on held-out text"
         ),
     ] = _DEFAULT_RULE,
     where: Annotated[
         Where, Param("what takes the factor: the config's own number, quantisation scales, weights")
     ] = "auto",
+    rho: Annotated[
+        float | None,
+        Param(
+            "correlation of experts' outputs that `router` assumes, 0 to 1; by the kind of router where it is left out",
+            minimum=0,
+            maximum=1,
+        ),
+    ] = None,
     seed: Annotated[int, Param("seed of the sample of embedding rows that `router` uses", minimum=0)] = 0,
     stats: Annotated[
         str | None,
@@ -72,9 +96,10 @@ def rescale(
     """Route each token to another number of experts, and rescale their output.
 
     With n the trained and m the new top-k, `router` (the default) estimates sqrt(A_n / A_m) for each layer
-    from the router itself, without data. `norm` is the even-gates case of the same formula: sqrt(m/n) where
-    the router renormalises its weights (Mixtral, Qwen3-MoE, DeepSeek-V3), sqrt(n/m) where it does not.
-    `published` is sqrt(n/m) for every router, to the letter. `none` changes only the config.
+    from the router itself, without data, with A_k = (1 - rho) E[sum g^2] + rho E[(sum g)^2]. `norm` is the case of
+    even gates and rho = 0: sqrt(m/n) where the router renormalises its weights (Mixtral, Qwen3-MoE, DeepSeek-V3),
+    sqrt(n/m) where it does not. `published` is sqrt(n/m) for every router, to the letter. `none` changes only the
+    config.
 
     From statistics: `measured` is least squares between the outputs at the old and the new top-k, one factor per
     layer; `measured-expert` the same with a factor per expert; `norm-matched` keeps the size of the output;
@@ -84,8 +109,10 @@ def rescale(
     family = anatomy.require_family("rescale")
     old = _trained_top_k(anatomy)
     _check_top_k(anatomy, top_k)
+    rule: Rule | float
+    rule = (_DEFAULT_RULE if stats is None else _MEASURED_DEFAULT) if scale == "auto" else scale
     config = with_top_k(anatomy.settings, top_k)
-    parameters: dict[str, Any] = {"top_k": top_k, "scale": scale, "where": where, "seed": seed}
+    parameters: dict[str, Any] = {"top_k": top_k, "scale": rule, "where": where, "seed": seed}
     if stats is not None:
         parameters["stats"] = stats
     kind = routing_class(anatomy.settings)
@@ -99,12 +126,14 @@ def rescale(
             Step("rescale", parameters, f"top-k {old} -> {top_k}", report=report, notes=(note,)), config=config
         )
 
-    table = choose_factors(plan, anatomy, old, top_k, scale, seed, stats)
+    table = choose_factors(plan, anatomy, old, top_k, rule, seed, stats, rho)
+    if rule == "router":
+        parameters["rho"] = table.rho
     chosen = table.chosen
     for block_name, factor in chosen.items():
         check_factors(block_name, spread(factor))
     notes = list(table.notes)
-    place: Where | None = _place(anatomy, plan, where, scale)
+    place: Where | None = _place(anatomy, plan, where, rule)
     tensors = plan.tensors
     flat = [f for factor in chosen.values() for f in spread(factor)]
     if kind == "D":
@@ -139,18 +168,19 @@ def rescale(
         "old_top_k": old,
         "top_k": top_k,
         "class": kind,
-        "rule": scale if isinstance(scale, str) else "fixed",
+        "rule": rule if isinstance(rule, str) else "fixed",
         "where": place,
         "layers": [
             {"layer": block.where, "factor": chosen[block.where], "router": table.router.get(block.where)}
             for block in anatomy.blocks
         ],
         "alternatives": table.alternatives,
+        "rho": table.rho,
     }
     if table.statistics:
         report["statistics"] = table.statistics
-    summary = f"top-k {old} -> {top_k}; routed output x {span(chosen)} by rule {_rule_name(scale)}"
-    step = Step("rescale", parameters, summary, (table.reason,), report, tuple(notes), _tables(anatomy, table, scale))
+    summary = f"top-k {old} -> {top_k}; routed output x {span(chosen)} by rule {_rule_name(rule)}"
+    step = Step("rescale", parameters, summary, (table.reason,), report, tuple(notes), _tables(anatomy, table, rule))
     return plan.edited(step, tensors=tensors, config=config)
 
 

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.components import SHARED
 from moesurgery.families.routing import even_gates_factor
 from moesurgery.plan.plan import Plan
 from moesurgery.surgery.rescale.data_free_factor import RouterEstimate, router_factors
 
 Rule = Literal["router", "norm", "published", "none", "gate", "norm-matched", "measured", "measured-expert"]
 DATA_RULES = ("gate", "norm-matched", "measured", "measured-expert")
+COARSE_TOP_K = 2  # routers that choose at most so many experts were measured apart from all others
 Factor = float | Sequence[float]  # one for a block, or one for each of its experts
 
 _REASONS = {
@@ -34,7 +36,8 @@ class Factors:
     """What a rule gives for each block by name, and what the others would give.
 
     `router` is the data-free estimate, where there is one. `alternatives` has every rule that could be applied:
-    one number, the range over layers as text, or None. `statistics` says where measured numbers come from.
+    one number, the range over layers as text, or None. `statistics` says where measured numbers come from, `rho` is
+    the correlation of experts' outputs that the estimate assumes.
     """
 
     chosen: Mapping[str, Factor]
@@ -43,12 +46,37 @@ class Factors:
     reason: str
     notes: tuple[str, ...] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    rho: float = 0.0
+
+
+def usual_rho(anatomy: Anatomy, old: int, new: int) -> float:
+    """Return the correlation of experts' outputs that the rule `router` assumes where none is given.
+
+    It is what costs least on trained models, not the correlation that is measured: docs/rescale.md has both. More
+    experts than the model was trained with want a larger one, since an expert below the trained top-k says less than
+    its weight claims.
+    """
+    settings = anatomy.settings
+    if settings.renormalised is not True:
+        return 0.0
+    if SHARED in anatomy.component.values() or settings.score == "sigmoid":
+        return 0.0 if new < old else 0.5
+    if old <= COARSE_TOP_K:
+        return 0.3 if new < old else 0.0
+    return 0.1 if new < old else 0.2
 
 
 def choose_factors(
-    plan: Plan, anatomy: Anatomy, old: int, new: int, scale: Rule | float, seed: int, stats: str | None = None
+    plan: Plan,
+    anatomy: Anatomy,
+    old: int,
+    new: int,
+    scale: Rule | float,
+    seed: int,
+    stats: str | None = None,
+    rho: float | None = None,
 ) -> Factors:
-    """Return the factor of every block by the rule `scale`.
+    """Return the factor of every block by the rule `scale`; `rho` is that of `router`, the usual one by default.
 
     Raises RefusedError where the rule means nothing for the router or the statistics are of another model,
     RecipeError where a rule needs statistics and has none.
@@ -58,12 +86,13 @@ def choose_factors(
     published = math.sqrt(old / new)
     norm = even_gates_factor(settings, old, new)
     estimate = RouterEstimate({})
+    rho = usual_rho(anatomy, old, new) if rho is None else rho
     why_not = settings.family.routing.special
     if why_not is not None:
         norm = 1.0
     else:
         try:
-            estimate = router_factors(plan, anatomy, old, new, seed)
+            estimate = router_factors(plan, anatomy, old, new, seed, rho)
         except RefusedError as error:
             why_not = error.message
     data, statistics = _from_statistics(anatomy, new, scale, stats)
@@ -107,12 +136,12 @@ def choose_factors(
         chosen, notes = estimate.factors, estimate.notes
         reason = (
             "sqrt(A_n/A_m) per layer, estimated from the token embeddings passed through each router, which"
-            f" {_gates(anatomy)}"
+            f" {_gates(anatomy)}; rho = {rho:g}"
         )
     else:
         chosen, reason = data[scale], _REASONS[scale]
         reason += f"; {statistics['tokens']:,} tokens of calibration text"
-    return Factors(chosen, estimate.factors, alternatives, reason, notes, statistics)
+    return Factors(chosen, estimate.factors, alternatives, reason, notes, statistics, rho)
 
 
 def _gates(anatomy: Anatomy) -> str:

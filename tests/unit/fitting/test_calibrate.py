@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from moesurgery.plan.plan import Step
 from moesurgery.recipe import registry
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
+from moesurgery.surgery.choose_experts import CANDIDATES
 from tests.conftest import Result
 from tests.unit.fitting.test_layer_fit import TEXT
 from tests.unit.write.test_write import digest
@@ -90,7 +92,8 @@ def test_it_does_what_the_command_does(
     shutil.rmtree(out.parent)
     edited = calibrate(path, operation, parameters, CalibrationOptions(**options), out)
     assert edited.heldout is not None
-    assert document["heldout"] == {"tokens": edited.heldout.tokens, "nats": dict(edited.heldout.nats)}
+    assert document["heldout"] == json.loads(json.dumps(asdict(edited.heldout)))
+    assert document["heldout"]["nats"] == dict(edited.heldout.nats)
     assert list(document["heldout"]["nats"]) == list(edited.heldout.nats)
     write_plan(edited.plan, out)
     assert digest(out.parent) == written
@@ -107,7 +110,7 @@ def test_a_model_is_opened_once_and_edited_once(
     ok("drop-experts", path, "--experts", "0,5", *arguments, "-o", tmp_path / "a")
     assert counted == {"opened": 1, "drop-experts": 1, "refit": 1}
     counted.clear()
-    ok("drop-experts", path, "--count", 2, *arguments, "-o", tmp_path / "b")
+    ok("drop-experts", path, "--count", 2, "--by", "reap-sum", *arguments, "-o", tmp_path / "b")
     # Once more before the model runs, with experts drawn by lot: what is impossible whichever they are.
     assert counted == {"opened": 1, "drop-experts": 2, "refit": 1}
     counted.clear()
@@ -126,6 +129,59 @@ def test_a_plan_is_taken_as_it_is(models: Any, tmp_path: Path, texts: dict[str, 
     assert [step.operation for step in edited.plan.steps] == ["drop-experts", "drop-experts"]
     assert edited.heldout is not None
     assert edited.heldout.nats.keys() == {"original", "drop-experts"}
+
+
+def test_the_best_of_several_criteria_is_taken(
+    models: Any, tmp_path: Path, texts: dict[str, Any], ok: Cli, counted: Counter[str]
+) -> None:
+    """What each costs is what `perplexity` says of it when it is written, and the least of them is the edit."""
+    path = models("qwen2_moe")
+    document = ok(
+        "drop-experts", path, "--count", 3, *as_arguments(texts), "--refit", "expert", "-o", tmp_path / "out", "--json"
+    ).json
+    assert counted["drop-experts"] == 1 + len(CANDIDATES)  # once before the model runs
+    held_out = document["heldout"]
+    nats = held_out["nats"]
+    chosen = held_out["chosen"]
+    assert list(nats) == ["original", *CANDIDATES, f"{chosen}, refit expert"]
+    assert nats[chosen] == min(nats[by] for by in CANDIDATES)
+    record = json.loads((tmp_path / "out" / "moesurgery.json").read_text())
+    assert record["recipe"]["steps"][0]["drop-experts"]["by"] == chosen
+    candidates = record["steps"][0]["report"]["candidates"]
+    assert candidates["nats"] == {name: nats[name] for name in ("original", *CANDIDATES)}
+    assert candidates["intervals"] == {by: held_out["intervals"][by] for by in CANDIDATES}
+    assert f"{chosen} costs least" in (tmp_path / "out" / "README.md").read_text()
+    stats = tmp_path / "out.stats.safetensors"
+    for by in CANDIDATES:
+        ok("drop-experts", path, "--count", 3, "--by", by, "--stats", stats, "-o", tmp_path / by)
+        options = ["--window", 64, "--limit", 20, "--json"]
+        measured = ok("perplexity", tmp_path / by, texts["heldout"][0], *options).json
+        assert measured["domains"][0]["nats"] == pytest.approx(nats[by], abs=1e-5)
+        low, high = held_out["intervals"][by]
+        assert low <= nats[by] - nats["original"] <= high
+    shown = ok("drop-experts", path, "--count", 3, *as_arguments(texts), "-o", tmp_path / "other").out
+    assert f"{chosen} (taken)" in shown
+    alone = apply(plan_of(open_checkpoint(path)), "drop-experts", count=3, stats=str(stats)).steps[0]
+    assert alone.parameters["by"] == "reap-sum"
+    unmeasured = CalibrationOptions(**{**texts, "heldout": None}, no_heldout=True)
+    assert (
+        calibrate(path, "drop-experts", {"count": 3}, unmeasured, tmp_path / "un").plan.steps[0].parameters["by"]
+        == "reap-sum"
+    )
+
+
+def test_the_best_rule_is_taken(models: Any, tmp_path: Path, texts: dict[str, Any]) -> None:
+    path, options = models("mixtral"), CalibrationOptions(**texts)
+    edited = calibrate(path, "rescale", {"top_k": 3, "scale": "auto"}, options, tmp_path / "out")
+    assert edited.heldout is not None
+    rules = {name: n for name, n in edited.heldout.nats.items() if name != "original"}
+    assert rules.keys() == {"none", "norm", "router", "gate", "norm-matched", "measured", "measured-expert"}
+    assert edited.heldout.chosen == min(rules, key=lambda rule: rules[rule])
+    assert edited.steps[0].parameters["scale"] == edited.heldout.chosen
+    plan = plan_of(open_checkpoint(path))
+    assert apply(plan, "rescale", top_k=3, scale="auto").steps[0].report["rule"] == "router"
+    stats = edited.steps[0].parameters["stats"]
+    assert apply(plan, "rescale", top_k=3, scale="auto", stats=stats).steps[0].report["rule"] == "measured-expert"
 
 
 def test_without_text_it_is_apply(models: Any, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def by_loops(seen: Seen, where: str, windows: torch.Tensor, real: torch.Tensor) 
     experts, width = 8, seen.calls[where][0].shape[-1]
     sums: dict[str, np.ndarray] = {n: np.zeros((2, experts)) for n in ("count", "gate", "gate2", "norm", "gate_norm")}
     sums |= {"peak": np.zeros((2, experts)), "gram": np.zeros((2, experts, experts))}
+    sums |= {"norm2": np.zeros((2, experts)), "pair_norms": np.zeros((2, experts, experts))}
     sums |= {"tokens": np.zeros(2), "mass": np.zeros(2), "output": np.zeros((experts, width))}
     for t in range(len(index)):
         if not real[t]:
@@ -84,11 +85,14 @@ def by_loops(seen: Seen, where: str, windows: torch.Tensor, real: torch.Tensor) 
             sums["gate"][half, e] += gates[e]
             sums["gate2"][half, e] += gates[e] ** 2
             sums["norm"][half, e] += np.linalg.norm(f)
+            sums["norm2"][half, e] += float(f @ f)
             sums["gate_norm"][half, e] += gates[e] * np.linalg.norm(f)
             sums["peak"][half, e] = max(sums["peak"][half, e], np.abs(f).max())
             sums["output"][e] += f
             for other, g in said.items():
                 sums["gram"][half, e, other] += gates[e] * gates[other] * float(f @ g)
+                sizes = float(np.linalg.norm(f) * np.linalg.norm(g))
+                sums["pair_norms"][half, e, other] += gates[e] * gates[other] * sizes
     return sums
 
 
