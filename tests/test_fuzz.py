@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.errors import CheckpointError, SurgeryError
+from moesurgery.errors import CheckpointError, RefusedError, SurgeryError
 from moesurgery.lora.apply import LoraAdapter, adapted
 from moesurgery.merge.merge_recipe import parse_merge_recipe
 from tests import fuzz
@@ -114,8 +114,10 @@ def test_statistics_of_nan(base: Path, tmp_path: Path) -> None:
     metadata = {"format": "moesurgery statistics 1", "about": json.dumps(ABOUT)}
     path = tmp_path / "s.safetensors"
     path.write_bytes(safetensors(SUMS, metadata, fill=lambda size: b"\xff" * size)[0])
-    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+    with pytest.raises(RefusedError, match=f"{path}: .* of model.layers.0 holds numbers that are not finite") as raised:
         apply(plan_of(open_checkpoint(base)), "rescale", top_k=1, scale="measured", stats=str(path))
+    assert "NaN or infinity" in raised.value.message
+    assert "collect again" in (raised.value.hint or "")
 
 
 # Repairs and fits
@@ -128,7 +130,6 @@ REPAIRS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a layer is text": (lambda d: d["layers"].append("x"), "layer 2: it is not a JSON object"),
     "no factors": (lambda d: d["layers"][0].pop("factors"), "layer 0: factors is missing"),
     "factors of text": (lambda d: d["layers"][0].update(factors=["1"]), "layer 0: factors is ['1'], expected"),
-    "NaN": (lambda d: d["layers"][0].update(factors=[float("nan")] * 4), "layer 0: factors is [nan"),
     "no error": (lambda d: d["layers"][1].pop("error_after"), "layer 1: error_after is missing"),
     "an error is text": (lambda d: d["layers"][1].update(error_before="x"), "layer 1: error_before is 'x'"),
     "another file": (lambda d: d["layers"][1].update(file="../x"), "../x is missing"),
@@ -150,6 +151,23 @@ def test_repairs_that_are_none(case: str, base: Path, tmp_path: Path) -> None:
         apply(plan_of(open_checkpoint(base)), "refit", repair=str(folder))
     assert message in raised.value.message
     assert raised.value.hint in ("make one with `moesurgery … --refit down --text FILE`", "make the repair again")
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("-inf"), 0.0])
+def test_a_repair_of_factors_that_are_not_finite_and_positive(factor: float, base: Path, tmp_path: Path) -> None:
+    document = json.loads(as_json(fuzz.REPAIR))
+    document["layers"][0].update(factors=[1.5, factor, 1.5, 1.5])
+    folder = tmp_path / "repair"
+    fuzz.write(
+        folder, {"refit.json": as_json(document), "layer-001.safetensors": safetensors(fuzz.MATRICES, fill=bytes)[0]}
+    )
+    with pytest.raises(RefusedError) as raised:
+        apply(plan_of(open_checkpoint(base)), "refit", repair=str(folder))
+    assert raised.value.message == (
+        f"{folder}/refit.json: {document['layers'][0]['layer']}, expert 1: the factor on the output is {factor:.6g},"
+        " not a finite and positive number"
+    )
+    assert "make the repair again" in (raised.value.hint or "")
 
 
 @pytest.mark.parametrize("name", ["x.down", "0.other", "-1.down", "00.down", "down", "٣.down"])

@@ -143,7 +143,9 @@ class LoraAdapter:
         except TimeoutError:
             raise self._wrong("alpha_pattern", "takes more than a second to match") from None
         if type(alpha) not in (int, float) or not abs(alpha) < 2**64:
-            raise self._wrong("lora_alpha", f"is {one_line(repr(alpha), 80)} for {module}, expected a number")
+            raise self._wrong(
+                "lora_alpha", f"is {one_line(repr(alpha), 80)} for {module}, expected a finite number below 2^64"
+            )
         if rank == 0:
             raise CheckpointError(f"{self.name}: {module} has rank 0", "save the adapter again with PEFT")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)

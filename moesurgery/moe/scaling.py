@@ -24,14 +24,17 @@ def is_quantised(block: MoeBlock, tensors: Mapping[str, Expr]) -> bool:
     return any(m.stem.main and tensors[m.name].dtype not in PLAIN_FLOATS for m in block.named("down"))
 
 
-def check_factors(where: str, factors: Sequence[float]) -> None:
-    """Raise RefusedError where a factor of block `where` is not a finite, positive number."""
+_FACTOR_HINT = "`moesurgery validate --level values` finds NaN and infinity; --scale NUMBER needs no estimate"
+
+
+def check_factors(where: str, factors: Sequence[float], hint: str = _FACTOR_HINT) -> None:
+    """Raise RefusedError, with `hint`, where a factor of block `where` is not a finite, positive number."""
     for expert, factor in enumerate(factors):
         if not (math.isfinite(factor) and factor > 0):
             which = f", expert {expert}" if len(factors) > 1 else ""
             raise RefusedError(
                 f"{where}{which}: the factor on the output is {factor:.6g}, not a finite and positive number",
-                "`moesurgery validate --level values` finds NaN and infinity; --scale NUMBER needs no estimate",
+                hint,
             )
 
 

@@ -20,6 +20,7 @@ class EntryRule(NamedTuple):
 A_TEXT = EntryRule("text", lambda v: isinstance(v, str))
 COUNT = EntryRule("a whole number", lambda v: type(v) is int and 0 <= v < 2**53)
 NUMBER = EntryRule("a finite number", lambda v: type(v) in (int, float) and abs(v) < 2**1000 and math.isfinite(v))
+ANY_NUMBER = EntryRule("a number", lambda v: NUMBER.fits(v) or (type(v) is float and not math.isfinite(v)))
 SWITCH = EntryRule("true or false", lambda v: type(v) is bool)
 
 

@@ -23,6 +23,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.expr.nodes import Expr, Stored
+from moesurgery.moe.scaling import check_factors
 from moesurgery.stats import entry_rules
 from moesurgery.whole_file import whole_file
 
@@ -40,7 +41,7 @@ _ABOUT = {
 _ALSO = {"text": entry_rules.FILES}
 _LAYER = {
     "layer": entry_rules.A_TEXT,
-    "factors": entry_rules.maybe(entry_rules.listed(entry_rules.NUMBER)),
+    "factors": entry_rules.maybe(entry_rules.listed(entry_rules.ANY_NUMBER)),
     "file": entry_rules.maybe(entry_rules.A_TEXT),
     "tokens": entry_rules.listed(entry_rules.COUNT),
     "skipped": entry_rules.listed(entry_rules.COUNT),
@@ -169,7 +170,10 @@ class Repair:
 
 
 def open_repair(folder: str | Path) -> Repair:
-    """Read a repair. Raises CheckpointError where the folder holds none."""
+    """Read a repair.
+
+    Raises CheckpointError where the folder holds none, RefusedError where a factor is not finite and positive.
+    """
     path = Path(folder) / REPAIR_INDEX
     hint = "make one with `moesurgery … --refit down --text FILE`"
     source = LocalSource(Path(folder).absolute())
@@ -189,4 +193,7 @@ def open_repair(folder: str | Path) -> Repair:
     except (OSError, ValueError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path} cannot be read as a repair: {reason}", hint) from None
+    again = "`moesurgery validate --level values` finds NaN and infinity in the model; then make the repair again"
+    for where, entry in layers.items():
+        check_factors(f"{path}: {where}", entry["factors"] or (), again)
     return Repair(source, document, layers)

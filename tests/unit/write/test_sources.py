@@ -27,6 +27,7 @@ from moesurgery.stats.repair_file import open_repair
 from moesurgery.stats.statistics_file import load_stats
 from moesurgery.write import copy_bytes
 from moesurgery.write import write_plan as writer
+from moesurgery.write.open_folder import OpenFolder
 from moesurgery.write.shard import JobControl
 from tests.conftest import Result
 
@@ -127,16 +128,16 @@ def test_a_shard_that_is_copied_whole(
 ) -> None:
     """By copies, links and clones: what the file is when the copy is done counts."""
     plan = apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale="none")
-    name = "link" if link else "copy_file"
-    real: Callable[..., Any] = getattr(copy_bytes, name)
+    real: Callable[..., Any] = OpenFolder.link if link else copy_bytes.copy_file
 
-    def copied(source: Path, *arguments: Any, **named: Any) -> Any:
-        found = real(source, *arguments, **named)
+    def copied(*arguments: Any, **named: Any) -> Any:
+        result = real(*arguments, **named)
+        source = arguments[1 if link else 0]  # a link is made by the folder that it is in
         if source.name == SHARDS[1]:
             change(source)
-        return found
+        return result
 
-    monkeypatch.setattr(copy_bytes, name, copied)
+    monkeypatch.setattr(OpenFolder if link else copy_bytes, real.__name__, copied)
     monkeypatch.setattr(copy_bytes, "clone", lambda *_, **__: False)
     with pytest.raises(CheckpointError) as caught:
         write_plan(plan, tmp_path / "out", WriteOptions(jobs=1, link=link))
