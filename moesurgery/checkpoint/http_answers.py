@@ -17,7 +17,7 @@ from typing import Any
 from moesurgery.errors import CheckpointError
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-_ASK_AGAIN = "run the same command again: finished shards are kept; a proxy between may be what answers"
+ASK_AGAIN = "run the same command again: finished shards are kept; a proxy between may be what answers"
 CHANGED = "wait until nothing writes to it, then start again from the beginning"
 
 
@@ -43,7 +43,7 @@ class Asked:
             raise self._wrong(f"with all of the file (status {status})", "download the model first")
         encoding = headers.get("content-encoding", "identity")
         if encoding not in ("identity", ""):
-            raise self._wrong(f"in the encoding {encoding[:40]!r}", _ASK_AGAIN)
+            raise self._wrong(f"in the encoding {encoding[:40]!r}", ASK_AGAIN)
         tag = headers.get("etag", "").removeprefix("W/") or headers.get("last-modified", "")
         if tag and (first := self.seen.setdefault(self.file, tag)) != tag:
             raise CheckpointError(
@@ -53,14 +53,14 @@ class Asked:
     def check_length(self, length: int) -> None:
         """Raise CheckpointError where other than all of the bytes came."""
         if length != self.stop - self.start:
-            raise self._wrong(f"with {length:,} bytes", _ASK_AGAIN)
+            raise self._wrong(f"with {length:,} bytes", ASK_AGAIN)
 
     def _check_range(self, given: str) -> None:
         found = _CONTENT_RANGE.fullmatch(given)
         if found is None:
-            raise self._wrong(f"with Content-Range {given[:80]!r}", _ASK_AGAIN)
+            raise self._wrong(f"with Content-Range {given[:80]!r}", ASK_AGAIN)
         if (int(found[1]), int(found[2]) + 1) != (self.start, self.stop):
-            raise self._wrong(f"with bytes {int(found[1]):,} to {int(found[2]):,}", _ASK_AGAIN)
+            raise self._wrong(f"with bytes {int(found[1]):,} to {int(found[2]):,}", ASK_AGAIN)
         if self.size is not None and found[3] not in ("*", str(self.size)):
             message = f"{self.where} changed while it was in use: it had {self.size:,} bytes, now {int(found[3]):,}"
             raise CheckpointError(message, CHANGED)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from moesurgery.checkpoint.http_answers import ASK_AGAIN
 from moesurgery.errors import CheckpointError
 
 MAX_ANSWER = 64 << 20  # bytes of an answer to anything but a byte range: lists of files, facts about a model
@@ -114,7 +115,7 @@ def _check_answer(response: Any, bounded_stream: Any) -> None:
         return
     encoding = response.headers.get("content-encoding", "identity")
     if encoding not in ("identity", ""):
-        raise operation.refuse(f"answers in the encoding {encoding[:50]!r}, which was not asked for")
+        raise operation.refuse(f"answered in the encoding {encoding[:50]!r}, which was not asked for", ASK_AGAIN)
     for wait in (response.headers.get("retry-after", ""), *_RESET.findall(response.headers.get("ratelimit", ""))):
         if response.status_code >= 400 and wait.strip().isdecimal() and not _at_most(wait.strip(), MAX_WAIT):
             raise operation.refuse(
@@ -125,7 +126,10 @@ def _check_answer(response: Any, bounded_stream: Any) -> None:
     limit = int(asked[2]) - int(asked[1]) + 1 if asked and response.status_code < 400 else MAX_ANSWER
     stated = response.headers.get("content-length", "")
     if response.request.method != "HEAD" and stated.isdecimal() and not _at_most(stated, limit):
-        raise operation.refuse(f"answers with {stated[:20]} bytes where {limit:,} were asked for")
+        sizes = f"{stated[:20]} bytes where {limit:,} were asked for"
+        if asked and response.status_code == 200:
+            raise operation.refuse(f"answered with all of the file (status 200), {sizes}", "download the model first")
+        raise operation.refuse(f"answers with {sizes}")
     response.stream = bounded_stream(response.stream, limit, operation)
 
 

@@ -158,9 +158,11 @@ def open_group_fits(path: str | Path) -> GroupFitFile:
     hint = "make one with `moesurgery merge-experts … --text FILE`"
     source = LocalSource(file.parent)
     try:
-        header = read_header(
-            file.name, file.stat().st_size, lambda start, length: source.read(file.name, start, length)
-        )
+        size = file.stat().st_size
+        try:
+            header = read_header(file.name, size, lambda start, length: source.read(file.name, start, length))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} cannot be read as a fit of groups: {error}", hint) from None
         if header.metadata.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is no fit of groups", hint)
         about = entry_rules.read_document(header.metadata.get("about", ""), _ABOUT, {"text": entry_rules.FILES})

@@ -438,10 +438,10 @@ def test_answers_over_plain_http_are_checked_too(hub: dict[str, str], demo: Path
 FAULTS = {
     "commit": "the server names no commit, but '../../evil'",
     "junk": "the server's answer is not understood",
-    "packed facts": "the server answers in the encoding 'gzip', which was not asked for",
+    "packed facts": "the server answered in the encoding 'gzip', which was not asked for",
     "long facts": "the server answers with more than the 67,108,864 bytes that were asked for",
     "endless": "the server answers with more than the 131,072 bytes that were asked for",
-    "packed": "the server answers in the encoding 'gzip', which was not asked for",
+    "packed": "the server answered in the encoding 'gzip', which was not asked for",
     "slow": "the server is too slow: ",
     "loop": "the server leads to the same page more than 10 times",
     "many pages": "the server leads to more than 200 requests, from one to the next",
