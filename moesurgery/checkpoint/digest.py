@@ -26,22 +26,22 @@ def sampled_digest(source: Source, file: str, size: int) -> str:
 
     Raises CheckpointError where the file cannot be read.
     """
-    found = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     last = max(0, size - SAMPLE_BYTES)
     starts = list(dict.fromkeys(last * i // (SAMPLES - 1) for i in range(SAMPLES)))
     path = source.local(file)
     if path is None:
         for start in starts:
-            found.update(source.read(file, start, min(SAMPLE_BYTES, size - start)))
-        return found.hexdigest()
+            digest.update(source.read(file, start, min(SAMPLE_BYTES, size - start)))
+        return digest.hexdigest()
     try:
         with open(path, "rb") as opened:  # once: finding a file costs more than reading a block of it
             for start in starts:
-                found.update(_block(opened.fileno(), start, min(SAMPLE_BYTES, size - start), path))
+                digest.update(_block(opened.fileno(), start, min(SAMPLE_BYTES, size - start), path))
             source.check(file, opened.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def _block(descriptor: int, start: int, length: int, path: Path) -> bytes:
@@ -57,7 +57,7 @@ def _block(descriptor: int, start: int, length: int, path: Path) -> bytes:
 
 def whole_digest(source: Source, file: str, size: int, progress: Callable[[int], None] = lambda count: None) -> str:
     """Return the SHA-256 of a whole file."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for start in range(0, size, _PART):
         length = min(_PART, size - start)
         data = source.read(file, start, length)
@@ -65,6 +65,6 @@ def whole_digest(source: Source, file: str, size: int, progress: Callable[[int],
             raise CheckpointError(
                 f"{source.identity}/{file} ends at byte {start + len(data):,}, it had {size:,}", DAMAGED
             )
-        found.update(data)
+        digest.update(data)
         progress(len(data))
-    return found.hexdigest()
+    return digest.hexdigest()

@@ -56,13 +56,13 @@ class Asked:
             raise self._wrong(f"with {length:,} bytes", ASK_AGAIN)
 
     def _check_range(self, given: str) -> None:
-        found = _CONTENT_RANGE.fullmatch(given)
-        if found is None:
+        match = _CONTENT_RANGE.fullmatch(given)
+        if match is None:
             raise self._wrong(f"with Content-Range {given[:80]!r}", ASK_AGAIN)
-        if (int(found[1]), int(found[2]) + 1) != (self.start, self.stop):
-            raise self._wrong(f"with bytes {int(found[1]):,} to {int(found[2]):,}", ASK_AGAIN)
-        if self.size is not None and found[3] not in ("*", str(self.size)):
-            message = f"{self.where} changed while it was in use: it had {self.size:,} bytes, now {int(found[3]):,}"
+        if (int(match[1]), int(match[2]) + 1) != (self.start, self.stop):
+            raise self._wrong(f"with bytes {int(match[1]):,} to {int(match[2]):,}", ASK_AGAIN)
+        if self.size is not None and match[3] not in ("*", str(self.size)):
+            message = f"{self.where} changed while it was in use: it had {self.size:,} bytes, now {int(match[3]):,}"
             raise CheckpointError(message, CHANGED)
 
     def _wrong(self, what: str, hint: str) -> CheckpointError:

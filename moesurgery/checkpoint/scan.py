@@ -122,9 +122,9 @@ def _read_config(scan: Scan) -> None:
 def _hint_without_config(source: Source) -> str:
     if isinstance(source, LocalSource):
         below = [*source.root.glob(f"*/{CONFIG}"), *source.root.glob(f"snapshots/*/{CONFIG}")]  # the Hub's cache
-        found = sorted(p.parent.relative_to(source.root).as_posix() for p in below)
-        if found:
-            return f"did you mean one of its folders: {', '.join(found[:5])}?"
+        folders = sorted(p.parent.relative_to(source.root).as_posix() for p in below)
+        if folders:
+            return f"did you mean one of its folders: {', '.join(folders[:5])}?"
     return "name the folder that holds config.json and *.safetensors"
 
 
@@ -146,7 +146,7 @@ def _read_index(scan: Scan) -> list[str]:
         scan.add("I01", "is mapped twice", INDEX, name)
     scan.weight_map = weight_map
     files = sorted(set(weight_map.values()))
-    found = [file for file in files if _is_shard(scan, file)]
+    shards = [file for file in files if _is_shard(scan, file)]
     if SINGLE in scan.sizes and SINGLE not in files:
         scan.add(
             "I05",
@@ -164,7 +164,7 @@ def _read_index(scan: Scan) -> list[str]:
                 severity="warning",
             )
     _check_numbering(scan, files)
-    return found
+    return shards
 
 
 def _is_shard(scan: Scan, file: str) -> bool:
@@ -268,12 +268,12 @@ def _read_headers(scan: Scan, files: list[str]) -> None:
             return error
 
     if len(files) < 2:
-        found = [header_of(file) for file in files]
+        headers = [header_of(file) for file in files]
     else:
         workers = 2 * cores() if isinstance(scan.source, LocalSource) else 16
         with ThreadPoolExecutor(min(workers, len(files))) as pool:
-            found = list(pool.map(header_of, files))
-    for file, header in zip(files, found, strict=True):
+            headers = list(pool.map(header_of, files))
+    for file, header in zip(files, headers, strict=True):
         if isinstance(header, Header):
             scan.headers.append(header)
             scan.problems += header.problems

@@ -137,10 +137,10 @@ class LocalSource:
         return self.name
 
     def files(self) -> dict[str, int]:
-        found = {name: entry for name, entry in self._entries() if isinstance(entry, _State)}
-        for name, state in found.items():
+        states = {name: entry for name, entry in self._entries() if isinstance(entry, _State)}
+        for name, state in states.items():
             self.seen.setdefault(name, state)
-        return {name: state.size for name, state in found.items()}
+        return {name: state.size for name, state in states.items()}
 
     def irregular(self) -> dict[str, str]:
         return {name: entry for name, entry in self._entries() if isinstance(entry, str)}
@@ -319,10 +319,10 @@ class RemoteSource:
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:
-        found = {name: size for name, size in self._listed() if is_contained(name)}
-        for name, size in found.items():
+        sizes = {name: size for name, size in self._listed() if is_contained(name)}
+        for name, size in sizes.items():
             self.sizes.setdefault(name, size)
-        return found
+        return sizes
 
     def irregular(self) -> dict[str, str]:
         return {name: "a path out of the checkpoint" for name, _ in self._listed() if not is_contained(name)}
@@ -330,11 +330,11 @@ class RemoteSource:
     def _listed(self) -> list[tuple[str, int]]:
         system, root = self._open()
         with remote_errors(self.label):
-            found = system.find(root, detail=True)
-        if len(found) > MAX_FILES:
+            entries = system.find(root, detail=True)
+        if len(entries) > MAX_FILES:
             raise CheckpointError(f"{self.label} holds more than {MAX_FILES:,} files", "name the model's own folder")
         prefix = root.rstrip("/") + "/"
-        files = [(p.removeprefix(prefix), d.get("size")) for p, d in sorted(found.items()) if d.get("type") == "file"]
+        files = [(p.removeprefix(prefix), d.get("size")) for p, d in sorted(entries.items()) if d.get("type") == "file"]
         for file, size in files:
             if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
                 raise CheckpointError(

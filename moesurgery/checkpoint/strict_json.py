@@ -130,4 +130,4 @@ def _dumped(value: Any, **how: Any) -> str:
 
 def _encodable(text: str) -> str:
     """Escape halves of surrogate pairs, which UTF-8 cannot hold."""
-    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

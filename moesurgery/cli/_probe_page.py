@@ -14,10 +14,10 @@ def panels(document: Mapping[str, Any]) -> list[Panel]:
     """Return the pictures of a probe, all in millinats per token: layer by expert, then each index over all layers."""
     layers = document["layers"]
     framed = {(y, x) for y, layer in enumerate(layers) for x in layer["super_experts"]}
-    found: list[Panel] = []
+    pictures: list[Panel] = []
     for mode in document["modes"]:
         changes = [[expert["change"].get(mode) for expert in layer["experts"]] for layer in layers]
-        found.append(
+        pictures.append(
             Heatmap(
                 f"Loss without each expert ({mode}), change in millinats per token",
                 [f"layer {layer['number']}" for layer in layers],
@@ -31,8 +31,8 @@ def panels(document: Mapping[str, Any]) -> list[Panel]:
     for mode, by in document["indices"].items():
         if by:
             values = {f"expert {e}": 1000 * v for e, v in by.items()}
-            found.append(largest_bars(f"One index out of all layers ({mode})", values, "millinats per token"))
-    return found
+            pictures.append(largest_bars(f"One index out of all layers ({mode})", values, "millinats per token"))
+    return pictures
 
 
 def about_probe(document: Mapping[str, Any]) -> str:

@@ -90,8 +90,8 @@ def collect_command(
     console.result(f"{len(stats.blocks)} MoE layers, {stats.about['tokens']:,} tokens; wrote {target}")
     console.result()
     rows = [
-        (by, f"{found['spearman']:.3f}", f"{found['spearman_worst']:.3f}", f"{100 * found['overlap']:.0f} %")
-        for by, found in document["agreement"].items()
+        (by, f"{halves['spearman']:.3f}", f"{halves['spearman_worst']:.3f}", f"{100 * halves['overlap']:.0f} %")
+        for by, halves in document["agreement"].items()
     ]
     console.table(
         ("criterion", "rank correlation of halves", "worst layer", "same lowest quarter"), rows, right=(1, 2, 3)

@@ -85,19 +85,19 @@ def compare_command(
     engines = [settings.engine(plan) for plan in plans]
     work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in engines)
     with console.progress("evaluating", work, of_bytes=False) as watch:
-        found = [[*losses, mean_loss(losses)] for losses in compared(engines, domains, watch.progress)]
+        by_model = [[*losses, mean_loss(losses)] for losses in compared(engines, domains, watch.progress)]
     names = _names(models)
     classes = token_classes(plans[0].checkpoint, targets(domains))
-    worst = [worst_windows(domains, found[0], losses, _WORST) for losses in found]
+    worst = [worst_windows(domains, by_model[0], losses, _WORST) for losses in by_model]
     spoken = _continuations(plans, domains, settings, generate, new_tokens, temperature) if generate else None
     if as_json:
         entries = []
-        for i, (name, model, losses) in enumerate(zip(names, models, found, strict=True)):
+        for i, (name, model, losses) in enumerate(zip(names, models, by_model, strict=True)):
             entry: dict[str, Any] = {"name": name, "reference": model}
-            entry["domains"] = [_entry(base, loss, i) for base, loss in zip(found[0], losses, strict=True)]
+            entry["domains"] = [_entry(base, loss, i) for base, loss in zip(by_model[0], losses, strict=True)]
             if i:
                 entry["classes"] = [
-                    {"name": c, **distance.as_json()} for c, distance in _by_class(found[0][-1], losses[-1], classes)
+                    {"name": c, **distance.as_json()} for c, distance in _by_class(by_model[0][-1], losses[-1], classes)
                 ]
                 entry["worst"] = [_window_entry(plans[0].checkpoint, domains, w) for w in worst[i]]
             if spoken:
@@ -108,18 +108,18 @@ def compare_command(
         return
     header = ["model", *(d.name for d in domains)] + (["all"] if len(domains) > 1 else []) + ["over the first", "KL"]
     rows = []
-    for name, losses in zip(names, found, strict=True):
+    for name, losses in zip(names, by_model, strict=True):
         total = losses[-1]
         shown = losses if len(domains) > 1 else losses[:1]
         divergence = "" if total.divergence is None else f"{total.divergence:.5f}"
-        over = "" if total.divergence is None else f"{total.nats - found[0][-1].nats:+.4f}"
+        over = "" if total.divergence is None else f"{total.nats - by_model[0][-1].nats:+.4f}"
         rows.append((name, *(f"{loss.nats:.4f}" for loss in shown), over, divergence))
     console.table(header, rows, right=range(1, len(header)))
-    console.note(f"nats per token over {found[0][-1].tokens:,} predicted tokens; KL from {names[0]}")
-    for name, losses in zip(names[1:], found[1:], strict=True):
-        console.note(f"{name}: {_in_short(found[0][-1], losses[-1])}")
+    console.note(f"nats per token over {by_model[0][-1].tokens:,} predicted tokens; KL from {names[0]}")
+    for name, losses in zip(names[1:], by_model[1:], strict=True):
+        console.note(f"{name}: {_in_short(by_model[0][-1], losses[-1])}")
     if details:
-        _show_details(names, plans[0].checkpoint, domains, found, classes, worst)
+        _show_details(names, plans[0].checkpoint, domains, by_model, classes, worst)
     if spoken:
         console.result()
         console.table(
@@ -135,8 +135,8 @@ def compare_command(
 def _by_class(reference: Loss, model: Loss, classes: dict[str, Any]) -> list[tuple[str, TokenDistance]]:
     from moesurgery.forward.comparison import token_distance
 
-    found = [(name, token_distance(reference, model, chosen)) for name, chosen in classes.items()]
-    return [(name, distance) for name, distance in found if distance.tokens]
+    distances = [(name, token_distance(reference, model, chosen)) for name, chosen in classes.items()]
+    return [(name, distance) for name, distance in distances if distance.tokens]
 
 
 def _entry(reference: Loss, loss: Loss, number: int) -> dict[str, Any]:
@@ -232,13 +232,13 @@ def _continuations(
     rows = [_real(d, i) for i in range(most) for d in domains if i < len(d.windows)]
     prompts = [row[: min(_PROMPT, max(1, len(row) // 2))] for row in rows[:count]]
     ends = end_tokens(plans[0].checkpoint)
-    found = []
+    by_model = []
     for plan in plans:
         with _written(plan) as folder:
-            found.append(
+            by_model.append(
                 continuations(folder, prompts, ends, new_tokens, temperature, settings.device, settings.computed_in)
             )
-    return found
+    return by_model
 
 
 @contextmanager

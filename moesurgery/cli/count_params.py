@@ -78,14 +78,14 @@ def _panels(counts: Counts) -> list[Panel]:
     """Return the parameters by component, and by layer and component."""
     names = [c for c in (*MAIN_COMPONENTS, VISION) if c in counts.components]
     titles = [name.replace("_", " ") for name in names]
-    found: list[Panel] = [Bars("Parameters by component", titles, [counts.components[name] for name in names])]
+    pictures: list[Panel] = [Bars("Parameters by component", titles, [counts.components[name] for name in names])]
     held = [n for n in names if any(n in entry["components"] for entry in counts.by_layer)]
     if held:
         values = [[float(entry["components"].get(n, 0)) for entry in counts.by_layer] for n in held]
         layers = [str(entry["layer"]) for entry in counts.by_layer]
         rows = [name.replace("_", " ") for name in held]
-        found.append(Heatmap("Parameters by layer", rows, layers, values, "parameters", across="layer"))
-    return found
+        pictures.append(Heatmap("Parameters by layer", rows, layers, values, "parameters", across="layer"))
+    return pictures
 
 
 def _show(identity: str, counts: Counts, unknown: str, *, headers_only: bool) -> None:

@@ -35,15 +35,15 @@ def diff_command(
     check_picture(picture)
     first, second = open_checkpoint(a), open_checkpoint(b)
     with console.progress("comparing", first.stored_bytes) as watch:
-        found = diff_checkpoints(first, second, watch.progress)
+        diff = diff_checkpoints(first, second, watch.progress)
     if picture is not None:
         title = f"{first.source.name} and {second.source.name}: what differs"
-        write_picture(picture, title, f"{len(found.tensors)} tensors differ, {found.equal} are equal", _panels(found))
+        write_picture(picture, title, f"{len(diff.tensors)} tensors differ, {diff.equal} are equal", _panels(diff))
     if as_json:
-        console.json(_document(first.source.identity, second.source.identity, found))
+        console.json(_document(first.source.identity, second.source.identity, diff))
     else:
-        _show(found, each)
-    if not found.same:
+        _show(diff, each)
+    if not diff.same:
         raise typer.Exit(ANSWER_IS_NO)
 
 

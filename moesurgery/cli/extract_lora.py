@@ -32,10 +32,10 @@ def extract_lora_command(
     first, second = models.parts(base, plain=True), models.parts(tuned, plain=True)
     progress = console.progress(f"extracting {output.name}", first.plan.nbytes)
     with new_folder(output, "extract-lora") as files, progress as watch:
-        found = extract_lora(first, second, rank, progress=watch.progress)
-        files.update(found.files)
-    if found.left:
-        shown = ", ".join(found.left[:3]) + (f" and {len(found.left) - 3} more" if len(found.left) > 3 else "")
+        adapter = extract_lora(first, second, rank, progress=watch.progress)
+        files.update(adapter.files)
+    if adapter.left:
+        shown = ", ".join(adapter.left[:3]) + (f" and {len(adapter.left) - 3} more" if len(adapter.left) > 3 else "")
         console.warning(f"these differ and are not in the adapter, which holds matrices of layers only: {shown}")
     if as_json:
         console.json(
@@ -43,16 +43,16 @@ def extract_lora_command(
                 "schema_version": 1,
                 "output": str(output),
                 "rank": rank,
-                "bytes": found.nbytes,
-                "shares": dict(found.shares),
-                "left": list(found.left),
-                "readers": found.readers,
+                "bytes": adapter.nbytes,
+                "shares": dict(adapter.shares),
+                "left": list(adapter.left),
+                "readers": adapter.readers,
             }
         )
         return
-    lowest = sorted(found.shares.items(), key=lambda item: item[1])[:5]
+    lowest = sorted(adapter.shares.items(), key=lambda item: item[1])[:5]
     console.table(
         ("least covered", "share of the change"), [(name, f"{share:.1%}") for name, share in lowest], right=(1,)
     )
-    console.result(f"wrote {output} ({len(found.shares)} pairs of factors, {human_bytes(found.nbytes)})")
-    console.note(found.readers)
+    console.result(f"wrote {output} ({len(adapter.shares)} pairs of factors, {human_bytes(adapter.nbytes)})")
+    console.note(adapter.readers)

@@ -36,9 +36,9 @@ def families_command(
             or "`moesurgery families` lists all; docs/families.md shows how to add one",
         )
     if as_json:
-        console.json({"schema_version": 1, "families": [found.as_json() for found in chosen]})
+        console.json({"schema_version": 1, "families": [family.as_json() for family in chosen]})
     elif name is None:
-        console.table(HEADER, [found.row for found in chosen])
+        console.table(HEADER, [family.row for family in chosen])
         console.result()
         for letter, words in CLASSES.items():
             console.result(f"{letter}  {words}")
@@ -47,8 +47,8 @@ def families_command(
             f"{len(chosen)} families; all count exactly. `moesurgery families NAME` says what is refused, and why"
         )
     else:
-        for found in chosen:
-            _show(found)
+        for family in chosen:
+            _show(family)
 
 
 def _show(found: Overview) -> None:

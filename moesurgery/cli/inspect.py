@@ -62,7 +62,7 @@ class TensorPattern:
     def name(self) -> str:
         """The template with the numbers that occur: `model.layers.[0-31].mlp.experts.[0-7].w1.weight`."""
         pieces = self.template.split("#")
-        filled = [f"[{ranges(found)}]" if len(found) > 1 else str(*found) for found in self.numbers]
+        filled = [f"[{ranges(occurring)}]" if len(occurring) > 1 else str(*occurring) for occurring in self.numbers]
         return "".join(a + b for a, b in zip(pieces, [*filled, ""], strict=True)).replace(OWN_MARK, "#")
 
     @property

@@ -38,5 +38,5 @@ def merge_command(
     if device:
         check_device(device)
     check_recipe_file(recipe)
-    found = load_merge_recipe(recipe)
-    _writing.carry_out(replace(found, max_shard_size=flags.shard_bytes, device=device), flags)
+    operation = load_merge_recipe(recipe)
+    _writing.carry_out(replace(operation, max_shard_size=flags.shard_bytes, device=device), flags)

@@ -45,7 +45,7 @@ def perplexity_command(
     engine = settings.engine(plan)
     work = sum(d.windows.numel() for d in domains) * len(engine.layers)
     with console.progress("evaluating", work, of_bytes=False) as watch:
-        found = losses(engine, domains, watch.progress)
+        domain_losses = losses(engine, domains, watch.progress)
     if as_json:
         console.json(
             {
@@ -53,11 +53,11 @@ def perplexity_command(
                 "model": plan.checkpoint.source.identity,
                 "window": window,
                 "dtype": settings.computed_in,
-                "domains": [domain_entry(f) for f in (*found, mean_loss(found))],
+                "domains": [domain_entry(f) for f in (*domain_losses, mean_loss(domain_losses))],
             }
         )
         return
-    shown = found if len(found) == 1 else [*found, mean_loss(found)]
+    shown = domain_losses if len(domain_losses) == 1 else [*domain_losses, mean_loss(domain_losses)]
     rows = [(f.domain, f"{f.tokens:,}", f"{f.nats:.4f}", f"{f.perplexity:.3f}") for f in shown]
     console.table(("text", "tokens", "nats/token", "perplexity"), rows, right=(1, 2, 3))
 

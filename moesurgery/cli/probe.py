@@ -84,7 +84,7 @@ def probe_command(
     wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.routed}
     modes: Any = MODES[mode]
     with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:
-        found = ablate(engine, windows, wanted, modes, watch.progress)
+        ablations = ablate(engine, windows, wanted, modes, watch.progress)
     from moesurgery.checkpoint.filenames import TOKENIZER
     from moesurgery.forward.text_windows import load_tokenizer
 
@@ -95,7 +95,7 @@ def probe_command(
         where: [[{"text": shown([t]), "count": n, "share": share} for t, n, share in expert] for expert in experts]
         for where, experts in takers(engine, windows).items()
     }
-    document = _document(plan.checkpoint.name, stats, found, taken, modes)
+    document = _document(plan.checkpoint.name, stats, ablations, taken, modes)
     if output is not None:
         from moesurgery.cli._pictures import has_matplotlib, write_picture
         from moesurgery.cli._probe_page import about_probe, panels, probe_page

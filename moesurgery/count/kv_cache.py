@@ -46,7 +46,7 @@ def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[i
         elif module in ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "kv_proj"):
             fused.add(layer)
     kv_heads = size("num_key_value_heads", "n_kv_heads", "kv_n_heads") or heads
-    found = []
+    layers = []
     known = keys.keys() | latents | fused
     # Every position has keys and values of its own, whatever block it runs.
     positions = anatomy.settings.tie_map or range(max(known, default=-1) + 1)
@@ -57,9 +57,9 @@ def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[i
         limit = window if sliding or (window and not isinstance(types, list)) else None
         if layer in latents and latent and rope:
             d_qk, d_v = (size("qk_nope_head_dim") or 0) + rope, size("v_head_dim") or 0
-            found.append((latent + rope, heads * (d_qk + d_v), limit))
+            layers.append((latent + rope, heads * (d_qk + d_v), limit))
         elif layer in keys:
-            found.append((keys[layer] + values.get(layer, keys[layer]), heads * 2 * head_dim, limit))
+            layers.append((keys[layer] + values.get(layer, keys[layer]), heads * 2 * head_dim, limit))
         else:
-            found.append((2 * kv_heads * head_dim, heads * 2 * head_dim, limit))
-    return found or None
+            layers.append((2 * kv_heads * head_dim, heads * 2 * head_dim, limit))
+    return layers or None

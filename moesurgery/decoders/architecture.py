@@ -168,11 +168,11 @@ class Architecture:
                 conflicts[name] = f"{value} here, unknown there"
                 continue
             try:
-                found = codec.write(value, traits, config)
+                new_keys = codec.write(value, traits, config)
             except ConflictError as conflict:
                 conflicts[name] = str(conflict)
                 continue
-            for key, new in found.items():
+            for key, new in new_keys.items():
                 if key in written and written[key] != new:
                     conflicts[name] = f"{key} is one switch for several things there, and they differ here"
                 written[key] = new

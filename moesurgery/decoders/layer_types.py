@@ -111,11 +111,11 @@ class LayerTypes:
         if self.switch and not config.get(self.switch):
             window = None
         types = config.get("layer_types")
-        found = []
+        kinds = []
         for i in range(count_layers(config)):
             sliding = types[i] == "sliding_attention" if types else window is not None and self.slides(config, i)
-            found.append(AttentionKind(window if sliding else None, rope=sliding or not self.rope_when_sliding))
-        return tuple(found)
+            kinds.append(AttentionKind(window if sliding else None, rope=sliding or not self.rope_when_sliding))
+        return tuple(kinds)
 
     def write(self, value: Layers, traits: Traits, config: Config) -> dict[str, Any]:
         window = _one_window(value)
@@ -166,13 +166,13 @@ class RopeFlags:
         interval = config.get("no_rope_layer_interval") or 4
         types = config.get("layer_types")
         window = (config.get("sliding_window") if config.get("use_sliding_window") else None) if self.windows else None
-        found = []
+        kinds = []
         for i in range(count_layers(config)):
             rope = bool(flags[i]) if flags else (i + 1) % interval != 0
             kind = types[i] if types else _KIND_BY_ROPE[self.chunked, rope]
             mixer = "chunked attention" if kind == "chunked_attention" else "attention"
-            found.append(AttentionKind(window if kind == "sliding_attention" else None, rope, mixer))
-        return tuple(found)
+            kinds.append(AttentionKind(window if kind == "sliding_attention" else None, rope, mixer))
+        return tuple(kinds)
 
     def write(self, value: Layers, traits: Traits, config: Config) -> dict[str, Any]:
         if any(layer.window is not None for layer in value):

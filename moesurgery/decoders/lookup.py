@@ -23,10 +23,10 @@ def architecture(model_type: str) -> Architecture | None:
 
 def require_architecture(model_type: str) -> Architecture:
     """Return the entry of a `model_type`; raise CheckpointError where the table has none."""
-    found = architecture(model_type)
-    if found is None:
+    known = architecture(model_type)
+    if known is None:
         raise CheckpointError(f"model_type {model_type!r} is not in the table of architectures")
-    return found
+    return known
 
 
 __all__ = ["DENSE_TYPES", "MOE_TYPES", "architecture", "require_architecture"]

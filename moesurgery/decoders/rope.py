@@ -42,10 +42,10 @@ class Rope:
 
     def read(self, config: Config) -> Rotary:
         given = stated_rules(config)
-        found = given or self.rules
-        if self.by_layer_type and isinstance(found.get("full_attention"), Mapping):
-            found = found["full_attention"]
-        rules = copy.deepcopy(dict(found))
+        chosen_rules = given or self.rules
+        if self.by_layer_type and isinstance(chosen_rules.get("full_attention"), Mapping):
+            chosen_rules = chosen_rules["full_attention"]
+        rules = copy.deepcopy(dict(chosen_rules))
         # A type's own rules come with its own base.
         theta = rules.pop("rope_theta", config.get("rope_theta") if given or not self.rules else None)
         fraction = rules.pop("partial_rotary_factor", config.get("partial_rotary_factor"))

@@ -229,7 +229,7 @@ def mixture(
 
 
 def _joined(traits: tuple[Mapping[str, Codec], ...]) -> dict[str, Codec]:
-    found = dict(PLAIN)
+    codecs = dict(PLAIN)
     for part in traits:
-        found.update(part)
-    return found
+        codecs.update(part)
+    return codecs

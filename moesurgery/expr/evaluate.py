@@ -45,18 +45,18 @@ def finite_values(name: str, expr: Expr) -> np.ndarray:
 
 
 def _bytes_of(expr: Expr) -> list[bytes]:
-    found: list[bytes] = []
+    chunks: list[bytes] = []
     for piece in expr.pieces():
         if isinstance(piece, Copy):
-            found.append(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
+            chunks.append(read_remote(piece.source, piece.file, piece.start, piece.nbytes))
             continue
         reader = FileReader()
         try:
             if piece.expr.numpy_only:
-                found.append(bytes(piece.expr.raw(piece.start, piece.stop, reader)))
+                chunks.append(bytes(piece.expr.raw(piece.start, piece.stop, reader)))
             else:
-                found.append(bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader))))
+                chunks.append(bytes(as_bytes(piece.expr.evaluate(piece.start, piece.stop, reader))))
             reader.check()
         finally:
             reader.close()
-    return found
+    return chunks

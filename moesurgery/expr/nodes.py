@@ -147,13 +147,13 @@ def narrowed(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
     Raises NotFiniteError where a finite number would become infinite.
     """
-    found = values.to(torch_dtype(dtype))
-    if dtype not in LARGEST_FINITE or values.dtype == found.dtype:
-        return found
-    infinite = found.isinf()
+    rounded = values.to(torch_dtype(dtype))
+    if dtype not in LARGEST_FINITE or values.dtype == rounded.dtype:
+        return rounded
+    infinite = rounded.isinf()
     if bool(infinite.any()) and bool((infinite & values.isfinite()).any()):
         raise beyond(dtype)
-    return found
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -316,8 +316,8 @@ class Concat(Expr):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
-        found = [_evaluated(part, first, last, reader) for part, first, last in self._within(start, stop)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        tensors = [_evaluated(part, first, last, reader) for part, first, last in self._within(start, stop)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     @property
     def numpy_only(self) -> bool:
@@ -326,8 +326,8 @@ class Concat(Expr):
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
 
-        found = [_array(part, first, last, reader) for part, first, last in self._within(start, stop)]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        arrays = [_array(part, first, last, reader) for part, first, last in self._within(start, stop)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         # Joined at once: what a part gives is valid until the next call alone.

@@ -39,12 +39,12 @@ class _Drawn(Expr):
     def _numbers(self, start: int, stop: int) -> np.ndarray:
         import numpy as np
 
-        found = []
+        numbers = []
         for block in range(start // NORMAL_BLOCK, -(-stop // NORMAL_BLOCK)):
             first, last = block * NORMAL_BLOCK, min((block + 1) * NORMAL_BLOCK, stop)
             drawn = self.draw(np.random.Generator(np.random.Philox(key=(self.key, block))), last - first)
-            found.append(drawn[max(start - first, 0) :])
-        return np.concatenate(found) * np.float32(self.scale)
+            numbers.append(drawn[max(start - first, 0) :])
+        return np.concatenate(numbers) * np.float32(self.scale)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch

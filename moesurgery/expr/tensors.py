@@ -152,11 +152,11 @@ class ConcatLast(Expr):
 
         width = self.shape[-1]
         first, last = start // width, stop // width
-        found = []
+        columns = []
         for part in self.parts:
             w = part.shape[-1]
-            found.append(part.evaluate(first * w, last * w, reader).view(last - first, w))
-        return torch.cat(found, dim=1).view(-1)
+            columns.append(part.evaluate(first * w, last * w, reader).view(last - first, w))
+        return torch.cat(columns, dim=1).view(-1)
 
 
 def concat_last(parts: list[Expr]) -> Expr:

@@ -202,8 +202,8 @@ def find_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     for place in (config, config.get("text_config"), config.get("llm_config"), config.get("thinker_config")):
         if not isinstance(place, Mapping):
             continue
-        found = by_model_type(str(place.get("model_type", "")).removeprefix(TIED))
-        exact = tuple(f for f in found if architectures.intersection(f.architectures))
-        if found:
-            return exact or tuple(f for f in found if not f.architectures) or found
+        candidates = by_model_type(str(place.get("model_type", "")).removeprefix(TIED))
+        exact = tuple(f for f in candidates if architectures.intersection(f.architectures))
+        if candidates:
+            return exact or tuple(f for f in candidates if not f.architectures) or candidates
     return by_architecture(architectures)

@@ -86,11 +86,11 @@ class Client:
     def keys_of(self, config: Config) -> dict[str, Any]:
         """Return the config keys that this client lacks, RoPE's aside."""
         kind, flat = model_type_of(config), language_part(config)
-        found: dict[str, Any] = dict(published_counts(config)) if self.published_counts else {}
+        missing: dict[str, Any] = dict(published_counts(config)) if self.published_counts else {}
         for key in self.keys:
             if kind in key.types:
-                found.update(key.of(flat))
-        return found
+                missing.update(key.of(flat))
+        return missing
 
     def rope_of(self, config: Config) -> dict[str, Any]:
         """Return the RoPE keys that this client does not find: it would take its type's default, and say nothing."""
@@ -128,12 +128,12 @@ def published_counts(config: Config) -> dict[str, int]:
     families = by_model_type(model_type_of(config))
     if not families:
         return {}
-    found = {}
+    counts = {}
     for wanted, aliases in ((families[0].experts_key, EXPERTS_KEYS), (families[0].top_k_key, TOP_K_KEYS)):
         given = next((flat[key] for key in aliases if type(flat.get(key)) is int), None)
         if given is not None and flat.get(wanted) is None:
-            found[wanted] = given
-    return found
+            counts[wanted] = given
+    return counts
 
 
 # Facts about single types
@@ -335,11 +335,11 @@ class Wants:
     @cached_property
     def keys(self) -> dict[str, Any]:
         """Config keys to be written, into the part that holds the language model's settings."""
-        found: dict[str, Any] = {}
+        wanted: dict[str, Any] = {}
         for client in self.clients:
-            found.update(client.rope_of(self.config))
-            found.update(client.keys_of(self.config))
-        return found
+            wanted.update(client.rope_of(self.config))
+            wanted.update(client.keys_of(self.config))
+        return wanted
 
     @property
     def head(self) -> bool:

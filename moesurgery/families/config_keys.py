@@ -95,15 +95,15 @@ class Settings:
 
         Raises CheckpointError where it is no such list.
         """
-        found = self.first(("layer_tie_map",))
-        if found is None:
+        tied = self.first(("layer_tie_map",))
+        if tied is None:
             return None
-        whole = isinstance(found, list) and found and all(type(s) is int and 0 <= s <= i for i, s in enumerate(found))
-        if not whole or any(found[s] != s for s in found):
+        whole = isinstance(tied, list) and tied and all(type(s) is int and 0 <= s <= i for i, s in enumerate(tied))
+        if not whole or any(tied[s] != s for s in tied):
             raise CheckpointError(
-                f"config.json: layer_tie_map is {found!r}; an entry names its own position or an earlier one that does"
+                f"config.json: layer_tie_map is {tied!r}; an entry names its own position or an earlier one that does"
             )
-        return list(found)
+        return list(tied)
 
     @property
     def layers(self) -> int | None:
@@ -125,10 +125,10 @@ class Settings:
     @property
     def renormalised(self) -> Any:
         """Whether the chosen weights are divided by their sum (for DBRX: the order of the norm)."""
-        found = self.score == "top-softmax" or self.flag(self.family.routing.renormalised)
-        if found is None or type(found) is bool or (type(found) in (int, float) and 1 <= found < 1000):
-            return found
-        raise CheckpointError(f"config.json: the router's norm is {found!r}, expected true, false or a number")
+        norm = self.score == "top-softmax" or self.flag(self.family.routing.renormalised)
+        if norm is None or type(norm) is bool or (type(norm) in (int, float) and 1 <= norm < 1000):
+            return norm
+        raise CheckpointError(f"config.json: the router's norm is {norm!r}, expected true, false or a number")
 
     @property
     def score(self) -> str:
@@ -169,10 +169,10 @@ class Settings:
 
 def section(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:
     """Return the object at `path`, None where it is absent or no object."""
-    found: Any = config
+    place: Any = config
     for key in path:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else None
+        place = place.get(key) if isinstance(place, Mapping) else None
+    return place if isinstance(place, Mapping) else None
 
 
 def keys_present(settings: Settings, keys: tuple[str, ...]) -> str:

@@ -218,8 +218,8 @@ def stacked(gate: str | None, up: str, down: str, *, order: Literal["oi", "io"] 
 
 def router_tensor(*modules: str, bias: bool = True) -> tuple[ExpertAxisTensor, ...]:
     """Return the router weight [E, H] under each of `modules`, and its bias [E]."""
-    found = tuple(ExpertAxisTensor(f"{module}.weight", "router") for module in modules)
-    return found + tuple(ExpertAxisTensor(f"{module}.bias", "router_bias") for module in modules) if bias else found
+    routers = tuple(ExpertAxisTensor(f"{module}.weight", "router") for module in modules)
+    return routers + tuple(ExpertAxisTensor(f"{module}.bias", "router_bias") for module in modules) if bias else routers
 
 
 def correction(*paths: str, parameter: bool = False) -> tuple[ExpertAxisTensor, ...]:

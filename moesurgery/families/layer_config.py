@@ -47,13 +47,13 @@ _NUMBER = re.compile("[0-9]{1,9}")
 
 def layer_settings(settings: Settings, layer: int) -> dict[str, Any]:
     """Return what the config says of one layer, by key; keys of nested objects with a dot."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     depth = settings.layers or 0
     for part in settings.sections():
         for inside, place in _places(part):
             for key, value in _said(place, layer, depth):
-                found.setdefault(inside + key, value)
-    return {key: value for key, value in found.items() if OVERRULED.get(key) not in found}
+                by_key.setdefault(inside + key, value)
+    return {key: value for key, value in by_key.items() if OVERRULED.get(key) not in by_key}
 
 
 def _said(place: Mapping[str, Any], layer: int, depth: int) -> Iterator[tuple[str, Any]]:
@@ -177,8 +177,8 @@ def _check_followed(before: Settings, after: Settings, origins: Sequence[LayerOr
 def _value(settings: Settings, key: str) -> Any:
     """Return what the config has under a key of `layer_settings`."""
     *path, last = key.split(".")
-    found = (section(part, tuple(path)) or {} for part in settings.sections())
-    return next((place[last] for place in found if place.get(last) is not None), None)
+    places = (section(part, tuple(path)) or {} for part in settings.sections())
+    return next((place[last] for place in places if place.get(last) is not None), None)
 
 
 def _lender(settings: Settings, key: str, layer: int) -> int | None:
@@ -272,8 +272,8 @@ def _of_layer(key: str, values: Any, origin: LayerOrigin) -> Any:
 
 def prediction_layers(settings: Settings) -> int:
     """Return how many layers for multi-token prediction the config names."""
-    found = settings.first(PREDICTION_KEYS, 0)
-    return found if type(found) is int and found > 0 else 0
+    count = settings.first(PREDICTION_KEYS, 0)
+    return count if type(count) is int and count > 0 else 0
 
 
 def without_prediction(settings: Settings) -> dict[str, Any]:
@@ -325,8 +325,8 @@ def _numbers(key: str, value: Any) -> set[int] | None:
     """Return the layers that an entry names, counted from 0; None where it is no such entry."""
     if key not in NUMBERS and key not in NUMBERS_FROM_ONE:
         return None
-    found = _parsed(value)
-    return None if found is None else {number - (key in NUMBERS_FROM_ONE) for number in found}
+    numbers = _parsed(value)
+    return None if numbers is None else {number - (key in NUMBERS_FROM_ONE) for number in numbers}
 
 
 def _parsed(value: Any) -> list[int] | None:

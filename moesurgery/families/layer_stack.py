@@ -48,8 +48,8 @@ def stack_of(anatomy: Anatomy, names: Iterable[str], operation: str) -> Stack:
         root, container, inside = _split(name, layer)
         roots.setdefault((root, container), {}).setdefault(layer, {})[inside] = name
     if len(roots) != 1:
-        found = ", ".join(f"{root}{container}" for root, container in roots) or "none"
-        raise RefusedError(f"{operation}: it needs one stack of blocks, and this model has {found}")
+        stacks = ", ".join(f"{root}{container}" for root, container in roots) or "none"
+        raise RefusedError(f"{operation}: it needs one stack of blocks, and this model has {stacks}")
     ((root, container), blocks) = next(iter(roots.items()))
     tie_map = anatomy.settings.tie_map
     depth = max(blocks) + 1 if depth is None else depth
@@ -116,11 +116,11 @@ def runs_of(anatomy: Anatomy) -> dict[str, int]:
     Empty for other models, whose tensors are all run once.
     """
     tie_map = anatomy.settings.tie_map
-    found: dict[str, int] = {}
+    run_counts: dict[str, int] = {}
     for name, layer in anatomy.layer.items() if tie_map is not None else ():
         if tie_map is None or layer >= len(tie_map) or anatomy.component[name] in (MTP, VISION):
             continue
         root, container, inside = _split(name, layer)
         own = (f"{root}{container}.{i}.{inside}" for i, source in enumerate(tie_map) if source == layer and i != layer)
-        found[name] = 1 + sum(other not in anatomy.component for other in own)
-    return found
+        run_counts[name] = 1 + sum(other not in anatomy.component for other in own)
+    return run_counts

@@ -58,11 +58,11 @@ def _interval(settings: Settings, key: str, layers: int) -> set[int]:
 
 def _stacks(settings: Settings, key: str, layers: int) -> set[int]:
     """Switch: every so many layers of encoder and of decoder, so that so many are sparse."""
-    found = set()
+    sparse_layers = set()
     for total, sparse in (("num_layers", key), ("num_decoder_layers", "num_sparse_decoder_layers")):
         count, step = settings.first((total,)), settings.first((total,)) // settings.first((sparse,))
-        found |= {i for i in range(count) if i % step == 1 or step == 1}
-    return found
+        sparse_layers |= {i for i in range(count) if i % step == 1 or step == 1}
+    return sparse_layers
 
 
 def _pattern(settings: Settings, key: str, layers: int) -> set[int]:
@@ -129,10 +129,10 @@ def positions(settings: Settings, blocks: set[int]) -> set[int]:
 
 def ranges(numbers: Iterable[int]) -> str:
     """Show numbers as `0, 3-5`."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for n in sorted(numbers):
-        if found and found[-1][1] == n - 1:
-            found[-1][1] = n
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
         else:
-            found.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found) or "none"
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

@@ -42,9 +42,9 @@ class Overview:
     @property
     def refusals(self) -> dict[str, str]:
         """Why operations are refused, by their names."""
-        found = {"rescale": self.factor, "drop-experts": self.drop}
-        found = {name: text.removeprefix("refused: ") for name, text in found.items() if text.startswith("refused")}
-        return {**found, **self.family.refuses}
+        reasons = {"rescale": self.factor, "drop-experts": self.drop}
+        reasons = {name: text.removeprefix("refused: ") for name, text in reasons.items() if text.startswith("refused")}
+        return {**reasons, **self.family.refuses}
 
     def as_json(self) -> dict[str, Any]:
         return {

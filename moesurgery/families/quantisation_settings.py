@@ -43,13 +43,13 @@ def names_experts(settings: Any) -> str | None:
 
 def _first_match(pattern: re.Pattern[str], settings: Any) -> str | None:
     if isinstance(settings, Mapping):
-        found = (_first_match(pattern, part) for entry in settings.items() for part in entry)
+        matches = (_first_match(pattern, part) for entry in settings.items() for part in entry)
     elif isinstance(settings, (list, tuple)):
-        found = (_first_match(pattern, part) for part in settings)
+        matches = (_first_match(pattern, part) for part in settings)
     else:
         match = pattern.search(settings) if isinstance(settings, str) else None
         return match[0] if match else None
-    return next((name for name in found if name is not None), None)
+    return next((name for name in matches if name is not None), None)
 
 
 def with_renamed_modules(settings: Any, modules: Mapping[str, str | None], file: str) -> Any:
@@ -73,8 +73,8 @@ class _Renaming:
             named = {key: self.name(key) for key in settings}
             return {new: self.of(settings[key]) for key, new in named.items() if new is not None}
         if isinstance(settings, list):
-            found = [self.of(entry) for entry in settings]
-            kept = [new for new, old in zip(found, settings, strict=True) if new is not None or old is None]
+            renamed = [self.of(entry) for entry in settings]
+            kept = [new for new, old in zip(renamed, settings, strict=True) if new is not None or old is None]
             # Several modules may have become one.
             return list(dict.fromkeys(kept)) if kept != settings and all(isinstance(n, str) for n in kept) else kept
         return self.name(settings) if isinstance(settings, str) else copy.deepcopy(settings)
@@ -100,28 +100,28 @@ class _Renaming:
 
 def _from_layers(name: str) -> str:
     """Return a module's name from its list of layers on."""
-    found = re.search(r"(?:^|\.)((?:layers|blocks|block|h)\.\d+(?:\.|$))", name)
-    return name[found.start(1) :] if found else name
+    match = re.search(r"(?:^|\.)((?:layers|blocks|block|h)\.\d+(?:\.|$))", name)
+    return name[match.start(1) :] if match else name
 
 
 def with_renamed_settings(config: Mapping[str, Any], modules: Mapping[str, str | None]) -> dict[str, Any]:
     """Return a copy of the config whose quantisation settings have modules under their new names."""
-    found: dict[str, Any] = copy.deepcopy(dict(config))
-    for place in (found, found.get("text_config"), found.get("llm_config")):
+    renamed: dict[str, Any] = copy.deepcopy(dict(config))
+    for place in (renamed, renamed.get("text_config"), renamed.get("llm_config")):
         if not isinstance(place, dict):
             continue
         for key in QUANTISATION_KEYS:
             if isinstance(place.get(key), Mapping):
                 place[key] = with_renamed_modules(place[key], modules, f"config.json: {key}")
-    return found
+    return renamed
 
 
 def quantisation_method(content: Mapping[str, Any]) -> str | None:
     """Return what a file that describes quantisation calls the method; None where it says none."""
     places = (content.get("quantization"), content)
-    found = [place for place in places if isinstance(place, Mapping)]
+    objects = [place for place in places if isinstance(place, Mapping)]
     for key in ("quant_algo", "quant_method", "quant_type", "bits", "w_bit"):
-        for place in found:
+        for place in objects:
             if place.get(key):
                 return f"{place[key]} bits" if key in ("bits", "w_bit") else str(place[key])
     return None
@@ -134,9 +134,9 @@ def bits_named(settings: Mapping[str, Any]) -> int | None:
 
 def excluded_modules(settings: Mapping[str, Any]) -> list[str]:
     """Return the modules that settings, or a file that describes quantisation, leave out by name or expression."""
-    found: list[str] = []
+    excluded: list[str] = []
     for place in (settings, settings.get("quantization")):
         for key in _LEFT_OUT if isinstance(place, Mapping) else ():
             entries = place.get(key)  # type: ignore[union-attr]
-            found += [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
-    return found
+            excluded += [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
+    return excluded

@@ -204,9 +204,9 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def method(config: Mapping[str, Any]) -> str | None:
     """Return the quantisation method that config.json names, None for plain weights."""
-    found = quantisation_config(config)
-    name = found.get("quant_method") or found.get("quant_algo")
-    if not name and isinstance(config.get("quantization"), Mapping) and found.get("group_size"):
+    settings = quantisation_config(config)
+    name = settings.get("quant_method") or settings.get("quant_algo")
+    if not name and isinstance(config.get("quantization"), Mapping) and settings.get("group_size"):
         return "mlx"
     return str(name) if name else None
 
@@ -216,23 +216,23 @@ _PACKED_BITS = (2, 3, 4, 8)
 
 def packed_bits(config: Mapping[str, Any]) -> int:
     """Return the bits per weight of packed 32-bit integers: from the config, 4 where it does not say."""
-    found = quantisation_config(config)
+    settings = quantisation_config(config)
     for key in ("bits", "w_bit"):
-        if found.get(key) in _PACKED_BITS:
-            return int(found[key])
+        if settings.get(key) in _PACKED_BITS:
+            return int(settings[key])
     return next((bits for bits, _ in _packed_groups(config)), 4)
 
 
 def _packed_groups(config: Mapping[str, Any]) -> list[tuple[int, int | None]]:
     """Return (bits, weights per scale) of each group of layers of compressed-tensors; None for one scale per row."""
     groups = quantisation_config(config).get("config_groups")
-    found: list[tuple[int, int | None]] = []
+    bits_and_sizes: list[tuple[int, int | None]] = []
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping) and weights.get("num_bits") in _PACKED_BITS:
             size = weights.get("group_size")
-            found.append((int(weights["num_bits"]), size if type(size) is int and size > 0 else None))
-    return found
+            bits_and_sizes.append((int(weights["num_bits"]), size if type(size) is int and size > 0 else None))
+    return bits_and_sizes
 
 
 def bits_that_fit(config: Mapping[str, Any], packed: tuple[int, ...], scales: tuple[int, ...]) -> set[int]:

@@ -38,7 +38,7 @@ def recognise(
     for name in tensors:
         template, numbers = name_template(name)
         names.setdefault(template, []).append((name, numbers))
-    places = roles_of(family, config, {t: tensors[found[0][0]].dtype for t, found in names.items()})
+    places = roles_of(family, config, {t: tensors[members[0][0]].dtype for t, members in names.items()})
     anatomy = Anatomy(
         config=config,
         family=family,
@@ -58,11 +58,11 @@ def recognise(
         if broken is None:
             raise
         layers = None
-    for template, found in names.items():
+    for template, members in names.items():
         place = places[template]
-        _count(anatomy, place, found, tensors, layers)
+        _count(anatomy, place, members, tensors, layers)
         if family is not None and place.role is not None:
-            _collect(anatomy, place, found, blocks)
+            _collect(anatomy, place, members, blocks)
     if family is not None:
         _divide(anatomy, family, blocks)
         # A dense layer of a family may have a router-like name (`mlp.gate`): only blocks with experts count.
@@ -174,9 +174,9 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
             raise CheckpointError(f"{member.name} {what}, expected {least} dimensions or more")
     if block.layout.kind == "per-expert":
         numbers = {p.path: {m.expert for m in weights if m.part and m.part.path == p.path} for p in block.layout.parts}
-        block.experts = _agreed({len(found) for found in numbers.values()}, anatomy)
-        for path, found in numbers.items():
-            missing = set(range(block.experts)) - found
+        block.experts = _agreed({len(experts) for experts in numbers.values()}, anatomy)
+        for path, experts in numbers.items():
+            missing = set(range(block.experts)) - experts
             if missing:
                 raise CheckpointError(f"{block.where}: {path} of expert {min(missing)} is missing")
     else:

@@ -66,14 +66,14 @@ def ablate(
     abreast = max(1, ABREAST_BYTES // (4 * tokens.count * _width(engine)))
     base = engine.start(tokens, batch=size)
     try:
-        found = Ablations(0.0, tokens.predicted)
+        ablations = Ablations(0.0, tokens.predicted)
         for mode in modes:
-            found.single[mode] = {b.where: {} for b in blocks}
+            ablations.single[mode] = {b.where: {} for b in blocks}
             indices = [e for e in range(blocks[0].block.experts) if all(e in wanted[b.where] for b in blocks)]
             indices = [] if mode == "mask" and blocks[0].block.experts <= top_k else indices
             for part in _parts(indices, abreast):
                 watches = [without(mode, e) for e in part]
-                found.index[mode] = found.index.get(mode, {}) | dict(
+                ablations.index[mode] = ablations.index.get(mode, {}) | dict(
                     zip(part, _losses(engine, tokens, watches, size, None, progress), strict=True)
                 )
         for layer, unit in enumerate(engine.layers):
@@ -86,12 +86,12 @@ def ablate(
                     for part in _parts(list(wanted[block.where]), abreast):
                         watches = [without(mode, e, block.where) for e in part]
                         losses = _losses(engine, tokens, watches, size, resume, progress)
-                        found.single[mode][block.where] |= dict(zip(part, losses, strict=True))
+                        ablations.single[mode][block.where] |= dict(zip(part, losses, strict=True))
         base.to_layer(len(engine.layers), progress)
-        found.base = _finished(base)
+        ablations.base = _finished(base)
     finally:
         base.close()
-    return found
+    return ablations
 
 
 def work(engine: Engine, tokens: Tokens, wanted: Mapping[str, Sequence[int]], modes: int) -> int:
@@ -157,11 +157,11 @@ def takers(engine: Engine, tokens: Tokens) -> dict[str, list[list[tuple[int, int
     engine.run(tokens, Hooks(experts=record))
     values, counts = torch.unique(tokens.ids, return_counts=True)
     occurs = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    found: dict[str, list[list[tuple[int, int, float]]]] = {}
+    by_block: dict[str, list[list[tuple[int, int, float]]]] = {}
     for block in engine.routed:
         sent, times = torch.unique(torch.cat(keys[block.where]), return_counts=True)
         experts, ids = sent // engine.vocabulary, sent % engine.vocabulary
-        found[block.where] = []
+        by_block[block.where] = []
         for expert in range(block.block.experts):
             mine = experts == expert
             total = int(times[mine].sum())
@@ -170,8 +170,8 @@ def takers(engine: Engine, tokens: Tokens) -> dict[str, list[list[tuple[int, int
                 lift = (count / max(total, 1)) / (occurs[token] / tokens.ids.numel())
                 scored.append((count * max(0.0, float(torch.log(torch.tensor(lift)))), token, count))
             best = sorted(scored, reverse=True)[:CHARACTERISTIC]
-            found[block.where].append([(token, count, count / occurs[token]) for _, token, count in best])
-    return found
+            by_block[block.where].append([(token, count, count / occurs[token]) for _, token, count in best])
+    return by_block
 
 
 def screened(block: ExpertsModule, scores: Sequence[float], every: bool, most: int = 8) -> list[int]:

@@ -154,8 +154,8 @@ def collect_over(
         )
 
     with ThreadPoolExecutor(len(parts), "device") as pool:
-        found = list(pool.map(one, range(len(parts))))
-    return added(found)
+        collected = list(pool.map(one, range(len(parts))))
+    return added(collected)
 
 
 def shared_out(tokens: Tokens, count: int) -> list[Tokens]:
@@ -220,9 +220,9 @@ def add(
             said[part.rows] = (outputs * mine[..., None]).sum(dim=1).to(said.dtype)
         norm = torch.linalg.vector_norm(part.outputs, dim=-1, dtype=torch.float32)
         values = torch.stack([chosen.float(), weights, norm * chosen, weights * norm], dim=-1)
-        found = by_expert(index, values, experts).sum(0, dtype=torch.float64)
+        totals = by_expert(index, values, experts).sum(0, dtype=torch.float64)
         for i, name in enumerate(("count", "gate", "norm", "gate_norm")):
-            sums[name][half] += found[:, i]
+            sums[name][half] += totals[:, i]
         sizes = norm.double()
         sums["norm2"][half] += by_expert(index, sizes**2 * chosen, experts).sum(0)
         contributed = by_expert(index, weights * sizes, experts)

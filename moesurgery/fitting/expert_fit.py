@@ -51,9 +51,9 @@ def check_names(plan: Plan, call: ExpertsCall) -> None:
 
     block, module = call.block.block, call.module
     stored = matrices_of([(m, expr) for m, expr in expert_tensors(block, plan.tensors, 0) if not m.stem.bias])
-    found = gauss_newton.matrices(module, 0)
-    same = stored.keys() == found.keys() and all(
-        torch.allclose(torch.from_numpy(values_of(expr)).to(found[role]), found[role], rtol=1e-2, atol=1e-6)
+    matrices = gauss_newton.matrices(module, 0)
+    same = stored.keys() == matrices.keys() and all(
+        torch.allclose(torch.from_numpy(values_of(expr)).to(matrices[role]), matrices[role], rtol=1e-2, atol=1e-6)
         for role, expr in stored.items()
     )
     if not same:
@@ -94,11 +94,11 @@ class RoutedTokens:
         self._slots = calls[0].index.shape[-1]
 
     def of(self, expert: int) -> list[_Routed]:
-        found = []
+        routed = []
         for slots, weights, hidden, odd in self._calls:
             token = slots[expert] // self._slots
-            found.append(_Routed(token, weights[slots[expert]].float()[:, None], hidden[token], odd[token]))
-        return found
+            routed.append(_Routed(token, weights[slots[expert]].float()[:, None], hidden[token], odd[token]))
+        return routed
 
 
 def _fit_down(
@@ -124,16 +124,16 @@ def _fit_down(
         for half, rows in enumerate((~part.odd, part.odd)):
             _add_products(gram[half], h[rows], h[rows])
             _add_products(cross[half], residual[part.token[rows]], h[rows])
-    found = solve(gram, cross, ridge)
+    solution = solve(gram, cross, ridge)
     del gram, cross
-    if found.change is None:
-        return {}, found
-    stored: torch.Tensor = (weight.double() + found.change).to(dtype)
+    if solution.change is None:
+        return {}, solution
+    stored: torch.Tensor = (weight.double() + solution.change).to(dtype)
     change = stored.to(weight.dtype) - weight  # what rounding leaves of it
     weight += change
     for part, h, residual in zip(mine, said, residuals, strict=True):
         residual[part.token] -= h @ change.float().T
-    return {"down": stored}, found
+    return {"down": stored}, solution
 
 
 def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -164,12 +164,12 @@ def _fit_all(
         )
     )
     even = sum(int((~part.odd).sum()) for part in mine)
-    found = gauss_newton.fit(module, expert, read, weight, missing, even=even, ridge=ridge, dtype=dtype)
-    if found.added is not None:
-        added = torch.empty_like(found.added)
-        added[order] = found.added
+    fit = gauss_newton.fit(module, expert, read, weight, missing, even=even, ridge=ridge, dtype=dtype)
+    if fit.added is not None:
+        added = torch.empty_like(fit.added)
+        added[order] = fit.added
         for part, residual, share in zip(
             mine, residuals, torch.split(added, [len(p.token) for p in mine]), strict=True
         ):
             residual[part.token] -= share
-    return found.matrices, found.change
+    return fit.matrices, fit.change

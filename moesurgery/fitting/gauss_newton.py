@@ -130,7 +130,7 @@ def conjugate(
     base, shifts = ridges[0], [ridge - ridges[0] for ridge in ridges]
     left = missing.clone()
     pull = problem.pulls(left)
-    found = [[torch.zeros_like(p) for p in pull] for _ in ridges]
+    changes = [[torch.zeros_like(p) for p in pull] for _ in ridges]
     ways = [pull, *([p.clone() for p in pull] for _ in ridges[1:])]
     # A residual of the system with a shift is `fade` times that of the first; before and now.
     fades = [(1.0, 1.0) for _ in ridges]
@@ -148,10 +148,10 @@ def conjugate(
             bend = length * kept * (old - now) + old * before * (1 + shift * length)
             fades[i] = now, (now * old * before / bend if bend else 0.0)
             lengths.append(length * fades[i][1] / now if now else 0.0)
-            for change, way in zip(found[i], ways[i], strict=True):
+            for change, way in zip(changes[i], ways[i], strict=True):
                 change.add_(way, alpha=lengths[i])
         pull = problem.pulls(left)
-        for p, c in zip(pull, found[0], strict=True):
+        for p, c in zip(pull, changes[0], strict=True):
             p.sub_(c, alpha=base)
         before_size, size = size, _dot(pull, pull)
         kept = size / before_size
@@ -161,7 +161,7 @@ def conjugate(
             for way, p in zip(ways[i], pull, strict=True):
                 way.mul_(keep).add_(p, alpha=new)
         del pull
-    return found
+    return changes
 
 
 def _dot(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:

@@ -60,17 +60,17 @@ def fit_groups(
     seen: dict[str, list[ExpertsCall]] = {}
     watch = Hooks(experts=lambda call: seen.setdefault(call.block.where, []).append(call), router_logits=True)
     streams = engine.start(tokens, watch, batch=engine.windows_per_batch(tokens, False))
-    found = []
+    fits = []
     try:
         for layer, unit in enumerate(engine.layers):
             streams.to_layer(layer)
             with engine.loaded(unit, pin=True), torch.no_grad():
                 streams.step(progress)
-                found += [_fit(engine.plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
+                fits += [_fit(engine.plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
             engine.unpin()
     finally:
         streams.close()
-    return found
+    return fits
 
 
 def _fit(plan: Plan, calls: Sequence[ExpertsCall], merger: Merger) -> GroupFit:
@@ -154,10 +154,10 @@ def _router(plan: Plan, calls: Sequence[ExpertsCall], groups: Sequence[tuple[lis
     diagonal.add_(max(RIDGE * float(diagonal.mean()), 1e-30))
     change = torch.linalg.solve(gram, cross).T
     dominants = [dominant for _, dominant in groups]
-    found = {"router": (rows[dominants] + change[:, : rows.shape[1]]).cpu().numpy()}
+    entries = {"router": (rows[dominants] + change[:, : rows.shape[1]]).cpu().numpy()}
     if bias is not None:
-        found["router_bias"] = (shift[dominants] + change[:, -1]).cpu().numpy()
-    return found
+        entries["router_bias"] = (shift[dominants] + change[:, -1]).cpu().numpy()
+    return entries
 
 
 def _check_logits(call: ExpertsCall, linear: torch.Tensor, shift: torch.Tensor) -> None:

@@ -78,10 +78,10 @@ def routing_without(engine: Engine, around: BlockCall, banned: Sequence[int]) ->
     """Return the experts [T, k] and weights [T, k] that a block's router chooses when some experts are not there."""
     import torch
 
-    found: list[RoutingTensors] = []
+    routings: list[RoutingTensors] = []
 
     def experts(seen: ExpertsCall) -> torch.Tensor:
-        found.append((seen.index, seen.weights))
+        routings.append((seen.index, seen.weights))
         return torch.zeros_like(seen.hidden)
 
     unit = engine.skeleton.units[around.block.unit]
@@ -89,4 +89,4 @@ def routing_without(engine: Engine, around: BlockCall, banned: Sequence[int]) ->
     watch = Hooks(experts=experts, ban=lambda block: banned if block.where == around.block.where else [])
     with torch.no_grad(), engine.watching(watch, around.tokens, around.first, unit):
         module(*around.args, **around.kwargs)
-    return found[0]
+    return routings[0]

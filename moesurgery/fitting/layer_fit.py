@@ -176,14 +176,14 @@ def _missing(
         said.append(call.run())
         return said[-1]
 
-    found = streams.rehearse(Hooks(experts=listen))
-    share = _share(streams, block, said[0], found[0])
+    rehearsed = streams.rehearse(Hooks(experts=listen))
+    share = _share(streams, block, said[0], rehearsed[0])
     missing = []
     for i, call in enumerate(calls):
         if share is None:
             left = (originals[i] - said[i].view_as(originals[i])).float()
         else:
-            left = (_hidden(outputs[i]).float() - _hidden(found[i]).float()).view_as(originals[i]) / share
+            left = (_hidden(outputs[i]).float() - _hidden(rehearsed[i]).float()).view_as(originals[i]) / share
         if call.real is not None:
             left[~call.real] = 0
         missing.append(left)
@@ -192,8 +192,8 @@ def _missing(
 
 def _hidden(output: Any) -> torch.Tensor:
     """Return the hidden states among what a layer returns."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _share(streams: Streams, block: ExpertsModule, said: torch.Tensor, output: Any) -> float | None:

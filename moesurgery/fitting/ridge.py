@@ -94,8 +94,8 @@ def _solver(grams: torch.Tensor, strength: float, room: torch.Tensor) -> Callabl
 
         def substitute(rows: torch.Tensor) -> torch.Tensor:
             half = torch.linalg.solve_triangular(lower, rows.mT, upper=False)
-            found: torch.Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True).mT
-            return found
+            solved: torch.Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True).mT
+            return solved
 
         return substitute
     # Rounding has left the sums short of positive definite, which happens with a ridge next to nothing.

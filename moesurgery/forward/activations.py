@@ -82,8 +82,8 @@ def check_form(call: ExpertsCall, hint: str = "use --refit expert, which needs o
         return
     hidden = call.hidden.reshape(-1, call.hidden.shape[-1])[:16]
     expected = one_expert(call, expert, hidden)
-    found = activations(module, expert, hidden) @ down(module, expert).T
+    recomputed = activations(module, expert, hidden) @ down(module, expert).T
     if module.has_bias:
-        found = found + module.down_proj_bias[expert]
-    if not bool((found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-6):
+        recomputed = recomputed + module.down_proj_bias[expert]
+    if not bool((recomputed - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-6):
         raise RefusedError(f"{where}: {problem}", hint)

@@ -105,15 +105,15 @@ def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
 
 def messages_of(value: Sequence[Any]) -> list[dict[str, Any]]:
     """Return messages with `role` and `content`, also where they are written as `from` and `value`."""
-    found = []
+    messages = []
     for message in value:
         if not isinstance(message, dict) or not {"role", "from"} & message.keys():
             raise ValueError("a message has no role")
         if "role" not in message:
             role = str(message["from"])
             message = {"role": ROLES.get(role, role), "content": message.get("value")}
-        found.append(message)
-    return found
+        messages.append(message)
+    return messages
 
 
 def _content(value: Any) -> str | None:

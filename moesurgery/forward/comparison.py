@@ -67,18 +67,18 @@ def targets(domains: Sequence[Domain]) -> np.ndarray:
 
     Where windows are padded, what stands there is no token that counts.
     """
-    found: np.ndarray = joined([domain.as_tokens for domain in domains]).ids[:, 1:].numpy()
-    return found
+    predicted: np.ndarray = joined([domain.as_tokens for domain in domains]).ids[:, 1:].numpy()
+    return predicted
 
 
 def worst_windows(
     domains: Sequence[Domain], reference: Sequence[Loss], model: Sequence[Loss], count: int
 ) -> list[WorstWindow]:
     """Return the windows on which a model lost most against the reference, the worst first."""
-    found = [
+    windows = [
         WorstWindow(domain.name, window, float(over))
         for domain, base, other in zip(domains, reference, model, strict=False)
         for window, over in enumerate(other.by_window - base.by_window)
         if base.window_tokens[window]
     ]
-    return sorted(found, key=lambda window: -window.over)[:count]
+    return sorted(windows, key=lambda window: -window.over)[:count]

@@ -335,13 +335,13 @@ class Engine:
         """Return the logits [N, S, V] in float32: for few windows."""
         import torch
 
-        found = torch.zeros(*tokens.ids.shape, self.vocabulary)
+        gathered = torch.zeros(*tokens.ids.shape, self.vocabulary)
 
         def take(first: int, part: Tokens, values: torch.Tensor) -> None:
-            found[first : first + len(part), : part.length, : values.shape[-1]] = values.float().cpu()
+            gathered[first : first + len(part), : part.length, : values.shape[-1]] = values.float().cpu()
 
         self.run(tokens, logits=take)
-        return found
+        return gathered
 
     def work(self, tokens: Tokens) -> int:
         """What `progress` counts up to in one run."""

@@ -24,10 +24,10 @@ def ffn_inputs(plan: Plan, tokens: Tokens, ffn: str) -> Iterator[torch.Tensor]:
     import torch
 
     engine = Engine(plan)
-    found: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
 
     def see(module: Any, args: Any) -> None:
-        found.append(args[0].detach().clone())
+        inputs.append(args[0].detach().clone())
 
     for i, unit in enumerate(engine.layers):
         try:
@@ -38,9 +38,9 @@ def ffn_inputs(plan: Plan, tokens: Tokens, ffn: str) -> Iterator[torch.Tensor]:
     try:
         while streams.passed < len(engine.layers):
             streams.step()
-            if found:
-                yield torch.cat([torch.nn.functional.pad(f, (0, 0, 0, tokens.length - f.shape[1])) for f in found])
-                found.clear()
+            if inputs:
+                yield torch.cat([torch.nn.functional.pad(f, (0, 0, 0, tokens.length - f.shape[1])) for f in inputs])
+                inputs.clear()
     finally:
         streams.close()
 

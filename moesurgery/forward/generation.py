@@ -56,7 +56,7 @@ def continuations(
     usual: Any = GenerationConfig
     model.generation_config = usual()  # what the checkpoint suggests would differ between models
     torch.manual_seed(0)
-    found = []
+    outputs = []
     for prompt in prompts:
         ids = prompt[None].to(device)
         with torch.no_grad():
@@ -68,6 +68,6 @@ def continuations(
                 pad_token_id=min(ends, default=0),
                 **sampling,
             )
-        found.append(tuple(whole[0, len(prompt) :].tolist()))
-    ended = sum(bool(set(tokens) & set(ends)) for tokens in found)
-    return Continuations(len(found), sum(map(loops, found)) / len(found), ended / len(found), tuple(found))
+        outputs.append(tuple(whole[0, len(prompt) :].tolist()))
+    ended = sum(bool(set(tokens) & set(ends)) for tokens in outputs)
+    return Continuations(len(outputs), sum(map(loops, outputs)) / len(outputs), ended / len(outputs), tuple(outputs))

@@ -66,8 +66,8 @@ class LazyTensor:
     ) -> Any:
         kwargs = kwargs or {}
         symbolic = _SYMBOLIC.get(function.__name__)
-        found = symbolic(*args, **kwargs) if symbolic else None
-        return found if found is not None else function(*_real(args), **_real(kwargs))
+        symbolic_result = symbolic(*args, **kwargs) if symbolic else None
+        return symbolic_result if symbolic_result is not None else function(*_real(args), **_real(kwargs))
 
 
 def _real(value: Any) -> Any:

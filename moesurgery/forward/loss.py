@@ -107,20 +107,20 @@ def compared(
         for number in range(len(runs[0])):
             for ends in zip(*(run.ends(number, heads) for run in runs), strict=True):
                 first, part, reference = ends[0]
-                for found, (_, _, logits) in zip(figures, ends, strict=True):
+                for by_window, (_, _, logits) in zip(figures, ends, strict=True):
                     for row, ids in enumerate(part.ids):
                         base = None if logits is reference else reference[row]
-                        found[first + row] = token_figures(logits[row], base, ids)
+                        by_window[first + row] = token_figures(logits[row], base, ids)
     finally:
         for run in runs:
             run.close()
     starts = [sum(len(d.windows) for d in domains[:i]) for i in range(len(domains))]
     return [
         [
-            _loss_of(d, [found[start + i] for i in range(len(d.windows))])
+            _loss_of(d, [by_window[start + i] for i in range(len(d.windows))])
             for d, start in zip(domains, starts, strict=True)
         ]
-        for found in figures
+        for by_window in figures
     ]
 
 
@@ -160,10 +160,10 @@ def _by_token(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.T
     """Return the fields of `TokenFigures` for one window, in float64 on the device of its logits."""
     import torch
 
-    found: dict[str, list[torch.Tensor]] = {}
+    by_field: dict[str, list[torch.Tensor]] = {}
 
     def add(name: str, values: torch.Tensor) -> None:
-        found.setdefault(name, []).append(values.double())
+        by_field.setdefault(name, []).append(values.double())
 
     targets = ids[1:].to(logits.device)
     step = _ROWS_GPU if logits.is_cuda else _ROWS
@@ -177,7 +177,7 @@ def _by_token(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.T
             add("divergence", (expected * (base - log)).sum(-1))
             add("agreement", log.argmax(-1) == base.argmax(-1))
             add("overlap", torch.minimum(likely, expected).sum(-1))
-    return {name: torch.cat(values) for name, values in found.items()}
+    return {name: torch.cat(values) for name, values in by_field.items()}
 
 
 def window_losses(logits: torch.Tensor, tokens: Tokens) -> list[float]:
@@ -192,10 +192,10 @@ def window_losses(logits: torch.Tensor, tokens: Tokens) -> list[float]:
     for window, ids in enumerate(tokens.ids):
         nats = _by_token(logits[window], None, ids)["nats"]
         sums.append((nats if counts is None else torch.where(counts[window], nats, 0.0)).sum())
-    found: list[float] = torch.stack(sums).tolist()
-    if not all(map(math.isfinite, found)):
+    by_window: list[float] = torch.stack(sums).tolist()
+    if not all(map(math.isfinite, by_window)):
         raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
-    return found
+    return by_window
 
 
 def _together(domains: Sequence[Domain]) -> Tokens:

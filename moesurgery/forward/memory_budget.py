@@ -55,10 +55,10 @@ def free_bytes(device: torch.device) -> int:
 
 def parse_bytes(text: str) -> int:
     """Return a number of bytes given as 40GB, 512MiB or 1000000000. Raises RecipeError for anything else."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(k|M|G|T|)(i?)B?", text.replace(" ", ""))
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(k|M|G|T|)(i?)B?", text.replace(" ", ""))
     value = 0
-    if found is not None:
-        number, unit, binary = found.groups()
+    if match is not None:
+        number, unit, binary = match.groups()
         value = int(float(number) * (1024 if binary else 1000) ** ("kMGT".index(unit) + 1 if unit else 0))
     if value <= 0:
         raise RecipeError(f"--memory {text!r} is no amount of memory", "write it as 40GB or 512MiB")

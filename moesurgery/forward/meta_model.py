@@ -78,12 +78,12 @@ class MetaModel:
         A block that transformers splits off another's tensors has no module that could be told from it (the
         vision experts of ERNIE-VL, to which no text goes), and is left out.
         """
-        found: dict[str, ExpertsModule] = {}
+        by_path: dict[str, ExpertsModule] = {}
         for block in self.plan.anatomy.main_blocks:
             experts = self._experts(block)
             if experts is not None:
-                found.setdefault(experts.experts or experts.where, experts)
-        return list(found.values())
+                by_path.setdefault(experts.experts or experts.where, experts)
+        return list(by_path.values())
 
     def unit_of(self, path: str) -> LayerUnit:
         """Return the unit that holds a module or parameter; the loose one if none does."""
@@ -104,24 +104,24 @@ class MetaModel:
         """
         import torch
 
-        found: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         lazy: list[tuple[torch.Tensor, Expr]] = []
         with torch.no_grad():
             for group in unit.groups:
                 if self.donor is not None and (given := self._shared(group, self.donor)) is not None:
-                    found[group.target] = given
+                    weights[group.target] = given
                     continue
                 for target, value in self._converted(group).items():
                     if target in self._empty or self._is_buffer(target):
-                        found[target] = self._room(target, value)
+                        weights[target] = self._room(target, value)
                         if isinstance(value, LazyTensor):
-                            lazy.append((found[target], value.expr))
+                            lazy.append((weights[target], value.expr))
                         else:
-                            found[target].copy_(value)
+                            weights[target].copy_(value)
             self._loader.fill(lazy)
         self._loader.check()
         self._on_host.check()
-        return found
+        return weights
 
     def put(self, unit: LayerUnit, weights: Mapping[str, torch.Tensor]) -> None:
         """Give a unit's module the weights that `read` returned."""
@@ -220,10 +220,10 @@ class MetaModel:
         for pattern, name, tensor in lazy:
             converter.add_tensor(group.target, name, pattern, tensor)
         try:
-            found = converter.convert(group.target, model=self.model, config=self.model.config)
+            converted = converter.convert(group.target, model=self.model, config=self.model.config)
         except (ValueError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"{group.target}: transformers cannot make it of {lazy[0][1]}: {error}") from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _room(self, target: str, value: Any) -> torch.Tensor:
         """Return memory on the device for a parameter or buffer, of which a value of the right shape is known."""
@@ -269,19 +269,19 @@ class MetaModel:
         if not weights:
             return None
         owner = self.target[weights[0]].rpartition(".")[0]
-        found: str | None = owner
-        while found and not _takes_routing(self.model.get_submodule(found)):
-            found = found.rpartition(".")[0]
-            if found in self.units or not found:
-                found = None
+        module_path: str | None = owner
+        while module_path and not _takes_routing(self.model.get_submodule(module_path)):
+            module_path = module_path.rpartition(".")[0]
+            if module_path in self.units or not module_path:
+                module_path = None
         router = self.target.get(block.router.name) if block.router else None
         correction = next((self.target.get(m.name) for m in block.named("correction_bias")), None)
         unit = self.unit_of(owner).path
-        path = found or owner
-        unread = "" if found else self._unread(owner, unit)
+        path = module_path or owner
+        unread = "" if module_path else self._unread(owner, unit)
         while path != unit and router is not None and not router.startswith(path + "."):
             path = path.rpartition(".")[0]
-        return ExpertsModule(block, unit, path, found, router, correction, unread)
+        return ExpertsModule(block, unit, path, module_path, router, correction, unread)
 
     def _unread(self, path: str, unit: str) -> str:
         """Return why no module on the way from `path` up to `unit` shows a routing."""
@@ -369,9 +369,9 @@ def _class_of(plan: Plan, config: Any) -> Any:
     import transformers
 
     for name in plan.config.get("architectures") or ():
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        model_class = getattr(transformers, str(name), None)
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class
     mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     return mapping[type(config)]
 

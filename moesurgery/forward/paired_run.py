@@ -52,14 +52,14 @@ class PairedRun:
         """Return the experts [T, k] and weights [T, k] that the edited block's router chooses."""
         import torch
 
-        found: list[RoutingTensors] = []
+        routings: list[RoutingTensors] = []
 
         def experts(seen: ExpertsCall) -> torch.Tensor:
-            found.append((seen.index, seen.weights))
+            routings.append((seen.index, seen.weights))
             return torch.zeros_like(seen.hidden)
 
         self.run(call, experts)
-        return found[0]
+        return routings[0]
 
     def close(self) -> None:
         self.original.freed.remove(self._let_go)

@@ -48,8 +48,8 @@ class Domain:
         chosen = set(range(count - kept, count) if self.mask is None else range(count - 1, -1, -number))
 
         def part(windows: list[int]) -> Domain:
-            found = tokens.of(windows)
-            return Domain(self.name, found.ids, found.mask, found.counted)
+            picked = tokens.of(windows)
+            return Domain(self.name, picked.ids, picked.mask, picked.counted)
 
         return part([i for i in range(count) if i not in chosen]), part(sorted(chosen))
 
@@ -100,14 +100,14 @@ class Reading:
     def documents(self, text: Text) -> Iterator[Tokenised]:
         """Yield the documents of a file. Raises RecipeError for a token that the model does not have."""
         for document, where in documents(text.path):
-            found = self._tokenised(document, where)
-            if self.vocabulary is not None and max(found.ids, default=0) >= self.vocabulary:
+            tokenised = self._tokenised(document, where)
+            if self.vocabulary is not None and max(tokenised.ids, default=0) >= self.vocabulary:
                 raise RecipeError(
-                    f"{text} has the token {max(found.ids)}, and the model has {self.vocabulary:,} tokens, 0 to"
+                    f"{text} has the token {max(tokenised.ids)}, and the model has {self.vocabulary:,} tokens, 0 to"
                     f" {self.vocabulary - 1}",
                     "the tokenizer that made it is another model's",
                 )
-            yield found
+            yield tokenised
 
     def _tokenised(self, document: TextDocument, where: str) -> Tokenised:
         if isinstance(document, list):
@@ -156,16 +156,16 @@ def read_domain(
     import torch
 
     enough = limit * length if limit is not None and seed is None else None
-    found: list[Tokenised] = []
+    tokenised: list[Tokenised] = []
     total = 0
     for document in reading.documents(text):
-        found.append(document)
+        tokenised.append(document)
         total += len(document.ids)
         if enough is not None and total >= enough:
             break
     if apart:
-        return _apart(text, found, length, limit, seed)
-    ids = [i for document in found for i in document.ids]
+        return _apart(text, tokenised, length, limit, seed)
+    ids = [i for document in tokenised for i in document.ids]
     count = len(ids) // length
     if count == 0:
         raise RecipeError(
@@ -174,7 +174,7 @@ def read_domain(
     windows = torch.tensor(ids[: count * length]).view(count, length)
     counted = None
     if reading.assistant:
-        counted = torch.tensor([c for d in found for c in d.counted or ()][: count * length]).view(count, length)
+        counted = torch.tensor([c for d in tokenised for c in d.counted or ()][: count * length]).view(count, length)
     if limit is not None and limit < count:
         chosen = range(limit) if seed is None else sorted(np.random.default_rng(seed).permutation(count)[:limit])
         rows = list(map(int, chosen))

@@ -172,30 +172,30 @@ class LoraAdapter:
 
     @cached_property
     def pairs(self) -> list[_Pair]:
-        found: dict[tuple[str, bool], dict[str, Expr]] = {}
+        by_module: dict[tuple[str, bool], dict[str, Expr]] = {}
         for name, expr in self.tensors.items():
             if match := _FACTOR.fullmatch(name.removeprefix(_PREFIX)):
-                found.setdefault((match[1], match[2] is not None), {})[match[3]] = expr
-        for (module, _), factors in found.items():
+                by_module.setdefault((match[1], match[2] is not None), {})[match[3]] = expr
+        for (module, _), factors in by_module.items():
             if factors.keys() != {"A", "B"}:
                 raise CheckpointError(f"{self.name} has only one factor of {module}")
             for letter, factor in factors.items():
                 if len(factor.shape) != 2 or factor.dtype not in PLAIN_FLOATS:
                     what = f"is {factor.dtype} {list(factor.shape)}, expected floats in two dimensions"
                     raise CheckpointError(f"{self.name}: factor {letter} of {module} {what}")
-        return [_Pair(module, f["A"], f["B"], embedding) for (module, embedding), f in found.items()]
+        return [_Pair(module, f["A"], f["B"], embedding) for (module, embedding), f in by_module.items()]
 
     @cached_property
     def replacements(self) -> dict[str, Expr]:
         """The tensors that were trained whole, under their names in the model."""
-        found: dict[str, Expr] = {}
+        trained_whole: dict[str, Expr] = {}
         for name, expr in self.tensors.items():
             own = name.removeprefix(_PREFIX)
             if ".lora_magnitude_vector" in own:
                 raise RefusedError(f"{self.name} has {name}: DoRA is not applied here", "merge it with PEFT first")
             if not _FACTOR.fullmatch(own):
-                found[own.replace(".modules_to_save", "").replace(".base_layer", "")] = expr
-        return found
+                trained_whole[own.replace(".modules_to_save", "").replace(".base_layer", "")] = expr
+        return trained_whole
 
 
 def adapted(plan: Plan, reference: str) -> Plan:
@@ -255,9 +255,9 @@ class _Names:
 
     def _inside(self, module: str) -> list[str]:
         """Return the names of the parameters in a module, by its own name or by what transformers calls it."""
-        found = self.inside.get(module) or self.inside.get(self._renamed(module))
-        if found is not None:
-            return found
+        parameters = self.inside.get(module) or self.inside.get(self._renamed(module))
+        if parameters is not None:
+            return parameters
         stored = self._in_memory.get(f"{module}.weight")
         return [stored] if stored is not None else []
 

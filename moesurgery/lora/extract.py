@@ -119,11 +119,11 @@ class _Adapter:
         if kind == "none":
             self.left.append(name)
             return
-        found = [factors(matrix, self.rank) for matrix in (change if change.dim() == 3 else (change,))]
-        a = torch.cat([a for a, _, _ in found])
-        b = torch.stack([b for _, b, _ in found], dim=-1).flatten(1)
+        factorised = [factors(matrix, self.rank) for matrix in (change if change.dim() == 3 else (change,))]
+        a = torch.cat([a for a, _, _ in factorised])
+        b = torch.stack([b for _, b, _ in factorised], dim=-1).flatten(1)
         self.pairs[name] = a, b
-        self.shares[name] = sum(share for _, _, share in found) / len(found)
+        self.shares[name] = sum(share for _, _, share in factorised) / len(factorised)
         self.siblings[name] = siblings
         self.layers = re.split(r"\.\d+\.", name, maxsplit=1)[0]
         if kind == "module":
@@ -133,17 +133,17 @@ class _Adapter:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The factors under PEFT's names: of several parameters of one module, the first is wrapped innermost."""
-        found = {}
+        by_name = {}
         for name, (a, b) in self.pairs.items():
             module, _, leaf = name.rpartition(".")
             adapted = [p for p in self.siblings[name] if _relative(f"{module}.{p}") in self.parameters]
             outside = len(adapted) - 1 - adapted.index(leaf) if leaf in adapted else 0
             at = f"base_model.model.{module}" + ".base_layer" * outside
-            found[f"{at}.lora_A.weight"], found[f"{at}.lora_B.weight"] = a, b
-        return found
+            by_name[f"{at}.lora_A.weight"], by_name[f"{at}.lora_B.weight"] = a, b
+        return by_name
 
     def config(self, base: str) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "peft_type": "LORA",
             "peft_version": LAYOUT_VERSION,
             "task_type": "CAUSAL_LM",
@@ -158,8 +158,8 @@ class _Adapter:
             "target_parameters": list(self.parameters),
         }
         if self.layers != "model.layers":  # a tower beside them may have modules of the same names
-            found["exclude_modules"] = rf"(?!{re.escape(self.layers)}\.\d+\.).*"
-        return found
+            settings["exclude_modules"] = rf"(?!{re.escape(self.layers)}\.\d+\.).*"
+        return settings
 
 
 def _differences(

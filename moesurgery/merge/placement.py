@@ -50,7 +50,7 @@ class Placement:
     def _stacked(self) -> Iterator[tuple[str, StoredTensor, OutputPosition]]:
         donor = self.sources.donor
         outside = donor.by_layer.get(None, [])
-        for source in (source for found in self.sources.by_slice for source in found):
+        for source in (source for of_slice in self.sources.by_slice for source in of_slice):
             self._same(None, donor.paths.get(None, frozenset()), source, None)
         first = next((i for i, name in enumerate(donor.tensors) if donor.tensors[name].layer is not None), 0)
         before = set(list(donor.tensors)[:first])

@@ -250,7 +250,7 @@ class _Merger:
 
     def _step(self, count: int) -> Step:
         stage, donor = self.stage, self.sources.donor
-        inputs = list(dict.fromkeys(s.parts.label for found in self.sources.by_slice for s in found))
+        inputs = list(dict.fromkeys(s.parts.label for of_slice in self.sources.by_slice for s in of_slice))
         apart = stage.method.base in ("required", "optional")
         base = f" on {label(stage.base)}" if stage.base is not None and apart else ""
         others = [name for name in inputs if not (base and stage.base is not None and name == label(stage.base))]

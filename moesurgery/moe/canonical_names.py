@@ -100,15 +100,15 @@ class CanonicalTensors:
     @cached_property
     def by_layer(self) -> dict[int | None, list[StoredTensor]]:
         """The tensors of each layer, and those outside of layers under None."""
-        found: dict[int | None, list[StoredTensor]] = {}
+        grouped: dict[int | None, list[StoredTensor]] = {}
         for holder in self.tensors.values():
-            found.setdefault(holder.layer, []).append(holder)
-        return found
+            grouped.setdefault(holder.layer, []).append(holder)
+        return grouped
 
     @cached_property
     def paths(self) -> dict[int | None, frozenset[str]]:
         """The parts that each layer has."""
-        return {layer: frozenset(p for h in found for p in h.paths) for layer, found in self.by_layer.items()}
+        return {layer: frozenset(p for h in holders for p in h.paths) for layer, holders in self.by_layer.items()}
 
     @cached_property
     def stored_in(self) -> dict[CanonicalName, tuple[StoredTensor, int]]:
@@ -125,12 +125,12 @@ class CanonicalTensors:
         if layer in self._by_expert:
             return self._by_expert[layer]
         count = next((b.experts for b in self.anatomy.blocks if b.layer == layer and self._is_main(b)), 0)
-        found: dict[int, list[CanonicalName]] = {number: [] for number in range(count)}
-        self._by_expert[layer] = found
+        by_expert: dict[int, list[CanonicalName]] = {number: [] for number in range(count)}
+        self._by_expert[layer] = by_expert
         for path in (path for holder in self.by_layer.get(layer, []) for path in holder.paths):
             if path.startswith("experts.") and (number := int(path.split(".")[1])) < count:
-                found[number].append(CanonicalName(layer, path))
-        return found
+                by_expert[number].append(CanonicalName(layer, path))
+        return by_expert
 
     def _is_main(self, block: MoeBlock) -> bool:
         return block.of is None and f"{block.root}{block.container}." == self.prefix

@@ -23,14 +23,14 @@ def clusters(rows: np.ndarray, count: int, parts: int = 1, alone: Collection[int
     """
     from scipy.cluster.hierarchy import cut_tree, linkage
 
-    found = [[expert] for expert in sorted(alone)]
+    grouped = [[expert] for expert in sorted(alone)]
     for members, wanted in _divided(len(rows), count, parts, alone):
         labels = cut_tree(linkage(rows[members], "average"), wanted)[:, 0] if len(members) > 1 else [0]
         by_label: dict[int, list[int]] = {}
         for expert, label in zip(members, labels, strict=True):
             by_label.setdefault(int(label), []).append(expert)
-        found += by_label.values()
-    return sorted(found)
+        grouped += by_label.values()
+    return sorted(grouped)
 
 
 def around_centroids(
@@ -47,7 +47,7 @@ def around_centroids(
     centroids that choose: the one with the highest score takes those most like it until its group has that many
     members, then the next one. The centroid is the first of its group; groups are in the order of their least member.
     """
-    found = [[expert] for expert in sorted(alone)]
+    all_groups = [[expert] for expert in sorted(alone)]
     for members, wanted in _divided(len(scores), count, parts, alone):
         order = sorted(members, key=lambda e: (-scores[e], e))
         groups, others = [[centroid] for centroid in order[:wanted]], order[wanted:]
@@ -59,8 +59,8 @@ def around_centroids(
                 others.sort(key=lambda e, c=group[0]: (-likeness[c, e], e))  # type: ignore[misc]
                 group += others[: largest - 1]
                 del others[: largest - 1]
-        found += groups
-    return sorted(found, key=min)
+        all_groups += groups
+    return sorted(all_groups, key=min)
 
 
 def _divided(experts: int, count: int, parts: int, alone: Collection[int]) -> Iterator[tuple[list[int], int]]:

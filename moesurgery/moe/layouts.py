@@ -31,29 +31,29 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
                 f"{operation}: {member.name} is no plain weight, and only plain weights are moved between layouts",
                 "add --dequantize",
             )
-    found: list[tuple[str, Expr]] = []
+    entries: list[tuple[str, Expr]] = []
     try:
         matrices = [matrices_of(of_expert) for of_expert in tensors_by_expert(block, tensors)]
         for part in target.parts:
             name = f"{block.layer_path}.{part.path}"
             stored = [as_stored(part, of_expert) for of_expert in matrices]
             if "#" in part.path:
-                found += [(f"{name.replace('#', str(e))}.weight", expr) for e, expr in enumerate(stored)]
+                entries += [(f"{name.replace('#', str(e))}.weight", expr) for e, expr in enumerate(stored)]
             else:
-                found.append((name, concat(stored) if part.rows else stack(stored)))
+                entries.append((name, concat(stored) if part.rows else stack(stored)))
     except ValueError as error:
         raise RefusedError(f"{operation}: {block.where}: its experts do not fit together: {error}") from None
     first, *others = (member.name for member in members)
-    return {first: found, **{name: [] for name in others}}
+    return {first: entries, **{name: [] for name in others}}
 
 
 def matrices_of(of_expert: list[tuple[BlockTensor, Expr]]) -> dict[str, Expr]:
     """Return gate, up and down of one expert, each [out, in]. Raises ValueError where gate and up differ in width."""
-    found: dict[str, Expr] = {}
+    matrices: dict[str, Expr] = {}
     for member, expr in of_expert:
         assert member.part is not None
         if member.part.role != "gate_up":
-            found[member.part.role] = transpose(expr) if member.part.order == "io" else expr
+            matrices[member.part.role] = transpose(expr) if member.part.order == "io" else expr
             continue
         if expr.shape[0 if member.part.order == "oi" else 1] % 2:
             raise ValueError(f"{member.name} {list(expr.shape)} does not divide into gate and up")
@@ -61,15 +61,15 @@ def matrices_of(of_expert: list[tuple[BlockTensor, Expr]]) -> dict[str, Expr]:
             matrix = transpose(expr) if member.part.order == "io" else expr
             width, hidden = matrix.shape[0] // 2, matrix.shape[1]
             pairs = reshape(matrix, (width, 2 * hidden))
-            found["gate"], found["up"] = slice_last(pairs, 0, hidden), slice_last(pairs, hidden, 2 * hidden)
+            matrices["gate"], matrices["up"] = slice_last(pairs, 0, hidden), slice_last(pairs, hidden, 2 * hidden)
         elif member.part.order == "io":
             width = expr.shape[1] // 2
-            found["gate"] = transpose(slice_last(expr, 0, width))
-            found["up"] = transpose(slice_last(expr, width, 2 * width))
+            matrices["gate"] = transpose(slice_last(expr, 0, width))
+            matrices["up"] = transpose(slice_last(expr, width, 2 * width))
         else:
             width = expr.shape[0] // 2
-            found["gate"], found["up"] = Slice(expr, 0, width), Slice(expr, width, 2 * width)
-    return found
+            matrices["gate"], matrices["up"] = Slice(expr, 0, width), Slice(expr, width, 2 * width)
+    return matrices
 
 
 def as_stored(part: Projection, matrices: Mapping[str, Expr]) -> Expr:

@@ -36,9 +36,9 @@ def neuron_order(reference: list[tuple[BlockTensor, Expr]], other: list[tuple[Bl
 
 def neuron_features(expert: list[tuple[BlockTensor, Expr]]) -> Expr:
     """Return all weights of each neuron [I, F]: its rows of gate and up, its column of down, its biases."""
-    found = [neuron_rows(member, expr) for member, expr in expert if has_neurons(member)]
-    same = len({expr.dtype for expr in found}) == 1
-    return concat_last(found if same else [cast(expr, "F32") for expr in found])
+    features = [neuron_rows(member, expr) for member, expr in expert if has_neurons(member)]
+    same = len({expr.dtype for expr in features}) == 1
+    return concat_last(features if same else [cast(expr, "F32") for expr in features])
 
 
 def matched_rows(reference: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor]:
@@ -56,11 +56,11 @@ def products(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
     """Return the inner products [I, J] of the rows of two matrices, in float64 from float32."""
     import numpy as np
 
-    found = np.empty((len(first), len(second)))
+    inner_products = np.empty((len(first), len(second)))
     turned = second.float().t()
     for start in range(0, len(first), _BLOCK):
-        found[start : start + _BLOCK] = (first[start : start + _BLOCK].float() @ turned).numpy()
-    return found
+        inner_products[start : start + _BLOCK] = (first[start : start + _BLOCK].float() @ turned).numpy()
+    return inner_products
 
 
 def optimal_assignment(similarity: np.ndarray) -> np.ndarray:
@@ -76,5 +76,5 @@ def optimal_assignment(similarity: np.ndarray) -> np.ndarray:
             "the neurons of two experts cannot be matched: their weights hold NaN, infinity or huge numbers",
             "`moesurgery validate` finds them; --align none does not look at them",
         )
-    found: np.ndarray = linear_sum_assignment(similarity, maximize=True)[1]
-    return found
+    columns: np.ndarray = linear_sum_assignment(similarity, maximize=True)[1]
+    return columns

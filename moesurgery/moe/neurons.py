@@ -24,12 +24,12 @@ def expert_tensors(block: MoeBlock, tensors: Mapping[str, Expr], expert: int) ->
 
 def tensors_by_expert(block: MoeBlock, tensors: Mapping[str, Expr]) -> list[list[tuple[BlockTensor, Expr]]]:
     """Return what `expert_tensors` gives for every expert, in one pass: a block may have thousands of tensors."""
-    found: list[list[tuple[BlockTensor, Expr]]] = [[] for _ in range(block.experts)]
+    by_expert: list[list[tuple[BlockTensor, Expr]]] = [[] for _ in range(block.experts)]
     for member in block.members:
         if member.part is not None:
             for expert in range(block.experts) if member.expert is None else (member.expert,):
-                found[expert].append((member, _of_expert(block, member, tensors[member.name], expert)))
-    return found
+                by_expert[expert].append((member, _of_expert(block, member, tensors[member.name], expert)))
+    return by_expert
 
 
 def _of_expert(block: MoeBlock, member: BlockTensor, expr: Expr, expert: int) -> Expr:

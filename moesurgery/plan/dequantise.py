@@ -77,14 +77,14 @@ class Dequantised(Expr):
 
         out, width = self.shape[-2:]
         first, last = start // width, stop // width
-        found = []
+        chunks = []
         while first < last:
             matrix, row = divmod(first, out)
             until = min(out, row + last - first)
             rows = [self._rows(expr, share, matrix, row, until, reader) for expr, share in self.parts]
-            found.append(self.function(width, *rows, **dict(self.parameters)).reshape(-1))
+            chunks.append(self.function(width, *rows, **dict(self.parameters)).reshape(-1))
             first += until - row
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _rows(self, expr: Expr, share: int, matrix: int, row: int, until: int, reader: Reader) -> torch.Tensor:
         """Return the rows of a part that stand beside output rows `row:until` of one matrix."""
@@ -115,7 +115,7 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
             companions.setdefault(stem.base, []).append((stem.companion, names[name]))
     if not companions:
         return dict(names), {}
-    found: dict[str, Expr] = {}
+    tensors: dict[str, Expr] = {}
     renamed: dict[str, str] = {}
     for name, expr in names.items():
         stem = stems[name]
@@ -123,13 +123,13 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
             continue
         beside = companions.get(stem.base, [])
         if not beside or stem.bias or expr.dtype in PLAIN_FLOATS:
-            found[name] = expr
+            tensors[name] = expr
             continue
         plain = stem.base + {".weight_packed": ".weight", "_blocks": ""}.get(stem.suffix, stem.suffix)
-        found[plain] = cast(_values(_Weight(name, expr, stem.suffix, beside, plan.config)), dtype)
+        tensors[plain] = cast(_values(_Weight(name, expr, stem.suffix, beside, plan.config)), dtype)
         if plain != name:
             renamed[name] = plain
-    return found, renamed
+    return tensors, renamed
 
 
 def plain_values(plan: Plan, name: str) -> Expr:
@@ -241,15 +241,15 @@ def _block(weight: _Weight, shape: tuple[int, ...], scale: Expr) -> tuple[int, i
     rows, columns = (*rest, 1, 1)[:2] if rest else (1, 1)
     stated = quantisation_config(weight.config).get("weight_block_size")
     pair = stated if isinstance(stated, (list, tuple)) and len(stated) == 2 else (None, None)
-    found = []
+    sizes = []
     for size, count, given in ((out, rows, pair[0]), (width, columns, pair[1])):
         if type(given) is int and given > 0 and -(-size // given) == count:
-            found.append(min(given, size))
+            sizes.append(min(given, size))
         elif count and size % count == 0:
-            found.append(size // count)
+            sizes.append(size // count)
         else:
             raise weight.refused(f" with scales {list(scale.shape)} for {list(shape)}")
-    return found[0], found[1]
+    return sizes[0], sizes[1]
 
 
 def _spread(scale: torch.Tensor, width: int, wide: int) -> torch.Tensor:

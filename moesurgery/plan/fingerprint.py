@@ -15,12 +15,12 @@ def fingerprint(plan: Plan) -> str:
     A copy of a checkpoint has the fingerprint of the checkpoint. An edited plan's also depends on where its
     sources are.
     """
-    found = hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode())
     for checkpoint in plan.sources:
         for header in checkpoint.headers:
             sample = sampled_digest(checkpoint.source, header.file, header.file_size)
-            found.update(f"{header.file} {header.digest} {sample}\n".encode())
+            digest.update(f"{header.file} {header.digest} {sample}\n".encode())
     untouched = set(plan.untouched())
     for name, expr in plan.tensors.items():
-        found.update(f"{name} {'' if name in untouched else repr(expr)}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{name} {'' if name in untouched else repr(expr)}\n".encode())
+    return digest.hexdigest()

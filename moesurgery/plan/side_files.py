@@ -28,7 +28,7 @@ def quantisation_files(checkpoint: Checkpoint, files: Files) -> Iterator[tuple[s
         if content is None or (not content and file not in checkpoint.side_files):
             continue
         try:
-            found = (
+            settings = (
                 parse_json(content) if content else read_object(checkpoint.source, file, checkpoint.file_sizes[file])
             )
         except ValueError as error:
@@ -36,7 +36,7 @@ def quantisation_files(checkpoint: Checkpoint, files: Files) -> Iterator[tuple[s
                 f"{file} describes how the weights are quantised, and {error}",
                 "mend or remove it; `moesurgery validate` looks at it too",
             ) from None
-        yield file, found
+        yield file, settings
 
 
 def without_quantisation_files(checkpoint: Checkpoint, files: Files) -> dict[str, bytes | None]:

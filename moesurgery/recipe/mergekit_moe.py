@@ -109,18 +109,18 @@ def reference(model: str) -> str:
 
 
 def _text(document: Document, path: tuple[Any, ...], wrong: list[tuple[int, str]]) -> str | None:
-    found: Any = document.value
+    value: Any = document.value
     for key in path:
-        found = found.get(key) if isinstance(found, dict) else found[key]
+        value = value.get(key) if isinstance(value, dict) else value[key]
     name = path[-1]
-    if isinstance(found, Mapping):
+    if isinstance(value, Mapping):
         wrong.append((document.line(path), f"{name}: write the model's path or org/name alone"))
-    elif not isinstance(found, str):
-        wrong.append((document.line(path), f"{name} is {found!r}: expected a model's path or org/name"))
-    elif "+" in found and not os.path.exists(found):
-        wrong.append((document.line(path), f"{name}: merge the LoRA of {found!r} into its model first"))
+    elif not isinstance(value, str):
+        wrong.append((document.line(path), f"{name} is {value!r}: expected a model's path or org/name"))
+    elif "+" in value and not os.path.exists(value):
+        wrong.append((document.line(path), f"{name}: merge the LoRA of {value!r} into its model first"))
     else:
-        return found
+        return value
     return None
 
 
@@ -130,7 +130,7 @@ def _experts(document: Document, key: str, wrong: list[tuple[int, str]]) -> list
     if not isinstance(entries, list) or not entries:
         wrong.append((document.line((key,)), f"{key} is not a list of experts: `- source_model: PATH`"))
         return []
-    found = []
+    sources = []
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or "source_model" not in entry:
             wrong.append((document.line((key, i)), f"{key}[{i}] needs source_model"))
@@ -158,8 +158,8 @@ def _experts(document: Document, key: str, wrong: list[tuple[int, str]]) -> list
                 wrong.append((document.line((key, i, name)), f"{name} is {number!r}: expected a number"))
             else:
                 made[name] = number
-        found.append(made)
-    return found
+        sources.append(made)
+    return sources
 
 
 def _check_prompts(document: Document, mode: str, experts: list[dict[str, Any]], wrong: list[tuple[int, str]]) -> None:
@@ -224,19 +224,19 @@ def with_difference_notes(plan: Plan) -> Plan:
     """Return an upcycled plan with a note for each point in which mergekit-moe would have written something else."""
     before, step = plan.checkpoint.config, plan.steps[-1]
     given = step.parameters
-    found = []
+    notes = []
     if given.get("shared_expert"):
-        found += [
+        notes += [
             "the shared expert and the routed ones carry half of the FFN each (mergekit gives both all of it)",
             "the shared expert's gate is zero, one half for every token (mergekit: prompts or chance)",
         ]
     if plan.config.get("sliding_window") and before.get("model_type") in ("mistral", "phi3"):
-        found.append(f"the sliding window of {plan.config['sliding_window']} is kept (mergekit sets it to null)")
+        notes.append(f"the sliding window of {plan.config['sliding_window']} is kept (mergekit sets it to null)")
     if before.get("attention_bias"):
-        found.append("biases are kept (mergekit drops them)")
+        notes.append("biases are kept (mergekit drops them)")
     if given.get("router") == "random":
-        found.append(f"the router is N(0, 1) as in mergekit, so nearly one-hot; these types begin with {_STD}")
+        notes.append(f"the router is N(0, 1) as in mergekit, so nearly one-hot; these types begin with {_STD}")
     if given.get("router") in ("hidden", "hidden_avg"):
-        found.append("router rows follow the state that the router reads, after its norm (mergekit: before attention)")
-    found.append("tensors have the names that are published on the Hub (mergekit 0.1.5: those in transformers' memory)")
-    return replace(plan, steps=(*plan.steps[:-1], replace(step, notes=(*step.notes, *found))))
+        notes.append("router rows follow the state that the router reads, after its norm (mergekit: before attention)")
+    notes.append("tensors have the names that are published on the Hub (mergekit 0.1.5: those in transformers' memory)")
+    return replace(plan, steps=(*plan.steps[:-1], replace(step, notes=(*step.notes, *notes))))

@@ -148,8 +148,8 @@ def misfit(value: Any, annotation: Any) -> Misfit | None:
     for choice in choices:
         if isinstance(value, list) and get_origin(choice) is list:
             for i, item in enumerate(value):
-                if found := misfit(item, get_args(choice)[0]):
-                    return Misfit((i, *found.path), found.message)
+                if inner := misfit(item, get_args(choice)[0]):
+                    return Misfit((i, *inner.path), inner.message)
             return None
         if isinstance(value, dict) and typing.is_typeddict(choice):
             return _misfit_of_mapping(value, fields_of(choice))
@@ -162,8 +162,8 @@ def _misfit_of_mapping(value: dict[Any, Any], fields: dict[str, Parameter]) -> M
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
             return Misfit((key,), f"unknown: {hint}")
-        if found := misfit(item, fields[key].annotation):
-            return Misfit((key, *found.path), found.message)
+        if inner := misfit(item, fields[key].annotation):
+            return Misfit((key, *inner.path), inner.message)
         if problem := _out_of_bounds(item, fields[key].param):
             return Misfit((key,), problem)
     missing = [field.name for field in fields.values() if field.required and field.name not in value]
@@ -180,8 +180,8 @@ _SEVERAL = {int: "whole numbers, as 0-6,9", float: "numbers", str: "texts", bool
 
 def describe(annotation: Any) -> str:
     """Name a type for messages and help: `a whole number`, `one of a, b`, `a list of whole numbers, as 0-6,9`."""
-    found = [_described(choice) for choice in kinds_of(annotation)]
-    return ", or ".join(dict.fromkeys(found))
+    names = [_described(choice) for choice in kinds_of(annotation)]
+    return ", or ".join(dict.fromkeys(names))
 
 
 def _described(kind: Any) -> str:
@@ -201,9 +201,9 @@ def _described(kind: Any) -> str:
 
 def check_value(parameter: Parameter, value: Any) -> Misfit | None:
     """Return what is wrong with `value`, None where it is right. The path begins with the parameter's name."""
-    if found := misfit(value, parameter.annotation):
-        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in found.path)
-        return Misfit((parameter.name, *found.path), f"{parameter.name}{where} is {found.message}")
+    if wrong := misfit(value, parameter.annotation):
+        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in wrong.path)
+        return Misfit((parameter.name, *wrong.path), f"{parameter.name}{where} is {wrong.message}")
     if problem := _out_of_bounds(value, parameter.param):
         return Misfit((parameter.name,), f"{parameter.name} is {problem}")
     for where, number in not_finite(value, parameter.name):
@@ -242,13 +242,13 @@ def _named(value: Any, annotation: Any, reads: Reads | None, path: tuple[str | i
 
 def with_texts(parameters: Mapping[str, Any], texts: Mapping[tuple[str | int, ...], str]) -> dict[str, Any]:
     """Return a copy of a step's parameters with other texts at some paths."""
-    found: dict[str, Any] = copy.deepcopy(dict(parameters))
+    changed: dict[str, Any] = copy.deepcopy(dict(parameters))
     for path, text in texts.items():
-        place: Any = found
+        place: Any = changed
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] = text
-    return found
+    return changed
 
 
 def _out_of_bounds(value: Any, param: Param) -> str | None:
@@ -266,16 +266,16 @@ def _out_of_bounds(value: Any, param: Param) -> str | None:
 def schema_of(annotation: Any, param: Param | None = None) -> dict[str, Any]:
     """Return the JSON schema (draft 7) of an annotation."""
     basic = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
-    found: list[dict[str, Any]] = []
+    schemas: list[dict[str, Any]] = []
     entry: dict[str, Any]
     for choice in _choices(annotation):
         origin = get_origin(choice)
         if origin is Literal:
-            found.append({"enum": list(get_args(choice))})
+            schemas.append({"enum": list(get_args(choice))})
         elif origin is list:
-            found.append({"type": "array", "items": schema_of(get_args(choice)[0])})
+            schemas.append({"type": "array", "items": schema_of(get_args(choice)[0])})
         elif origin is dict:
-            found.append({"type": "object", "additionalProperties": schema_of(get_args(choice)[1])})
+            schemas.append({"type": "object", "additionalProperties": schema_of(get_args(choice)[1])})
         elif typing.is_typeddict(choice):
             fields = fields_of(choice).values()
             entry = {"type": "object", "additionalProperties": False, "properties": {}}
@@ -286,7 +286,7 @@ def schema_of(annotation: Any, param: Param | None = None) -> dict[str, Any]:
                 }
             if required := [field.name for field in fields if field.required]:
                 entry["required"] = required
-            found.append(entry)
+            schemas.append(entry)
         elif choice in basic:
             entry = {"type": basic[choice]}
             if param is not None and choice in (int, float):
@@ -294,10 +294,10 @@ def schema_of(annotation: Any, param: Param | None = None) -> dict[str, Any]:
                     entry["minimum"] = param.minimum
                 if param.maximum is not None:
                     entry["maximum"] = param.maximum
-            found.append(entry)
+            schemas.append(entry)
         else:
-            found.append({})
-    return found[0] if len(found) == 1 else {"anyOf": found}
+            schemas.append({})
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
 def from_text(parameter: Parameter, text: str) -> Any:
@@ -329,11 +329,11 @@ def _with_ranges(value: Any) -> Any:
         return {key: _with_ranges([v] if _range_of(v) else v) for key, v in value.items()}
     if not isinstance(value, list):
         return value
-    found: list[Any] = []
+    written_out: list[Any] = []
     for item in value:
         numbers = _range_of(item)
-        found += [_with_ranges(item)] if numbers is None else numbers
-    return found
+        written_out += [_with_ranges(item)] if numbers is None else numbers
+    return written_out
 
 
 def _range_of(item: Any) -> range | None:

@@ -178,13 +178,13 @@ def _build(document: Document, wrong: list[tuple[int, str]], origin: str) -> Rec
 def _build_mergekit(document: Document, wrong: list[tuple[int, str]], origin: str) -> Recipe | None:
     from moesurgery.recipe import mergekit_moe
 
-    found = mergekit_moe.read(document, wrong)
-    if found is None:
+    mixture = mergekit_moe.read(document, wrong)
+    if mixture is None:
         return None
-    step = RecipeStep("upcycle", found.parameters, document.line(("experts",)))
+    step = RecipeStep("upcycle", mixture.parameters, document.line(("experts",)))
     line = document.line(("base_model",))
     notes, words = mergekit_moe.with_difference_notes, mergekit_moe.in_its_words
-    return Recipe(found.model, (step,), None, origin, notes, words, model_line=line)
+    return Recipe(mixture.model, (step,), None, origin, notes, words, model_line=line)
 
 
 def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tuple[RecipeStep, ...]:
@@ -202,14 +202,14 @@ def _steps(document: Document, value: Any, wrong: list[tuple[int, str]]) -> tupl
         ((name, parameters),) = entry.items()
         parameters = {} if parameters is None else parameters
         try:
-            found = find_operation(str(name))
+            operation = find_operation(str(name))
         except RecipeError as error:
             wrong.append((line, f"{error.message}: {error.hint}"))
             continue
         if not isinstance(parameters, dict):
             wrong.append((line, f"{name}: its parameters are a mapping: `- {name}: {{…}}`"))
             continue
-        for problem in problems(found, {str(k): v for k, v in parameters.items()}):
+        for problem in problems(operation, {str(k): v for k, v in parameters.items()}):
             wrong.append((document.line(("steps", i, name, *problem.path)), problem.message))
         steps.append(RecipeStep(name, parameters, line))
     return tuple(steps)
@@ -232,11 +232,12 @@ def parse_size(value: Any) -> int:
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 7) of recipes, generated from the operations."""
     steps = []
-    for found in operations().values():
+    for operation in operations().values():
         properties = {
-            p.name: {"description": p.param.help, **schema_of(p.annotation, p.param)} for p in found.parameters.values()
+            p.name: {"description": p.param.help, **schema_of(p.annotation, p.param)}
+            for p in operation.parameters.values()
         }
-        required = [p.name for p in found.parameters.values() if p.required]
+        required = [p.name for p in operation.parameters.values() if p.required]
         body: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": properties}
         if required:
             body["required"] = required
@@ -245,14 +246,14 @@ def recipe_schema() -> dict[str, Any]:
         steps.append(
             {
                 "type": "object",
-                "description": found.summary,
+                "description": operation.summary,
                 "additionalProperties": False,
-                "required": [found.name],
-                "properties": {found.name: body},
+                "required": [operation.name],
+                "properties": {operation.name: body},
             }
         )
         if not required:
-            steps.append({"const": found.name})
+            steps.append({"const": operation.name})
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "moesurgery recipe",

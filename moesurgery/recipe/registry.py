@@ -141,11 +141,11 @@ def problems(found: Operation, values: Mapping[str, Any]) -> list[Misfit]:
 
 def checked_operation(name: str, values: Mapping[str, Any]) -> Operation:
     """Return the operation `name`; raise RecipeError where it cannot take `values`."""
-    found = find_operation(name)
-    wrong = [problem.message for problem in problems(found, values)]
+    checked = find_operation(name)
+    wrong = [problem.message for problem in problems(checked, values)]
     if wrong:
         raise RecipeError(wrong[0], f"see `moesurgery {name} --help`" if len(wrong) == 1 else "; ".join(wrong[1:]))
-    return found
+    return checked
 
 
 def apply(plan: Plan, name: str, **values: Any) -> Plan:

@@ -46,8 +46,8 @@ def _mean(name: str) -> Callable[[BlockStats], np.ndarray]:
     def mean(block: BlockStats) -> np.ndarray:
         import numpy as np
 
-        found: np.ndarray = block.total(name) / np.maximum(block.total("count"), FLOOR)
-        return found
+        means: np.ndarray = block.total(name) / np.maximum(block.total("count"), FLOOR)
+        return means
 
     return mean
 
@@ -97,8 +97,8 @@ def super_experts(stats: Stats) -> dict[str, list[int]]:
     peaks = np.concatenate([block.total("peak") for block in stats.blocks.values()])
     limit = max(np.percentile(peaks, SUPER_PERCENTILE), SUPER_SHARE * peaks.max())
     early = list(stats.blocks)[: -(-3 * len(stats.blocks) // 4)]
-    found = {w: [e for e, peak in enumerate(stats.blocks[w].total("peak")) if peak > limit] for w in early}
-    return {where: experts for where, experts in found.items() if experts}
+    above_limit = {w: [e for e, peak in enumerate(stats.blocks[w].total("peak")) if peak > limit] for w in early}
+    return {where: experts for where, experts in above_limit.items() if experts}
 
 
 def agreement(stats: Stats, by: MeasuredCriterion, share: float = 0.25) -> dict[str, float]:

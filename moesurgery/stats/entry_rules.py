@@ -50,8 +50,8 @@ def read_document(
     """Parse a JSON object and check its entries. Raises ValueError that says what is wrong where."""
     document = parse_json(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data, config=True)
     check_entries(document, rules, optional)
-    found: dict[str, Any] = document
-    return found
+    checked: dict[str, Any] = document
+    return checked
 
 
 def check_entries(

@@ -87,8 +87,8 @@ class GroupFitFile:
     @property
     def blocks(self) -> Mapping[str, Mapping[str, Any]]:
         """The groups and dominant members of each block that was run."""
-        found: Mapping[str, Mapping[str, Any]] = self.about["blocks"]
-        return found
+        by_block: Mapping[str, Mapping[str, Any]] = self.about["blocks"]
+        return by_block
 
     def differences(self, merger: MergedGroups) -> list[str]:
         """Return in what a merge differs from the one that the fit was made for, in words."""

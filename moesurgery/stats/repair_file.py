@@ -156,7 +156,7 @@ class Repair:
         if size is None:
             raise CheckpointError(f"{self.source.identity}/{file} is missing", "make the repair again")
         header = read_header(file, size, lambda start, length: self.source.read(file, start, length))
-        found: dict[int, dict[str, Expr]] = {}
+        by_expert: dict[int, dict[str, Expr]] = {}
         for info in header.tensors:
             match = _MATRIX.fullmatch(info.name)
             if match is None or len(info.shape) != 2 or info.dtype not in PLAIN_FLOATS:
@@ -165,8 +165,8 @@ class Repair:
                     f"{self.source.identity}/{file}: {info.name} ({what}) is no matrix of an expert",
                     "make the repair again",
                 )
-            found.setdefault(int(match[1]), {})[match[2]] = Stored(self.source, info)
-        return found
+            by_expert.setdefault(int(match[1]), {})[match[2]] = Stored(self.source, info)
+        return by_expert
 
 
 def open_repair(folder: str | Path) -> Repair:

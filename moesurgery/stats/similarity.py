@@ -34,14 +34,14 @@ def ream_likeness(block: BlockStats) -> np.ndarray:
     distance = np.sqrt(np.maximum(2 - 2 * router_cosine(block), 0))
     gated = block.total("gated_all")
     alike = (1 + _cosine(gated @ gated.T)) / 2
-    found: np.ndarray = (alike + 1 - distance / max(distance.max(), 1e-30)) / 2
-    return found
+    likeness: np.ndarray = (alike + 1 - distance / max(distance.max(), 1e-30)) / 2
+    return likeness
 
 
 def mean_outputs(block: BlockStats) -> np.ndarray:
     """Return the mean output [E, H] of each expert. Needs the sums of every expert on every token."""
-    found: np.ndarray = block.total("output_all") / max(float(block.total("tokens")), 1)
-    return found
+    means: np.ndarray = block.total("output_all") / max(float(block.total("tokens")), 1)
+    return means
 
 
 def _cosine(gram: np.ndarray) -> np.ndarray:
@@ -50,5 +50,5 @@ def _cosine(gram: np.ndarray) -> np.ndarray:
 
     lengths = np.sqrt(np.maximum(np.diag(gram), 0))
     product = np.outer(lengths, lengths)
-    found: np.ndarray = np.divide(gram, product, out=np.zeros_like(gram), where=product > 0)
-    return found.clip(-1, 1)
+    cosines: np.ndarray = np.divide(gram, product, out=np.zeros_like(gram), where=product > 0)
+    return cosines.clip(-1, 1)

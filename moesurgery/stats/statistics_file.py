@@ -124,16 +124,16 @@ class Stats:
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
         blocks = {block.where: block.experts for block in anatomy.main_blocks if block.where not in self.unread}
-        found = {where: block.experts for where, block in self.blocks.items()}
+        collected = {where: block.experts for where, block in self.blocks.items()}
         problem = None
         if anatomy.model_type != self.about["model_type"]:
             problem = f"this is a {anatomy.model_type}, they were collected on a {self.about['model_type']}"
-        elif blocks.keys() != found.keys():
-            where = next(iter(blocks.keys() ^ found.keys()))
+        elif blocks.keys() != collected.keys():
+            where = next(iter(blocks.keys() ^ collected.keys()))
             problem = f"{where} is in {'the model' if where in blocks else 'the statistics'} only"
-        elif blocks != found:
-            where = next(w for w in blocks if blocks[w] != found[w])
-            problem = f"{where} has {blocks[where]} experts, the statistics have {found[where]}"
+        elif blocks != collected:
+            where = next(w for w in blocks if blocks[w] != collected[w])
+            problem = f"{where} has {blocks[where]} experts, the statistics have {collected[where]}"
         elif anatomy.settings.top_k != self.top_k:
             problem = f"the model routes to {anatomy.settings.top_k} experts, the statistics saw {self.top_k}"
         if problem:

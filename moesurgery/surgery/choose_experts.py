@@ -48,13 +48,13 @@ def per_block(anatomy: Anatomy, operation: str, value: Any) -> dict[str, Any]:
     keys: dict[str, str] = {}
     for block in reversed(anatomy.blocks):  # main layers come first, and so win a number
         keys[str(block.layer)] = keys[block.where] = block.where
-    found = {}
+    by_block = {}
     for key, entry in value.items():
         if str(key) not in keys:
             layers = ", ".join(str(b.layer) for b in anatomy.main_blocks)
             raise RefusedError(f"{operation}: there is no MoE layer {key!r}", f"the MoE layers are {layers}")
-        found[keys[str(key)]] = entry
-    return found
+        by_block[keys[str(key)]] = entry
+    return by_block
 
 
 def share_of(text: str, total: int) -> int:
@@ -113,7 +113,7 @@ def _aimer(plan: Plan, block: MoeBlock, seed: int) -> np.ndarray:
     """
     import numpy as np
 
-    found = []
+    by_expert = []
     for tensors in tensors_by_expert(block, plan.tensors):
         absolute = squares = count = 0.0
         for member, expr in tensors:
@@ -122,8 +122,8 @@ def _aimer(plan: Plan, block: MoeBlock, seed: int) -> np.ndarray:
                 absolute += float(np.abs(values).sum(dtype=np.float64))
                 squares += float(np.square(values).sum(dtype=np.float64))
                 count += values.size
-        found.append(-absolute / math.sqrt(count * squares) if squares else 0.0)
-    return np.array(found)
+        by_expert.append(-absolute / math.sqrt(count * squares) if squares else 0.0)
+    return np.array(by_expert)
 
 
 _FREE: Mapping[FreeCriterion, Callable[[Plan, MoeBlock, int], np.ndarray]] = {
@@ -188,31 +188,31 @@ def ranking(
     from moesurgery.stats.criteria import PAIR_SUMS, agreement, pairs, scores, super_experts
     from moesurgery.stats.statistics_file import load_stats
 
-    found = load_stats(stats)
-    found.check(plan.anatomy, operation)
+    statistics = load_stats(stats)
+    statistics.check(plan.anatomy, operation)
     kept = plan.anatomy.experts - count
-    if by == "recon" and kept not in found.recon:
+    if by == "recon" and kept not in statistics.recon:
         raise RefusedError(
             f"{operation}: {stats} has no choice of {kept} experts by reconstruction",
             f"collect again with `moesurgery collect --recon {kept}`",
         )
     ranked = {
-        b.where: scores(found.blocks[b.where], by, kept).tolist()
-        if b.where in found.blocks
+        b.where: scores(statistics.blocks[b.where], by, kept).tolist()
+        if b.where in statistics.blocks
         else expert_scores(plan, b, "router-norm", seed)
         for b in blocks
     }
     notes = []
     if by != "recon" and count:
-        share = agreement(found, by, count / plan.anatomy.experts)["overlap"]
+        share = agreement(statistics, by, count / plan.anatomy.experts)["overlap"]
         notes.append(f"two halves of the text agree on {100 * share:.0f} % of what is given up by {by}")
-    protected = super_experts(found) if protect_super else {}
+    protected = super_experts(statistics) if protect_super else {}
     if protected:
         notes.append(protected_note(protected))
-    if others := [where for where in ranked if where not in found.blocks]:
+    if others := [where for where in ranked if where not in statistics.blocks]:
         notes.append(not_run_note(others))
-    matrices = {where: pairs(block, by) for where, block in found.blocks.items()} if by in PAIR_SUMS else {}
-    return Ranking(ranked, matrices, protected, tuple(notes), {"sha256": found.sha256, **found.about})
+    matrices = {where: pairs(block, by) for where, block in statistics.blocks.items()} if by in PAIR_SUMS else {}
+    return Ranking(ranked, matrices, protected, tuple(notes), {"sha256": statistics.sha256, **statistics.about})
 
 
 def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: str, share: float, count: int) -> Ranking:
@@ -224,8 +224,8 @@ def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: st
     from moesurgery.stats.criteria import scores
     from moesurgery.stats.statistics_file import load_stats
 
-    found = load_stats(stats)
-    found.check(anatomy, operation)
+    statistics = load_stats(stats)
+    statistics.check(anatomy, operation)
     groups = anatomy.settings.groups
     parts = groups[0] if groups else 1
     size = anatomy.experts // parts
@@ -236,7 +236,7 @@ def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: st
             "choose a smaller --protect-share, or keep more experts",
         )
     protected = {where: list(experts) for where, experts in ranked.protected.items()}
-    for where, block in found.blocks.items():
+    for where, block in statistics.blocks.items():
         standing = scores(block, "reap-sum")
         for part in range(parts):
             members = range(part * size, (part + 1) * size)
@@ -260,8 +260,8 @@ def lowest(anatomy: Anatomy, scores: Sequence[float], count: int) -> list[int]:
     groups = anatomy.settings.groups
     parts = groups[0] if groups else 1
     size = len(scores) // parts
-    found: list[int] = []
+    experts: list[int] = []
     for part in range(parts):
         members = range(part * size, (part + 1) * size)
-        found += sorted(members, key=lambda e: (scores[e], e))[: count // parts]
-    return sorted(found)
+        experts += sorted(members, key=lambda e: (scores[e], e))[: count // parts]
+    return sorted(experts)

@@ -110,5 +110,5 @@ def readable(plan: Plan, client: Client, operation: str) -> tuple[dict[str, Expr
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = with_keys(config, {"tie_word_embeddings": False})
-    return {**found, "tie_word_embeddings": False} if "tie_word_embeddings" in config else found
+    untied = with_keys(config, {"tie_word_embeddings": False})
+    return {**untied, "tie_word_embeddings": False} if "tie_word_embeddings" in config else untied

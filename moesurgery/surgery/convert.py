@@ -161,7 +161,7 @@ def _relaid(plan: Plan, kind: _Kind | None) -> tuple[Plan, str]:
     for block in anatomy.blocks:
         assert block.layout is not None
         layouts = block.of.layouts if block.of else family.layouts
-        target = next((found for found in layouts if kind is None or found.kind == kind), None)
+        target = next((layout for layout in layouts if kind is None or layout.kind == kind), None)
         if target is None:
             raise RefusedError(f"{_NAME}: {family.name} stores its experts {layouts[0].kind} only")
         if block.layout == target or block.layout.kind == kind:
@@ -183,10 +183,10 @@ def _renamed_modules(
     anatomy: Anatomy, entries: Entries, targets: Mapping[str, tuple[Layout, Layout]]
 ) -> dict[str, str | None]:
     """Return the new names of modules that quantisation settings may list: experts are one module where fused."""
-    found: dict[str, str | None] = {}
+    new_names: dict[str, str | None] = {}
     for old, [(new, _), *more] in ((old, made) for old, made in entries.items() if made):
         if old != new and not more:
-            found[old.rpartition(".")[0]] = new.rpartition(".")[0]
+            new_names[old.rpartition(".")[0]] = new.rpartition(".")[0]
     for block in anatomy.blocks:
         if block.layer_path not in targets:
             continue
@@ -195,8 +195,8 @@ def _renamed_modules(
             module = next((p.path.rpartition(".")[0] for p in after.parts if "#" not in p.path), None)
             for expert in range(block.experts) if "#" in part.path else ():
                 own = part.path.replace("#", str(expert))
-                found[f"{block.where}.{own}"] = None if module is None else f"{block.where}.{module}"
-    return found
+                new_names[f"{block.where}.{own}"] = None if module is None else f"{block.where}.{module}"
+    return new_names
 
 
 def _moved(
@@ -206,12 +206,12 @@ def _moved(
     targets: Mapping[str, tuple[Layout, Layout]],
 ) -> Entries:
     """Return the new names of the other tensors of the layers that change their layout."""
-    found: Entries = {}
+    moved_entries: Entries = {}
     layers: dict[int, list[str]] = {}
     for block in anatomy.blocks:
         layers.setdefault(block.layer, []).append(block.layer_path)
     for name, expr in plan.tensors.items():
         for path in layers.get(anatomy.layer.get(name, -1), ()) if name not in entries else ():
             if name.startswith(path + ".") and path in targets:
-                found[name] = [(f"{path}.{moved_name(name[len(path) + 1 :], *targets[path])}", expr)]
-    return found
+                moved_entries[name] = [(f"{path}.{moved_name(name[len(path) + 1 :], *targets[path])}", expr)]
+    return moved_entries

@@ -119,7 +119,7 @@ def merger(
     else:
         chosen = _named(anatomy, groups)
     check_remaining(anatomy, NAME, equal_count(NAME, chosen))
-    check_groups(anatomy, NAME, {where: [min(group) for group in found] for where, found in chosen.items()})
+    check_groups(anatomy, NAME, {where: [min(group) for group in of_block] for where, of_block in chosen.items()})
     if router == "lse":
         _check_softmax(anatomy)
     shares = {}
@@ -163,10 +163,10 @@ def _statistics(anatomy: Anatomy, stats: str | None) -> Stats | None:
         return None
     from moesurgery.stats.statistics_file import load_stats
 
-    found = load_stats(stats)
-    found.check(anatomy, NAME)
-    found.about = {"sha256": found.sha256, **found.about}
-    return found
+    statistics = load_stats(stats)
+    statistics.check(anatomy, NAME)
+    statistics.about = {"sha256": statistics.sha256, **statistics.about}
+    return statistics
 
 
 def _seen(seen: Stats | None, block: MoeBlock) -> BlockStats | None:
@@ -213,7 +213,7 @@ def _protected(seen: Stats | None) -> Mapping[str, list[int]]:
 def _named(anatomy: Anatomy, groups: Any) -> dict[str, list[list[int]]]:
     """Return the groups of each block, experts that no group names alone, in the order of their first members."""
     given = per_block(anatomy, NAME, groups)
-    found = {}
+    by_block = {}
     for block in anatomy.blocks:
         named = [group for group in given.get(block.where, []) if group]
         flat = [expert for group in named for expert in group]
@@ -227,8 +227,8 @@ def _named(anatomy: Anatomy, groups: Any) -> dict[str, list[list[int]]]:
                         "merge experts of one group",
                     )
         alone = [[expert] for expert in range(block.experts) if expert not in flat]
-        found[block.where] = sorted([*named, *alone], key=min)
-    return found
+        by_block[block.where] = sorted([*named, *alone], key=min)
+    return by_block
 
 
 def _groups_of(
@@ -249,15 +249,15 @@ def _groups_of(
     _check_room(block, group, count, parts, alone)
     if seen is None or group == "router-rows":
         standing = expert_scores(plan, block, "router-norm", 0)
-        found = clusters(router_rows(plan, block), count, parts, alone)
-        return [sorted(members, key=lambda e: (-standing[e], e)) for members in found]
+        grouped = clusters(router_rows(plan, block), count, parts, alone)
+        return [sorted(members, key=lambda e: (-standing[e], e)) for members in grouped]
     from moesurgery.stats import similarity
     from moesurgery.stats.criteria import scores
 
     standing = scores(seen, by or "frequency").tolist()
     if group == "hc":
-        found = clusters(similarity.mean_outputs(seen), count, parts, alone)
-        return [sorted(members, key=lambda e: (-standing[e], e)) for members in found]
+        grouped = clusters(similarity.mean_outputs(seen), count, parts, alone)
+        return [sorted(members, key=lambda e: (-standing[e], e)) for members in grouped]
     if group == "msmoe":
         return around_centroids(standing, similarity.router_cosine(seen), count, parts, alone)
     return around_centroids(standing, similarity.ream_likeness(seen), count, parts, alone, LARGEST)

@@ -135,7 +135,7 @@ def merge_experts(
     row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
     measure what it costs before you use the result.
     """
-    found = merger(
+    choice = merger(
         plan,
         groups=groups,
         to=to,
@@ -148,37 +148,37 @@ def merge_experts(
         protect_super=protect_super,
         fitted=fit is not None,
     )
-    fits = _fits(found, fit)
+    fits = _fits(choice, fit)
     anatomy = plan.anatomy
-    total, remaining = anatomy.experts, equal_count(NAME, found.groups)
+    total, remaining = anatomy.experts, equal_count(NAME, choice.groups)
     entries: Entries = {}
     modules: dict[str, str | None] = {}
     for block in anatomy.blocks:
-        merge = _Merge(block, plan.tensors, found, fits)
+        merge = _Merge(block, plan.tensors, choice, fits)
         entries.update(merge.entries())
         modules.update(renamed_modules(block, merge.dominant))
     tensors, shard_of = plan.substituted(entries)
     config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
     given = {"groups": groups, "to": to, "stats": stats, "fit": fit}
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    how: dict[str, Any] = {"group": found.group} if found.group else {}
-    how |= {"by": found.by} if found.by else {}
-    how |= {"weights": found.weights, "align": found.align, "router": found.router}
+    how: dict[str, Any] = {"group": choice.group} if choice.group else {}
+    how |= {"by": choice.by} if choice.by else {}
+    how |= {"weights": choice.weights, "align": choice.align, "router": choice.router}
     parameters |= how
     if stats is not None:
         parameters["protect_super"] = protect_super
     layers = [
-        {"layer": where, "groups": groups, "shares": found.shares[where]} for where, groups in found.groups.items()
+        {"layer": where, "groups": groups, "shares": choice.shares[where]} for where, groups in choice.groups.items()
     ]
     step = Step(
         NAME,
         parameters,
         f"{total} experts merged into {remaining} in each of {len(anatomy.blocks)} layers",
         report={"experts": remaining, "old_experts": total, "layers": layers, **how}
-        | ({"statistics": dict(found.statistics)} if found.statistics else {})
+        | ({"statistics": dict(choice.statistics)} if choice.statistics else {})
         | ({"fit": dict(fits.about)} if fits else {}),
-        notes=(*found.notes, *_notes(anatomy, found, remaining)),
-        tables=(_table(found.groups),),
+        notes=(*choice.notes, *_notes(anatomy, choice, remaining)),
+        tables=(_table(choice.groups),),
     )
     files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
@@ -292,17 +292,17 @@ class _Merge:
                         f"{NAME}: {member.name} has {neurons} neurons, and the fit orders {odd.pop()}",
                         "make the fit again with --text FILE",
                     )
-        found = []
+        merged = []
         for at, (member, expr) in enumerate(reference):
             terms = [
                 (parts[expert][at], share, orders.get(expert)) for expert, share in zip(group, shares, strict=True)
             ]
             if orders and has_neurons(member):
                 rows = [(_rows(m, e, order), share) for (m, e), share, order in terms]
-                found.append((member, from_neuron_rows(member, Linear(tuple(rows), expr.dtype))))
+                merged.append((member, from_neuron_rows(member, Linear(tuple(rows), expr.dtype))))
             else:
-                found.append((member, Linear(tuple((e, share) for (_, e), share, _ in terms), expr.dtype)))
-        return found
+                merged.append((member, Linear(tuple((e, share) for (_, e), share, _ in terms), expr.dtype)))
+        return merged
 
     def _stacked(self, member: BlockTensor, experts: list[Expr]) -> Expr:
         """Return the new experts of a stacked tensor together again; unchanged ones in a row are one byte range."""

@@ -40,38 +40,38 @@ def refit(
 
     anatomy = plan.anatomy
     anatomy.require_family(_NAME)
-    found = open_repair(repair)
+    opened_repair = open_repair(repair)
     blocks = {block.where: block for block in anatomy.main_blocks}
-    if odd := sorted(blocks.keys() ^ found.layers.keys()):
+    if odd := sorted(blocks.keys() ^ opened_repair.layers.keys()):
         where = "model" if odd[0] in blocks else "repair"
         raise RefusedError(f"{_NAME}: {odd[0]} is in the {where} only", "the repair is that of another model")
     changed: dict[str, Expr] = {}
     rows = []
     skipped = 0
     for where, block in blocks.items():
-        layer = found.layers[where]
+        layer = opened_repair.layers[where]
         if layer["factors"] is not None:
             _check_count(block, len(layer["factors"]))
             changed |= scaled_output(block, plan.tensors, layer["factors"])
             fitted = len(set(layer["factors"]))
         else:
             _check_count(block, len(layer["tokens"]))
-            matrices = found.matrices(where)
+            matrices = opened_repair.matrices(where)
             changed |= _with_matrices(block, plan.tensors, matrices)
             fitted = len(matrices)
         skipped += len(layer["skipped"])
         held_out = layer.get("error_held_out")
         errors = (layer["error_before"], layer["error_after"], *([] if held_out is None else [held_out]))
         rows.append((where, str(fitted), *(f"{error:.4f}" for error in errors)))
-    kind = found.about["kind"]
+    kind = opened_repair.about["kind"]
     notes = []
     if skipped:
         notes.append(f"{skipped} experts saw too few tokens and stay as they are; more text reaches them")
     step = Step(
         _NAME,
         {"repair": repair},
-        f"{len(changed)} tensors repaired by least squares ({kind}, {found.about['tokens']:,} tokens)",
-        report={**found.about, "layers": list(found.layers.values())},
+        f"{len(changed)} tensors repaired by least squares ({kind}, {opened_repair.about['tokens']:,} tokens)",
+        report={**opened_repair.about, "layers": list(opened_repair.layers.values())},
         notes=tuple(notes),
         tables=(
             Table(("layer", "fitted", "error before", "after", "on held-out windows")[: len(rows[0])], tuple(rows)),

@@ -118,8 +118,8 @@ def to_dense(
 
 def _unread(plan: Plan, config: Mapping[str, Any]) -> list[str]:
     """Say which clients do not run the dense model."""
-    found = {name: obstacles(client, plan, config) for name, client in CLIENTS.items()}
-    return [f"not for {name}: {'; '.join(reasons)}" for name, reasons in found.items() if reasons]
+    by_client = {name: obstacles(client, plan, config) for name, client in CLIENTS.items()}
+    return [f"not for {name}: {'; '.join(reasons)}" for name, reasons in by_client.items() if reasons]
 
 
 def _pair(plan: Plan, to: str | None, client: Client | None) -> DensePair:
@@ -127,20 +127,20 @@ def _pair(plan: Plan, to: str | None, client: Client | None) -> DensePair:
     anatomy = plan.anatomy
     if anatomy.config.get("layer_tie_map") is not None:
         raise RefusedError(f"{_NAME}: the blocks are tied", "write them out first: `- tie-blocks: {materialize: true}`")
-    found = pairs_of(anatomy.model_type)
-    if not found:
+    pairs = pairs_of(anatomy.model_type)
+    if not pairs:
         known = ", ".join(dict.fromkeys(pair.source for pair in DENSE_NAMES))
         raise RefusedError(
             f"{_NAME}: no dense family of transformers has the attention, norms and biases of {anatomy.model_type}",
             f"it works for {known}",
         )
     if to is not None:
-        found = tuple(pair for pair in found if pair.target == to)
-        if not found:
+        pairs = tuple(pair for pair in pairs if pair.target == to)
+        if not pairs:
             targets = ", ".join(pair.target for pair in pairs_of(anatomy.model_type))
             raise RefusedError(f"{_NAME}: {anatomy.model_type} does not become {to}", f"it becomes {targets}")
     unmet = {}
-    for pair in found:
+    for pair in pairs:
         wrong = [key for key, allowed in pair.needs.items() if anatomy.settings.first((key,)) not in allowed]
         lost = [f"{key} is {anatomy.settings.first((key,))!r}" for key in wrong]
         if client is not None and not wrong:
@@ -167,14 +167,14 @@ def _chosen(
     if average:
         return {block.where: list(range(block.experts)) for block in blocks}
     if concat_top is not None:
-        found = {}
+        top_experts = {}
         for block in blocks:
             if concat_top > block.experts:
                 raise RefusedError(f"{_NAME}: {block.where} has {block.experts} experts, fewer than {concat_top}")
             scores = expert_scores(plan, block, by, seed)
             order = sorted(range(block.experts), key=lambda e: (-scores[e], e))
-            found[block.where] = sorted(order[:concat_top])
-        return found
+            top_experts[block.where] = sorted(order[:concat_top])
+        return top_experts
     given = per_block(anatomy, _NAME, expert)
     for block in blocks:
         if block.where not in given:
@@ -198,7 +198,7 @@ def _joins(plan: Plan, anatomy: Anatomy, pair: DensePair, shared: SharedExpertUs
     if shared != "auto":
         return shared == "join"
     names = (_shared_names(plan, block, pair) for block in anatomy.main_blocks)
-    return not all(_is_zero(plan.tensors[found["down"]]) for found in names if found)
+    return not all(_is_zero(plan.tensors[by_role["down"]]) for by_role in names if by_role)
 
 
 def _is_zero(expr: Expr) -> bool:
@@ -266,7 +266,7 @@ class _Ffn:
 
     def _projections(self, expert: int) -> dict[str, tuple[dict[str, str], dict[str, Expr]]]:
         """Return, for each role, the names whose place it takes and its tensors, by suffix."""
-        found: dict[str, tuple[dict[str, str], dict[str, Expr]]] = {role: ({}, {}) for role in _ROLES}
+        by_role: dict[str, tuple[dict[str, str], dict[str, Expr]]] = {role: ({}, {}) for role in _ROLES}
         for member, expr in expert_tensors(self.block, self.plan.tensors, expert):
             assert member.part is not None
             if member.expert is None and (member.stem.suffix not in ("", ".weight") or member.part.order != "oi"):
@@ -274,20 +274,20 @@ class _Ffn:
             suffix = member.stem.suffix or ".weight"
             halves = _halves(member, expr) if member.role == "gate_up" else {member.role: expr}
             for role, half in halves.items():
-                found[role][0][suffix], found[role][1][suffix] = member.name, half
-        return found
+                by_role[role][0][suffix], by_role[role][1][suffix] = member.name, half
+        return by_role
 
     def _shared_projections(self) -> dict[str, Expr]:
         names = _shared_names(self.plan, self.block, self.pair)
         if not names:
             raise RefusedError(f"{_NAME}: {self.block.where} has no shared expert, other layers have one")
-        found = {role: self.plan.tensors[name] for role, name in names.items()}
-        if both := found.pop("gate_up", None):
+        by_role = {role: self.plan.tensors[name] for role, name in names.items()}
+        if both := by_role.pop("gate_up", None):
             half = both.shape[0] // 2
-            found |= {"gate": Slice(both, 0, half), "up": Slice(both, half, 2 * half)}
+            by_role |= {"gate": Slice(both, 0, half), "up": Slice(both, half, 2 * half)}
         if any("shared_expert_gate" in path for path in self.plan.anatomy.settings.family.shared):
-            found["down"] = scale(found["down"], 0.5)  # sigmoid of an untold gate
-        return found
+            by_role["down"] = scale(by_role["down"], 0.5)  # sigmoid of an untold gate
+        return by_role
 
 
 def _halves(member: BlockTensor, expr: Expr) -> Mapping[str, Expr]:
@@ -300,20 +300,20 @@ def _halves(member: BlockTensor, expr: Expr) -> Mapping[str, Expr]:
 
 def _renamed_modules(anatomy: Anatomy, pair: DensePair, chosen: Mapping[str, Sequence[int]]) -> dict[str, str | None]:
     """Return what becomes of each module's name, for quantisation settings. Routers and prediction layers go."""
-    found: dict[str, str | None] = {}
+    new_names: dict[str, str | None] = {}
     for block in anatomy.blocks:
         if block.mtp:
-            found[block.layer_path] = None
+            new_names[block.layer_path] = None
             continue
-        found |= {module.removesuffix("."): None for module in block.router_modules}
-        found |= {f"{block.where}.{path}": None for path in anatomy.settings.family.shared}
+        new_names |= {module.removesuffix("."): None for module in block.router_modules}
+        new_names |= {f"{block.where}.{path}": None for path in anatomy.settings.family.shared}
         for part in block.layout.parts if block.layout else ():
             experts = range(block.experts) if "#" in part.path else (None,)
             for expert in experts:
                 own = part.path.replace("#", str(expert))
                 stays = chosen[block.where] == [expert] and part.role in pair.ffn
-                found[f"{block.where}.{own}"] = f"{block.where}.{pair.ffn[part.role]}" if stays else None
-    return found
+                new_names[f"{block.where}.{own}"] = f"{block.where}.{pair.ffn[part.role]}" if stays else None
+    return new_names
 
 
 def _one_width(anatomy: Anatomy, tensors: Mapping[str, Expr], pair: DensePair, widths: Mapping[str, int]) -> int:

@@ -31,15 +31,15 @@ class _TiedConfigs(dict[str, Any]):
         return super().__contains__(key) or (isinstance(key, str) and _stock_classes(key) is not None)
 
     def __missing__(self, key: str) -> Any:
-        found = _stock_classes(key)
-        if found is None:
+        class_names = _stock_classes(key)
+        if class_names is None:
             raise KeyError(key)
         import transformers
 
         from moesurgery.tied import modeling_tied
 
         config = None
-        for auto, name in zip(("AutoModelForCausalLM", "AutoModel"), found, strict=True):
+        for auto, name in zip(("AutoModelForCausalLM", "AutoModel"), class_names, strict=True):
             made: Any = getattr(modeling_tied, f"Tied{name}")
             config = self[key] = made.config_class
             # save_pretrained then writes the modeling file beside the weights.

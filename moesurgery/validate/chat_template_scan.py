@@ -102,24 +102,24 @@ def _through_filter(node: nodes.Filter) -> Iterator[str]:
 
 def chat_templates(subject: Context) -> list[Template]:
     """Find every chat template of a checkpoint, in files of its own and in the tokenizer's config."""
-    found = []
+    templates = []
     for file, size in subject.files.items():
         if file.endswith(".jinja") and size <= MAX_TEMPLATE:
             try:
                 text = subject.source.read(file, 0, size).decode("utf-8", "replace")
             except CheckpointError:
                 continue  # S11 says so
-            found.append(Template(file, "the template", text))
+            templates.append(Template(file, "the template", text))
     for file in (TOKENIZER_CONFIG, "chat_template.json", "processor_config.json"):
         config = subject.object_or_none(file) or {}
         value = config.get("chat_template")
         if isinstance(value, str):
-            found.append(Template(file, "chat_template", value))
+            templates.append(Template(file, "chat_template", value))
         elif isinstance(value, list):
             for i, entry in enumerate(value):
                 named = entry.get("template") if isinstance(entry, dict) else None
                 if isinstance(named, str):
-                    found.append(Template(file, f"chat_template[{i}]", named))
+                    templates.append(Template(file, f"chat_template[{i}]", named))
         elif isinstance(value, dict):
-            found += [Template(file, f"chat_template.{k}", v) for k, v in value.items() if isinstance(v, str)]
-    return found
+            templates += [Template(file, f"chat_template.{k}", v) for k, v in value.items() if isinstance(v, str)]
+    return templates

@@ -41,10 +41,10 @@ def replay(subject: Context) -> Outcome:
             yield finding("R01", f"the reference cannot be opened: {error.message}", hint=error.hint)
             return
     else:
-        found = yield from _replanned(record, given)
-        if found is None:
+        plan_and_device = yield from _replanned(record, given)
+        if plan_and_device is None:
             return
-        plan, device = found
+        plan, device = plan_and_device
         computed = _present(device)
         if not computed:
             yield NotChecked(("R03",), f"it was merged on {device}, which is not here: its last bits are of that")
@@ -126,10 +126,10 @@ def _tensors(subject: Context, plan: Plan, *, computed: bool) -> Iterator[Findin
 def _first_difference(subject: Context, info: TensorInfo, pieces: Iterator[tuple[int, bytes]]) -> int | None:
     """Return the first byte of a tensor that is not what was expected, None where all are."""
     for at, expected in pieces:
-        found = subject.source.read(info.file, info.start + at, len(expected))
-        subject.progress(len(found))
-        if found != expected:
-            return at + next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
+        actual = subject.source.read(info.file, info.start + at, len(expected))
+        subject.progress(len(actual))
+        if actual != expected:
+            return at + next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), 0)
     return None
 
 

@@ -67,10 +67,10 @@ def _model_class(subject: Context) -> tuple[Any, Any]:
     except Exception as error:
         return None, finding("C03", f"{library} refuses it: {_first_line(error)}", CONFIG)
     for name in _architectures(subject):
-        found: Any = getattr(transformers, name, None)
-        known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if known and found.config_class is type(config):
-            return found, config
+        named_class: Any = getattr(transformers, name, None)
+        known = isinstance(named_class, type) and issubclass(named_class, transformers.PreTrainedModel)
+        if known and named_class.config_class is type(config):
+            return named_class, config
     causal: Any = transformers.AutoModelForCausalLM
     if type(config) in causal._model_mapping:
         return causal._model_mapping[type(config)], config
@@ -87,8 +87,8 @@ def _names(subject: Context, model_class: Any) -> Iterator[Finding]:
     import transformers
 
     for name in _architectures(subject):
-        found = getattr(transformers, name, None)
-        stated = getattr(getattr(found, "config_class", None), "model_type", None)
+        named_class = getattr(transformers, name, None)
+        stated = getattr(getattr(named_class, "config_class", None), "model_type", None)
         if stated is not None and stated != model_type_of(subject.config):
             message = f"architectures names {name}, of model_type {stated!r}; model_type is"
             yield finding("C14", f"{message} {model_type_of(subject.config)!r}", CONFIG)
@@ -184,7 +184,7 @@ def _quiet() -> Iterator[list[str]]:
 def logical_shapes(subject: Context) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Return names and shapes as they would be without quantisation, and the tensors whose shape cannot be told."""
     tensors, config = subject.tensors, subject.config
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     unknown: list[str] = []
     bits = packed_bits(config)
     blockwise = method(config) == "bitsandbytes"
@@ -192,7 +192,7 @@ def logical_shapes(subject: Context) -> tuple[dict[str, tuple[int, ...]], list[s
         if info.dtype in PLAIN_FLOATS:
             stem = split_name(name, tensors.__contains__, lambda n: tensors[n].dtype)
             if stem.companion is None:
-                found[name] = info.shape
+                shapes[name] = info.shape
             continue
         stem = split_name(name, tensors.__contains__, lambda n: tensors[n].dtype)
         if stem.companion is not None:
@@ -200,22 +200,22 @@ def logical_shapes(subject: Context) -> tuple[dict[str, tuple[int, ...]], list[s
         shape = info.shape
         if stem.suffix == "_blocks":
             # MXFP4 [E, out, in/32, 16] stands for [E, in, out].
-            found[stem.base] = (*shape[:-3], shape[-2] * shape[-1] * 2, shape[-3])
+            shapes[stem.base] = (*shape[:-3], shape[-2] * shape[-1] * 2, shape[-3])
         elif stem.suffix == ".weight_packed":
             per = 32 // bits if info.dtype in ("I32", "U32") else 2
-            found[f"{stem.base}.weight"] = (*shape[:-1], shape[-1] * per)
+            shapes[f"{stem.base}.weight"] = (*shape[:-1], shape[-1] * per)
         elif stem.suffix == ".qweight":
             per = 32 // bits
             awq = method(config) == "awq"
             rows, columns = (shape[0], shape[1] * per) if awq else (shape[0] * per, shape[1])
-            found[f"{stem.base}.weight"] = (columns, rows)
+            shapes[f"{stem.base}.weight"] = (columns, rows)
         elif info.dtype == "U8" and (blockwise or f"{stem.base}.weight_scale_2" in tensors):
             if blockwise:
                 unknown.append(name)
             else:
-                found[name] = (*shape[:-1], shape[-1] * 2)
+                shapes[name] = (*shape[:-1], shape[-1] * 2)
         elif info.dtype == "I8" and f"{stem.base}.scale" in tensors:
-            found[name] = (*shape[:-1], shape[-1] * 2)
+            shapes[name] = (*shape[:-1], shape[-1] * 2)
         else:
-            found[name] = shape
-    return found, unknown
+            shapes[name] = shape
+    return shapes, unknown

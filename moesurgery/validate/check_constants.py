@@ -14,13 +14,13 @@ def json_constants(subject: Context) -> Outcome:
     for file, size in subject.files.items():
         if not file.endswith(".json") or size > MAX_CONFIG_BYTES:
             continue
-        found = list(constants(subject.source.read(file, 0, size).decode("utf-8", "replace")))
-        if not found:
+        literals = list(constants(subject.source.read(file, 0, size).decode("utf-8", "replace")))
+        if not literals:
             continue
-        line, literal = found[0]
-        lines = f"line {line}" + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+        line, literal = literals[0]
+        lines = f"line {line}" + (f" (and {len(literals) - 1} more)" if len(literals) > 1 else "")
         # An infinite limit is what some real configs mean, and Python reads it; NaN means nothing.
-        worse = any(literal == "NaN" for _, literal in found)
+        worse = any(literal == "NaN" for _, literal in literals)
         yield finding(
             "C16",
             f"{lines} holds {literal}, which is no JSON: parsers other than Python's refuse the file",

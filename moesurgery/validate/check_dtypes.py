@@ -60,9 +60,9 @@ def _mixed(subject: Context, quantised: bool) -> Iterator[Finding]:
         if weights and not quantised:
             roles.setdefault(name_template(name)[0], {}).setdefault(subject.tensors[name].dtype, []).append(name)
     told: set[str] = set()
-    for found in roles.values():
-        common = max(found, key=lambda kind: len(found[kind]))
-        odd = [name for kind, names in found.items() if kind != common for name in names]
+    for by_dtype in roles.values():
+        common = max(by_dtype, key=lambda kind: len(by_dtype[kind]))
+        odd = [name for kind, names in by_dtype.items() if kind != common for name in names]
         if told.isdisjoint(odd) and odd:
             told.update(odd)
             message = f"is {subject.tensors[odd[0]].dtype}, the others of its kind are {common}" + and_more(odd)

@@ -53,16 +53,16 @@ def _is_whole(block: MoeBlock) -> bool:
 
 def _missing(block: MoeBlock, stated: int | None) -> str | None:
     """Name the experts of which a part is not there; None where all are."""
-    found: dict[str, set[int]] = {}
+    present: dict[str, set[int]] = {}
     for member in block.members:
         if member.part is not None and member.stem.main and member.expert is not None:
-            found.setdefault(member.part.path, set()).add(member.expert)
-    if not found:
+            present.setdefault(member.part.path, set()).add(member.expert)
+    if not present:
         return None
-    wanted = set().union(*found.values())
+    wanted = set().union(*present.values())
     # As many as stated, unless that is a number to doubt: nobody wants a list of a billion experts.
     wanted |= set(range(stated if stated and stated <= 2 * len(wanted) else max(wanted) + 1 if len(wanted) > 1 else 1))
-    for path, numbers in found.items():
+    for path, numbers in present.items():
         if gap := sorted(wanted - numbers):
             shown = ", ".join(map(str, gap[:8])) + (", …" if len(gap) > 8 else "")
             return f"{block.where}: {path} of {len(gap)} of {len(wanted)} experts is missing: {shown}"

@@ -49,8 +49,8 @@ class Trace:
         import torch
 
         before = self.chosen.setdefault(call.block.where, [0] * call.block.block.experts)
-        found = torch.bincount(call.index.flatten(), minlength=len(before)).tolist()
-        self.chosen[call.block.where] = [a + b for a, b in zip(before, found, strict=False)]
+        counts = torch.bincount(call.index.flatten(), minlength=len(before)).tolist()
+        self.chosen[call.block.where] = [a + b for a, b in zip(before, counts, strict=False)]
 
     def see(self, logits: torch.Tensor) -> None:
         """Take in the logits [S, V] of one prompt."""

@@ -42,9 +42,9 @@ def layers(subject: Context) -> Outcome:
     if extra := sorted(n for n in plain if n >= stated):
         yield finding("C07", f"config.json says {stated} layers; the tensors hold also {ranges(extra)}", CONFIG)
     settings = subject.anatomy.settings
-    sparse, found = moe_layers(settings), positions(settings, {block.layer for block in subject.anatomy.main_blocks})
-    if sparse is not None and found and sparse & plain != found & plain:
-        yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(found)}", CONFIG)
+    sparse, stored = moe_layers(settings), positions(settings, {block.layer for block in subject.anatomy.main_blocks})
+    if sparse is not None and stored and sparse & plain != stored & plain:
+        yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(stored)}", CONFIG)
     behind = sorted(n for n in mtp if n >= stated)
     if predicting.declared > 0 and not behind and not predicting.own_module:
         message = f"names {predicting.declared} layers for multi-token prediction; no tensor belongs to one"
@@ -74,24 +74,24 @@ def _described(subject: Context, stated: int) -> Iterator[Finding]:
 @check("C12")
 def check_ties(subject: Context) -> Outcome:
     """`layer_tie_map` gives every position a source block, sources are their own, and only they are stored."""
-    found = subject.config.get(TIES)
-    if found is None:
+    ties = subject.config.get(TIES)
+    if ties is None:
         return
-    if not isinstance(found, list) or not found or not all(type(n) is int and 0 <= n < len(found) for n in found):
+    if not isinstance(ties, list) or not ties or not all(type(n) is int and 0 <= n < len(ties) for n in ties):
         yield finding("C12", f"{TIES} is not a list of layer numbers", CONFIG)
         return
     stated = subject.setting("layers")
-    if stated is not None and len(found) != stated:
-        yield finding("C12", f"{TIES} has {len(found)} entries for {stated} layers", CONFIG)
-    for position, source in enumerate(found):
-        if found[source] != source:
-            yield finding("C12", f"{TIES}: position {position} takes {source}, which takes {found[source]}", CONFIG)
+    if stated is not None and len(ties) != stated:
+        yield finding("C12", f"{TIES} has {len(ties)} entries for {stated} layers", CONFIG)
+    for position, source in enumerate(ties):
+        if ties[source] != source:
+            yield finding("C12", f"{TIES}: position {position} takes {source}, which takes {ties[source]}", CONFIG)
     excluded = subject.config.get("layer_tie_exclude")
     own = [word for word in excluded if isinstance(word, str)] if isinstance(excluded, list) else []
     twice = [
         name
         for name, layer in subject.anatomy.layer.items()
-        if layer < len(found) and layer not in found and not any(word in name for word in own)
+        if layer < len(ties) and layer not in ties and not any(word in name for word in own)
     ]
     if twice:
         message = "is stored although its layer is tied to another: loaders untie them" + and_more(twice)

@@ -46,19 +46,19 @@ def no_pickles(subject: Context) -> Outcome:
         if file in shards or size == 0:
             continue
         try:
-            found = find_pickle(size, partial(subject.source.read, file))
+            pickle = find_pickle(size, partial(subject.source.read, file))
         except CheckpointError as error:
             yield NotChecked(("P01",), f"{file}: {error.message}")
             continue
-        if found is None:
+        if pickle is None:
             continue
         hint = "moesurgery never opens it; remove it, or let nobody load it"
-        if found.strange:
-            named = ", ".join(found.strange[:5])
-            yield finding("P01", f"is {found.kind} that names {named}", file, hint=hint, severity="error")
+        if pickle.strange:
+            named = ", ".join(pickle.strange[:5])
+            yield finding("P01", f"is {pickle.kind} that names {named}", file, hint=hint, severity="error")
         else:
-            partly = " (only its beginning was read)" if found.partial else ""
-            yield finding("P01", f"is {found.kind}{partly}", file, hint=hint)
+            partly = " (only its beginning was read)" if pickle.partial else ""
+            yield finding("P01", f"is {pickle.kind}{partly}", file, hint=hint)
 
 
 @check("P05")
@@ -117,8 +117,8 @@ def names(subject: Context) -> Outcome:
         if any(unicodedata.category(c) in ("Cc", "Cs", "Cf", "Zl", "Zp") for c in file):
             yield finding("P07", "the file's name contains control characters", file, severity="warning")
     tensors = dict.fromkeys(info.name for header in subject.scan.headers for info in header.tensors)
-    for kind, found in (("files", subject.files), ("tensors", tensors)):
-        for group in _alike(found):
+    for kind, all_names in (("files", subject.files), ("tensors", tensors)):
+        for group in _alike(all_names):
             shown = " and ".join(repr(name) for name in group[:3])
             yield finding("P09", f"{len(group)} {kind} have names that differ only in form: {shown}")
 

@@ -46,11 +46,11 @@ def outputs(subject: Context) -> Outcome:
             yield finding("S09", "its header is not the one that was written", file, hint=_HINT)
         elif (stated := entry.get("sampled_sha256")) is not None:
             try:
-                found = sampled_digest(subject.source, file, subject.files[file])
+                digest = sampled_digest(subject.source, file, subject.files[file])
             except CheckpointError as error:
                 yield finding("S11", error.message, file, hint=error.hint)
                 continue
-            if found != stated:
+            if digest != stated:
                 yield finding("S09", "its weights are not those that were written", file, hint=_HINT)
 
 
@@ -74,8 +74,8 @@ def checksums(subject: Context) -> Outcome:
 
 
 def _outputs(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    found = record.get("outputs")
-    entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+    listed = record.get("outputs")
+    entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
     return {e["file"]: e for e in entries if isinstance(e.get("file"), str)}
 
 

@@ -46,9 +46,9 @@ def values(subject: Context) -> Outcome:
 
 
 def _not_finite(subject: Context, one: Judged) -> Iterator[Finding]:
-    found, name = one.statistics, one.span.info.name
-    if found.nan or found.infinite:
-        counts = [f"{n:,} {what}" for n, what in ((found.nan, "NaN"), (found.infinite, "infinities")) if n]
+    statistics, name = one.statistics, one.span.info.name
+    if statistics.nan or statistics.infinite:
+        counts = [f"{n:,} {what}" for n, what in ((statistics.nan, "NaN"), (statistics.infinite, "infinities")) if n]
         severity: Severity | None = "warning" if name in subject.anatomy.buffers else None
         yield finding("V01", f"{one.where}it holds {' and '.join(counts)}", tensor=name, severity=severity)
 
@@ -70,10 +70,10 @@ def _zero(subject: Context, one: Judged) -> Iterator[Finding]:
 
 def _stretches(subject: Context, one: Judged) -> Iterator[Finding]:
     """Zeros in part of a weight, unless they are whole rows: those may be meant (padding, pruning)."""
-    info, found = one.span.info, one.statistics
-    if found.zero or not subject.anatomy.parameters[info.name] or len(info.shape) < 2:
+    info, statistics = one.span.info, one.statistics
+    if statistics.zero or not subject.anatomy.parameters[info.name] or len(info.shape) < 2:
         return
-    for start, stop in found.runs:
+    for start, stop in statistics.runs:
         first, last = one.span.start - info.start + start, one.span.start - info.start + stop
         if not _whole_rows(one, first, last):
             message = f"{one.where}it is zero from byte {first:,} to {last:,} of {info.nbytes:,}"

@@ -28,7 +28,7 @@ def head_of(subject: Context) -> str | None:
 
 def _matrix(subject: Context, component: str) -> str | None:
     hidden = subject.setting("hidden")
-    found = [
+    matrices = [
         name
         for name, component_of in subject.anatomy.component.items()
         if component_of == component
@@ -38,7 +38,7 @@ def _matrix(subject: Context, component: str) -> str | None:
     ]
     # A stack may have embeddings of positions as well: the vocabulary is the largest that reads the hidden size.
     return max(
-        found,
+        matrices,
         key=lambda name: (hidden == subject.tensors[name].shape[1], subject.tensors[name].shape[0]),
         default=None,
     )

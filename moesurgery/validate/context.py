@@ -82,10 +82,10 @@ class Context:
     def setting(self, name: str) -> int | None:
         """Return a count of the family's settings; None where the config has none, or gives something else."""
         try:
-            found: int | None = getattr(self.anatomy.settings, name)
+            count: int | None = getattr(self.anatomy.settings, name)
         except CheckpointError:
             return None  # `malformed` says so
-        return found
+        return count
 
     def malformed(self, name: str) -> str | None:
         """Say what is wrong with a count of the family's settings."""
@@ -107,10 +107,10 @@ class Context:
                 self._objects[file] = read_object(self.source, file, self.files[file], max(MAX_CONFIG_BYTES, 200 << 20))
             except ValueError as error:
                 self._objects[file] = error
-        found = self._objects[file]
-        if isinstance(found, ValueError):
-            raise found
-        return found
+        parsed = self._objects[file]
+        if isinstance(parsed, ValueError):
+            raise parsed
+        return parsed
 
     @cached_property
     def _objects(self) -> dict[str, dict[str, Any] | ValueError]:

@@ -60,9 +60,9 @@ class Difference:
 
 def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: ByteProgress = lambda count: None) -> Difference:
     """Compare two checkpoints; `progress` is told the bytes that were compared. Raises CheckpointError."""
-    found = list(_differing(a, b, progress))
-    equal = len(a.tensors.keys() | b.tensors.keys()) - len(found)
-    return Difference(tuple(found), tuple(json_differences(a.config, b.config)), equal)
+    differing = list(_differing(a, b, progress))
+    equal = len(a.tensors.keys() | b.tensors.keys()) - len(differing)
+    return Difference(tuple(differing), tuple(json_differences(a.config, b.config)), equal)
 
 
 def _differing(a: Checkpoint, b: Checkpoint, progress: ByteProgress) -> Iterator[TensorDifference]:

@@ -49,11 +49,11 @@ def same_layers(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
             parts.sort(key=lambda one: (_within(one, number), one.span.start))
             contents = ((_within(one, number), one.statistics.fingerprint) for one in parts)
             marks.setdefault((stack, *contents), []).append((stack, number))
-    for found in marks.values():
-        first = layers[found[0]]
-        same = [n for _, n in found[1:] if _equal(subject, first, layers[found[0][0], n])]
+    for alike in marks.values():
+        first = layers[alike[0]]
+        same = [n for _, n in alike[1:] if _equal(subject, first, layers[alike[0][0], n])]
         if same:
-            yield finding("V07", f"{found[0][0]}: layers {ranges([found[0][1], *same])} are identical")
+            yield finding("V07", f"{alike[0][0]}: layers {ranges([alike[0][1], *same])} are identical")
 
 
 def _within(one: Judged, layer: int) -> str:

@@ -37,11 +37,11 @@ def survey_of(subject: Context) -> list[Judged]:
         count = experts[name] if member is not None and member.part is not None and member.axis == 0 else 0
         spans += _spans(info, count)
     threads = min(4, cores())
-    found = survey(subject.source, spans, subject.progress, threads)
+    surveyed = survey(subject.source, spans, subject.progress, threads)
     component = subject.anatomy.component
     return [
         Judged(span, members.get(span.info.name), component[span.info.name], statistics)
-        for span, statistics in zip(spans, found, strict=True)
+        for span, statistics in zip(spans, surveyed, strict=True)
     ]
 
 

@@ -44,7 +44,7 @@ class Parents:
 
 def recorded_models(record: Mapping[str, Any]) -> list[Recorded]:
     """Return the inputs of a provenance record, the edited model or the base of a merge first."""
-    found = []
+    models = []
     inputs = record.get("inputs")
     for entry in inputs if isinstance(inputs, list) else []:
         if not isinstance(entry, dict):
@@ -52,8 +52,8 @@ def recorded_models(record: Mapping[str, Any]) -> list[Recorded]:
         name, shards = entry.get("name", entry.get("identity")), entry.get("shards")
         stated = [s.get("header_sha256") for s in shards if isinstance(s, dict)] if isinstance(shards, list) else []
         if isinstance(name, str):
-            found.append(Recorded(name, frozenset(d for d in stated if isinstance(d, str))))
-    return found or [Recorded("./model")]
+            models.append(Recorded(name, frozenset(d for d in stated if isinstance(d, str))))
+    return models or [Recorded("./model")]
 
 
 class Given:

@@ -87,7 +87,7 @@ class _Window(io.RawIOBase):
 
 def _in_archive(size: int, read_at: ReadAt) -> Pickle | None:
     """Look for pickles in a zip archive, as torch.save makes them."""
-    found: list[str] = []
+    named: list[str] = []
     partial = False
     try:
         with zipfile.ZipFile(_Window(size, read_at)) as archive:
@@ -104,19 +104,19 @@ def _in_archive(size: int, read_at: ReadAt) -> Pickle | None:
                 if names is not None:
                     seen = True
                     partial |= member.file_size > len(data)
-                    found += names
+                    named += names
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError):
         return Pickle("a damaged zip archive (perhaps a PyTorch pickle)", (), True)
     except Exception as error:  # zlib.error and friends are no common base
         if type(error).__name__ in ("error", "LZMAError"):
             return Pickle("a damaged zip archive (perhaps a PyTorch pickle)", (), True)
         raise
-    return Pickle("a PyTorch pickle", _strange(found), partial) if seen else None
+    return Pickle("a PyTorch pickle", _strange(named), partial) if seen else None
 
 
 def _names(data: bytes) -> tuple[list[str] | None, bool]:
     """Return the globals that a pickle names (None where it is no pickle), and whether it calls anything."""
-    found: list[str] = []
+    global_names: list[str] = []
     calls = False
     recent: list[str] = []  # the texts pushed last: what STACK_GLOBAL takes
     memo: dict[int, str] = {}
@@ -126,9 +126,9 @@ def _names(data: bytes) -> tuple[list[str] | None, bool]:
             count += 1
             name = opcode.name
             if name in ("GLOBAL", "INST"):
-                found.append(str(argument).replace(" ", ".", 1))
+                global_names.append(str(argument).replace(" ", ".", 1))
             elif name == "STACK_GLOBAL":
-                found.append(".".join(recent[-2:]) if len(recent) >= 2 else "something unnamed")
+                global_names.append(".".join(recent[-2:]) if len(recent) >= 2 else "something unnamed")
             elif "UNICODE" in name or name in ("STRING", "BINSTRING", "SHORT_BINSTRING"):
                 recent.append(str(argument))
                 del recent[:-8]
@@ -140,12 +140,12 @@ def _names(data: bytes) -> tuple[list[str] | None, bool]:
                 recent.append(memo.get(int(str(argument)), "?"))
             calls |= name in ("REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD")
     except (ValueError, UnicodeDecodeError, IndexError):
-        return (found, calls) if count >= 4 and data[:1] == b"\x80" else (None, False)
-    return found, calls
+        return (global_names, calls) if count >= 4 and data[:1] == b"\x80" else (None, False)
+    return global_names, calls
 
 
 def _strange(names: list[str]) -> tuple[str, ...]:
-    found = []
+    strange = []
     for name in dict.fromkeys(names):
         module, _, rest = name.partition(".")
         if module in ("builtins", "__builtin__"):
@@ -153,5 +153,5 @@ def _strange(names: list[str]) -> tuple[str, ...]:
         else:
             usual = module in _USUAL and not _NEVER.intersection(name.split("."))
         if not usual:
-            found.append(name)
-    return tuple(found)
+            strange.append(name)
+    return tuple(strange)

@@ -28,7 +28,7 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
     steps = recipe.get("steps") if isinstance(recipe, dict) else None
     if not isinstance(steps, list):
         raise RecipeError("holds no recipe")
-    found: list[tuple[str, dict[str, Any]]] = []
+    checked: list[tuple[str, dict[str, Any]]] = []
     known = operations()
     for entry in steps:
         name, values = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else ("", None)
@@ -36,10 +36,10 @@ def steps_of(record: Mapping[str, Any]) -> Steps:
             raise RecipeError(f"the step {entry!r} is none of an operation that is known here")
         if name != MERGE_OPERATION and (wrong := problems(known[name], values)):
             raise RecipeError(wrong[0].message)
-        if name == MERGE_OPERATION and found and found[-1][0] != MERGE_OPERATION:
-            raise RecipeError(f"merges after {found[-1][0]}, which no recipe does")
-        found.append((name, values))
-    return found
+        if name == MERGE_OPERATION and checked and checked[-1][0] != MERGE_OPERATION:
+            raise RecipeError(f"merges after {checked[-1][0]}, which no recipe does")
+        checked.append((name, values))
+    return checked
 
 
 def parents_of(record: Mapping[str, Any], steps: Steps, given: Sequence[Given]) -> Parents:
@@ -88,21 +88,21 @@ def _check_method(stage: Mapping[str, Any]) -> None:
     stated, recipe = stage.get("methods"), stage.get("recipe")
     if not isinstance(stated, dict) or not isinstance(recipe, dict):
         return
-    found = methods().get(str(recipe.get("merge_method")))
+    method = methods().get(str(recipe.get("merge_method")))
     what = f"the merge method {recipe.get('merge_method')!r} of {stated.get('file')}"
-    if found is None or found.origin is None:
+    if method is None or method.origin is None:
         raise RecipeError(f"needs {what}", f"add --methods {stated.get('file')}: it is run")
-    if found.origin[1] != stated.get("sha256"):
-        raise RecipeError(f"needs {what}, which is another file than {found.origin[0]}", "give the file as it was")
+    if method.origin[1] != stated.get("sha256"):
+        raise RecipeError(f"needs {what}, which is another file than {method.origin[0]}", "give the file as it was")
 
 
 def _recipe_steps(steps: Steps, parents: Parents) -> Iterator[RecipeStep]:
     """Yield steps with what was given in place of the names that the record has for models and files."""
     for name, values in steps:
         operation = operations()[name]
-        found = {path: _located(text, parents) for path, text, _ in operation.named(values)}
+        located = {path: _located(text, parents) for path, text, _ in operation.named(values)}
         settings = {key: value for key, value in _NOT_AGAIN.items() if key in operation.parameters}
-        yield RecipeStep(name, {**with_texts(values, found), **settings})
+        yield RecipeStep(name, {**with_texts(values, located), **settings})
 
 
 def _located(name: str, parents: Parents) -> str:

@@ -86,21 +86,21 @@ def to_json(report: Report) -> str:
 
 def junit(report: Report) -> str:
     """Return JUnit XML: one test case for each code that was looked for, its findings as one failure."""
-    found: dict[str, list[Finding]] = {code: [] for code in report.checked}
+    by_code: dict[str, list[Finding]] = {code: [] for code in report.checked}
     for finding in report.by_gravity:
-        found.setdefault(finding.code, []).append(finding)
+        by_code.setdefault(finding.code, []).append(finding)
     skipped = {code: skip.reason for skip in report.not_checked for code in skip.codes}
-    failures = sum(any(f.severity == "error" for f in findings) for findings in found.values())
+    failures = sum(any(f.severity == "error" for f in findings) for findings in by_code.values())
     suite = ElementTree.Element(
         "testsuite",
         name=f"moesurgery validate {one_line(report.target)}",
-        tests=str(len(found)),
+        tests=str(len(by_code)),
         failures=str(failures),
         errors="0",
-        skipped=str(sum(code in skipped and not found[code] for code in found)),
+        skipped=str(sum(code in skipped and not by_code[code] for code in by_code)),
         time=f"{report.seconds:.3f}",
     )
-    for code, findings in found.items():
+    for code, findings in by_code.items():
         case = ElementTree.SubElement(suite, "testcase", classname="moesurgery", name=f"{code} {CODES[code].title}")
         lines = "\n".join(f"{f.severity}: {_line(f)}" for f in findings)
         errors = [finding for finding in findings if finding.severity == "error"]

@@ -68,11 +68,11 @@ def validate_checkpoint(
         levels = (*levels, "against")
     scan = scan_checkpoint(source)
     subject = Context(scan, tuple(map(str, references)), tolerance, client, progress)
-    found, skipped, checked = _run(subject, levels)
+    findings, skipped, checked = _run(subject, levels)
     if level is None and chosen == "config":
         skipped.append(NotChecked(("V01",), f"the values of {_stored(scan) / 1e9:.1f} GB: --level values reads them"))
-    kept = [f for f in dict.fromkeys(found) if f.code not in ignore]
-    ignored = Counter(f.code for f in dict.fromkeys(found) if f.code in ignore)
+    kept = [f for f in dict.fromkeys(findings) if f.code not in ignore]
+    ignored = Counter(f.code for f in dict.fromkeys(findings) if f.code in ignore)
     return Report(
         source.identity,
         levels,
@@ -101,11 +101,11 @@ def _stored(scan: Scan) -> int:
 def _run(subject: Context, levels: tuple[Level, ...]) -> tuple[list[Finding], list[NotChecked], list[str]]:
     for module in _MODULES:
         import_module(f"moesurgery.validate.check_{module}")
-    found: list[Finding] = []
+    findings: list[Finding] = []
     skipped: list[NotChecked] = []
     checked: list[str] = []
     for level in levels:
-        wrong_before = any(finding.severity == "error" for finding in found)
+        wrong_before = any(finding.severity == "error" for finding in findings)
         for check in CHECKS:
             if check.level != level:
                 continue
@@ -119,9 +119,9 @@ def _run(subject: Context, levels: tuple[Level, ...]) -> tuple[list[Finding], li
             try:
                 for outcome in check.function(subject):
                     if isinstance(outcome, Finding):
-                        found.append(outcome)
+                        findings.append(outcome)
                     else:
                         skipped.append(outcome)
             except CheckpointError as error:
                 skipped.append(NotChecked(check.codes, error.message))
-    return found, skipped, checked
+    return findings, skipped, checked

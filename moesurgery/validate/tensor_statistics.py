@@ -154,7 +154,7 @@ def survey(source: Source, spans: Sequence[Span], progress: Callable[[int], None
         if not hasattr(local, "reader"):
             local.reader, local.buffer = FileReader(), Buffer()
             readers.append(local.reader)
-        found = Statistics()
+        statistics = Statistics()
         remote = local.reader.path(source, span.info.file) is None
         step = _REMOTE_CHUNK if remote else BUFFER
         for at in range(0, span.nbytes, step):
@@ -163,9 +163,9 @@ def survey(source: Source, spans: Sequence[Span], progress: Callable[[int], None
                 data = memoryview(read_remote(source, span.info.file, span.start + at, length))
             else:
                 data = local.reader.bytes_at(source, span.info.file, span.start + at, length, local.buffer)
-            found.add(data, at, span.info.dtype)
+            statistics.add(data, at, span.info.dtype)
             progress(length)
-        return found.finish(span.nbytes)
+        return statistics.finish(span.nbytes)
 
     try:
         if threads == 1:

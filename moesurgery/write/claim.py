@@ -165,10 +165,10 @@ def read_record(folder: OpenFolder) -> dict[str, Any] | None:
     except OSError:
         return None
     try:
-        found = json.loads(text)
+        record = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        record = None
+    return record if isinstance(record, dict) else {}
 
 
 def is_ours(folder: OpenFolder, status: os.stat_result) -> bool:

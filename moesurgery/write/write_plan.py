@@ -314,8 +314,8 @@ def _check_shard(
     else:
         header = read_header(task.name, size, read)
         digest = header.digest
-        found = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
-        same = found == [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]
+        written = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
+        same = written == [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]
     if not same:
         raise OutputError(
             f"{work.path / task.name} is not what was planned", "delete the .partial folder and start again"

@@ -58,16 +58,16 @@ def _ordered(stages: list[Stage], wrong: Mistakes) -> list[Stage]:
     if not stages:
         return []
     result = named.get(None, stages[-1])
-    found: list[Stage] = []
+    ordered: list[Stage] = []
     open_ones = [(result, iter(result.models))]
     while open_ones:
         stage, models = open_ones[-1]
-        used = next((named[model] for model in models if model in named and named[model] not in found), None)
+        used = next((named[model] for model in models if model in named and named[model] not in ordered), None)
         if used is None:
-            found.append(open_ones.pop()[0])
+            ordered.append(open_ones.pop()[0])
         elif any(used is above for above, _ in open_ones):
             wrong.append((used.line, f"the stage {used.name!r} uses itself, at once or by way of others"))
         else:
             open_ones.append((used, iter(used.models)))
-    idle = [(s.line, f"the stage {s.name!r} has no effect: no other uses it") for s in stages if s not in found]
-    return [*found[:-1], replace(result, warnings=(*result.warnings, *idle))]
+    idle = [(s.line, f"the stage {s.name!r} has no effect: no other uses it") for s in stages if s not in ordered]
+    return [*ordered[:-1], replace(result, warnings=(*result.warnings, *idle))]

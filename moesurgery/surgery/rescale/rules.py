@@ -101,7 +101,7 @@ def choose_factors(
         "norm": norm,
         "published": published,
     }
-    alternatives |= {"none": 1.0} | {rule: span(found) for rule, found in data.items()}
+    alternatives |= {"none": 1.0} | {rule: span(factors) for rule, factors in data.items()}
     notes: tuple[str, ...] = ()
     chosen: Mapping[str, Factor]
     if isinstance(scale, (int, float)):
@@ -184,15 +184,15 @@ def _from_statistics(
             f"rescale: {path} has sums for {seen}, not for top-k {top_k}",
             f"collect again with `moesurgery collect --top-k {top_k}`",
         )
-    found: dict[str, dict[str, Factor]] = {}
+    by_rule: dict[str, dict[str, Factor]] = {}
     for rule in DATA_RULES:
         if stats.unread or (routing.on_input and rule == "gate"):
             continue
         factors: dict[str, Factor] = {w: RULES[rule](block, top_k) for w, block in stats.blocks.items()}
         # Prediction layers are not run: they get the mean of what the others get.
         mean = float(np.mean([f for factor in factors.values() for f in spread(factor)]))
-        found[rule] = {block.where: factors.get(block.where, mean) for block in anatomy.blocks}
-    return found, statistics
+        by_rule[rule] = {block.where: factors.get(block.where, mean) for block in anatomy.blocks}
+    return by_rule, statistics
 
 
 def spread(factor: Factor) -> list[float]:

@@ -39,7 +39,7 @@ def relative_distances(compared: Sequence[Compared], how: Distances) -> tuple[di
     for entry in compared:
         if all(expr.dtype in PLAIN_FLOATS for expr in (entry[2], *entry[3])):
             kinds[_NUMBER.sub("#", entry[0]).removesuffix(".weight"), entry[1]].append(entry)
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    by_kind: dict[str, dict[int, float]] = defaultdict(dict)
     left_out = 0
     for (kind, position), entries in kinds.items():
         if how == "sampled":
@@ -47,8 +47,8 @@ def relative_distances(compared: Sequence[Compared], how: Distances) -> tuple[di
         squares = [_squares(entry, SAMPLE // len(entries) if how == "sampled" else None) for entry in entries]
         apart, whole = (math.fsum(sums[i] for sums in squares) for i in range(2))
         left_out += sum(sums[2] for sums in squares)
-        found[kind][position] = math.sqrt(apart / whole) if whole else 0.0
-    return dict(found), left_out
+        by_kind[kind][position] = math.sqrt(apart / whole) if whole else 0.0
+    return dict(by_kind), left_out
 
 
 def _squares(entry: Compared, sample: int | None) -> tuple[float, float, int]:

@@ -148,12 +148,12 @@ def expert_parameters(block: MoeBlock, tensors: Mapping[str, Expr], layouts: Seq
             "leave relax out",
         )
     members = [(m, tensors[m.name]) for m in block.members if m.part is not None and m.stem.main]
-    found = {}
+    by_path = {}
     for part in fused.parts:
         stacked = [expr for m, expr in members if m.role == part.role and m.expert is None]
         roles = ("gate", "up") if part.role == "gate_up" else ("down",)
         by_place = {(m.role, m.expert): expr for m, expr in members}
         if not stacked:
             stacked = [stack([concat([by_place[role, e] for role in roles]) for e in range(block.experts)])]
-        found[part.path] = transpose(stacked[0]) if part.order == "io" else stacked[0]
-    return found
+        by_path[part.path] = transpose(stacked[0]) if part.order == "io" else stacked[0]
+    return by_path

@@ -107,10 +107,10 @@ def tie_blocks(
         more, companions = _relaxed(plan, anatomy, tie, relax)
         files |= more
     compared = tie.compared()
-    found: dict[str, dict[int, float]] = {}
+    by_kind: dict[str, dict[int, float]] = {}
     left_out = 0
     if distances != "none" and compared:
-        found, left_out = relative_distances(compared, distances)
+        by_kind, left_out = relative_distances(compared, distances)
     parameters: dict[str, Any] = (
         {"blocks": blocks} if blocks is not None else {"scheme": scheme, "group_size": group_size}
     )
@@ -127,14 +127,14 @@ def tie_blocks(
             "layer_tie_map": list(arrangement.tie_map),
             "blocks": {str(s): list(of) for s, of in arrangement.sources.items()},
             "apart": apart,
-            "distances": {kind: {str(i): d for i, d in by.items()} for kind, by in found.items()},
+            "distances": {kind: {str(i): d for i, d in by.items()} for kind, by in by_kind.items()},
             "distances_from": distances,
         },
         notes=(
-            *_notes(arrangement, compared, found, distances, stored_once, relax, anatomy.is_moe),
+            *_notes(arrangement, compared, by_kind, distances, stored_once, relax, anatomy.is_moe),
             *_odd_note(left_out),
         ),
-        tables=_tables(found),
+        tables=_tables(by_kind),
     )
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files, companions=companions)
 
@@ -198,19 +198,19 @@ class _Tie:
                 continue
             positions = [i for i, block in enumerate(self.arrangement.own) if block == old]
             for inside, name in names.items():
-                found = []
+                replacements = []
                 for position in positions:
                     source = self.arrangement.tie_map[position]
                     if not self.shared(inside):
-                        found.append((self.stack.name(position, inside), self.plan.tensors[name]))
+                        replacements.append((self.stack.name(position, inside), self.plan.tensors[name]))
                     elif everywhere or source == position:
-                        found.append((self.stack.name(position, inside), self.weights(source, inside)))
-                entries[name] = found
+                        replacements.append((self.stack.name(position, inside), self.weights(source, inside)))
+                entries[name] = replacements
         return entries
 
     def compared(self) -> list[Compared]:
         """Return each shared tensor whose weights come from other blocks than its own, with those."""
-        found: list[Compared] = []
+        pairs: list[Compared] = []
         for position, old in enumerate(self.arrangement.own):
             sources = self.arrangement.sources[self.arrangement.tie_map[position]]
             if sources == (old,):
@@ -218,8 +218,8 @@ class _Tie:
             for inside, name in self.stack.blocks[old].items():
                 if self.shared(inside):
                     others = [self.plan.tensors[self.stack.blocks[block][inside]] for block in sources]
-                    found.append((inside, position, self.plan.tensors[name], others))
-        return found
+                    pairs.append((inside, position, self.plan.tensors[name], others))
+        return pairs
 
 
 def _odd_note(left_out: int) -> list[str]:

@@ -71,14 +71,14 @@ def _centres(rows: np.ndarray, labels: np.ndarray, parts: int) -> np.ndarray:
     """Return the direction of each cluster's sum, at a length of about 2^_BITS, in whole numbers."""
     import numpy as np
 
-    found = np.empty((parts, rows.shape[1]))
+    centres = np.empty((parts, rows.shape[1]))
     for part in range(parts):
         total = np.zeros(rows.shape[1])
         members = rows[labels == part]
         for at in range(0, len(members), _BLOCK):
             total += members[at : at + _BLOCK].astype(np.float64).sum(axis=0)
-        found[part] = _of_length(total[None], _BITS + 6)[0]
-    return found
+        centres[part] = _of_length(total[None], _BITS + 6)[0]
+    return centres
 
 
 def _of_length(rows: np.ndarray, bits: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def dense_model_of(plan: Plan, architecture: Architecture) -> DenseModel:
     traits = architecture.read(plan.config)
     assert architecture.ffn is not None
     count = plan.config["num_hidden_layers"]
-    found: list[dict[str, str]] = [{} for _ in range(count)]
+    ffn_names: list[dict[str, str]] = [{} for _ in range(count)]
     others: dict[str, Expr] = {}
     prefixes: set[str] = set()
     dropped, foreign = [], []
@@ -98,7 +98,7 @@ def dense_model_of(plan: Plan, architecture: Architecture) -> DenseModel:
             prefixes.add(prefix)
             module = rest.removesuffix(".weight")
             if module in architecture.ffn.modules and rest.endswith(".weight"):
-                found[layer][module] = name
+                ffn_names[layer][module] = name
             elif _has_place(rest, architecture, traits):
                 others[name] = expr
             else:
@@ -112,13 +112,13 @@ def dense_model_of(plan: Plan, architecture: Architecture) -> DenseModel:
     if len(prefixes) != 1:
         raise CheckpointError(f"upcycle: layers stand under {', '.join(sorted(prefixes)) or 'no name'}")
     layers = []
-    for i, names in enumerate(found):
+    for i, names in enumerate(ffn_names):
         missing = [m for m in architecture.ffn.modules if m not in names]
         if missing:
             raise CheckpointError(f"upcycle: layer {i}: {missing[0]}.weight is missing")
         layers.append(_ffn(plan, architecture, names))
     _check_complete(others, architecture, traits, count)
-    layer_of = {name: i for i, names in enumerate(found) for name in names.values()}
+    layer_of = {name: i for i, names in enumerate(ffn_names) for name in names.values()}
     return DenseModel(plan, architecture, traits, prefixes.pop(), tuple(layers), others, layer_of, tuple(dropped))
 
 

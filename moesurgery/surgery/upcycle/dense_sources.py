@@ -56,7 +56,7 @@ class DenseSource:
 def open_sources(base: DenseModel, entries: Sequence[str | ExpertSource]) -> list[DenseSource]:
     """Open every entry, each model once. Raises RefusedError where one does not fit the base."""
     opened: dict[str, DenseModel] = {}
-    found = []
+    sources = []
     for given in entries:
         entry: ExpertSource = {"model": given} if isinstance(given, str) else given
         reference = entry.get("model")
@@ -66,7 +66,7 @@ def open_sources(base: DenseModel, entries: Sequence[str | ExpertSource]) -> lis
             if reference not in opened:
                 opened[reference] = _open(base, reference)
             dense = opened[reference]
-        found.append(
+        sources.append(
             DenseSource(
                 dense,
                 dense is base,
@@ -75,7 +75,7 @@ def open_sources(base: DenseModel, entries: Sequence[str | ExpertSource]) -> lis
                 float(entry.get("noise_scale", 0.0)),
             )
         )
-    return found
+    return sources
 
 
 def _open(base: DenseModel, reference: str) -> DenseModel:
@@ -117,16 +117,16 @@ def in_dtype(ffn: FfnTensors, of: FfnTensors) -> FfnTensors:
 
 def branches(base: DenseModel, sources: Sequence[DenseSource]) -> list[DenseModel]:
     """Return the different models among the sources, in order."""
-    found: list[DenseModel] = []
+    models: list[DenseModel] = []
     for source in sources:
-        if all(source.dense is not known for known in found):
-            found.append(source.dense)
-    return found or [base]
+        if all(source.dense is not known for known in models):
+            models.append(source.dense)
+    return models or [base]
 
 
 def averaged(base: DenseModel, models: Sequence[DenseModel]) -> dict[str, Expr]:
     """Return the base's tensors besides FFNs, each the mean over `models`. Raises RefusedError where shapes differ."""
-    found = {}
+    means = {}
     for name, expr in base.others.items():
         parts = []
         for model in models:
@@ -138,18 +138,18 @@ def averaged(base: DenseModel, models: Sequence[DenseModel]) -> dict[str, Expr]:
                     "keep the base model's: leave out `rest: average`",
                 )
             parts.append(cast(other, expr.dtype))
-        found[name] = mean(parts)
-    return found
+        means[name] = mean(parts)
+    return means
 
 
 def different_traits(base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
     """Return the traits in which some model differs from the base: what its attention was trained with."""
-    found: list[str] = []
+    different: list[str] = []
     for model in models:
         for name, value in base.traits.items():
-            if model.traits.get(name) != value and name not in (*found, "pad", "bos", "eos", "initializer_range"):
-                found.append(name)
-    return found
+            if model.traits.get(name) != value and name not in (*different, "pad", "bos", "eos", "initializer_range"):
+                different.append(name)
+    return different
 
 
 def parents(
@@ -157,9 +157,9 @@ def parents(
 ) -> dict[str, tuple[Checkpoint]]:
     """Return the checkpoint of every model that the parameters name."""
     entries = [*(given["sources"] or ()), *([given["shared_source"]] if shared is not None else ())]
-    found = {}
+    checkpoints = {}
     for entry, source in zip(entries, [*sources, *([shared] if shared is not None else ())], strict=True):
         reference = entry if isinstance(entry, str) else entry.get("model")
         if reference is not None:
-            found[reference] = (source.dense.plan.checkpoint,)
-    return found
+            checkpoints[reference] = (source.dense.plan.checkpoint,)
+    return checkpoints

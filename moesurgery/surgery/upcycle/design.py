@@ -155,7 +155,7 @@ def design_for(
 
 def router_settings(design: Design, family: Family) -> dict[str, Any]:
     """Return the config keys of the routing: counts, and whether gates are renormalised."""
-    found: dict[str, Any] = {family.experts_key: design.experts, family.top_k_key: design.top_k}
+    settings: dict[str, Any] = {family.experts_key: design.experts, family.top_k_key: design.top_k}
     if isinstance(family.routing.renormalised, Flag):
-        found[family.routing.renormalised.keys[0]] = design.renormalised
-    return found
+        settings[family.routing.renormalised.keys[0]] = design.renormalised
+    return settings

@@ -42,7 +42,7 @@ def routed_tensors(
     prefix: str, groups: Sequence[Ingredient], design: Design, layout: Layout, changes: Changes
 ) -> dict[str, Expr]:
     """Return the expert tensors of the layer whose names begin with `prefix`. `groups` repeat in turn."""
-    found: dict[str, Expr] = {}
+    tensors: dict[str, Expr] = {}
     experts = [
         _expert(f"{prefix}experts.{e}", groups[e // design.parts % len(groups)], e % design.parts, design, changes)
         for e in range(design.experts)
@@ -50,7 +50,7 @@ def routed_tensors(
     for part in layout.parts:
         if layout.kind == "per-expert":
             for e, expert in enumerate(experts):
-                found[f"{prefix}{part.path.replace('#', str(e))}.weight"] = expert[part.role]
+                tensors[f"{prefix}{part.path.replace('#', str(e))}.weight"] = expert[part.role]
             continue
         suffix = "" if "experts" in part.path else ".weight"
         if part.role == "down":
@@ -60,30 +60,30 @@ def routed_tensors(
             matrices = [concat_last([transpose(x["gate"]), transpose(x["up"])]) for x in experts]
         else:
             matrices = [concat([x["gate"], x["up"]]) for x in experts]
-        found[f"{prefix}{part.path}{suffix}"] = stack(matrices)
-    return found
+        tensors[f"{prefix}{part.path}{suffix}"] = stack(matrices)
+    return tensors
 
 
 def _expert(name: str, source: Ingredient, part: int, design: Design, changes: Changes) -> dict[str, Expr]:
     """Return gate and up [I/parts, H] and down [H, I/parts] of one expert."""
     ffn = source.ffn
     size = ffn.width // design.parts
-    found: dict[str, Expr]
+    by_role: dict[str, Expr]
     if design.split:
         parts = partition(ffn.gate, design.split, design.parts, random_key(changes.seed, changes.split_key))
-        found = {
+        by_role = {
             "gate": NeuronSlice(ffn.gate, parts, design.parts, part),
             "up": NeuronSlice(ffn.up, parts, design.parts, part),
             "down": NeuronSliceLast(ffn.down, parts, design.parts, part),
         }
     else:
-        found = {
+        by_role = {
             "gate": _slice(ffn.gate, part * size, size),
             "up": _slice(ffn.up, part * size, size),
             "down": slice_last(ffn.down, part * size, (part + 1) * size),
         }
     count = round(changes.reinit * size)
-    for role, expr in found.items():
+    for role, expr in by_role.items():
         if count:
             choice = random_key(changes.seed, f"{name}/neurons")
             drawn = random_key(changes.seed, f"{name}.{role}/drawn")
@@ -92,8 +92,8 @@ def _expert(name: str, source: Ingredient, part: int, design: Design, changes: C
             expr = Noisy(expr, source.noise, source.relative, random_key(changes.seed, f"{name}.{role}/noise"))
         if role == "down":
             expr = scaled(expr, source.scale * design.routed_factor)
-        found[role] = expr
-    return found
+        by_role[role] = expr
+    return by_role
 
 
 def _slice(expr: Expr, start: int, count: int) -> Expr:
@@ -118,12 +118,12 @@ def shared_settings(design: Design, moe: Moe, width: int) -> dict[str, int | str
     if shared is None:
         return {}
     size = shared_width(design, moe, width)
-    found: dict[str, int | str] = dict(shared.settings) if size else {}
+    settings: dict[str, int | str] = dict(shared.settings) if size else {}
     if shared.width:
-        found[shared.width] = size
+        settings[shared.width] = size
     if shared.count:
-        found[shared.count] = size // (width // design.parts)
-    return found
+        settings[shared.count] = size // (width // design.parts)
+    return settings
 
 
 # Weights of a gate that is 1/2 for every token: so small that its sigmoid is 1/2 to the last bit of float32, and no
@@ -147,10 +147,10 @@ def shared_tensors(prefix: str, source: Ingredient, design: Design, moe: Moe, se
         for role, expr in parts.items():
             parts[role] = Noisy(expr, source.noise, source.relative, random_key(seed, f"{prefix}shared.{role}/noise"))
     parts["down"] = scaled(parts["down"], source.scale * design.share / shared.factor)
-    found = _shared_names(prefix, shared, parts)
+    tensors = _shared_names(prefix, shared, parts)
     if shared.gate:
-        found[f"{prefix}{shared.gate}.weight"] = Full(EVEN_GATE[ffn.gate.dtype], ffn.gate.dtype, (1, ffn.hidden))
-    return found
+        tensors[f"{prefix}{shared.gate}.weight"] = Full(EVEN_GATE[ffn.gate.dtype], ffn.gate.dtype, (1, ffn.hidden))
+    return tensors
 
 
 def _shared_names(prefix: str, shared: SharedExpertNames, parts: Mapping[str, Expr]) -> dict[str, Expr]:

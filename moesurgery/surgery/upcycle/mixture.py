@@ -53,30 +53,30 @@ class Mixture:
     def inexact(self) -> list[str]:
         """Return why step 0 is not the dense model; empty where it is."""
         given, design = self.given, self.design
-        found = []
+        reasons = []
         models = branches(self.base, self.all_sources())
         if len(models) > 1 or models[0] is not self.base:
-            found.append(
+            reasons.append(
                 f"experts come from {len(models)} models" if len(models) > 1 else f"experts are {models[0].name}'s"
             )
         if any(source.scale != 1 for source in self.all_sources()):
-            found.append("residual_scale changes what experts add")
+            reasons.append("residual_scale changes what experts add")
         if any(source.noise for source in self.all_sources()) or given["noise"]:
-            found.append("noise on the experts")
+            reasons.append("noise on the experts")
         if given["reinit"]:
-            found.append(f"{given['reinit']:.0%} of each expert's neurons are drawn anew")
+            reasons.append(f"{given['reinit']:.0%} of each expert's neurons are drawn anew")
         if design.split and design.top_k < design.experts:
-            found.append(f"a token uses {design.top_k} of the {design.experts} parts of its FFN")
+            reasons.append(f"a token uses {design.top_k} of the {design.experts} parts of its FFN")
         elif design.split and given["router"] != "zero":
-            found.append("the parts of the FFN get unequal gates: --router zero makes them equal")
+            reasons.append("the parts of the FFN get unequal gates: --router zero makes them equal")
         if not design.renormalised and given["router"] != "zero":
-            found.append("the gates do not sum to the same for every token: --router zero makes them equal")
-        return found
+            reasons.append("the gates do not sum to the same for every token: --router zero makes them equal")
+        return reasons
 
     def rounded(self) -> list[str]:
         """Return what is rounded to 16 bits on the way: step 0 is then the dense model's but for that."""
         down, moe, design = self.base.layers[0].down, self.moe, self.design
-        found = []
+        roundings = []
         if down.dtype in ("BF16", "F16"):
             factors = [0.0 if moe.input_gates else design.routed_factor]
             if moe.shared is not None:
@@ -84,33 +84,33 @@ class Mixture:
             odd = [f"{factor:g}" for factor in factors if factor and math.frexp(factor)[0] != 0.5]
             if odd:
                 what = "a power" if len(odd) == 1 else "powers"
-                found.append(f"down-projections times {' and '.join(odd)}, not {what} of two, in {down.dtype}")
+                roundings.append(f"down-projections times {' and '.join(odd)}, not {what} of two, in {down.dtype}")
             if any(rewrite.rounds for rewrite in self.conversion.rewrites):
-                found.append(f"norms or embeddings that this pair rewrites, in {down.dtype}")
+                roundings.append(f"norms or embeddings that this pair rewrites, in {down.dtype}")
         if dtype := self.given["dtype"]:
             exact = ("F32", "BF16", "F16") if dtype == "float32" else (BY_CONFIG_NAME[dtype],)
             if any(expr.dtype not in exact for expr in self.base.plan.tensors.values()):
-                found.append(f"all weights, to {dtype}")
-        return found
+                roundings.append(f"all weights, to {dtype}")
+        return roundings
 
     def notes(self, *, exact: bool) -> list[str]:
         """Say what else was changed, and what training will meet."""
         design, given = self.design, self.given
-        found = list(dict.fromkeys(rewrite.note for rewrite in self.conversion.rewrites))
+        remarks = list(dict.fromkeys(rewrite.note for rewrite in self.conversion.rewrites))
         if self.base.dropped:
-            found.append(f"{len(self.base.dropped)} tables that loaders compute themselves left out")
+            remarks.append(f"{len(self.base.dropped)} tables that loaders compute themselves left out")
         alike = exact and design.granularity == 1 and not design.split
         if given["router"] == "zero":
-            found.append("a router of zeros sends all tokens to the same experts until training moves it")
+            remarks.append("a router of zeros sends all tokens to the same experts until training moves it")
         elif design.top_k == 1 and design.renormalised and not design.split:
-            found.append("with one expert per token and gates that sum to 1 the router never gets a gradient")
+            remarks.append("with one expert per token and gates that sum to 1 the router never gets a gradient")
         elif alike and design.renormalised and not self.moe.input_gates:
-            found.append("equal experts give the router no gradient at first: --granularity or a little --noise does")
+            remarks.append("equal experts give the router no gradient at first: --granularity or a little --noise does")
         if design.share == 0 and self.moe.shared is not None and not self.moe.shared.optional:
-            found.append("the shared expert, which this type must have, begins with a down-projection of zeros")
+            remarks.append("the shared expert, which this type must have, begins with a down-projection of zeros")
         if given["rest"] == "base" and (lost := different_traits(self.base, branches(self.base, self.sources))):
-            found.append(f"the sources differ from the base in {', '.join(lost)}; the base's is kept")
-        return found
+            remarks.append(f"the sources differ from the base in {', '.join(lost)}; the base's is kept")
+        return remarks
 
     def tensors(self, rows: list[torch.Tensor] | None) -> tuple[dict[str, Expr], dict[str, str]]:
         """Return all tensors in the source's order, experts in their FFN's place, new tensors at the end.
@@ -125,9 +125,9 @@ class Mixture:
         late: dict[str, Expr] = {}
         places: dict[int, dict[str, dict[str, Expr]]] = {}  # of each layer: what stands where each tensor stood
 
-        def add(found: Mapping[str, Expr], to: dict[str, Expr], file: str) -> None:
-            to.update(found)
-            shard_of.update(dict.fromkeys(found, file))
+        def add(added: Mapping[str, Expr], to: dict[str, Expr], file: str) -> None:
+            to.update(added)
+            shard_of.update(dict.fromkeys(added, file))
 
         for name in plan.tensors:
             if name in others:
@@ -159,10 +159,10 @@ class Mixture:
         return next((name for name in names if name in self.base.layer_of), None)
 
     def _rewritten(self, name: str, expr: Expr) -> dict[str, Expr]:
-        found = [(name, expr)]
+        pairs = [(name, expr)]
         for rewrite in self.conversion.rewrites:
-            found = [new for n, e in found for new in rewrite.tensor(n, e, self.conversion.traits)]
-        return dict(found)
+            pairs = [new for n, e in pairs for new in rewrite.tensor(n, e, self.conversion.traits)]
+        return dict(pairs)
 
     def _layer(self, layer: int, rows: torch.Tensor | None) -> tuple[dict[str, Expr], dict[str, Expr]]:
         """Return the experts and the new tensors of one layer."""

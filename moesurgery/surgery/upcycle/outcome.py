@@ -36,8 +36,8 @@ def logits_compared(dense: Plan, mixture: Plan, texts: Sequence[str], *, exact: 
     else:
         length = _window(dense, _PROMPT)
         ids = torch.randint(before.vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    expected, found = before.logits(Tokens(ids)), Engine(mixture).logits(Tokens(ids))
-    difference, scale = (expected - found).abs().max().item(), expected.abs().max().item()
+    expected, actual = before.logits(Tokens(ids)), Engine(mixture).logits(Tokens(ids))
+    difference, scale = (expected - actual).abs().max().item(), expected.abs().max().item()
     if exact and not difference <= _TOLERANCE * max(1.0, scale):
         raise RefusedError(
             f"upcycle: the mixture's logits differ from the dense model's by {difference:.2g}, of up to {scale:.2g}",

@@ -78,7 +78,7 @@ def rows_from_prompts(dense: DenseModel, prompts: Sequence[Prompts], mode: Promp
 def tokenise(plan: Plan, prompts: Sequence[Prompts]) -> Batch:
     """Tokenise all prompts with the model's own tokenizer, each after its first token (BOS) where it has one."""
     tokenizer = _tokenizer(plan)
-    owner, found = [], []
+    owner, token_ids = [], []
     for expert, entry in enumerate(prompts):
         for positive, texts in ((True, entry.positive), (False, entry.negative)):
             for text in texts:
@@ -86,8 +86,8 @@ def tokenise(plan: Plan, prompts: Sequence[Prompts]) -> Batch:
                 if not ids:
                     raise RefusedError(f"upcycle: the prompt {text!r} has no tokens")
                 owner.append((expert, positive))
-                found.append(ids)
-    return Batch(padded(found), tuple(owner))
+                token_ids.append(ids)
+    return Batch(padded(token_ids), tuple(owner))
 
 
 def _tokenizer(plan: Plan) -> Any:
@@ -158,13 +158,13 @@ def _rows(batch: Batch, experts: int, together: Callable[[list[int]], torch.Tens
     """Return the unit rows [experts, H]: each what an expert's prompts come to, less what its negative ones do."""
     import torch
 
-    found = []
+    rows = []
     for expert in range(experts):
         row = together(batch.of(expert, True))
         if against := batch.of(expert, False):
             row = row - together(against)
-        found.append(unit(row))
-    return torch.stack(found)
+        rows.append(unit(row))
+    return torch.stack(rows)
 
 
 def _mean(of_prompt: torch.Tensor, prompts: list[int]) -> torch.Tensor:

@@ -98,9 +98,9 @@ def prove(dense: DenseModel, pair: Pair, given: Mapping[str, Any], upcycle: Call
         plan = upcycle(plan_of(open_checkpoint(before)), **parameters, proof=False)
         _save(plan, after)
         prompt = torch.randint(3, VOCABULARY, (2, _PROMPT), generator=torch.Generator().manual_seed(1))
-        expected, found = logits_of(before, prompt), logits_of(after, prompt)
+        expected, actual = logits_of(before, prompt), logits_of(after, prompt)
     result = Proof(
-        (expected - found).abs().max().item(),
+        (expected - actual).abs().max().item(),
         expected.abs().max().item(),
         config["num_hidden_layers"],
     )
@@ -158,11 +158,11 @@ def logits_of(path: Path, prompt: Any) -> Any:
     import transformers
 
     loader: Any = transformers.AutoModelForCausalLM
-    model, found = loader.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, loading = loader.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[kind]:
+        if loading[kind]:
             raise RefusedError(
-                f"upcycle: the proof failed: transformers finds {kind.replace('_', ' ')}: {sorted(found[kind])[0]}",
+                f"upcycle: the proof failed: transformers finds {kind.replace('_', ' ')}: {sorted(loading[kind])[0]}",
                 "nothing was written; the pair does not hold for this config: please report it",
             )
     with torch.inference_mode():
@@ -267,15 +267,15 @@ def _shrunk_rope(rules: Mapping[str, Any], width: int, fraction: float) -> dict[
     """Shrink contexts and per-frequency lists in RoPE's rules."""
     if any(isinstance(value, Mapping) for value in rules.values()):
         return {k: _shrunk_rope(v, width, fraction) if isinstance(v, Mapping) else v for k, v in rules.items()}
-    found = dict(rules)
+    smaller = dict(rules)
     for key, value in (("original_max_position_embeddings", CONTEXT), ("max_position_embeddings", _LONGEST)):
-        if key in found:
-            found[key] = value
+        if key in smaller:
+            smaller[key] = value
     rotary = int(width * (rules.get("partial_rotary_factor") or fraction))
     for key in ("short_factor", "long_factor"):
-        if isinstance(found.get(key), list):
-            step = max(1, math.ceil(len(found[key]) / (rotary // 2)))
-            found[key] = (found[key][::step] + [found[key][-1]] * rotary)[: rotary // 2]
-    if isinstance(found.get("mrope_section"), list):
-        found["mrope_section"] = [1, 1, rotary // 2 - 2]
-    return found
+        if isinstance(smaller.get(key), list):
+            step = max(1, math.ceil(len(smaller[key]) / (rotary // 2)))
+            smaller[key] = (smaller[key][::step] + [smaller[key][-1]] * rotary)[: rotary // 2]
+    if isinstance(smaller.get("mrope_section"), list):
+        smaller["mrope_section"] = [1, 1, rotary // 2 - 2]
+    return smaller

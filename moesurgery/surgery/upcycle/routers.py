@@ -92,16 +92,16 @@ def known_rows(kind: str, base: DenseModel, sources: Sequence[DenseSource], desi
             "give an entry with prompts for each, or --router random",
         )
     sets = min(max(1, design.top_k // design.granularity), len(sources))
-    found = rows_from_prompts(base, [source.prompts for source in sources], kind, sets)  # type: ignore[arg-type]
-    by_source = list(zip(*found.loads, strict=True))
+    from_prompts = rows_from_prompts(base, [source.prompts for source in sources], kind, sets)  # type: ignore[arg-type]
+    by_source = list(zip(*from_prompts.loads, strict=True))
     table = Table(
-        (f"load on {found.tokens}, source", "mean", "least layer", "most layer"),
+        (f"load on {from_prompts.tokens}, source", "mean", "least layer", "most layer"),
         tuple(
             (str(e), f"{sum(load) / len(load):.3f}", f"{min(load):.3f}", f"{max(load):.3f}")
             for e, load in enumerate(by_source)
         ),
     )
-    return KnownRows(list(found.rows), table, found.loads)
+    return KnownRows(list(from_prompts.rows), table, from_prompts.loads)
 
 
 def _rows_from_file(path: str, base: DenseModel, design: Design) -> list[torch.Tensor]:
@@ -119,7 +119,7 @@ def _rows_from_file(path: str, base: DenseModel, design: Design) -> list[torch.T
             f"upcycle: {path} cannot be read as router rows: {error}", "it should be a safetensors file"
         ) from None
     shape = (distinct(design), base.layers[0].hidden)
-    found = []
+    by_layer = []
     for i in range(len(base.layers)):
         rows = tensors.get(f"layers.{i}")
         if rows is None or tuple(rows.shape) != shape:
@@ -128,5 +128,5 @@ def _rows_from_file(path: str, base: DenseModel, design: Design) -> list[torch.T
                 f"upcycle: {path}: layers.{i} {what}",
                 f"it should hold layers.0 … layers.{len(base.layers) - 1}, each {list(shape)}",
             )
-        found.append(rows.float())
-    return found
+        by_layer.append(rows.float())
+    return by_layer

@@ -74,8 +74,8 @@ def _mixture_config(pair: Pair, config: Mapping[str, Any], routing: Mapping[str,
     """Return as much of the mixture's config as clients are told apart by."""
     family, moe = pair.target.family, pair.target.moe
     assert moe is not None
-    found = {**config, **moe.settings, "model_type": pair.target_type}
-    found |= {family.experts_key: routing.get("experts"), family.top_k_key: routing.get("top_k")}
+    mixture_config = {**config, **moe.settings, "model_type": pair.target_type}
+    mixture_config |= {family.experts_key: routing.get("experts"), family.top_k_key: routing.get("top_k")}
     if isinstance(family.routing.renormalised, Flag):
-        found[family.routing.renormalised.keys[0]] = routing.get("renormalise")
-    return found
+        mixture_config[family.routing.renormalised.keys[0]] = routing.get("renormalise")
+    return mixture_config

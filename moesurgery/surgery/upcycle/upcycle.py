@@ -225,9 +225,9 @@ def _finished(mixture: Mixture, proof: bool) -> Plan:
     if proof:
         from moesurgery.surgery.upcycle.proof import prove
 
-        found = prove(base, mixture.pair, given, upcycle)
-        report["proof"] = found.report
-        details.append(found.text)
+        proved = prove(base, mixture.pair, given, upcycle)
+        report["proof"] = proved.report
+        details.append(proved.text)
     config = mixture.config()
     unread = {name: reasons for name, client in CLIENTS.items() if (reasons := obstacles(client, base.plan, config))}
     report["clients"] = unread
