@@ -19,7 +19,7 @@ Models = Callable[..., Path]
 GENERATED = ("cli.md", "codes.md", "pairs.md", "family-table.md", "merge-methods.md")
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 LINE = re.compile(r"^(?:\s{4,}|\$ )(moesurgery [^\n]+)$", re.MULTILINE)
-SMALL = ["--window", "64", "--tokens", "256", "--limit", "1"]
+SMALL = ["--window", "64", "--limit", "1"]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -81,6 +81,9 @@ def words_of(page: str, line: str) -> list[str]:
         "OTHER": "math",
         "STOCK": "stock",
         "recipe.yaml": "upcycle.yaml" if dense else "merge.yaml",
+        **dict.fromkeys(("mine.jsonl", "other.jsonl"), "text.txt"),
+        **({"48": "6"} if words[0] == "drop-experts" else {}),
+        **({"OUT": "math", "50": "1"} if words[0] == "compare" else {}),
     }
     words = ["Mixtral-8x7B-v0.1" if word.startswith("hf://") else names.get(word, word.rstrip("/")) for word in words]
     if "checkpoint-500=./math/final" in words:  # as in docs/validate.md, with folders that are here
@@ -88,7 +91,10 @@ def words_of(page: str, line: str) -> list[str]:
         words += ["--against", "math=./math"]
     if words[0] in BUILT_IN or words[0] == "run":
         words.append("--dry-run")
-    return [*words, *SMALL] if "--text" in words else words
+    if "--text" not in words:
+        return words
+    tokens = [] if words[0] in ("compare", "perplexity") else ["--tokens", "256"]
+    return [*words, *SMALL, *tokens, *(["--new-tokens", "4"] if "--generate" in words else [])]
 
 
 @pytest.mark.slow

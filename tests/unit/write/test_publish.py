@@ -283,7 +283,7 @@ def test_what_a_job_kept_for_itself_in_a_published_output_is_deleted(
     """`OUT/.moesurgery`, by the next run for this output, whether or not it may replace it; not by a dry run."""
     fill(out, LEFT)
     command = ("rescale", demo, "--top-k", 3, "--scale", "none", "-o", out)
-    assert cli(*command, "--dry-run").code == 2
+    assert "exists and is not empty: writing needs --force" in cli(*command, "--dry-run").err
     assert (out / ".moesurgery").exists()
     result = cli(*command)
     assert result.code == 2
