@@ -1,8 +1,8 @@
 """Digests of files: of a few blocks of them, which costs nothing, and of all of them.
 
-A writer copies most bytes inside the kernel and never sees them, so a digest of all of them means reading them
-again. 64 blocks spread over the file, the last one among them, tell a shard from one with the same header that
-holds other weights, and from an interrupted copy; they do not tell a single changed value.
+A writer copies most bytes inside the kernel, not through user memory, so a digest of all of them means reading them
+again. 64 blocks spread over the file, the last one among them, distinguish a shard from one with the same header and
+other weights, and from an interrupted copy; they do not detect a single changed value.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sampled_digest(source: Source, file: str, size: int) -> str:
 
 
 def _block(descriptor: int, start: int, length: int, path: Path) -> bytes:
-    """Read `length` bytes however few come at a time; raise CheckpointError where the file ends before."""
+    """Read `length` bytes, repeating short reads; raise CheckpointError where the file ends before."""
     data = b""
     while len(data) < length:
         part = os.pread(descriptor, length - len(data), start + len(data))

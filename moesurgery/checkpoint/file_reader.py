@@ -57,7 +57,7 @@ def read_full(descriptor: int, view: memoryview, offset: int, where: str) -> Non
 
 
 class FileReader:
-    """What one thread keeps while it evaluates expressions. A `expr.nodes.Reader`."""
+    """Open files and buffers of one thread that evaluates expressions. An `expr.nodes.Reader`."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
@@ -78,7 +78,7 @@ class FileReader:
             source.check(file, self._open.get(path) if path is not None else None)
 
     def begin_chunk(self) -> None:
-        """Give all buffers free again: what was read before is no longer needed."""
+        """Release all buffers: what was read before is no longer needed."""
         self._used = 0
 
     def read(self, source: Source, file: str, start: int, nbytes: int) -> torch.Tensor:

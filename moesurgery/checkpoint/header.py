@@ -130,7 +130,7 @@ def read_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: boo
 
 
 def _disguise(first: bytes) -> str | None:
-    """Name what a file really is when it is one of the usual things in place of weights."""
+    """Name the actual file type where it is a common one in place of weights (HTML, pickle, …)."""
     if first.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (run `git lfs pull`)"
     if first.startswith(b"PK\x03\x04"):
@@ -210,7 +210,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _wrong_name(name: str) -> str | None:
-    """Say what makes a tensor name one that no model has and that a tool could stumble over."""
+    """Return why a tensor name is invalid: no model has such a name, and tools may mishandle it."""
     if not name:
         return "is empty"
     if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):

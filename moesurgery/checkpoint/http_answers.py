@@ -1,7 +1,7 @@
 """Whether a server answered with the bytes that were asked for, of the file that was opened.
 
 RFC 9110: 206 with the range in Content-Range (15.3.7, 14.4), 200 with the whole file where ranges are ignored (14.2),
-and an ETag that names a state of the file (8.8.3). Client libraries look at none of these.
+and an ETag that identifies a version of the file (8.8.3). Client libraries check none of these.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Asked:
         return CheckpointError(f"{self.where}: {wanted} were asked for, the server answered {what}", hint)
 
 
-_last = threading.local()  # the answer that a thread got last to a request for a range
+_last = threading.local()  # the last response to a range request, per thread
 
 
 @contextmanager
 def hub_answers(asked: Asked) -> Iterator[None]:
-    """Check what the Hub answered to the request for a range that is made within, in this thread.
+    """Check the Hub's response to the range request that is made within the context, in this thread.
 
-    That is the last answer: huggingface_hub asks again where one breaks off.
+    The last response is checked: huggingface_hub retries interrupted requests.
     """
     _remember_answers()
     _last.answer = None
@@ -88,7 +88,7 @@ def hub_answers(asked: Asked) -> Iterator[None]:
 
 @cache
 def _remember_answers() -> None:
-    """Have huggingface_hub make its requests through a client that keeps the last answer. Hooks that are there stay."""
+    """Have huggingface_hub make its requests through a client that keeps the last response. Existing hooks are kept."""
     from huggingface_hub import get_session, set_client_factory
 
     present: Any = get_session()
@@ -106,7 +106,7 @@ def _remember_answers() -> None:
 
 
 def http_answers(asked: Asked) -> dict[str, Any]:
-    """Return what makes `cat_file` of fsspec's HTTP file system, which asks by aiohttp, check its answer."""
+    """Return options with which `cat_file` of fsspec's HTTP file system (aiohttp) checks its response."""
 
     async def look(response: Any) -> None:
         if response.status < 300:

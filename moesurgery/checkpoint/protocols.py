@@ -1,7 +1,7 @@
-"""What a recipe may make this program connect to: folders and the Hub, and what the person who runs it has allowed.
+"""The protocols that a recipe may use: local folders, the Hub, and those that the user has allowed.
 
-A recipe may be a stranger's, and fsspec has protocols that log in to servers, read archives inside of archives or copy
-to a cache. What stands on the command line, or is given to the Python API, is the person's own, and is not asked.
+A recipe may be untrusted, and fsspec has protocols that log in to servers, read archives inside of archives or copy to
+a cache. References on the command line, or passed to the Python API, come from the user and are not restricted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything that can be learnt of a checkpoint without its weights, and everything that is wrong with it.
+"""Read all of a checkpoint but its weights, and collect everything that is wrong with it.
 
 The one reader of config, index and headers: `open_checkpoint` raises at the first fatal finding, `validate`
 reports them all. It reads no path outside the checkpoint and trusts no length before checking it.
@@ -60,7 +60,7 @@ class Scan:
             self.problems.append(Finding(code, message, file, tensor, hint, severity, fatal))
 
     def read_object(self, file: str, code: str, limit: int, *, fatal: bool) -> dict[str, Any] | None:
-        """Read one JSON object; where it cannot be read, say so under `code` and return None."""
+        """Read one JSON object; where it cannot be read, add a finding `code` and return None."""
         try:
             self.source.local(file)
         except CheckpointError as error:
@@ -186,7 +186,7 @@ def _is_shard(scan: Scan, file: str) -> bool:
 
 
 def _may_be_read(scan: Scan, file: str) -> bool:
-    """Whether `file` lies in the checkpoint, links followed; asked before anything of it is read."""
+    """Whether `file` lies in the checkpoint, links followed; checked before any of it is read."""
     try:
         scan.source.local(file)
     except CheckpointError as error:
@@ -205,7 +205,7 @@ def _check_numbering(scan: Scan, files: list[str]) -> None:
 
 
 def _top_level_shards(scan: Scan) -> list[str]:
-    """Return what look like shards where no index says which are: to check their headers all the same."""
+    """Return the files that look like shards where no index lists them, so that their headers are checked too."""
     return [f for f in scan.sizes if f.endswith(".safetensors") and "/" not in f and _may_be_read(scan, f)]
 
 
@@ -254,7 +254,7 @@ def _find_shards(scan: Scan) -> list[str]:
 
 
 def _read_headers(scan: Scan, files: list[str]) -> None:
-    """Read all headers, in parallel, and note what is wrong with them."""
+    """Read all headers, in parallel, and add findings for what is wrong with them."""
 
     def header_of(file: str) -> Header | CheckpointError:
         try:
@@ -282,7 +282,7 @@ def _read_headers(scan: Scan, files: list[str]) -> None:
 
 
 def _check_names(scan: Scan) -> None:
-    """Every tensor stands in exactly one shard, and in the one that the index says."""
+    """Check that every tensor is in exactly one shard, the one that the index lists."""
     tensors: dict[str, TensorInfo] = {}
     for header in scan.headers:
         for info in header.tensors:

@@ -1,11 +1,11 @@
 """Where the bytes of a checkpoint come from: a local directory, the Hub, or any fsspec URL.
 
-A source knows file names (relative, '/'-separated), sizes, and how to read a byte range. It never
+A source has file names (relative, '/'-separated), sizes, and a method to read a byte range. It never
 follows a path out of the checkpoint. Sources are small and picklable, so that a shard task can carry one
 to another process.
 
-A source holds every file to the state in which it first saw it: a file that is replaced or written over afterwards
-is an error, since bytes of two models would stand side by side.
+A source records the state of every file when it is first seen: a file that is replaced or overwritten afterwards is an
+error, since the output would mix bytes of two models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moesurgery.checkpoint.web import bound_the_hub, bounded
 from moesurgery.errors import CheckpointError
 
 MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
-MAX_FILE_BYTES = 1 << 60  # what a server says of a file's size is believed up to here
+MAX_FILE_BYTES = 1 << 60  # larger sizes reported by a server are rejected
 _BLOCK = 8 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 GGUF_HINT = "moesurgery reads safetensors: name the checkpoint that it was made from"
@@ -61,12 +61,12 @@ class Source(Protocol):
         """
 
     def version(self, file: str) -> str:
-        """Return what tells the state in which `file` is now from any other; "" where nothing does."""
+        """Return an identifier of the current state of `file`, such as an ETag; "" where there is none."""
 
     def check(self, file: str, descriptor: int | None = None) -> None:
         """Raise CheckpointError where `file` is not what it was when it was first seen.
 
-        `descriptor`: of the file as it was opened to be read, which need not be what has its name now.
+        `descriptor`: of the opened file, which may have been replaced under its name since.
         """
 
     def local(self, file: str) -> Path | None:
@@ -92,14 +92,14 @@ def contained(file: str) -> str:
 
 
 class _State(NamedTuple):
-    """What tells a local file from one that took its place or was written over."""
+    """The state of a local file, by which a replaced or overwritten file is detected."""
 
     inode: int
     size: int
     written: int  # ns
 
     def change(self, now: _State) -> str | None:
-        """Say how a file went from this state to another; None where it did not."""
+        """Describe how a file's state differs from this one; None where it does not."""
         if now.inode != self.inode:
             return "was replaced by another file"
         if now.size != self.size:
@@ -268,7 +268,7 @@ def _state_or_kind(path: Path) -> _State | str:
     return _state(status) if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
 
-# What file systems of fsspec say of a file that changes with it, and never without.
+# Keys of fsspec file info that change when, and only when, the file does.
 _TELLING = (
     *("size", "ino", "mtime", "ETag", "etag", "checksum", "md5", "md5Hash", "content_md5", "Content-MD5", "crc32c"),
     *("generation", "version_id", "VersionId", "LastModified", "last_modified", "updated", "modified"),
@@ -280,7 +280,7 @@ class RemoteSource:
     """Files behind an fsspec URL, read by ranges: `hf://org/name@revision`, `s3://…`, `https://…`.
 
     `url` is what fsspec opens; for the Hub it names a commit, so that every range is of one version. `sizes` are those
-    of the listing. `seen`: what tells the state of each file when it was first read: its ETag, or what else is known.
+    of the listing. `seen`: an identifier of each file's state when it was first read: its ETag, or other file info.
     """
 
     url: str
@@ -313,7 +313,7 @@ class RemoteSource:
                 raise CheckpointError(
                     f"{self.url} cannot be opened: {error}", "see README.md, 'Remote models'"
                 ) from None
-            except Exception as error:  # of any kind: protocols are other people's code
+            except Exception as error:  # of any kind: protocols are third-party code
                 reason = f"{type(error).__name__}: {error}"
                 raise CheckpointError(f"{self.url} cannot be opened: {reason}", "check the address") from None
         return self._local.opened  # type: ignore[no-any-return]
@@ -386,7 +386,7 @@ class RemoteSource:
             raise CheckpointError(f"{self.label}/{file} changed while it was in use", CHANGED)
 
     def _state(self, file: str) -> str:
-        """Ask the server, and not what was heard of it before, for what tells a state of a file from another."""
+        """Request an identifier of a file's state from the server, bypassing caches."""
         system, root = self._open()
         with remote_errors(f"{self.label}/{file}"):
             system.invalidate_cache()
@@ -398,7 +398,7 @@ class RemoteSource:
 
 
 class remote_errors:  # noqa: N801 - reads as a statement
-    """Turn whatever a remote library raises into a CheckpointError about `where`; bound what a server may cost."""
+    """Turn whatever a remote library raises into a CheckpointError about `where`; bound size and time of responses."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -446,7 +446,7 @@ class HubSource(RemoteSource):
 def open_hub(reference: str) -> Source:
     """Resolve `hf://org/name[@revision]` to a commit and return its source.
 
-    With HF_HUB_OFFLINE=1 that is the snapshot in the Hub's cache, and the network is not asked.
+    With HF_HUB_OFFLINE=1 that is the snapshot in the Hub's cache, and no request is made.
     """
     from huggingface_hub import HfApi, constants
 
@@ -523,7 +523,7 @@ def open_source(reference: str | Path) -> Source:
 
 
 def nearest_path(path: Path) -> Path | None:
-    """Return what lies beside `path` under the most similar name; None where nothing does."""
+    """Return the entry beside `path` with the most similar name; None where there is none."""
     try:
         beside = [name for _, name in zip(range(MAX_FILES), sorted(os.listdir(path.parent)), strict=False)]
     except OSError:

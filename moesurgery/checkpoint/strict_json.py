@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _MAX_DEPTH = 100
-# Strings, and what Python takes for numbers outside of them and no other parser does.
+# Strings, and outside of them the literals that only Python's parser accepts as numbers.
 _CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
 # A number that is larger than any parser holds is read as infinity, and is JSON; for NaN there is nothing.
 _WRITTEN = {"Infinity": "1e999", "-Infinity": "-1e999", "NaN": "null"}
@@ -21,13 +21,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Duplicates(dict[str, Any]):
-    """A JSON object that remembers which of its keys were given twice."""
+    """A JSON object that records its repeated keys."""
 
     repeated: tuple[str, ...] = ()
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` for json: keeps the last value and remembers repeated keys."""
+    """`object_pairs_hook` for json: keeps the last value and records repeated keys."""
     plain = dict(pairs)
     if len(plain) == len(pairs):
         return plain
@@ -38,7 +38,7 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated_keys(value: object) -> tuple[str, ...]:
-    """Return the keys that stood twice in the JSON object `value` came from."""
+    """Return the keys that were repeated in the JSON object `value`."""
     return value.repeated if isinstance(value, _Duplicates) else ()
 
 

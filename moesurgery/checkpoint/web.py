@@ -1,8 +1,8 @@
-"""What a server may cost: bounds on every answer of the Hub, whatever it claims of itself.
+"""Bounds on every response of the Hub: size, transfer rate, waiting time and number of requests.
 
-huggingface_hub reads an answer whole, waits as long as it is told to and follows every link. Here an answer may have as
-many bytes as were asked for, must come at a pace, and only so many requests belong to one operation. The bounds hold
-for requests that are made within `bounded()`, and for no others of the process.
+huggingface_hub reads a response whole, waits as long as Retry-After sets and follows every link. Here a response may
+have as many bytes as were requested, must keep a minimum rate, and the number of requests per operation is limited. The
+bounds hold for requests that are made within `bounded()`, and for no others of the process.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _current() -> _Operation | None:
 
 @cache
 def bound_the_hub() -> None:
-    """Have huggingface_hub make its requests through a client that looks at every answer."""
+    """Have huggingface_hub make its requests through a client that checks every response."""
     from huggingface_hub import get_session, set_client_factory
 
     present: Any = get_session()
@@ -92,7 +92,7 @@ def bound_the_hub() -> None:
 
 
 def _prepare(request: Any) -> None:
-    """Count a request, and ask for an answer that is not packed: a few bytes could become any number."""
+    """Count a request, and set it to accept no compression: a few bytes could expand to any number."""
     operation = _current()
     if operation is None:
         return
@@ -109,7 +109,7 @@ def _prepare(request: Any) -> None:
 
 
 def _check_answer(response: Any, bounded_stream: Any) -> None:
-    """Refuse an answer that asks too much; bound the body of any other before a byte of it is read."""
+    """Refuse a response with too long a wait or too large a body; bound the body of any other before it is read."""
     operation = _current()
     if operation is None:
         return
@@ -138,7 +138,7 @@ def _at_most(digits: str, limit: int) -> bool:
 
 
 class _Bounded:
-    """The body of an answer, of at most `limit` bytes, at a pace."""
+    """The body of a response, of at most `limit` bytes, at a minimum rate."""
 
     def __init__(self, stream: Any, limit: int, operation: _Operation) -> None:
         self.stream, self.limit, self.operation = stream, limit, operation

@@ -57,7 +57,7 @@ class Exponent(Unary):
         data = self.of.evaluate(start, stop, reader).view(torch.uint8)
         wide = data.to(torch.int16)
         moved = wide + self.shift
-        fixed = (wide == 255) | (wide == 0)  # NaN stays NaN, and 2^-127 is what all-zero blocks carry
+        fixed = (wide == 255) | (wide == 0)  # NaN stays NaN, and 2^-127 is the exponent of all-zero blocks
         moved[fixed] = wide[fixed]
         if bool(((moved < 0) | (moved > 254))[~fixed].any()):
             raise RefusedError(

@@ -51,7 +51,7 @@ Piece = Copy | Compute
 
 
 class Reader(Protocol):
-    """Gives an evaluation the bytes of the sources."""
+    """Reads the bytes of the sources for an evaluation."""
 
     def read(self, source: Source, file: str, start: int, nbytes: int) -> torch.Tensor:
         """Return the bytes as a uint8 tensor that the caller owns until the chunk is written."""
@@ -61,7 +61,7 @@ class Reader(Protocol):
 
 
 class Expr:
-    """Base of all expressions. `chunk_multiple` is the smallest number of elements that can be evaluated apart."""
+    """Base of all expressions. `chunk_multiple` is the smallest number of elements that can be evaluated separately."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -158,7 +158,7 @@ def narrowed(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Stored(Expr):
-    """A tensor as a source file holds it."""
+    """A tensor as stored in a source file."""
 
     source: Source
     info: TensorInfo
@@ -230,7 +230,7 @@ def _raw(of: Expr, start: int, stop: int, reader: Reader) -> memoryview:
 
 @dataclass(frozen=True)
 class Unary(Expr):
-    """An expression of one other, with its dtype, shape and `chunk_multiple` where it does not say otherwise."""
+    """An expression of one other, with its dtype, shape and `chunk_multiple` unless overridden."""
 
     of: Expr
 
@@ -330,7 +330,7 @@ class Concat(Expr):
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
-        # Joined at once: what a part gives is valid until the next call alone.
+        # Joined at once: the bytes of a part are valid only until the next call.
         return memoryview(b"".join(bytes(_raw(p, first, last, reader)) for p, first, last in self._within(start, stop)))
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
@@ -344,7 +344,7 @@ class Concat(Expr):
 
 
 def concat(parts: list[Expr]) -> Expr:
-    """Join along the first axis. All parts have one dtype and equal other axes."""
+    """Concatenate along the first axis. All parts have one dtype and equal other axes."""
     first = parts[0]
     if any(p.dtype != first.dtype or p.shape[1:] != first.shape[1:] for p in parts):
         raise ValueError(f"cannot join {[(p.dtype, p.shape) for p in parts]}")
@@ -354,7 +354,7 @@ def concat(parts: list[Expr]) -> Expr:
 
 
 def stack(parts: list[Expr]) -> Expr:
-    """Join along a new first axis. All parts have one dtype and shape."""
+    """Stack along a new first axis. All parts have one dtype and shape."""
     first = parts[0]
     if any(p.dtype != first.dtype or p.shape != first.shape for p in parts):
         raise ValueError(f"cannot stack {[(p.dtype, p.shape) for p in parts]}")
@@ -362,7 +362,7 @@ def stack(parts: list[Expr]) -> Expr:
 
 
 def reshape(of: Expr, shape: tuple[int, ...]) -> Expr:
-    """See the same elements in another shape."""
+    """View the same elements in another shape."""
     if element_count(shape) != of.numel:
         raise ValueError(f"cannot see {of.shape} as {shape}")
     return of if of.shape == shape else Concat((of,), shape)

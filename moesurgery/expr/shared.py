@@ -35,7 +35,7 @@ class SharedComputation:
         return f"Solution({name}, {self.of!r}, {self.parameters!r})"
 
     def results(self, reader: Reader) -> tuple[torch.Tensor, ...]:
-        """Return what the function gives, computing it at most once at a time."""
+        """Return the function's results, computing them in one thread at a time."""
         with _lock:
             entry = _kept.setdefault(self, _Entry())
             _kept.move_to_end(self)
@@ -60,7 +60,7 @@ _kept: OrderedDict[SharedComputation, _Entry] = OrderedDict()
 
 @dataclass(frozen=True)
 class SharedResult(Expr):
-    """One of the results of a solution, rounded to `dtype`. Memory: all that the solution reads, and its results."""
+    """One of the results of a solution, rounded to `dtype`. Memory: all inputs of the solution, and its results."""
 
     solution: SharedComputation
     index: int
@@ -84,7 +84,7 @@ class SharedResult(Expr):
 
 @dataclass(frozen=True)
 class Reordered(Unary):
-    """The rows of `of` in the order that `order`, an I64 vector, turns out to be."""
+    """The rows of `of` in the order given by `order`, an I64 vector, when evaluated."""
 
     order: Expr
 

@@ -1,4 +1,4 @@
-"""Expressions that need values in memory: weighted sums, columns, transposes, known numbers, functions.
+"""Expressions that need values in memory: weighted sums, columns, transposes, constants, functions.
 
 Every node is evaluated in multiples of its `chunk_multiple`, so only `Applied` ever holds a whole tensor. Interleaved
 rows or columns need no node of their own: [2I, H] with gate and up alternating, seen as [I, 2H], has gate in
@@ -73,7 +73,7 @@ def mean(parts: list[Expr]) -> Expr:
 
 
 def _rows_multiple(of: Expr) -> int:
-    """Return the least number of rows (of the last axis) that `of` can give apart."""
+    """Return the least number of rows (of the last axis) of `of` that can be evaluated separately."""
     width = of.shape[-1]
     return of.chunk_multiple // math.gcd(of.chunk_multiple, width) if width else 1
 
@@ -205,7 +205,7 @@ class Gather(Unary):
 
     @property
     def chunk_multiple(self) -> int:
-        # A row of `of` that cannot be evaluated apart means evaluating all of it.
+        # Where single rows of `of` cannot be evaluated separately, all of it is evaluated.
         return self.row if self.row % self.of.chunk_multiple == 0 else self.numel
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
@@ -231,7 +231,7 @@ class Gather(Unary):
 
 @dataclass(frozen=True)
 class Full(Expr):
-    """One number everywhere."""
+    """A tensor filled with one number."""
 
     value: float
     dtype: str
@@ -254,12 +254,12 @@ class Full(Expr):
 
 @dataclass(frozen=True)
 class Constant(Expr):
-    """Numbers known while planning, such as a measured router. The plan holds their bytes, so few."""
+    """Values computed while planning, such as a measured router. The plan holds their bytes, so they must be small."""
 
     data: bytes = field(repr=False)
     dtype: str
     shape: tuple[int, ...]
-    digest: str = field(init=False)  # stands for `data` in the plan's own digest
+    digest: str = field(init=False)  # used in place of `data` in the plan's digest
 
     def __post_init__(self) -> None:
         import hashlib

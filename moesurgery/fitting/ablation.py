@@ -1,7 +1,7 @@
-"""What happens without each expert: the loss of the model with one left out, for each (layer, expert) and each index.
+"""Expert ablations: the loss of the model without one expert, for each (layer, expert) and each index.
 
-Two ways to leave one out: `mask` forbids it to the router, as dropping it would, and the next best is promoted;
-`zero` lets it be chosen and takes away what it says. Layers before the one in question are not run again.
+Two ways to leave one out: `mask` bans it in the router, as dropping it would, and the next best is chosen instead;
+`zero` keeps the routing and sets its output to zero. Layers before the one in question are not run again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ablations:
 
 
 def without(mode: AblationMode, expert: int, where: str | None = None) -> Hooks:
-    """Return a watch that leaves out an expert of one block, or of all."""
+    """Return hooks that leave out an expert of one block, or of all."""
     if mode == "mask":
         return Hooks(ban=lambda block: [expert] if where in (None, block.where) else [])
 
@@ -58,7 +58,7 @@ def ablate(
     """Measure the model without each wanted expert, by block, and without each index over all layers.
 
     An index is measured where it is wanted in every block. Where masking would leave a token fewer experts than it
-    is routed to, only `zero` is measured. Raises RefusedError for a family whose code shows no routing.
+    is routed to, only `zero` is measured. Raises RefusedError for a family whose routing cannot be read.
     """
     blocks = check_routing(engine, "probe")
     top_k = engine.plan.anatomy.settings.top_k or 1
@@ -113,7 +113,7 @@ def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
 def _losses(
     engine: Engine, tokens: Tokens, watches: Sequence[Hooks], size: int, resume: Resume | None, progress: Progress
 ) -> list[float]:
-    """Take variants through the rest of the model side by side, so that each layer is read once for all."""
+    """Run variants through the rest of the model together, so that each layer is loaded once for all."""
     runs: list[Streams] = []
     try:
         for watch in watches:
@@ -140,9 +140,9 @@ def _finished(run: Streams) -> float:
 
 
 def takers(engine: Engine, tokens: Tokens) -> dict[str, list[list[tuple[int, int, float]]]]:
-    """Return, for each block and expert, the tokens that are characteristic of what it is sent.
+    """Return, for each block and expert, the tokens that are characteristic of those routed to it.
 
-    Each as (token id, times sent to the expert, share of the token's occurrences), those first whose count times
+    Each as (token id, times routed to the expert, share of the token's occurrences), those first whose count times
     the logarithm of how much more often they come here than elsewhere is largest.
     """
     import torch

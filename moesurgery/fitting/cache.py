@@ -1,7 +1,7 @@
-"""What calibrated edits leave beside their output, and use again when asked the same: statistics, a fit, a repair.
+"""Cache of calibrated edits, in files beside their output: statistics, a group fit, a repair.
 
-`OUT.stats.safetensors`, `OUT.fit.safetensors` and `OUT.refit` say what they were made of. The same edit, or one that
-shares them, takes them as they are; where something differs, that is said and nothing is replaced without `force`.
+`OUT.stats.safetensors`, `OUT.fit.safetensors` and `OUT.refit` record their inputs and settings. An edit with the same
+ones reuses the files; where some differ, OutputError names them, and nothing is replaced without `force`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _DIGESTS = {"fingerprint": "another model", "edited": "another edit", "token_ids
 
 @dataclass(frozen=True)
 class CalibrationCache:
-    """The files beside one output. Each method returns the path of one, made now or by an earlier run of the same.
+    """The files beside one output. Each method returns the path of one, computed now or by an earlier run.
 
-    They raise OutputError where what is there is of something else.
+    They raise OutputError where a file was made from other inputs or settings.
     """
 
     output: Path
@@ -39,7 +39,7 @@ class CalibrationCache:
     reporter: Reporter
 
     def statistics(self, needed: NeededStatistics) -> str:
-        """Return the statistics file, which has at least what is needed."""
+        """Return the path of the statistics file, which has at least the sums that are needed."""
         from moesurgery.stats.statistics_file import SUFFIX, load_stats
 
         target, tokens = self._beside(f".stats{SUFFIX}"), f"statistics of {self.run.windows.count:,} tokens"
@@ -58,7 +58,7 @@ class CalibrationCache:
         return str(target)
 
     def group_fits(self, merger: Merger) -> str:
-        """Return the file that says how the experts of each group go together."""
+        """Return the path of the file with neuron orders and router rows for each group of experts."""
         from moesurgery.fitting.group_fit import fit_groups
         from moesurgery.stats.group_fit_file import open_group_fits, save_group_fits
         from moesurgery.stats.statistics_file import SUFFIX
@@ -102,7 +102,7 @@ class CalibrationCache:
 
 
 def _check_same(target: Path, what: str, differs: Sequence[str], force: str) -> None:
-    """Raise OutputError where `target` holds `what` of something else. `force` is what --force would do."""
+    """Raise OutputError where `target` holds `what` made from other inputs. `force` describes what --force would do."""
     if differs:
         raise OutputError(
             f"{target} holds {what} of something else: {'; '.join(differs)}", f"use --force to {force} or another -o"
@@ -110,7 +110,7 @@ def _check_same(target: Path, what: str, differs: Sequence[str], force: str) -> 
 
 
 def about_differences(made_of: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Return what was otherwise when a file was made, in words; nothing where it is what `wanted` describes.
+    """Return in words how a file's provenance differs from `wanted`; empty where it does not.
 
     Both are provenance as `CalibrationRun.about` gives it. Keys that only `made_of` has do not count.
     """
@@ -120,7 +120,7 @@ def about_differences(made_of: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
             old, new = _in_words(made_of.get(key)), _in_words(wanted[key])
             differs.append(f"{key} {old}, now {new}" if old != new else f"{key} {new}, which has changed since")
     for key, words in _DIGESTS.items():
-        # Other text, another seed… have other windows too: that need not be said twice.
+        # Other text, another seed… give other windows too: listed once only.
         if key in wanted and made_of.get(key) != wanted[key] and not (differs and key == "token_ids"):
             differs.append(words)
     return differs

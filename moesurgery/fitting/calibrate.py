@@ -1,8 +1,8 @@
-"""An edit by data, from text to a plan: collect statistics, choose, edit, repair, and measure what it costs.
+"""A data-driven edit, from text to a plan: collect statistics, choose experts, edit, repair, and measure the loss.
 
 `calibrate(model, "rescale", {"top_k": 3, "scale": "measured"}, CalibrationOptions(text=["F"]))` is `moesurgery collect
 MODEL --top-k 3 --text F -o S` followed by `moesurgery rescale MODEL --top-k 3 --scale measured --stats S`. What is
-collected, whether the model runs a second time, and what is measured beside the edit, the operation declares
+collected, whether the model runs a second time, and what else is measured, the operation declares
 (`recipe.text_needs`).
 """
 
@@ -86,7 +86,7 @@ class CalibrationOptions:
 
     def run_settings(self, seed: int, usual: str) -> RunSettings:
         """Return how the model is run, `usual` being the kind of repair where none is asked for."""
-        # What is fitted is small beside what rounding leaves, so "auto" is float32 for a repair, also on a GPU.
+        # The fitted changes are small relative to rounding errors, so "auto" is float32 for a repair, also on a GPU.
         dtype = "float32" if self.dtype == AUTO and self.repair(usual) is not None else self.dtype
         memory, apart = self.memory, self.apart
         return RunSettings(self.window, None, seed, self.device, dtype, memory, apart, self.assistant_only)
@@ -105,8 +105,8 @@ def _number(value: float | str) -> float | None:
 class HeldOut:
     """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired.
 
-    `intervals` has for all but the original the 95 % bootstrap interval, over windows, of what it adds to the loss of
-    the original. `chosen` names the edit that was taken because it costs least, where there was a choice.
+    `intervals` has for all but the original the 95 % bootstrap interval, over windows, of the increase in loss over
+    the original. `chosen` names the edit with the least loss, where there was a choice.
     """
 
     tokens: int
@@ -137,14 +137,14 @@ def calibrate(
 ) -> Calibrated:
     """Edit a model by an operation whose missing parameters are measured on text. Nothing is written but the cache.
 
-    `output` is where the plan is to be written: statistics, fits and repairs go beside it and are used again there;
-    with `force` they are replaced. It is named after model and operation by default. Where experts are to be chosen
-    by statistics that are yet to be collected, what none could make possible is refused before the model runs; the
-    edit itself is planned once. Where the parameters leave open by what is chosen, the candidates are measured on the
-    held-out windows and the one that costs least is made. Without text it is `apply`.
+    `output` is where the plan is to be written: statistics, fits and repairs are written beside it and reused from
+    there; with `force` they are replaced. It is named after model and operation by default. Where experts are to be
+    chosen by statistics that are yet to be collected, an edit that no choice could make possible is refused before the
+    model runs; the edit itself is planned once. Where the parameters do not fix the criterion, the candidates are
+    measured on the held-out windows and the one with the least loss is planned. Without text this is `apply`.
 
     Raises RecipeError for wrong parameters and options, RefusedError where the edit has no meaning for the model,
-    OutputError where the files beside the output are of something else.
+    OutputError where the files beside the output were made from other inputs or settings.
     """
     options.check()
     declared = checked_operation(operation, parameters)
@@ -157,7 +157,7 @@ def calibrate(
     settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair)
     settings.check()
     for name in _own_texts(declared, values):
-        declared.text.statistics(plan, values)  # refuses what is impossible before the model runs
+        declared.text.statistics(plan, values)  # raises for an impossible edit before the model runs
         run = read_calibration(settings, plan, [values[name]], options.tokens)
         beside = Path(f"{output or f'{plan.checkpoint.name}-{operation}'}.{name}")
         values[name] = CalibrationCache(beside, run, force, reporter).statistics(NeededStatistics())

@@ -1,4 +1,4 @@
-"""One model and the windows of calibration text that it is run over: what is collected, and what decides it."""
+"""One model and its windows of calibration text: collection of statistics, and their provenance."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CalibrationRun:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """All that decides what is measured on the windows, for provenance."""
+        """Everything that the measurements on the windows depend on, for provenance."""
         settings = self.settings
         return {
             "model": self.plan.checkpoint.source.identity,
@@ -52,7 +52,7 @@ class CalibrationRun:
     def statistics(self, needed: NeededStatistics, reporter: Reporter, scratch: Path | None = None) -> Stats:
         """Run the model once, on all devices, and return the statistics of its experts.
 
-        With `scratch`, what is done is kept in that folder between layers, and the same call goes on from it.
+        With `scratch`, state is saved in that folder between layers, and the same call resumes from it.
         """
         from moesurgery.fitting.collector import collect_over
         from moesurgery.forward.scratch import Scratch, each_part
@@ -94,10 +94,10 @@ def _described(text: Text) -> dict[str, Any]:
 def read_calibration(
     settings: RunSettings, plan: Plan, texts: Sequence[str | Path], tokens: int, hold_out: int = 0
 ) -> CalibrationRun:
-    """Read `tokens` in windows of all files, drawn by the seed and mixed, so that every part of them is balanced.
+    """Read `tokens` in windows of all files, sampled by the seed and mixed, so that every part of them is balanced.
 
-    Of each file, FILE or FILE=WEIGHT, there are as many as its weight says. With `hold_out`, one window in so many of
-    each file is kept out. Raises RecipeError where that leaves none.
+    Of each file, FILE or FILE=WEIGHT, the number of windows is in proportion to its weight. With `hold_out`, one
+    window in that many of each file is held out. Raises RecipeError where that leaves none.
     """
     from moesurgery.forward.tokens import mixed
 

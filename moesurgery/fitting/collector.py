@@ -1,4 +1,4 @@
-"""Fill the statistics of `stats.py`: one streamed pass over the calibration tokens."""
+"""Collect expert statistics (`stats.statistics_file`) in one pass over the calibration tokens, layer by layer."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def collect(
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
-    With `every_expert`, also what each expert says to tokens that are not routed to it. With `scratch`, goes on from
-    what a killed run has left there. Raises RefusedError for a family whose code shows no routing.
+    With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `scratch`, resumes from
+    the state saved there by a killed run. Raises RefusedError for a family whose routing cannot be read.
     """
     import torch
 
@@ -133,10 +133,10 @@ def collect_over(
     every_expert: bool = False,
     scratch: Sequence[Scratch | None] = (None,),
 ) -> Stats:
-    """Return what `collect` returns, with the windows shared out among engines on several devices.
+    """Return what `collect` returns, with the windows split among engines on several devices.
 
-    The sums are those of one engine but for rounding: batches hold other windows, and float64 numbers are added in
-    another order. `keep` is decided by the first engine, on its first batch.
+    The sums equal those of one engine up to rounding: batches hold other windows, and float64 sums are added in another
+    order. `keep` is decided by the first engine, on its first batch.
     """
     if len(engines) == 1:
         return collect(engines[0], tokens, other_top_k, keep, progress, every_expert=every_expert, scratch=scratch[0])
@@ -159,7 +159,7 @@ def collect_over(
 
 
 def shared_out(tokens: Tokens, count: int) -> list[Tokens]:
-    """Return windows in up to `count` parts, each of an even number of windows, so that halves stay what they are."""
+    """Return windows in up to `count` parts, each of an even number of windows, so that the halves are unchanged."""
     pairs = -(-len(tokens) // 2)
     cuts = [2 * (pairs * i // count) for i in range(count)] + [len(tokens)]
     return [tokens.rows(a, b) for a, b in itertools.pairwise(cuts) if b > a]
@@ -182,7 +182,7 @@ def added(parts: Sequence[Stats]) -> Stats:
 
 
 def check_routing(engine: Engine, operation: str) -> list[ExpertsModule]:
-    """Return the MoE blocks whose routing is seen; raise RefusedError where there are none."""
+    """Return the MoE blocks whose routing can be read; raise RefusedError where there are none."""
     engine.plan.anatomy.require_family(operation)
     if not engine.routed:
         unread = engine.blocks[0]
@@ -201,7 +201,7 @@ def add(
 ) -> torch.Tensor | None:
     """Add one call's tokens to the sums of its block. `routings` has the block's own under the name "".
 
-    Returns what the block's experts add [T, H], where that comes of the same computation; None where it does not.
+    Returns the routed output [T, H], where it can be computed from the same expert outputs; else None.
     """
     import torch
 
@@ -264,7 +264,7 @@ def _add_routing(sums: dict[str, Any], part: ExpertOutputs, name: str) -> None:
 
 
 def add_every_expert(sums: dict[str, Any], call: ExpertsCall, settings: Settings) -> None:
-    """Add what every expert says to every token of a call, also where it was not chosen."""
+    """Add the outputs of every expert for every token of a call, also where it was not chosen."""
     import torch
 
     experts, width = call.block.block.experts, call.hidden.shape[-1]

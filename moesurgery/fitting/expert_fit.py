@@ -1,7 +1,7 @@
-"""The matrices of a block's experts fitted to what is missing, in place, one expert after the other (Gauss-Seidel).
+"""Fit the matrices of a block's experts to the residual, in place, one expert after the other (Gauss-Seidel).
 
-`residuals` is what is still missing of the output [T, H] of each of a block's calls, padding left as zero; they are
-brought up to date after every expert.
+`residuals` are target minus output [T, H] of each of a block's calls, zero at padding; they are updated after every
+expert.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ def _fit_down(
     ridge: float | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], RidgeSolution]:
-    """Solve for one expert's down-projection, in place, and bring the residuals up to date.
+    """Solve for one expert's down-projection, in place, and update the residuals.
 
-    W = W_e + D, with D minimising sum |r - D g h|^2 + lambda |D|^2, r being what is still missing.
+    W = W_e + D, with D minimising sum |r - D g h|^2 + lambda |D|^2, r being the residual.
     """
     import torch
 
@@ -129,7 +129,7 @@ def _fit_down(
     if solution.change is None:
         return {}, solution
     stored: torch.Tensor = (weight.double() + solution.change).to(dtype)
-    change = stored.to(weight.dtype) - weight  # what rounding leaves of it
+    change = stored.to(weight.dtype) - weight  # the change after rounding
     weight += change
     for part, h, residual in zip(mine, said, residuals, strict=True):
         residual[part.token] -= h @ change.float().T
@@ -137,7 +137,7 @@ def _fit_down(
 
 
 def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left^T right to `total` [m, n], some rows at a time: the products, in float32, are never there in whole."""
+    """Add left^T right to `total` [m, n], some rows at a time, so that the float32 product is never held in full."""
     for start in range(0, len(total), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         total[rows] += (left[:, rows].T @ right).double()
@@ -151,7 +151,7 @@ def _fit_all(
     ridge: float | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], RidgeSolution]:
-    """Fit all matrices of one expert, in place, and bring the residuals up to date."""
+    """Fit all matrices of one expert, in place, and update the residuals."""
     import torch
 
     order = torch.argsort(torch.cat([part.odd for part in mine]).int(), stable=True)

@@ -1,4 +1,4 @@
-"""What a calibration will take, from one batch through the first layers: time, memory, space, bytes read."""
+"""Estimate the cost of a calibration from one batch in the first layers: time, memory, disk space, bytes read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Forecast:
 
 
 def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
-    """Time one batch through the first MoE layer, and its weights on their way, and take all layers for alike.
+    """Time one batch in the first MoE layer and the loading of its weights, and extrapolate to all layers.
 
-    Raises RefusedError for a family whose code shows no routing.
+    Raises RefusedError for a family whose routing cannot be read.
     """
     from moesurgery.stats.statistics_file import empty_sums
 
@@ -50,7 +50,7 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
         engine.skeleton.read(first)
         load = time.perf_counter() - began
         with engine.loaded(first, pin=True):
-            streams.rehearse(streams.watch)  # what is slow the first time only
+            streams.rehearse(streams.watch)  # warm-up: kernels, caches
             _wait(engine)
             began = time.perf_counter()
             streams.step()

@@ -1,12 +1,13 @@
 """All matrices of an expert at once: least squares for its linearised output, by conjugate gradients.
 
-What an expert adds to a token, g D a(F x), with F its first projection and a its gate, is linear in small changes of
-F and D. The change that makes up for what is missing, drawn to none by a ridge, has no closed form that fits into
-memory, but a step of conjugate gradients costs two passes over the expert's tokens, and the steps for one ridge serve
-all greater ones too (Jegerlehner, hep-lat/9612014). So a path of ridges is fitted on the even windows and judged on
-the odd ones, as many at once as fit into `PATH_BYTES`; then the best is fitted on all.
+An expert's weighted output for a token, g D a(F x), with F its first projection and a its gate, is linear in small
+changes of F and D. The change that fits the residual, with a ridge penalty on its norm, has no closed form that fits
+into memory, but a step of conjugate gradients costs two passes over the expert's tokens, and the steps for one ridge
+also give the solutions for all greater ones (multi-shift CG: Jegerlehner, hep-lat/9612014). So a path of ridges is
+fitted on the even windows and evaluated on the odd ones, as many at once as fit into `PATH_BYTES`; then the best is
+fitted on all.
 
-Gate, up and down are each measured in units of their own mean effect, so that one ridge serves all three.
+Gate, up and down are each scaled by their own mean effect, so that one ridge suits all three.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def arrangement(module: Any, expert: int) -> Arrange:
 
 @dataclass
 class Linearised:
-    """An expert around its present weights, for t tokens: what it reads [t, H], its weight [t, 1], h [t, I], the
+    """An expert linearised at its present weights, for t tokens: its input [t, H], its weight [t, 1], h [t, I], the
     slope of h in each row of the first projection, arranged [t, 2, I], and its down-projection [H, I].
 
     A change is (of the first projection [2, I, H], of the down-projection [H, I]), in units of `scale`.
@@ -69,7 +70,7 @@ class Linearised:
         return Linearised(self.read[at], self.weight[at], self.h[at], self.slope[at], self.down, self.scale)
 
     def adds(self, change: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return what a change adds to the weighted output [t, H]."""
+        """Return J change: the first-order change [t, H] of the weighted output."""
         ahead, below = change
         inner = sum((self.read @ part.T).mul_(self.slope[:, i]).mul_(self.scale[0][i]) for i, part in enumerate(ahead))
         said: torch.Tensor = inner @ self.down.T
@@ -77,7 +78,7 @@ class Linearised:
         return said.mul_(self.weight)
 
     def pulls(self, missing: torch.Tensor) -> list[torch.Tensor]:
-        """Return the adjoint: the change along which `missing` [t, H] is made up for fastest."""
+        """Return J^T missing, for the residual `missing` [t, H]."""
         import torch
 
         missing = missing * self.weight
@@ -100,7 +101,7 @@ class Linearised:
 
 
 def linearised(module: Any, expert: int, read: torch.Tensor, weight: torch.Tensor, arrange: Arrange) -> Linearised:
-    """Return an expert around its present weights, for tokens that it reads [t, H] with weights [t, 1]."""
+    """Return an expert linearised at its present weights, for inputs [t, H] with weights [t, 1]."""
     import torch
 
     with torch.enable_grad():
@@ -123,7 +124,7 @@ def conjugate(
 ) -> list[list[torch.Tensor]]:
     """Return for each ridge, the least first, the change that minimises |missing - J change|^2 + ridge |change|^2.
 
-    Up to what `steps` steps of conjugate gradients leave; the others converge faster than the first.
+    Approximately, by `steps` steps of conjugate gradients; larger ridges converge faster than the least.
     """
     import torch
 
@@ -177,11 +178,11 @@ def _dot(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float
 
 
 def chosen(problem: Linearised, missing: torch.Tensor, even: int, ridge: float | None) -> tuple[Any, RidgeSolution]:
-    """Return what is added to an expert's weights, for tokens of which the first `even` are of even windows, and how
-    it was found.
+    """Return the change of an expert's weights, for tokens of which the first `even` are of even windows, and how it
+    was found.
 
-    With `ridge` None the one is taken that, fitted on the even windows, leaves the least on the odd ones; None for a
-    change where none is best.
+    With `ridge` None the ridge is taken that, fitted on the even windows, has the least error on the odd ones; the
+    change is None where no change is best.
     """
     held_out = None
     if ridge is None:
@@ -204,7 +205,7 @@ def chosen(problem: Linearised, missing: torch.Tensor, even: int, ridge: float |
 
 @dataclass
 class Fit:
-    """What became of an expert: its new matrices, none where it stays, and what they add to its weighted output."""
+    """The fit of an expert: its new matrices, none where unchanged, and the change of its weighted output."""
 
     matrices: dict[str, torch.Tensor]
     added: torch.Tensor | None
@@ -222,10 +223,10 @@ def fit(
     ridge: float | None,
     dtype: torch.dtype,
 ) -> Fit:
-    """Fit an expert in place, each weight rounded to `dtype`, so that `missing` [t, H] is made up for.
+    """Fit an expert in place to the residual `missing` [t, H], each weight rounded to `dtype`.
 
     `read` [t, H], `weight` [t, 1] and `missing` are those of the tokens routed to it, even windows first. A change
-    that the true output does not bear out is halved, a few times, then given up.
+    that does not reduce the error of the true (nonlinear) output is halved, a few times, then discarded.
     """
     arrange = arrangement(module, expert)
     problem = linearised(module, expert, read, weight, arrange)

@@ -1,4 +1,4 @@
-"""How the experts of a group fit together, from tokens: the order of their neurons, and one router row for them.
+"""Data for merging groups of experts, from tokens: neuron orders for each member, and one router row per group.
 
 The original model runs once. In every MoE block, for each group of experts that are to become one:
 
@@ -10,8 +10,8 @@ The original model runs once. In every MoE block, for each group of experts that
                  (log sum over members of exp z_e - w x - b)^2 + lambda |w - w_d|^2, z being the router's logits and w_d
                  the dominant member's row: the logit that gives the group the probability of all its members
 
-Where tokens say little, what there was stays: an expert without tokens is matched by its weights, and lambda, `RIDGE`
-times the mean diagonal of sum x x^T, draws to the dominant member's row.
+With few tokens the result stays close to the original: an expert without tokens is matched by its weights, and lambda,
+`RIDGE` times the mean diagonal of sum x x^T, regularises towards the dominant member's row.
 
 Memory beside the forward pass: the inputs of one block for all tokens, two experts, two square matrices of their width,
 one of the hidden size.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
 RIDGE = 1e-3
-LOGITS_CLOSE = 0.02  # of the largest logit: what computing in bfloat16 leaves
+LOGITS_CLOSE = 0.02  # of the largest logit: rounding error of bfloat16
 
 
 def fit_groups(
@@ -51,8 +51,8 @@ def fit_groups(
 ) -> list[GroupFit]:
     """Return the fit of every block that is run, for the groups of `merger`.
 
-    Raises RefusedError where experts have no activations that can be seen, or a router's logits are no linear map of
-    what its experts read.
+    Raises RefusedError where experts' activations cannot be read, or a router's logits are no linear map of its
+    experts' inputs.
     """
     import torch
 
@@ -161,7 +161,7 @@ def _router(plan: Plan, calls: Sequence[ExpertsCall], groups: Sequence[tuple[lis
 
 
 def _check_logits(call: ExpertsCall, linear: torch.Tensor, shift: torch.Tensor) -> None:
-    """Raise RefusedError unless the router's logits are its rows times what the experts read, with or without bias."""
+    """Raise RefusedError unless the router's logits are its rows times the experts' inputs, with or without bias."""
     if call.logits is not None:
         logits = call.rows(call.logits)[:, : linear.shape[1]].double()
         limit = LOGITS_CLOSE * float(logits.abs().max())

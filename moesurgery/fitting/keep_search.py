@@ -1,9 +1,9 @@
-"""Which experts to keep so that a block's output changes least: sets of experts tried out, not experts scored.
+"""Which experts to keep so that a block's output changes least: a search over sets of experts, not a score of each.
 
 NAEE (arXiv 2402.14800): of all sets C of r experts, the one with the least error between the block's routed output
 and its output when the router may choose from C alone; here squared and pooled over tokens. Every set is routed by
-the model's own router. All sets are tried while they are at most `EXHAUSTIVE`; above, experts go one by one, each
-time the one that is missed least.
+the model's own router. All sets are tried while they are at most `EXHAUSTIVE`; above, experts are removed one by one,
+each time the one whose removal adds the least error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 EXHAUSTIVE = 5000  # sets
-OUTPUT_BYTES = 512 << 20  # bounds the tokens that are looked at: all experts' outputs are held at once
+OUTPUT_BYTES = 512 << 20  # bounds the number of tokens: all experts' outputs are held at once
 
 
 def best_kept(engine: Engine, around: BlockCall, call: ExpertsCall, keep: int) -> list[int]:
@@ -75,7 +75,7 @@ def _even(sets: Iterable[tuple[int, ...]], size: int, experts: int) -> Iterable[
 
 
 def routing_without(engine: Engine, around: BlockCall, banned: Sequence[int]) -> RoutingTensors:
-    """Return the experts [T, k] and weights [T, k] that a block's router chooses when some experts are not there."""
+    """Return the experts [T, k] and weights [T, k] that a block's router chooses without some experts."""
     import torch
 
     routings: list[RoutingTensors] = []

@@ -1,9 +1,11 @@
-"""Repair an edited model by least squares, layer by layer, so that its stream is what the original's was.
+"""Repair an edited model by least squares, layer by layer, so that its hidden states match the original's.
 
-The original and the edited model run side by side on the same tokens. At each layer, the edited block sees its
-own stream, with all layers before it already repaired. What it should add is y, such that the layer's output becomes
-the original's: so it also makes up for what the layers before it left undone. Where a model does not simply add the
-routed output to its stream, y is the output of the original block. Four kinds, each containing the one before it:
+The original and the edited model run together on the same tokens. At each layer, the input of the edited block is the
+edited model's own hidden states, with all layers before it already repaired. The target y is the routed output with
+which the layer's output would equal the original's, so it also corrects errors left by the layers before. Where a model
+does not simply add the routed output to the residual stream, y is the output of the original block.
+
+Four kinds, each containing the one before it:
 
     scalar   one factor on the block's output
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
@@ -11,14 +13,14 @@ routed output to its stream, y is the output of the original block. Four kinds, 
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
     all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
 
-Each solution is drawn to no change, by a ridge that is judged on windows it was not fitted on (`ridge`), so that
-what would not carry over to other text is left as it is. Nothing is trained and no gradient is taken.
-docs/measure.md says where it helps and where it does not.
+Each solution is regularised towards no change, by a ridge chosen on windows it was not fitted on (`ridge`), so that a
+change that does not generalise to other text is not made. There is no training and no gradient of a loss.
+docs/measure.md shows where it helps and where it does not.
 
-Memory beside the two models' streams and one layer: the hidden states of all tokens four times. For `down` also the
-activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all` those
-activations seven times and an expert's weights, in float32, three times, or more often while that is below 192 MB.
-Fitted matrices are held until their block is done, as they are stored.
+Memory beside the two models' hidden states and one layer: the hidden states of all tokens four times. For `down`
+also the activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all`
+those activations seven times and an expert's weights, in float32, three times, or more often while that is
+below 192 MB. Fitted matrices are held until their block is done, as they are stored.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ MATRICES = ("down", "all")
 
 @dataclass(frozen=True)
 class RepairOptions:
-    """How to fit. `ridge` times the mean diagonal draws a solution to no change; None finds it on held-out windows.
+    """How to fit. `ridge` times the mean diagonal penalises a change; None chooses it on held-out windows.
 
     `sweeps` go over the experts. `down` and `all` leave an expert alone that saw fewer than `minimum` times as many
     tokens as it has neurons.
@@ -74,7 +76,7 @@ def fit_layers(
     done: Callable[[FittedBlock], None],
     progress: Progress = lambda count: None,
 ) -> None:
-    """Fit every MoE block of `edited` in turn, and hand each to `done`. The plan is left alone.
+    """Fit every MoE block of `edited` in turn, and call `done` with each. The plan is not changed.
 
     Raises RefusedError where the two models have other layers, an experts module has another form, or `down` would
     have to change quantised weights.
@@ -102,7 +104,7 @@ def fit_layers(
         return call.run(call.hidden, call.index, call.weights * _each(factors[call.block.where], call.index))
 
     def repair(block: ExpertsModule, outputs: Sequence[Any]) -> None:
-        """Fit one block. What that took is free again when the next one's turn comes."""
+        """Fit one block, in a function of its own so that its memory is freed before the next."""
         assert repaired is not None
         originals = said.pop(block.where)
         calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
@@ -162,9 +164,9 @@ def _missing(
     originals: Sequence[torch.Tensor],
     outputs: Sequence[Any],
 ) -> tuple[list[ExpertsCall], list[torch.Tensor]]:
-    """Return a block's calls on the stream as it stands at its door, and what is missing of what each adds [T, H].
+    """Return a block's calls on the edited model's hidden states, and the residual [T, H]: target minus routed output.
 
-    `originals` is what the original block added, `outputs` what the original layer returned. Padding is zero.
+    `originals` are the original block's routed outputs, `outputs` the original layer's outputs. Padding is zero.
     """
     calls: list[ExpertsCall] = []
     said: list[torch.Tensor] = []
@@ -197,8 +199,8 @@ def _hidden(output: Any) -> torch.Tensor:
 
 
 def _share(streams: Streams, block: ExpertsModule, said: torch.Tensor, output: Any) -> float | None:
-    """Return the number that multiplies a block's routed output on its way into the layer's output; None where it is
-    not simply added. Found by having the experts of the first batch say everything twice."""
+    """Return the factor with which a block's routed output is added to the layer's output; None where it is not simply
+    added. Found by doubling the routed output on the first batch."""
 
     def twice(call: ExpertsCall) -> Any:
         return 2 * call.run() if call.block.where == block.where else None
@@ -220,7 +222,7 @@ def _fit(
     total: float,
     options: RepairOptions,
 ) -> FittedBlock:
-    """Fit one block for its calls. `missing` is brought up to date where matrices are fitted."""
+    """Fit one block for its calls. `missing` is updated where matrices are fitted."""
     import torch
 
     experts = block.block.experts

@@ -1,4 +1,4 @@
-"""Where work that takes long says what it does. Nothing in this package prints."""
+"""Callbacks for messages and progress. Nothing in this package prints."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def _unseen(what: str, total: int) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Callbacks: `note` takes a line; `progress(what, total)` is open while something goes on.
+    """Callbacks: `note` takes a line; `progress(what, total)` is a context manager for one task.
 
-    It gives a function that takes how much has been done since the last call, of `total`. Where there is
-    `layer_progress(what, tokens, layers)`, it is open instead while tokens go through layers, and counts their product.
+    It yields a function that takes the amount done since the last call, of `total`. Where there is
+    `layer_progress(what, tokens, layers)`, it is used instead for passes over layers, and counts tokens times layers.
     """
 
     note: Callable[[str], None] = lambda text: None
@@ -29,7 +29,7 @@ class Reporter:
     layer_progress: Callable[[str, int, int], AbstractContextManager[Progress]] | None = None
 
     def through_layers(self, what: str, tokens: int, layers: int) -> AbstractContextManager[Progress]:
-        """Say how far `tokens` have come through `layers`, counted as tokens times layers."""
+        """Report progress of `tokens` in `layers`, counted as tokens times layers."""
         if self.layer_progress is None:
             return self.progress(what, tokens * layers)
         return self.layer_progress(what, tokens, layers)

@@ -1,10 +1,10 @@
-"""Least squares drawn to no change, how strongly being decided on tokens that were not fitted.
+"""Ridge regression for a change of weights, with lambda chosen on tokens that were not fitted.
 
-The change D [O, I] minimises sum |r - D h|^2 + lambda |D|^2, r [O] being what is missing and h [I] what it is made
-of. The sums come apart for even and odd windows. With lambda left to be found, the change that one half gives is
-judged on the other, both ways, for a path of lambdas, and the best is used on all tokens; where none makes anything
-better, nothing is changed. (lambda is the same for a half and for all: it says how large a change is to be expected,
-not how many tokens there are.)
+The change D [O, I] minimises sum |r - D h|^2 + lambda |D|^2, r [O] being the residual and h [I] the features. The
+sums are kept apart for even and odd windows. With lambda not given, it is chosen by two-fold cross-validation: the
+change fitted on one half is evaluated on the other, both ways, for a path of lambdas, and the best is used on all
+tokens; where none reduces the error, nothing is changed. (lambda is not rescaled from a half to all tokens: it is a
+prior on the size of the change, independent of the number of tokens.)
 
 Memory beside the sums: one square matrix, in which a Cholesky factor is made for every lambda, and a block of rows.
 """
@@ -26,8 +26,8 @@ _ROWS = 256  # of a change that are solved for together
 class RidgeSolution:
     """`change` [O, I], or None where no change is best. `ridge` is lambda over the mean diagonal.
 
-    `held_out` is what the squared error of a half changes by, under the change that the other half gives, summed
-    over both; None where that was not looked at.
+    `held_out` is the change in squared error of each half under the solution of the other half, summed over both;
+    None where it was not computed.
     """
 
     change: torch.Tensor | None
@@ -38,7 +38,7 @@ class RidgeSolution:
 def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float | None) -> RidgeSolution:
     """Return the change for sums h h^T [2, I, I] and r h^T [2, O, I] over even and odd windows, in float64.
 
-    `ridge` is lambda over the mean diagonal of all tokens; None has it found.
+    `ridge` is lambda over the mean diagonal of all tokens; None chooses it.
     """
     import torch
 
@@ -65,8 +65,8 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float | None) -> Ridge
 def _judged(
     solver: Callable[[torch.Tensor], torch.Tensor], cross: torch.Tensor, gram: torch.Tensor, wanted: torch.Tensor
 ) -> float:
-    """Return what the squared error of the half with sums `gram` and `wanted` changes by, when the other half, with
-    the sum `cross`, is solved for."""
+    """Return the change in squared error of the half with sums `gram` and `wanted`, under the solution of the other
+    half, with the sum `cross`."""
     import torch
 
     total = cross.new_zeros(())
@@ -77,7 +77,7 @@ def _judged(
 
 
 def _solver(grams: torch.Tensor, strength: float, room: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what solves x (sum of `grams` + strength) = rows for rows [b, I]. `room` [I, I] is overwritten."""
+    """Return a solver of x (sum of `grams` + strength) = rows for rows [b, I]. `room` [I, I] is overwritten."""
     import torch
 
     def fill() -> torch.Tensor:
@@ -98,6 +98,6 @@ def _solver(grams: torch.Tensor, strength: float, room: torch.Tensor) -> Callabl
             return solved
 
         return substitute
-    # Rounding has left the sums short of positive definite, which happens with a ridge next to nothing.
+    # Through rounding the sums are not positive definite, which happens with a very small ridge.
     factors, pivots = torch.linalg.lu_factor(fill())
     return lambda rows: torch.linalg.lu_solve(factors, pivots, rows.mT).mT

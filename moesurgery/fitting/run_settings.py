@@ -1,4 +1,4 @@
-"""How models are run over text: what `--window`, `--limit`, `--seed`, `--device`, `--dtype` and the like say."""
+"""How models are run over text: what `--window`, `--limit`, `--seed`, `--device`, `--dtype` etc. set."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def check_device(name: str) -> None:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """`limit` is windows per file at most; `seed` draws them at random, where the first ones are taken without.
+    """`limit` is windows per file at most; with `seed` they are a random sample, without it the first ones.
 
     `device` is one, or "cuda" for all GPUs that are visible; `dtype` one of float32, bfloat16 and float16, or "auto".
-    `memory` bounds what is taken of each device, as 40GB. With `apart` documents have windows of their own, with
+    `memory` bounds the memory used on each device, as 40GB. With `apart` documents have windows of their own, with
     `assistant_only` only the assistant's tokens count.
     """
 
@@ -63,7 +63,7 @@ class RunSettings:
 
     @property
     def devices(self) -> list[str]:
-        """The devices that windows are shared out among when statistics are collected."""
+        """The devices that windows are split among when statistics are collected."""
         if self.device != "cuda":
             return [self.device]
         import torch
@@ -78,11 +78,11 @@ class RunSettings:
         return "bfloat16" if self.device.startswith("cuda") else "float32"
 
     def engine(self, plan: Plan) -> Engine:
-        """Return what runs a plan's model, on the first of the devices."""
+        """Return an engine for a plan's model, on the first of the devices."""
         return self.engines(plan, 1)[0]
 
     def engines(self, plan: Plan, most: int | None = None) -> list[Engine]:
-        """Return what runs a plan's model on each device, or on the first `most` of them."""
+        """Return engines for a plan's model, one on each device, or on the first `most` of them."""
         from moesurgery.forward.engine import Engine
 
         memory = parse_bytes(self.memory) if self.memory else 0

@@ -1,5 +1,5 @@
-"""The streamed forward pass: transformers' own code of a model that does not fit in memory, layer by layer.
+"""The layer-by-layer forward pass: transformers' own model code, for a model that does not fit in memory.
 
-Public: `engine.Engine`, `hooks.Hooks` (what is seen and changed on the way), `text_windows`, `tokens`, `loss`. What is
-computed from such a pass to edit a model is in `fitting`.
+Public: `engine.Engine`, `hooks.Hooks` (callbacks that read and change activations), `text_windows`, `tokens`, `loss`.
+What is computed from such a pass to edit a model is in `fitting`.
 """

@@ -1,8 +1,8 @@
 """The two halves of an expert: what comes before its down-projection, and the down-projection itself.
 
 transformers' experts modules of nearly all families share one form (stacked parameters, `_apply_gate`), whatever
-their gating function. Where a module does not have it, or computes something else, that is found out and said.
-Blocks without such a module have an adapter that knows their form.
+their gating function. Where a module does not have it, or computes something else, `check_form` raises RefusedError.
+Blocks without such a module are read through an adapter (`routing_adapters`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def activations(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def reads(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Return what an expert's first projection is given [t, H], for the block's inputs [t, H]."""
+    """Return the input [t, H] of an expert's first projection, for the block's inputs [t, H]."""
     adapter = adapter_of(module)
     return hidden if adapter is None else adapter.reads(module, expert, hidden)
 
 
 def before_gate(module: Any, expert: int, read: torch.Tensor) -> torch.Tensor:
-    """Return what an expert's first projection says [t, P] to `read` [t, H]: P is 2 I where there is a gate, else I."""
+    """Return the output [t, P] of an expert's first projection for `read` [t, H]: P is 2 I with a gate, else I."""
     said = read @ first(module, expert).T
     if adapter_of(module) is None and module.has_bias:
         said = said + getattr(module, f"{_first_name(module)}_bias")[expert]
@@ -40,7 +40,7 @@ def before_gate(module: Any, expert: int, read: torch.Tensor) -> torch.Tensor:
 
 
 def gated(module: Any, said: torch.Tensor) -> torch.Tensor:
-    """Return h [t, I] for what the first projection says [t, P]."""
+    """Return h [t, I] for the first projection's output [t, P]."""
     adapter = adapter_of(module)
     if adapter is not None:
         return adapter.gated(module, said)
@@ -73,7 +73,7 @@ def check_form(call: ExpertsCall, hint: str = "use --refit expert, which needs o
     """Raise RefusedError, with a hint, unless the experts of this call are `down(activations)` plus a bias."""
     module, where = call.module, call.block.where
     if adapter_of(module) is not None:
-        return  # which is made of these two halves
+        return  # an adapter provides these two halves by construction
     problem = f"{type(call.module).__name__} has no activations that can be told from its down-projection"
     if not all(hasattr(module, name) for name in _FORM) or getattr(module, "has_post_expert_norm", False):
         raise RefusedError(f"{where}: {problem}", hint)

@@ -1,4 +1,4 @@
-"""How far a mean over windows of text may be off, by drawing the windows again."""
+"""Bootstrap confidence intervals of a mean over windows of text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LEVEL = 0.95
 def interval(by_window: np.ndarray, tokens: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of `by_window` [windows], the same each time.
 
-    Of a difference of two models give the difference in each window: what makes a window hard for both then drops out.
+    To compare two models pass the difference in each window: what makes a window hard for both then cancels.
     Where windows have different numbers of `tokens` [windows], the mean is over tokens; windows without are left out.
-    Windows of one text are not independent, so with few texts the interval is the narrowest that can be believed.
+    Windows of one text are not independent, so with few texts the interval is a lower bound on the true width.
     """
     import numpy as np
 

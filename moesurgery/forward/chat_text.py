@@ -20,7 +20,7 @@ _SPECIAL_TOKENS = "special_tokens_map.json"
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # of `conversations` with `from` and `value`
 
 Spans = list[tuple[int, int]]  # of characters
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what the assistant says, for transformers
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what transformers uses to mark assistant tokens
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class ChatTemplate:
     tokens: Mapping[str, Any]
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Any, assistant: bool) -> tuple[str, Spans]:
-        """Return the text of a conversation, and with `assistant` where in it the assistant's words are.
+        """Return the text of a conversation, and with `assistant` the character spans of the assistant's messages.
 
-        Raises ValueError where the template refuses the conversation, or does not show whose words are whose.
+        Raises ValueError where the template refuses the conversation, or the assistant's spans cannot be found.
         """
         chosen = self.templates.get("tool_use" if tools else "default") or next(iter(self.templates.values()))
         if assistant and _MARKS.search(chosen):
@@ -64,7 +64,7 @@ class ChatTemplate:
         return texts[0], spans[0] if marked else []
 
     def _assistant(self, chosen: str, messages: Sequence[Mapping[str, Any]], tools: Any, text: str) -> Spans:
-        """Find the assistant's words in a template that does not mark them: what each message adds to those before."""
+        """Find the assistant's spans for a template without marks: the text that each message adds to those before."""
         spans = []
         for i, message in enumerate(messages):
             if message.get("role") != "assistant":

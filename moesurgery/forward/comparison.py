@@ -1,4 +1,4 @@
-"""Two models on the same text, token by token: how far apart they are, on what, and how sure that is."""
+"""Two models compared on the same text, per token: loss, KL, agreement, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def over_interval(reference: Loss, model: Loss) -> tuple[float, float]:
 def targets(domains: Sequence[Domain]) -> np.ndarray:
     """Return the tokens that are predicted [windows, length - 1], all domains one after the other.
 
-    Where windows are padded, what stands there is no token that counts.
+    Entries at padding are not tokens that count.
     """
     predicted: np.ndarray = joined([domain.as_tokens for domain in domains]).ids[:, 1:].numpy()
     return predicted

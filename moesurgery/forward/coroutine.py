@@ -1,7 +1,7 @@
-"""A function that can stop in the middle and wait, however deep in other code it is.
+"""A function that can be suspended at any depth of its call stack and resumed, like a greenlet.
 
-It runs in a thread of its own, but only while its owner waits for it: there is never more than one of them, or
-its owner, at work. (A generator cannot do this: it would have to be written into transformers' code.)
+It runs in a thread of its own, but only while its owner waits for it: only one of these threads, or the owner's, runs
+at any time. (A generator cannot do this: every function of transformers in between would have to yield.)
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _here = threading.local()
 
 
 class _Abandoned(BaseException):
-    """Unwinds a coroutine that nobody will resume."""
+    """Raised inside a coroutine that is closed, to unwind its stack."""
 
 
 class Errand:
-    """A request that the owner fulfils at once: `call()`, in its own thread.
+    """A request that the owner answers at once, by running `call()` in its own thread.
 
-    A thread that computes has worker threads of its own, and with more of them than cores all wait for each other.
+    Each thread that calls torch gets its own pool of worker threads; several pools would oversubscribe the cores.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:
@@ -69,7 +69,7 @@ class Coroutine:
             self._thread.join()
 
     def ask(self, request: Any) -> Any:
-        """Called by the function: hand over a request, wait, and return the answer."""
+        """Called by the function: suspend with a request, and return the answer when resumed."""
         self.request = request
         del request
         self._back.release()

@@ -1,16 +1,16 @@
 """The forward pass of a model that does not fit in memory: all windows go through one layer, then the next.
 
-The model's own code runs, unchanged, once per batch of windows. Each of these forward passes is a coroutine
-that stops at the door of every unit (`layer_units.LayerUnit`) until all have come there; then the unit's weights are
-read from the plan, all batches go through, and the weights are given free. So what a layer is called with
-(positions, masks, sliding windows, what earlier layers left for later ones) is what the model's code says.
+The model's own code runs, unchanged, once per batch of windows. Each of these forward passes is a coroutine that is
+suspended before every unit (`layer_units.LayerUnit`) until all batches have reached it; then the unit's weights are
+loaded from the plan, all batches are computed, and the weights are freed. So each layer gets the arguments (positions,
+masks, sliding windows, values kept by earlier layers) that the model's own code passes to it.
 
     engine = Engine(plan)
     engine.run(tokens, Hooks(experts=see_experts), logits=take_logits)
 
 Memory: one unit's weights, the hidden states of all windows twice (a model keeps its embeddings), one batch's
 activations. Units stay loaded as far as `keep` bytes go. On a GPU that is what its memory leaves, and the next unit is
-read beside the one that computes.
+prefetched while one computes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Progress = Callable[[int], None]
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 
-_here = threading.local()  # the stream that a thread runs
+_here = threading.local()  # the forward pass (`Stream`) that this thread runs
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Resume:
 
 @dataclass
 class _PauseAt:
-    """What a stream asks for: to go through a unit."""
+    """The request of a forward pass that has reached a unit and is suspended there."""
 
     unit: LayerUnit
     call: partial[Any]
@@ -87,7 +87,7 @@ class Streams:
         self.engine = engine
         self.watch = watch
         self.resume = resume
-        self.passed = resume.layer if resume else 0  # decoder layers behind all streams
+        self.passed = resume.layer if resume else 0  # decoder layers that all batches have completed
         self.streams = [Stream(i, first, part) for i, (first, part) in enumerate(tokens.batches(windows))]
         for stream in self.streams:
             stream.coroutine = Coroutine(partial(engine._forward, stream, self))
@@ -103,7 +103,7 @@ class Streams:
 
     @property
     def unit(self) -> LayerUnit | None:
-        """The unit at whose door all streams wait; None when all have ended."""
+        """The unit that all batches are to run next; None when all have finished."""
         waiting = {s.coroutine.request.unit.path: s.coroutine.request.unit for s in self.streams if s.coroutine.request}
         if len(waiting) > 1:
             raise RefusedError(f"batches take different ways through the model: {', '.join(waiting)}")
@@ -111,21 +111,21 @@ class Streams:
 
     @property
     def resumable(self) -> bool:
-        """Whether layers are called with nothing that layers before them may have left in it."""
+        """Whether layers get no argument that earlier layers may have written to."""
         requests = [stream.coroutine.request for stream in self.streams]
         given = [value for r in requests if r is not None for value in (*r.call.args, *r.call.keywords.values())]
         return all(value is None or not isinstance(value, (dict, list, set)) or not value for value in given)
 
     def rehearse(self, watch: Hooks, count: int | None = None) -> list[Any]:
-        """Send all streams, or the first `count`, through the unit they wait at under another watch, leave them at its
-        door, and return what the unit returns for each."""
+        """Run the next unit on all batches, or the first `count`, with other hooks, without advancing them, and return
+        the unit's output for each."""
         unit = self.unit
         assert unit is not None
         with self.engine.loaded(unit):
             return [self.engine._go(stream, watch) for stream in self.streams[:count]]
 
     def step(self, progress: Progress = lambda count: None) -> None:
-        """Take all streams through the unit they wait at, to the next door."""
+        """Run the next unit on all batches, and advance them to the unit after it."""
         unit = self.unit
         assert unit is not None
         with self.engine.loaded(unit):
@@ -138,14 +138,14 @@ class Streams:
             self.passed = unit.layer + 1
 
     def to_layer(self, layer: int, progress: Progress = lambda count: None) -> None:
-        """Go on until decoder layer `layer` is next; past the last one where there are no more."""
+        """Run units until decoder layer `layer` is next, or until all layers are done."""
         while (unit := self.unit) is not None:
             if unit.layer == layer or self.passed >= len(self.engine.layers):
                 return
             self.step(progress)
 
     def finish(self, number: int) -> Any:
-        """Take one stream to the end and return the model's logits [b, S, V]. Call for each in turn."""
+        """Run one batch to the end and return the model's logits [b, S, V]. Call for each in turn."""
         stream = self.streams[number]
         while not stream.coroutine.done:
             unit = stream.coroutine.request.unit
@@ -157,7 +157,7 @@ class Streams:
         return result
 
     def ends(self, number: int, windows: int | None = None) -> Iterator[tuple[int, Tokens, Any]]:
-        """Take one stream, past its layers, to the end; yield (first window, windows, logits [b, S, V]).
+        """Run one batch, whose layers are done, to the end; yield (first window, windows, logits [b, S, V]).
 
         As many `windows` at a time as memory has room for their logits, where batches are larger.
         """
@@ -215,9 +215,9 @@ class Engine:
         self._keeps_what_fits = keep is None
         self._resident: dict[str, LayerUnit] = {}  # least recently used first
         self._pinned: set[str] = set()
-        self._ahead: dict[str, Future[dict[str, torch.Tensor]]] = {}  # weights that are being read beside
+        self._ahead: dict[str, Future[dict[str, torch.Tensor]]] = {}  # weights that are being prefetched
         self._reading: ThreadPoolExecutor | None = None
-        self.freed: list[Callable[[LayerUnit], None]] = []  # called when a unit's weights go
+        self.freed: list[Callable[[LayerUnit], None]] = []  # called when a unit's weights are freed
         self._active: _Active | None = None
         self._tap: RouterTap | None = None
         for block in self.blocks:
@@ -239,7 +239,7 @@ class Engine:
 
     @property
     def routed(self) -> list[ExpertsModule]:
-        """The MoE blocks whose routing can be seen."""
+        """The MoE blocks whose routing can be read."""
         return [block for block in self.blocks if block.experts is not None]
 
     @property
@@ -275,7 +275,7 @@ class Engine:
         return max(1, int(memory_budget.LOGITS * self._budget()) // (8 * self.vocabulary * tokens.length))
 
     def _budget(self) -> int:
-        """Return what this engine may take of its device's memory, weights that it holds already among them."""
+        """Return the bytes of device memory this engine may use, including weights that are already loaded."""
         held = sum(unit.nbytes for unit in self._resident.values())
         others = sum(1 for other in _on_gpus if other.device == self.device)
         free = (memory_budget.free_bytes(self.device) + held) // max(1, others)
@@ -287,16 +287,15 @@ class Engine:
         return self._shape.hidden
 
     def hidden_bytes(self, tokens: Tokens) -> int:
-        """Return what the hidden states of all windows take: a model keeps its embeddings, and the last batch is twice
-        there."""
+        """Return the bytes of the hidden states of all windows: embeddings are kept too, one batch is held twice."""
         return 3 * tokens.ids.numel() * self._shape.hidden * self._shape.itemsize
 
     def batch_bytes(self, tokens: Tokens) -> int:
-        """Return about what a batch takes on its way through a layer."""
+        """Return about how many bytes a batch needs in a layer."""
         return tokens.ids.numel() * self._shape.per_token(tokens.length)
 
     def _share_memory(self, tokens: Tokens) -> None:
-        """Decide what may stay loaded, beside hidden states, activations and the unit that is read meanwhile."""
+        """Set how many bytes of weights may stay loaded, next to hidden states, activations and the prefetched unit."""
         if not self._keeps_what_fits:
             return
         largest = max(unit.nbytes for unit in self.skeleton.units.values())
@@ -316,7 +315,7 @@ class Engine:
         logits: Callable[[int, Tokens, torch.Tensor], None] | None = None,
         progress: Progress = lambda count: None,
     ) -> None:
-        """Send all windows through the model.
+        """Run the model on all windows.
 
         `logits` is called with (first window, windows, logits [b, S, V]) batch by batch; without it the head is
         never run. `progress` counts tokens times layers.
@@ -344,12 +343,12 @@ class Engine:
         return gathered
 
     def work(self, tokens: Tokens) -> int:
-        """What `progress` counts up to in one run."""
+        """The total that `progress` reaches in one run."""
         return tokens.count * len(self.layers)
 
     @contextmanager
     def loaded(self, unit: LayerUnit, *, pin: bool = False) -> Iterator[None]:
-        """Have a unit's weights in memory. Those over the budget are given free afterwards, pinned ones later."""
+        """Keep a unit's weights loaded within the context. Weights over the budget are freed afterwards."""
         if unit.path not in self._resident:
             self._evict(self.keep - unit.nbytes)
             ahead = self._ahead.pop(unit.path, None)
@@ -365,7 +364,7 @@ class Engine:
         self._evict(self.keep)
 
     def _read_ahead(self, unit: LayerUnit) -> None:
-        """Begin to read the layer after `unit`, on a GPU, where the processor's memory is not what is short."""
+        """Prefetch the layer after `unit`; only on a GPU, where host memory is not the bottleneck."""
         if not self.on_gpu or self.skeleton.donor is not None or unit.layer is None:
             return
         following = self.layers[(unit.layer + 1) % len(self.layers)]
@@ -376,7 +375,7 @@ class Engine:
         self._ahead[following.path] = self._reading.submit(self.skeleton.read, following)
 
     def forget(self, unit: LayerUnit) -> None:
-        """Give a unit's weights free at once: what was changed in them goes."""
+        """Free a unit's weights at once, discarding any change made to them."""
         self._pinned.discard(unit.path)
         if self._resident.pop(unit.path, None) is not None:
             self._free(unit)
@@ -386,9 +385,9 @@ class Engine:
         self._evict(self.keep)
 
     def _evict(self, keep: int) -> None:
-        """Give units free until those that may go take no more than `keep`.
+        """Free units until those that are not pinned take no more than `keep`.
 
-        On a GPU the latest first: passes go round through the layers, and what was used first is wanted first.
+        On a GPU the most recently used first: each pass begins again at the first layer, so that is needed soonest.
         """
         free = [path for path in self._resident if path not in self._pinned]
         held = sum(self._resident[path].nbytes for path in free)
@@ -406,7 +405,7 @@ class Engine:
 
     @contextmanager
     def watching(self, watch: Hooks, tokens: Tokens, first: int, unit: LayerUnit) -> Iterator[None]:
-        """Have a watch see what a unit does, for a batch of windows that begins at window `first`."""
+        """Attach hooks to a unit, for a batch of windows that begins at window `first`."""
         before = self._active
         blocks = [b for b in self.blocks if b.unit == unit.path]
         banned = {b.where: list(watch.ban(b)) for b in blocks} if watch.ban else {}
@@ -421,7 +420,7 @@ class Engine:
                 self._active = before
 
     def _forward(self, stream: Stream, streams: Streams) -> Any:
-        """The body of a stream: the model's own forward pass."""
+        """The body of a batch's coroutine: the model's own forward pass."""
         import torch
 
         _here.stream, _here.resume = stream, streams.resume
@@ -432,7 +431,7 @@ class Engine:
         return output.logits
 
     def _go(self, stream: Stream, watch: Hooks) -> Any:
-        """Send one stream through the unit at whose door it waits, and return what the unit returns."""
+        """Run the next unit on one batch, and return the unit's output."""
         import torch
 
         door: _PauseAt = stream.coroutine.request
@@ -457,7 +456,7 @@ class Engine:
         return coroutine.ask(_PauseAt(unit, partial(forward, *args, **kwargs)))
 
     def _at_once(self, module: Any, forward: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
-        """Have what a stream computes between its doors, such as rotary embeddings, computed by the engine's thread."""
+        """Run modules between units, such as rotary embeddings, in the engine's thread."""
         import torch
 
         coroutine = current()
@@ -533,7 +532,7 @@ class _Active:
 
 @contextmanager
 def _lowered(bias: torch.Tensor, entries: list[int]) -> Iterator[None]:
-    """Lower some entries of a selection bias so far that they are never chosen."""
+    """Lower some entries of a selection bias so far that these experts are never chosen."""
     before = bias.data.clone()
     bias.data.view(-1)[entries] = -1e30
     try:

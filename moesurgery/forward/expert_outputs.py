@@ -1,4 +1,4 @@
-"""What each expert says, apart from the others and from its weight: by the model's own code."""
+"""The output of each single expert, not yet multiplied by its routing weight, by the model's own code."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from moesurgery.forward.hooks import ExpertsCall
 if TYPE_CHECKING:
     import torch
 
-PART_BYTES = 128 << 20  # of the outputs that are there at once, in float32
+PART_BYTES = 128 << 20  # of expert outputs held at once, in float32
 PART_BYTES_GPU = 4 << 30
 
 
 @dataclass(frozen=True)
 class ExpertOutputs:
-    """What experts say to some tokens of one call, under one routing or several.
+    """The outputs of experts for some tokens of one call, under one routing or several.
 
-    rows [t] are the tokens' places in the call: all of even windows, or all of odd ones, as `half` says. `index` [t, U]
+    rows [t] are the tokens' indices in the call: `half` 0 is tokens of even windows, 1 of odd ones. `index` [t, U]
     are the experts that any routing chose, the number of experts where there are fewer; `outputs` [t, U, H] their
     outputs without weights, as the model computes them; `weights[name]` [t, U] the weights by a routing in float32, and
     `chosen[name]` [t, U] whether it chose the expert. For padding, and tokens that do not count, nothing is chosen, nor
@@ -120,9 +120,9 @@ def each_output(call: ExpertsCall, hidden: torch.Tensor, index: torch.Tensor) ->
 
 
 def grouped_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return the outputs [t, U, H] of chosen experts of a grouped module, by the products that the module itself makes.
+    """Return the outputs [t, U, H] of chosen experts of a grouped module, by the module's own grouped matmuls.
 
-    Tokens are sorted by expert once; that no weight is applied and nothing added up is all that differs.
+    Tokens are sorted by expert once, as in the module; only the weighting and the sum over experts are left out.
     """
     import torch
     from transformers.integrations.moe import _grouped_linear
@@ -146,7 +146,7 @@ def grouped_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor) -> t
 
 
 def is_grouped(module: Any) -> bool:
-    """Whether an experts module adds up the weighted outputs of all chosen experts by grouped products."""
+    """Whether an experts module computes the weighted sum of all chosen experts by grouped matmuls."""
     config = getattr(module, "config", None)
     return hasattr(module, "has_post_expert_norm") and getattr(config, "_experts_implementation", "") == "grouped_mm"
 
@@ -174,7 +174,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def summed_by_expert(index: torch.Tensor, values: torch.Tensor, experts: int) -> torch.Tensor:
     """Return the sums [E, n] in float32 of rows `values` [S, n] by their expert `index` [S]; others count for nothing.
 
-    As a product with ones and zeros: whatever the order in which a GPU's threads come to it, the sums are the same.
+    Computed as a matmul with a one-hot matrix, so that the sums are deterministic on a GPU.
     """
     import torch
 

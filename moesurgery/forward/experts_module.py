@@ -1,4 +1,4 @@
-"""Where a model of transformers has one MoE block, and what its router hands to its experts."""
+"""Where a transformers model has one MoE block, and the routing tensors its router passes to its experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ExpertsModule:
     """Where a model's module tree has one MoE block of the plan.
 
     `experts` is the path of the module that is called with (hidden [T, H], indices [T, k], weights [T, k]), or of
-    the block that an adapter reads (`adapters`); None where the family's code has neither, and `unread` says why.
+    the block that an adapter reads (`adapters`); None where the family's code has neither, and `unread` is the reason.
     `router` and `correction` are paths of parameters. `path` is the smallest module that holds all of it.
     """
 

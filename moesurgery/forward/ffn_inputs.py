@@ -1,4 +1,4 @@
-"""What the FFN of each layer reads, for a few prompts: the states that a router in its place would see."""
+"""The inputs of each layer's FFN for a few prompts: the hidden states that a router there would get."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def ffn_inputs(plan: Plan, tokens: Tokens, ffn: str) -> Iterator[torch.Tensor]:
     """Yield, for each layer in turn, the float32 input [prompts, tokens, H] of its module `ffn`.
 
-    The model is streamed (`engine`): memory is one layer and the activations. Rows at padding mean nothing.
+    The model runs layer by layer (`engine`): memory is one layer and the activations. Rows of padding are undefined.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Continuations of prompts, by transformers' `generate`: whether a model still ends, and whether it loops.
+"""Continuations of prompts, by transformers' `generate`: whether they reach an end token, and whether they loop.
 
-Published edits fail there first: a model whose loss hardly moved repeats itself, or never stops.
+Published edits fail there first: a model whose loss barely changed may still repeat itself or never stop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REPEATS = 4  # of one n-gram: a text that has so many loops
 
 @dataclass(frozen=True)
 class Continuations:
-    """What a model made of prompts: how many, the shares that loop and that end, and the tokens of each."""
+    """A model's continuations: how many, the shares that loop and that end, and the tokens of each."""
 
     prompts: int
     loops: float

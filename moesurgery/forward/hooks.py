@@ -1,4 +1,4 @@
-"""What is seen, and may be changed, while a model runs: calls of its MoE blocks and of their experts."""
+"""Hooks that read, and may change, the calls of a model's MoE blocks and of their experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ExpertsCall:
     """One call of a block's `experts` module: T tokens of one batch.
 
     hidden [T, H], index [T, k] and weights [T, k] are its inputs: the routing that the model itself computed. Where
-    the code has no such module, `adapters` read the block as if it had, and `module` is the block.
+    the code has no such module, an adapter (`routing_adapters`) provides the same, and `module` is the block.
     `logits` [T, E] are the router's, where it is a linear map. `real` [T] is False for padding, and for tokens
     that do not count. `run()` computes the module's output [T, H]; `run(hidden, index, weights)` from other inputs.
     """
@@ -39,7 +39,7 @@ class ExpertsCall:
         return counts.reshape(-1).to(self.hidden.device) if counts is not None else None
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the rows [t, …] of values of this call that are no padding."""
+        """Return the rows [t, …] of values of this call that are not padding."""
         flat, real = values.reshape(-1, values.shape[-1]), self.real
         return flat if real is None else flat[real]
 
@@ -61,7 +61,7 @@ class ExpertsCall:
 
 @dataclass
 class BlockCall:
-    """One call of the smallest module that holds a block's router and experts; `run()` is what it does."""
+    """One call of the smallest module that holds a block's router and experts; `run()` computes its output."""
 
     block: ExpertsModule
     tokens: Tokens
@@ -73,7 +73,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is seen, and may be changed, on the way.
+    """Callbacks for one pass.
 
     `experts` is called in place of every `experts` module and returns its output, or None for the usual one.
     `block` is called in place of the module around router and experts, and returns its output. `ban` returns the

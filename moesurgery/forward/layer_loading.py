@@ -1,9 +1,9 @@
-"""Values of expressions read into tensors of a device, at the speed of the page cache.
+"""Load the values of expressions into tensors on a device, at the speed of the page cache.
 
-What a plan only selects and joins are byte ranges of files (`Expr.pieces`). They are read straight to where they
-belong: into the tensor itself on the processor, into pinned memory on the way to a GPU, by several threads, since one
-alone copies a few GB/s. Quantised weights go to a GPU as they are stored, and become numbers there, so that only their
-bytes cross the bus. Everything else is evaluated on the processor, chunk by chunk.
+Tensors that a plan only selects and joins are byte ranges of files (`Expr.pieces`). They are read without intermediate
+copies: into the tensor itself on the CPU, into pinned memory for transfer to a GPU, by several threads, since one alone
+copies a few GB/s. Quantised weights are sent to a GPU as stored and dequantised there, so that only their bytes cross
+the bus. Everything else is evaluated on the processor, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPAN_BYTES = 8 << 20  # that one thread reads before it takes the next
 THREADS = 6  # more wait for the interpreter's lock: an H200's machine reads 11 GB/s with 6, 9 with 12
 ALIGNED = 256
 
-# Expressions whose arithmetic happens wherever their inputs are.
+# Expressions that compute on the device of their inputs.
 _ANYWHERE = (Stored, Slice, Concat, Dequantised, Cast, Scale, SliceLast, ConcatLast, Transposed)
 
 
@@ -107,7 +107,7 @@ class Loader:
             into[at // size : (at + length) // size].copy_(room[:length].view(kind))
 
     def _to_gpu(self, free: torch.cuda.Event, flat: torch.Tensor, start: int, span: list[Piece], expr: Expr) -> Any:
-        """Read and send one span; return what is over when it has arrived."""
+        """Read one span and start its copy to the GPU; return an event that completes with the copy."""
         import torch
 
         with torch.no_grad(), torch.cuda.device(self.device):
@@ -152,7 +152,7 @@ class Loader:
 
 
 class StagedReader:
-    """A `expr.nodes.Reader` that gives bytes on a GPU, read through pinned memory. One per thread."""
+    """An `expr.nodes.Reader` that returns bytes on a GPU, read through pinned memory. One per thread."""
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -165,7 +165,7 @@ class StagedReader:
         self._used = 0
 
     def room(self, nbytes: int) -> tuple[torch.Tensor, memoryview]:
-        """Return pinned memory that no copy reads any more, also as bytes to write."""
+        """Return pinned memory that no copy is still reading from, also as writable bytes."""
         import torch
 
         if nbytes > len(self._memory):

@@ -1,4 +1,4 @@
-"""The units of a model: the modules whose weights come and go together.
+"""The units of a model: the modules whose weights are loaded and freed together.
 
 A unit is a decoder layer, or a module outside the layers that owns weights: the embedding, the final norm, the head.
 """
@@ -15,7 +15,7 @@ from moesurgery.plan.plan import Plan
 
 @dataclass
 class LayerUnit:
-    """A module whose weights come and go together. `layer` is its place in the list of decoder layers."""
+    """A module whose weights are loaded and freed together. `layer` is its index in the list of decoder layers."""
 
     path: str
     module: Any
@@ -51,7 +51,7 @@ def find_units(model: Any) -> Iterator[LayerUnit]:
 
 
 def modules_without_weights(model: Any) -> Iterator[Any]:
-    """Yield the largest modules outside of units: what is computed between them."""
+    """Yield the largest modules outside of units: those that run between them."""
     import torch
 
     for child in model.children():

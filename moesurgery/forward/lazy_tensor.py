@@ -1,4 +1,4 @@
-"""Checkpoint tensors that are not read yet, in the shape that transformers' weight conversions take.
+"""Checkpoint tensors that are not read yet, in a form that transformers' weight conversions accept.
 
 transformers describes how a checkpoint's tensors become a module's parameters (one tensor per expert into one
 stacked parameter, for example) by operations on tensors. Run on `LazyTensor`s, stacking and joining build
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LazyTensor:
-    """An expression that passes for a tensor in `torch.stack`, `torch.cat`, `torch.chunk` and `torch.transpose`."""
+    """An expression that can be used as a tensor in `torch.stack`, `torch.cat`, `torch.chunk` and `torch.transpose`."""
 
     def __init__(self, expr: Expr, loader: Loader) -> None:
         self.expr = expr

@@ -1,4 +1,4 @@
-"""Held-out loss of plans, written or not: one alone, or several side by side with their distance to the first."""
+"""Held-out loss of plans, written or not: of one, or of several together with their KL to the first."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_ROWS = 512  # of logits, whose softmax is computed together
+_ROWS = 512  # of logits per softmax call
 _ROWS_GPU = 8192
 
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """What a model says of each predicted token, [windows, length - 1] each, in float64.
+    """Per-token metrics of a model, [windows, length - 1] each, in float64.
 
     `nats` is the negative log likelihood. Against the reference: `divergence` is KL(reference || model), `agreement`
     1 where both have the same likeliest token, `overlap` the sum over the vocabulary of the lesser of both
-    probabilities: the share of tokens drawn from one that speculative decoding by the other would accept. Those are
+    probabilities: the share of tokens sampled from one that speculative decoding by the other would accept. Those are
     None for the reference itself. `counted` is False, and all else zero, for padding and tokens that do not count;
     None where every token does.
     """
@@ -152,7 +152,7 @@ def _wide(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def token_figures(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> TokenFigures:
-    """Return what one window's logits [S, V] say of its tokens `ids` [S] from the second on, in arrays [S - 1]."""
+    """Return the metrics [S - 1] of one window's tokens `ids` [S] from the second on, given its logits [S, V]."""
     return TokenFigures(**{n: values.cpu().numpy() for n, values in _by_token(logits, reference, ids).items()})
 
 

@@ -1,4 +1,4 @@
-"""How much memory a run may take, and how it is shared out: weights that stay, hidden states, a batch's activations."""
+"""How much memory a run may use, and its split: loaded weights, hidden states, activations of a batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shape:
     itemsize: int
 
     def per_token(self, length: int) -> int:
-        """Return about how many bytes a token of a window of `length` takes on its way through a layer."""
+        """Return about how many bytes a token of a window of `length` needs in a layer."""
         experts = self.top_k * (4 * self.hidden + 4 * self.width)
         return self.itemsize * (experts + 24 * self.hidden + 3 * self.heads * length)
 
@@ -46,7 +46,7 @@ def shape_of(config: Any, top_k: int, itemsize: int) -> Shape:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what can be allocated on a GPU, with what torch holds but does not use."""
+    """Return the bytes that can be allocated on a GPU, including torch's cached but unused memory."""
     import torch
 
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

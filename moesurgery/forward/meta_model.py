@@ -1,4 +1,4 @@
-"""A model of transformers without its weights, and the weights of one unit at a time from a plan.
+"""A transformers model on the meta device, and loading of one unit's weights at a time from a plan.
 
 The names and the arrangement of the checkpoint's tensors become those of the module's parameters by
 transformers' own conversion tables, so that every family and layout it loads is read here too.
@@ -32,7 +32,7 @@ _building = threading.RLock()
 
 
 class MetaModel:
-    """A model on torch's meta device, and what fills it.
+    """A model on torch's meta device, and the loader of its weights.
 
     Raises CheckpointError where transformers has no class for the model, or a tensor is missing or of another
     shape than its code expects.
@@ -42,12 +42,12 @@ class MetaModel:
         import torch
 
         self.plan = plan
-        self.donor: MetaModel | None = None  # a model that shares its weights where they are the same
+        self.donor: MetaModel | None = None  # a model whose loaded weights are reused where they are the same
         self.tensors, renamed = dequantised(plan)
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self.model = build(plan, self.dtype)
-        self.text_model = getattr(self.model, "thinker", self.model)  # of a model that also speaks
+        self.text_model = getattr(self.model, "thinker", self.model)  # of a model with speech output
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
@@ -75,8 +75,8 @@ class MetaModel:
     def blocks(self) -> list[ExpertsModule]:
         """Return where the MoE blocks of the plan are, in order of layers.
 
-        A block that transformers splits off another's tensors has no module that could be told from it (the
-        vision experts of ERNIE-VL, to which no text goes), and is left out.
+        A block whose tensors transformers splits off another block's has no module path of its own (the vision experts
+        of ERNIE-VL, which get no text tokens), and is left out.
         """
         by_path: dict[str, ExpertsModule] = {}
         for block in self.plan.anatomy.main_blocks:
@@ -98,7 +98,7 @@ class MetaModel:
         self.put(unit, self.read(unit))
 
     def read(self, unit: LayerUnit) -> dict[str, torch.Tensor]:
-        """Return a unit's weights on the device, by parameter. May run in a thread beside the model.
+        """Return a unit's weights on the device, by parameter. May run in a background thread.
 
         Raises CheckpointError where a source has changed since its headers were read.
         """
@@ -124,7 +124,7 @@ class MetaModel:
         return weights
 
     def put(self, unit: LayerUnit, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give a unit's module the weights that `read` returned."""
+        """Set the weights that `read` returned on a unit's module."""
         import torch
 
         for target, value in weights.items():
@@ -133,7 +133,7 @@ class MetaModel:
         self._refuse_missing([n for n in self._parameters(unit) if n not in weights])
 
     def free(self, unit: LayerUnit) -> None:
-        """Give a unit's weights free."""
+        """Free a unit's weights."""
         for name in self._parameters(unit):
             self._place(name, self._empty[name])
 
@@ -166,7 +166,7 @@ class MetaModel:
             unit.nbytes = sum(self._empty[n].numel() for n in self._parameters(unit)) * self.dtype.itemsize
 
     def _check_complete(self) -> None:
-        """Refuse a model of which a weight is missing before anything is computed."""
+        """Raise CheckpointError for a missing weight before anything is computed."""
         held: set[str] = set()
         for unit in (*self.units.values(), self._loose):
             for group in unit.groups:
@@ -182,7 +182,7 @@ class MetaModel:
             )
 
     def _tie(self, groups: dict[str, TensorGroup]) -> None:
-        """Let tied parameters that are stored once be read for each module that uses them."""
+        """Map tied parameters that are stored once to each module that uses them."""
         for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
             for missing, stored in ((target, source), (source, target)):
                 if missing not in groups and stored in groups and missing in self._empty:
@@ -192,7 +192,7 @@ class MetaModel:
                         self.unit_of(missing).groups.append(again)
 
     def _shared(self, group: TensorGroup, donor: MetaModel) -> torch.Tensor | None:
-        """Return a parameter of the donor if it has it in memory and it comes of the same tensors."""
+        """Return the donor's parameter if it is loaded and made from the same tensors."""
         if len(getattr(group.converter, "target_patterns", ())) > 1 or donor.target.get(group.names[0][1]) is None:
             return None
         empty = donor._empty.get(group.target)
@@ -226,7 +226,7 @@ class MetaModel:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _room(self, target: str, value: Any) -> torch.Tensor:
-        """Return memory on the device for a parameter or buffer, of which a value of the right shape is known."""
+        """Return an empty tensor on the device for a parameter or buffer, given a value of the right shape."""
         import torch
 
         empty = self._empty.get(target)
@@ -284,7 +284,7 @@ class MetaModel:
         return ExpertsModule(block, unit, path, module_path, router, correction, unread)
 
     def _unread(self, path: str, unit: str) -> str:
-        """Return why no module on the way from `path` up to `unit` shows a routing."""
+        """Return why no module from `path` up to `unit` gives access to the routing."""
         kind = type(self.model.get_submodule(path)).__name__
         while path and path != unit:
             path = path.rpartition(".")[0]
@@ -309,7 +309,7 @@ def _placeholder(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _takes_routing(module: Any) -> bool:
-    """Whether a module is called with hidden states, chosen experts and their weights, or can be read as if it were."""
+    """Whether a module is called with hidden states, chosen experts and their weights, or has an adapter."""
     import inspect
 
     if adapter_of(module) is not None:
@@ -344,7 +344,7 @@ def build(plan: Plan, dtype: torch.dtype) -> Any:
                 f"{kind} is an encoder-decoder: it has no loss on running text, and is not run",
                 "counting and editing work without it",
             )
-        # Grouped products of all experts where the model's code can do without a loop over them.
+        # Grouped matmuls of all experts where the model's code can do without a loop over them.
         config._experts_implementation = None
         with torch.no_grad(), parameters_on_meta():
             return _class_of(plan, config)._from_config(config, dtype=dtype).eval()
@@ -353,7 +353,7 @@ def build(plan: Plan, dtype: torch.dtype) -> Any:
 
 
 def mend_llama4() -> None:
-    """Let transformers' Llama 4 be run: 5.24 reads `image_outputs` of its language model's output, which has none.
+    """Patch Llama 4 of transformers so that it runs: 5.24 reads `image_outputs` of an output that has none.
 
     Before 5.24 nothing reads it; a version whose output has it is left alone.
     """

@@ -1,6 +1,6 @@
 """The config object of transformers for a checkpoint's config.json, made without anything that runs foreign code.
 
-Some keys of a config make loaders fetch code from the Hub or import what lies beside the weights (CVE-2026-4372 and
+Some keys of a config make loaders fetch code from the Hub or import files next to the weights (CVE-2026-4372 and
 its relatives). They choose how a model is run and never what it computes, so they are left out.
 """
 
@@ -47,7 +47,7 @@ MOST_VALUES = 200_000  # at any depth
 
 
 def too_many(config: Mapping[str, Any]) -> str | None:
-    """Say which number of a config is one of parts or a size that no model has: to build it could take days."""
+    """Return which number of a config is a count or size beyond that of any model, which could take days to build."""
     most = {"expert": 1, "layer": 1}
     for seen, (key, number) in enumerate(_values(config)):
         if seen > MOST_VALUES:
@@ -74,7 +74,7 @@ def _shown(number: int) -> str:
 
 
 def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value at any depth with the key that it, or the list that it is in, stands under."""
+    """Yield every value at any depth with its key, or that of the list that it is in."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _values(inner, str(name))

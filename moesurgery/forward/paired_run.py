@@ -1,4 +1,4 @@
-"""An edited model beside the original, block by block on the same inputs."""
+"""Run MoE blocks of an edited model on the inputs of the original's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PairedRun:
-    """Runs single MoE blocks of `plan`. Weights that it has in common with `original` are in memory once."""
+    """Runs single MoE blocks of `plan`. Weights in common with `original` are shared in memory."""
 
     def __init__(self, original: Engine, plan: Plan) -> None:
         skeleton = original.skeleton
@@ -29,7 +29,7 @@ class PairedRun:
         self._unit: str | None = None
 
     def _let_go(self, unit: LayerUnit) -> None:
-        """Hold no weights of a unit that the original has given free: the next one's are about to come."""
+        """Free the weights of a unit that the original engine has freed, before the next unit is loaded."""
         if unit.path == self._unit:
             self._unit = None
             self.engine.forget(self.engine.skeleton.units[unit.path])

@@ -1,7 +1,7 @@
-"""Router logits seen, and experts banned, wherever a model's code multiplies by the router's matrix.
+"""Capture router logits and ban experts, wherever a model's code multiplies by the router's matrix.
 
 Families compute logits in modules of many names and forms. What they have in common is one linear map by one
-parameter, which a torch function mode can watch for. It is active in one block, and not in its experts.
+parameter, which a torch function mode can intercept. It is active in one block, and not in its experts.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _LINEAR = frozenset({"linear", "matmul", "mm", "addmm", "__matmul__", "einsum"})
 
 
 class RouterTap(TorchFunctionMode):
-    """Keeps the `logits` [T, E] of a router with parameter [E, H] (or [H, E]), and gives banned experts the lowest
-    there is."""
+    """Keeps the `logits` [T, E] of a router with parameter [E, H] (or [H, E]), and sets those of banned experts to
+    the lowest value of their dtype."""
 
     def __init__(self, router: torch.Tensor, banned: Sequence[int]) -> None:
         super().__init__()

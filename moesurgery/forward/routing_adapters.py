@@ -1,14 +1,14 @@
-"""MoE blocks whose code calls no module with chosen experts and their weights, read as if it did.
+"""Adapters for MoE blocks whose code calls no module with chosen experts and their weights.
 
-An adapter says which experts the block's own router chose and with what weights, and computes what given experts
-add from the block's own parameters: what an expert reads, its first projection, its gate and its down-projection,
-as in `forward.activations`.
+An adapter returns which experts the block's own router chose and with what weights, and computes the output of given
+experts from the block's own parameters: an expert's input, its first projection, its gate and its down-projection, as
+in `forward.activations`.
 
-* Llama 4 multiplies what an expert reads by its score, runs every expert on every token, those that were not chosen
-  on zeros, and adds what they say. So an expert is f(score(x) x), a function of the token alone, and its weight is 1.
-* JetMoE sorts tokens by expert and multiplies what each says by its weight.
+* Llama 4 multiplies an expert's input by its score, runs every expert on every token, with zeros as input where it was
+  not chosen, and sums the outputs. So an expert is f(score(x) x), a function of the token alone, and its weight is 1.
+* JetMoE sorts tokens by expert and multiplies each output by its weight.
 
-What no adapter can read is in `UNREAD`, with the reason.
+Blocks that no adapter can read are in `UNREAD`, with the reason.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ UNREAD = {
 
 
 class RoutingAdapter(Protocol):
-    """How one class of blocks is read. `block` is the module; hidden states are [T, H], or as the block gets them."""
+    """Access to one class of blocks. `block` is the module; hidden states are [T, H], or as the block gets them."""
 
     def routing(self, block: Any, hidden: torch.Tensor) -> RoutingTensors:
         """Return the experts [T, k] that the block's router chooses for hidden states [T, H], and weights [T, k]."""
 
     def reads(self, block: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what an expert's first projection is given [t, H], for what the block reads [t, H]."""
+        """Return the input [t, H] of an expert's first projection, for the block's input [t, H]."""
 
     def first(self, block: Any, expert: int) -> torch.Tensor:
         """Return an expert's first projection [2 I, H]: a view, to be changed in place."""
 
     def gated(self, block: Any, said: torch.Tensor) -> torch.Tensor:
-        """Return the input [t, I] of the down-projection, for what the first projection says [t, 2 I]."""
+        """Return the input [t, I] of the down-projection, for the first projection's output [t, 2 I]."""
 
     def down(self, block: Any, expert: int) -> torch.Tensor:
         """Return an expert's down-projection [H, I]: a view, to be changed in place."""
 
     def returned(self, block: Any, hidden: torch.Tensor, routed: torch.Tensor) -> Any:
-        """Return what the block returns when its experts add `routed` [T, H]."""
+        """Return the block's return value for the routed output `routed` [T, H]."""
 
 
 class _Llama4:
@@ -112,7 +112,7 @@ def adapter_of(module: Any) -> RoutingAdapter | None:
 
 
 def routed(block: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return what chosen experts [T, k] of an adapted block add [T, H], with weights [T, k], for inputs [T, H]."""
+    """Return the routed output [T, H] of an adapted block, for chosen experts [T, k], weights [T, k], inputs [T, H]."""
     import torch
 
     adapter = _ADAPTERS[type(block).__name__]

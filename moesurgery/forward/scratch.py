@@ -1,10 +1,10 @@
-"""The state of a pass between two layers, in a folder: what a killed process has done is not done again.
+"""Saved state of a pass between two layers, in a folder, so that a killed process can be resumed.
 
-    state.json                 what the pass is of, the layer that comes next, how windows were batched; written last
+    state.json                 what identifies the pass, the next layer, how windows were batched; written last
     layer-NNN.B.safetensors    what the layer before NNN returned for batch B: hidden states
     sums-NNN.safetensors       sums of the blocks that were passed since the last time
 
-Everything is written under another name first, so a folder is always that of some layer.
+Every file is written under a temporary name and renamed, so a folder is always in a consistent state.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Sums = dict[str, dict[str, Any]]  # by block, then by name, as torch tensors
 
 @dataclass
 class Scratch:
-    """Where a pass keeps its state. `about` is all that decides its outcome: a state of anything else is given up."""
+    """Where a pass keeps its state. `about` is its inputs and settings: a state with another `about` is discarded."""
 
     folder: Path
     about: Mapping[str, Any]
-    note: Any = None  # a function that says why no state is kept
+    note: Any = None  # a function that is called with the reason why no state is kept
     _saved: float = field(default_factory=time.monotonic)
     _blocks: set[str] = field(default_factory=set)
-    _layer: int = 0  # that comes next in what is kept
+    _layer: int = 0  # the next layer of the state that is kept
     _off: bool = False
 
     def load(self, device: torch.device) -> tuple[Resume, int, Sums] | None:
@@ -61,7 +61,7 @@ class Scratch:
         return Resume(layer, outputs), int(state["batch"]), sums
 
     def keep(self, streams: Streams, batch: int, sums: Sums) -> None:
-        """Write the state of a pass that is at the door of a layer, unless the last is not old enough."""
+        """Write the state of a pass before a layer, unless the last state was written less than SAVE_SECONDS ago."""
         layer = streams.passed
         if self._off or not self._layer < layer < len(streams.engine.layers):
             return

@@ -87,7 +87,7 @@ def read_bytes(path: str) -> bytes:
     try:
         with fsspec.open(path, "rb") as file:
             return bytes(file.read())
-    except Exception as error:  # every filesystem has errors of its own
+    except Exception as error:  # each fsspec filesystem raises its own exception types
         raise RecipeError(
             f"{path} cannot be read: {error or type(error).__name__}",
             "a file of a dataset is hf://datasets/org/name/path/in/it",
@@ -95,7 +95,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def documents(path: str) -> Iterator[tuple[TextDocument, str]]:
-    """Yield the documents of a file, each with where it stands. Raises RecipeError for what is none."""
+    """Yield the documents of a file, each with its location. Raises RecipeError for an invalid record."""
     data = read_bytes(path)
     if path.endswith(".parquet"):
         yield from _parquet(data, path)

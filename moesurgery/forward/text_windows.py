@@ -1,7 +1,7 @@
-"""Text into windows of tokens: the input of everything that measures a model.
+"""Text into windows of tokens: the input of every measurement of a model.
 
-Windows are cut from documents one after the other, or each document stands in a window of its own (`apart`), padded on
-the right: then none attends to another, whatever the model's code is.
+Windows are cut from the concatenated documents, or each document gets windows of its own (`apart`), padded on the
+right, so that no document attends to another.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def read_domain(
     """Return a file as windows of `length` tokens; what is left of the last one is dropped.
 
     With `apart` every document has windows of its own, sorted by length, and nothing is dropped. `limit` bounds the
-    number of windows, or of tokens over `length` where documents stand apart: the first ones, or with `seed` a sample.
+    number of windows, or of tokens over `length` with `apart`: the first ones, or with `seed` a sample.
     Raises RecipeError for an unreadable or too short file, and for a token that the model does not have.
     """
     import numpy as np

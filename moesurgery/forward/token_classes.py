@@ -1,6 +1,6 @@
-"""What kind of token a model has to predict.
+"""Classes of the tokens that a model has to predict.
 
-End tokens and marks of thinking, on which generation depends, are few, and a mean over all tokens hides them.
+End tokens and thinking marks matter for generation but are rare, so a mean over all tokens hides their loss.
 
 The classes: `end` (the end tokens of config.json and generation_config.json); each mark of thinking and of tool calls
 that the tokenizer has, by its own name; `digits` (a token of digits alone); `code` (brackets, operators and other signs

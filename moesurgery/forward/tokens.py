@@ -1,4 +1,4 @@
-"""Token windows: what every measurement runs on."""
+"""Token windows: the input of every measurement."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Tokens:
     """Windows of token ids [N, S]. `mask` [N, S] is True for real tokens; None where all are.
 
-    Padding must stand on the right, so that real tokens never see it. `counted` [N, S] are the tokens that sums and
-    losses are made of, all real ones where it is None: the others are there for what they say to these.
+    Padding must be on the right, so that real tokens never attend to it. `counted` [N, S] are the tokens that sums and
+    losses are computed over, all real ones where it is None: the others only serve as context.
     """
 
     ids: torch.Tensor
@@ -32,7 +32,7 @@ class Tokens:
 
     @property
     def counts(self) -> torch.Tensor | None:
-        """What counts [N, S]; None where every token does."""
+        """The tokens that count [N, S]; None where all do."""
         return self.counted if self.counted is not None else self.mask
 
     @property
@@ -42,14 +42,14 @@ class Tokens:
 
     @property
     def predicted(self) -> int:
-        """The number of tokens that a loss is made of: all that count but the first of each window."""
+        """The number of tokens in a loss: all that count but the first of each window."""
         if self.counts is not None:
             return int(self.counts[:, 1:].sum())
         return len(self) * (self.length - 1)
 
     @property
     def digest(self) -> str:
-        """A SHA-256 of the ids, padding aside: equal for equal windows however they were come by."""
+        """A SHA-256 of the ids without padding: equal windows have equal digests, wherever they come from."""
         ids = self.ids if self.mask is None else self.ids.masked_fill(~self.mask, -1)
         value = hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.cpu().numpy().tobytes())
         if self.counted is not None:

@@ -64,7 +64,7 @@ class StoredTensor:
 
 
 class CanonicalTensors:
-    """A plan taken apart. `prefix` is what stands before the layer number in the language model's names.
+    """A plan taken apart. `prefix` is the part before the layer number in the language model's names.
 
     `plain_dtype`: what a quantised model, here in float32, is in by its config.
     """
@@ -136,7 +136,7 @@ class CanonicalTensors:
         return block.of is None and f"{block.root}{block.container}." == self.prefix
 
     def kind(self, key: CanonicalName) -> str:
-        """Say what a part is of: "experts", "router" or, with everything else, "rest"."""
+        """Return the kind of a part: "experts", "router" or, with everything else, "rest"."""
         _, member = self._members.get(self.stored_in[key][0].name, (None, None))
         return "rest" if member is None else "router" if member.along is not None else "experts"
 
@@ -206,7 +206,7 @@ def _experts(
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Return the parts in a tensor of expert weights, and the shape of each where there are several.
 
-    Gate and up are parts of their own where each is contiguous. Forms that are not made alike get names of their own.
+    Gate and up are parts of their own where each is contiguous. Other forms get names of their own.
     """
     stem = member.stem
     suffix = "bias" if stem.bias else stem.suffix.removeprefix(".") if stem.companion else "weight"

@@ -1,8 +1,8 @@
-"""Experts divided into groups: by the distance of what is known of each, or around the ones that matter most.
+"""Experts divided into groups: by the distance of their features, or around those with the highest scores.
 
-Average linkage, as HC-SMoE (arXiv 2410.08589) uses it on outputs, has no starting point, so nothing is left to
-chance. Around centroids, as M-SMoE (arXiv 2310.01334) and REAM (arXiv 2604.04356) do it, the experts with the
-highest score stay apart and take the others to themselves.
+Average linkage, as HC-SMoE (arXiv 2410.08589) uses it on outputs, has no initialisation, so it is
+deterministic. Around centroids, as M-SMoE (arXiv 2310.01334) and REAM (arXiv 2604.04356) do it, the experts with the
+highest scores are centroids, to which the others are assigned.
 
 Both divide the experts of each of the router's `parts` alike, and leave the experts in `alone` by themselves.
 """
@@ -43,8 +43,8 @@ def around_centroids(
 ) -> list[list[int]]:
     """Divide experts into `count` groups, each around one of those with the highest `scores` [E].
 
-    Every other expert joins the centroid that it is most like (`likeness` [E, E]). With `largest`, it is the
-    centroids that choose: the one with the highest score takes those most like it until its group has that many
+    Every other expert joins the centroid that it is most like (`likeness` [E, E]). With `largest`, groups are
+    filled one by one: the centroid with the highest score gets the experts most like it until its group has that many
     members, then the next one. The centroid is the first of its group; groups are in the order of their least member.
     """
     all_groups = [[expert] for expert in sorted(alone)]

@@ -19,13 +19,13 @@ from moesurgery.plan.select_packed import PackedEntries
 
 _PLAIN = "dequantise first: `moesurgery convert --dequantize` where it knows the form, else the tool that made it"
 
-Entries = dict[str, list[tuple[str, Expr]]]  # what takes the place of each tensor: `Plan.substituted`
+Entries = dict[str, list[tuple[str, Expr]]]  # the replacements of each tensor: `Plan.substituted`
 
 
 def selected(block: MoeBlock, tensors: Mapping[str, Expr], kept: Sequence[int]) -> Entries:
     """Return what a block's tensors become when only the experts `kept` remain, numbered anew in that order.
 
-    Raises RefusedError where a tensor beside the experts is not understood: it would be left out of step.
+    Raises RefusedError where a tensor beside the experts is not understood: it could not be edited to match.
     """
     refuse_strays(block, tensors)
     entries: Entries = {}
@@ -44,7 +44,7 @@ def selected(block: MoeBlock, tensors: Mapping[str, Expr], kept: Sequence[int]) 
 def along_experts(block: MoeBlock, member: BlockTensor, expr: Expr, kept: Sequence[int]) -> Expr:
     """Return the entries of a stacked tensor that belong to the experts `kept`, in that order.
 
-    Raises RefusedError where they cannot be told, or do not fill the words that they are packed in.
+    Raises RefusedError where they cannot be identified, or do not fill the words that they are packed in.
     """
     if list(kept) == list(range(block.experts)):
         return expr
@@ -90,7 +90,7 @@ def along_experts(block: MoeBlock, member: BlockTensor, expr: Expr, kept: Sequen
 
 
 def renamed_modules(block: MoeBlock, kept: Sequence[int]) -> dict[str, str | None]:
-    """Return the new name of every module of a per-expert block, None for those that are gone."""
+    """Return the new name of every module of a per-expert block, None for those that are removed."""
     place = {e: n for n, e in enumerate(kept)}
     names: dict[str, str | None] = {}
     for path in {part.path for part in block.layout.parts if "#" in part.path} if block.layout else ():
@@ -108,7 +108,7 @@ def _up_to_the_expert(path: str) -> list[str]:
 
 
 def refuse_strays(block: MoeBlock, tensors: Mapping[str, Expr], *, renumbered: bool = True) -> None:
-    """Raise RefusedError for a tensor that has to follow the experts and is not known to the family table.
+    """Raise RefusedError for a tensor that must change with the experts and is not in the family table.
 
     Where experts get other numbers (`renumbered`), also for a table that holds their numbers.
     """

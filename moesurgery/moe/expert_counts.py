@@ -1,4 +1,4 @@
-"""What fewer experts mean for the rest of a model: top-k, groups, the count in config.json, quantisation lists."""
+"""What depends on the number of experts: top-k, groups, the count in config.json, quantisation lists."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def check_groups(anatomy: Anatomy, operation: str, kept: Mapping[str, Sequence[i
 def with_expert_count(anatomy: Anatomy, count: int, modules: Mapping[str, str | None]) -> dict[str, Any]:
     """Return the config with `count` experts under every alias of the key.
 
-    `modules` gives the new name of each renumbered expert module, None for those that are gone: quantisation
-    settings list modules by name. Raises RefusedError where they speak of experts by number in an expression.
+    `modules` gives the new name of each renumbered expert module, None for those that are removed: quantisation
+    settings list modules by name. Raises RefusedError where they match expert numbers by a regular expression.
     """
     config = with_value(anatomy.settings, EXPERTS_KEYS, count, anatomy.settings.family.experts_key)
     return with_renamed_settings(config, modules)

@@ -19,9 +19,9 @@ from moesurgery.moe.neurons import tensors_by_expert
 
 
 def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operation: str) -> Entries:
-    """Return what takes the place of each expert tensor of a block in the layout `target`.
+    """Return the tensors that replace each expert tensor of a block in the layout `target`.
 
-    The first tensor of the block gives its place to all. Raises RefusedError for biases and quantised weights.
+    All take the position of the block's first tensor. Raises RefusedError for biases and quantised weights.
     """
     refuse_strays(block, tensors, renumbered=False)
     members = [m for m in block.members if m.part is not None]
@@ -85,7 +85,7 @@ def as_stored(part: Projection, matrices: Mapping[str, Expr]) -> Expr:
 
 
 def moved_name(path: str, source: Layout, target: Layout) -> str:
-    """Return how a tensor of an MoE layer that is no expert is called beside another layout.
+    """Return the name in another layout of a tensor of an MoE layer that is not an expert's.
 
     `path` is relative to the layer.
     """

@@ -1,7 +1,7 @@
-"""One expert out of its block, and its neurons one by one, in every layout.
+"""Access to one expert of a block, and to its neurons, in every layout.
 
-A neuron is a row of gate and up and a column of down. `neuron_rows` sees any projection as a matrix [I, F] with
-one row per neuron, `from_neuron_rows` puts it back as it is stored.
+A neuron is a row of gate and up and a column of down. `neuron_rows` views any projection as a matrix [I, F] with
+one row per neuron, `from_neuron_rows` is its inverse.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def neuron_rows(member: BlockTensor, expr: Expr) -> Expr:
 
 
 def from_neuron_rows(member: BlockTensor, rows: Expr) -> Expr:
-    """Return what `neuron_rows` was made from."""
+    """Return the stored form: the inverse of `neuron_rows`."""
     assert member.part is not None
     double = member.role == "gate_up"
     if member.stem.bias:

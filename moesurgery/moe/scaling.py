@@ -1,8 +1,8 @@
-"""Multiplying the routed experts' output of one layer: which tensors take the factor, and how exactly.
+"""Multiplying the routed experts' output of one layer: which tensors are multiplied, and how exactly.
 
 The output of an expert is linear in its down-projection and that projection's bias, and in nothing else:
-scaling gate or up would pass through the activation. Of a quantised down-projection one companion takes the
-factor: a floating-point scale (exact to its rounding), or an exponent (exact, powers of two only).
+scaling gate or up would pass through the activation. Of a quantised down-projection one companion is
+multiplied: a floating-point scale (exact to its rounding), or an exponent (exact, powers of two only).
 """
 
 from __future__ import annotations

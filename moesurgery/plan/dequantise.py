@@ -1,4 +1,4 @@
-"""Quantised weights as the numbers they stand for, a few rows at a time.
+"""Dequantise weights, a few rows at a time.
 
 FP8 with one scale per tensor, channel or block (floats, or powers of two as E8M0); MXFP4 and FP4 (OCP
 Microscaling Formats 1.0: two 4-bit floats per byte, low nibble first, one exponent per 32 values); NVFP4 (the
@@ -87,7 +87,7 @@ class Dequantised(Expr):
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _rows(self, expr: Expr, share: int, matrix: int, row: int, until: int, reader: Reader) -> torch.Tensor:
-        """Return the rows of a part that stand beside output rows `row:until` of one matrix."""
+        """Return the rows of a part that belong to output rows `row:until` of one matrix."""
         import torch
 
         out = self.shape[-2]
@@ -105,7 +105,7 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
     """Return the plan's tensors with all quantised weights as plain floats of `dtype`, without their companions.
 
     Tensors that are plain floats stay as they are. Second, the new name of each main tensor whose name changed.
-    Raises RefusedError for a form that is not known here.
+    Raises RefusedError for an unsupported form.
     """
     names = plan.tensors
     stems = {name: split_name(name, names.__contains__, lambda n: names[n].dtype) for name in names}
@@ -133,7 +133,7 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
 
 
 def plain_values(plan: Plan, name: str) -> Expr:
-    """Return one weight of a plan as plain floats. Raises RefusedError for a quantised form that is not known here."""
+    """Return one weight of a plan as plain floats. Raises RefusedError for an unsupported quantised form."""
     expr = plan.tensors[name]
     if expr.dtype in PLAIN_FLOATS:
         return expr
@@ -148,7 +148,7 @@ def plain_values(plan: Plan, name: str) -> Expr:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A quantised tensor and what stands beside it."""
+    """A quantised tensor and its companions (scales, zero points, …)."""
 
     name: str
     expr: Expr
@@ -215,7 +215,7 @@ def _scaled(
     under: Expr | None = None,
     parameters: tuple[tuple[str, Any], ...] = (),
 ) -> Expr:
-    """Return `function` of the weights and the scales that stand beside each row of them."""
+    """Return `function` of the weights and the scales that belong to each row of them."""
     if len(shape) < 2:
         raise weight.refused(f" with shape {list(weight.expr.shape)}")
     tall, wide = _block(weight, shape, scale)

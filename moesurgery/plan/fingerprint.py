@@ -1,4 +1,4 @@
-"""What tells a plan's model from another: where it is stored does not matter, what it holds does."""
+"""A fingerprint of a plan's model, which depends on its contents and not on where it is stored."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from moesurgery.plan.side_files import without_quantisation_files
 
 @dataclass(frozen=True)
 class Table:
-    """Rows to show a person; the same facts stand in a step's `report`."""
+    """Rows to print; the same data is in a step's `report`."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -33,9 +33,10 @@ class Table:
 class Step:
     """One operation as it was applied. `report` holds what it decided, as data; `warnings` go to stderr too.
 
-    Parameters name models as the user did, and `parents` says which those are: for a model with an adapter on it both,
-    for an earlier stage of a merge its name. `places` are the paths in `parameters` where they stand, with what stands
-    there; None where the operation's own declaration tells. `origin` is the recipe file that warnings begin with.
+    Parameters name models as the user did, and `parents` identifies those: for a model with an adapter on it both,
+    for an earlier stage of a merge its name. `places` are the paths in `parameters` where they occur, with the
+    values there; None where the operation's declaration gives them. `origin` is the recipe file that
+    warnings begin with.
     """
 
     operation: str
@@ -53,9 +54,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written.
+    """The checkpoint that will be written.
 
-    `shard_of` names, for each tensor, the source shard whose place it takes; shard boundaries follow it unless
+    `shard_of` names, for each tensor, the source shard that it is written to; shard boundaries follow it unless
     `max_shard_size` (bytes) is set. `sources` are all checkpoints that were opened, the first being the
     one whose side files are carried over. `files` are more side files, by path in the output: their content, or
     None for one that is not carried over. `companions` are safetensors files that are no part of the model (an
@@ -77,7 +78,7 @@ class Plan:
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        """The model as the plan leaves it."""
+        """The anatomy of the planned model."""
         return recognise(self.config, self.tensors)
 
     @property
@@ -100,9 +101,9 @@ class Plan:
     ) -> Plan:
         """Return the plan after `step`, with what it changed; `files` and `companions` are added to those there are.
 
-        Files that describe quantised weights go where none is left. Raises RefusedError where weights change for which
-        a companion has been planned: it would not fit them; and for a config with NaN, or with an infinity that it did
-        not have.
+        Files that describe quantised weights are removed where none is left. Raises RefusedError where weights change
+        for which a companion has been planned: it would not fit them; and for a config with NaN, or with an infinity
+        that it did not have.
         """
         if self.companions and tensors is not None and tensors != self.tensors:
             raise RefusedError(
@@ -135,7 +136,7 @@ class Plan:
     def substituted(self, changes: Mapping[str, Sequence[tuple[str, Expr]]]) -> tuple[dict[str, Expr], dict[str, str]]:
         """Return tensors and homes with each name in `changes` replaced, in its place, by the entries given for it.
 
-        No entries means that the tensor goes. Names may be exchanged freely; two tensors of one name are a bug.
+        No entries means that the tensor is removed. Names may be exchanged freely; two tensors of one name are a bug.
         """
         tensors: dict[str, Expr] = {}
         shard_of: dict[str, str] = {}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class PackedEntries(Unary):
     """The entries `kept` along an axis of a matrix of words (I32) of which each holds `len(order)` entries.
 
-    `order[i]` is the entry of a word that stands in its i-th bits, counted from the lowest. What the last word has too
-    many is zero. The whole matrix is read at once: it is for routers, which are small.
+    `order[i]` is the entry of a word in its i-th group of bits, counted from the lowest. Unused entries of the last
+    word are zero. The whole matrix is read at once: it is for routers, which are small.
     """
 
     axis: int

@@ -1,7 +1,7 @@
-"""Files beside a checkpoint that describe its quantisation: they follow the weights, or go with them.
+"""Files beside a checkpoint that describe its quantisation: updated with the weights, or removed.
 
 vLLM and SGLang read them where config.json has no quantization_config, and so would take plain weights for packed
-ones, or look for modules under names that are no more.
+ones, or look for modules under old names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def quantisation_files(checkpoint: Checkpoint, files: Files) -> Iterator[tuple[s
 
 
 def without_quantisation_files(checkpoint: Checkpoint, files: Files) -> dict[str, bytes | None]:
-    """Return what becomes of the files that describe quantised weights where there are none any more: they go."""
+    """Return the removal of the files that describe quantised weights, for a plan without any."""
     there = {*checkpoint.side_files, *files}
     return {file: None for file in QUANTISATION_FILES if file in there and files.get(file, b"") is not None}
 
@@ -48,7 +48,7 @@ def without_quantisation_files(checkpoint: Checkpoint, files: Files) -> dict[str
 def renamed_files(checkpoint: Checkpoint, files: Files, modules: Mapping[str, str | None]) -> dict[str, bytes | None]:
     """Return the files that name modules by old names, with the new ones; `modules` as for `with_renamed_modules`.
 
-    Raises RefusedError where one speaks of numbers of experts in an expression.
+    Raises RefusedError where one matches expert numbers by a regular expression.
     """
     changed: dict[str, bytes | None] = {}
     for file, content in quantisation_files(checkpoint, files) if modules else ():
@@ -59,7 +59,7 @@ def renamed_files(checkpoint: Checkpoint, files: Files, modules: Mapping[str, st
 
 
 def refuse_named_layers(checkpoint: Checkpoint, files: Files) -> None:
-    """Raise RefusedError where a file that describes quantisation names layers, which are about to move."""
+    """Raise RefusedError where a file that describes quantisation names layers, for an edit that renumbers layers."""
     for file, content in quantisation_files(checkpoint, files):
         if (listed := names_layers(content)) is not None:
             raise RefusedError(

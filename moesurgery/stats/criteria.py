@@ -1,4 +1,4 @@
-"""Which experts matter: the criteria that need statistics, and how far two halves of the tokens agree on them.
+"""Which experts matter: the criteria that need statistics, and their agreement between two halves of the tokens.
 
 A criterion gives each expert of a block a score; the lowest are dropped first. N_e is the number of tokens
 routed to e, p_e its share of the router's scores, g_e its weight, f_e its output.
@@ -11,7 +11,7 @@ routed to e, p_e its share of the router's scores, g_e its weight, f_e its outpu
     man             sum of |f_e| / N_e                   (arXiv 2606.15716), with N_e at least 32
     msan            sum of |f_e|^2 / N_e                 (arXiv 2606.15716), with N_e at least 32
     gram            the set D of dropped experts with the least sum |sum_D g_e f_e|^2: the part of the output that
-                    goes, without what the promotion of others brings back
+                    is removed, without what the experts chosen instead add
     hope            the set D with the least sum (sum_D g_e |f_e|)^2: gates, norms and how often two are chosen
                     together, whatever their directions (HOPE, github.com/awslabs/HOPE)
     recon           for a number of experts to keep: the kept set with the least |y - y'|^2, y' the output with
@@ -69,7 +69,7 @@ CRITERIA: tuple[MeasuredCriterion, ...] = tuple(_SCORES)
 def scores(block: BlockStats, by: MeasuredCriterion, keep: int = 0) -> np.ndarray:
     """Return a score [E] for each expert; higher is more worth keeping. `recon` needs the number to `keep`.
 
-    Of `gram` and `hope` it is the place in the greedy order; which experts go together, `least_set` says. Raises
+    For `gram` and `hope` it is the rank in the greedy order; the set to drop is given by `least_set`. Raises
     RefusedError where the statistics are older than the criterion.
     """
     try:
@@ -82,7 +82,7 @@ def scores(block: BlockStats, by: MeasuredCriterion, keep: int = 0) -> np.ndarra
 
 
 def pairs(block: BlockStats, by: str) -> np.ndarray:
-    """Return what a criterion of a set adds up over all pairs of the set [E, E]; see `PAIR_SUMS`."""
+    """Return the matrix [E, E] that a criterion of a set sums over all pairs of the set; see `PAIR_SUMS`."""
     return block.total(PAIR_SUMS[by])
 
 
@@ -90,7 +90,7 @@ def super_experts(stats: Stats) -> dict[str, list[int]]:
     """Return the experts whose outputs have values far above all others', by block (arXiv 2507.23279).
 
     Their largest |f| is above the 99.5th percentile of all experts' and above a tenth of the largest, and they
-    stand in the first three quarters of the layers. Pruning one of them can break a model.
+    are in the first three quarters of the layers. Pruning one of them can break a model.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""What files of measurements say of themselves, checked when they are read: they may be damaged, or a stranger's."""
+"""Validation of the metadata of measurement files when they are read: they may be damaged or untrusted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FILES = EntryRule(
 def read_document(
     data: bytes | str, rules: Mapping[str, EntryRule], optional: Mapping[str, EntryRule]
 ) -> dict[str, Any]:
-    """Parse a JSON object and check its entries. Raises ValueError that says what is wrong where."""
+    """Parse a JSON object and check its entries. Raises ValueError with the entry and what is wrong."""
     document = parse_json(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data, config=True)
     check_entries(document, rules, optional)
     checked: dict[str, Any] = document
@@ -57,7 +57,7 @@ def read_document(
 def check_entries(
     document: Any, rules: Mapping[str, EntryRule], optional: Mapping[str, EntryRule], where: str = ""
 ) -> None:
-    """Raise ValueError where an entry is missing or of another kind; entries that no rule names are let be."""
+    """Raise ValueError where an entry is missing or of another kind; entries without a rule are ignored."""
     if not isinstance(document, dict):
         raise ValueError(f"{where}it is not a JSON object")
     for key, rule in {**optional, **rules}.items():

@@ -1,4 +1,4 @@
-"""The factor on the routed output that makes it what it was, from statistics: docs/measure.md has the formulas.
+"""Factors on the routed output that restore its size or values, from statistics: docs/measure.md has the formulas.
 
 y_n is the output at the trained top-k n, y_m at the new one m on the same inputs; sums are over tokens.
 
@@ -6,7 +6,7 @@ y_n is the output at the trained top-k n, y_m at the new one m on the same input
     norm-matched      sqrt(sum |y_n|^2 / sum |y_m|^2): keeps the size
     measured          sum <y_n, y_m> / sum |y_m|^2: least squares, = norm-matched times the cosine of y_n and y_m
     measured-expert   least squares with a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and
-                      b_i = sum g_i <f_i, y_n>, drawn a little towards 1
+                      b_i = sum g_i <f_i, y_n>, with a small ridge towards 1
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measured_expert(block: BlockStats, top_k: int) -> list[float]:
 
 
 def per_expert_factor(gram: np.ndarray, cross: np.ndarray, ridge: float = _RIDGE) -> np.ndarray:
-    """Solve A s = b with a ridge towards 1 of `ridge` times the mean diagonal; silent experts keep 1."""
+    """Solve A s = b with a ridge towards 1 of `ridge` times the mean diagonal; experts without output keep 1."""
     import numpy as np
 
     strength = ridge * float(np.diag(gram).mean())

@@ -1,8 +1,8 @@
-"""A fit on disk: how the experts of each group go together (`fitting.group_fit`), ready for `merge-experts`.
+"""A group fit on disk: neuron orders and router rows for `merge-experts` (`fitting.group_fit`).
 
 A safetensors file. For each MoE block that was run, `WHERE/order/E` [I] has the neurons of expert E in the order of
 those of its group's dominant member, `WHERE/router` [M, H] and `WHERE/router_bias` [M] the router's entries for the M
-groups of more than one expert. The metadata has the groups that it was made for, and on what.
+groups of more than one expert. The metadata has the groups that it was made for, and the provenance.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MergedGroups(Protocol):
 
 @dataclass
 class GroupFit:
-    """What was found for one block.
+    """The fit of one block.
 
     orders[e] [I] for each member of a group but the dominant one; router["router"] [M, H] and router["router_bias"] [M]
     for the M groups of several experts.
@@ -53,7 +53,7 @@ class GroupFit:
 
 
 def save_group_fits(path: Path, fits: Sequence[GroupFit], merger: MergedGroups, about: Mapping[str, Any]) -> None:
-    """Write what was found for a merge, and `about` it on what.
+    """Write the fit for a merge, with its provenance `about`.
 
     Raises RefusedError for router rows that are not finite.
     """

@@ -1,6 +1,6 @@
 """Which set of experts has the least sum of pairs: the binary quadratic program behind `gram` and `hope`.
 
-The number of sets is beyond any search. A greedy choice, then exchanges of one expert in the set for one outside it
+There are too many sets to search. A greedy choice, then exchanges of one expert in the set for one outside it
 while any makes the sum less: the result is never above the greedy choice, and no single exchange improves on it.
 """
 
@@ -53,7 +53,7 @@ def least_set(
 
 
 def greedy_order(pairs: np.ndarray) -> np.ndarray:
-    """Return the place [E] of each expert in the order in which a greedy choice takes them."""
+    """Return the rank [E] of each expert in the order in which a greedy choice takes them."""
     import numpy as np
 
     order: list[int] = []

@@ -2,7 +2,7 @@
 
 A folder with `refit.json` (what was fitted, on what, and how well) and, where weights were fitted, a safetensors file
 per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others. Blocks are written one
-by one, so that none stays in memory; `refit.json` comes last, so a folder without it is half a repair.
+by one, so that none stays in memory; `refit.json` comes last, so a folder without it is an incomplete repair.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, 
 class FittedBlock:
     """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
 
-    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being what the edited block
-    adds, over the sum of squares of what the original block added; `error_held_out` is what the ridge was found by,
-    the error of each half of the windows under what the other half gives. `ridges` has the ridge of each solution,
-    None for no change.
+    `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being the edited block's routed
+    output, over the sum of squares of the original's; `error_held_out` is the cross-validation error by which the ridge
+    was chosen: that of each half of the windows under the solution of the other half. `ridges` has the ridge of each
+    solution, None for no change.
     """
 
     where: str
@@ -75,7 +75,7 @@ class FittedBlock:
 
 
 class RepairWriter:
-    """Writes a repair, block by block. Half a repair is begun again, a whole one with `force`.
+    """Writes a repair, block by block. An incomplete repair is started again, a complete one with `force`.
 
     Raises OutputError where the folder holds anything else.
     """
@@ -97,7 +97,7 @@ class RepairWriter:
         self.layers: list[dict[str, Any]] = []
 
     def add(self, fitted: FittedBlock) -> None:
-        """Write what was fitted for a block. Raises RefusedError where it is not finite."""
+        """Write the fit of a block. Raises RefusedError where it is not finite."""
         from safetensors.torch import save_file
 
         _check_finite(fitted)
@@ -180,7 +180,7 @@ def open_repair(folder: str | Path) -> Repair:
     try:
         if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {size:,} bytes, and a repair at most {MAX_CONFIG_BYTES:,}")
-        sizes = source.files()  # and their states: none may change from here on
+        sizes = source.files()  # records their states too: none may change from here on
         document = entry_rules.read_document(source.read(REPAIR_INDEX, 0, sizes[REPAIR_INDEX]), _ABOUT, _ALSO)
         if document["format"] != _FORMAT:
             raise CheckpointError(f"{path} is no repair", hint)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def router_cosine(block: BlockStats) -> np.ndarray:
-    """Return the cosine [E, E] of router logits. Raises RefusedError where they were not seen."""
+    """Return the cosine [E, E] of router logits. Raises RefusedError where they were not recorded."""
     gram = block.total("logits")
     if not gram.any():
         raise RefusedError(

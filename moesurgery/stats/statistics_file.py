@@ -1,9 +1,9 @@
 """Statistics of experts: one small file, from which every criterion and factor is computed without running again.
 
 Sums over the calibration tokens, for each MoE block with E experts and hidden size H. g is the weight that
-multiplies an expert's output f, after all that the router does; y is the routed output, the sum of g f over the
-chosen experts. All but [E, H] come twice, for even and odd windows ([2, ...]): what differs between the halves
-is noise. Names and shapes:
+multiplies an expert's output f, after all steps of the router; y is the routed output, the sum of g f over the
+chosen experts. All but [E, H] come twice, for even and odd windows ([2, ...]): the difference between the halves
+measures noise. Names and shapes:
 
     tokens [2]              tokens seen
     count, gate, gate2      [2, E]: tokens routed to the expert, sum of g, of g^2
@@ -75,7 +75,7 @@ class BlockStats:
         return both
 
     def half(self, half: int) -> BlockStats:
-        """Return the block as one half of the tokens shows it."""
+        """Return the block's sums over one half of the tokens."""
         import numpy as np
 
         zero = np.zeros_like
@@ -156,7 +156,7 @@ class Stats:
                     )
 
     def save(self, path: Path) -> Path:
-        """Write `path.safetensors` and, for people, `path.json`; return the former.
+        """Write `path.safetensors` and, for reading, `path.json`; return the former.
 
         Raises RefusedError where a sum is not finite.
         """
@@ -231,7 +231,7 @@ def load_stats(path: str | Path) -> Stats:
         longer = f"{path}.safetensors"
         hint = f"name {longer}" if Path(longer).is_file() else "make them with `moesurgery collect`"
         raise CheckpointError(f"{path} cannot be read as statistics: {error.strerror or error}", hint) from None
-    except Exception as error:  # safetensors has errors of its own for each way in which a file is damaged
+    except Exception as error:  # safetensors raises various exceptions for damaged files
         reason = f"{path} cannot be read as statistics: {error}"
         raise CheckpointError(reason, "make them again with `moesurgery collect`") from None
     stats = Stats({where: blocks[where] for where in about["blocks"]}, about, sha256)
@@ -240,7 +240,7 @@ def load_stats(path: str | Path) -> Stats:
 
 
 def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
-    """Raise ValueError where the sums of a block are not those that the file says it has."""
+    """Raise ValueError where the sums of a block are not those listed in the file's metadata."""
     where, sums = block.where, block.sums
     names = ["count"] + [name for name in _SHAPES if name not in WHOLE and name not in ("cross", "recon")] + ["output"]
     names += [f"{name}@{k}" for k in about["other_top_k"] for name in ("gram", "gate2", "mass", "cross")]
