@@ -20,7 +20,7 @@ from moesurgery.cli._activity import Activity
 from moesurgery.cli._table import table_lines
 from moesurgery.errors import OutputError
 from moesurgery.escape import one_line, safe
-from moesurgery.write.shard import JobControl
+from moesurgery.write.job_control import JobControl
 
 LOG_SECONDS = 30  # between lines of progress where there is no terminal
 _LONGEST = 2000  # characters of a line of an error: a recipe or a config may hold any number of them

@@ -13,6 +13,7 @@ import typer
 
 from moesurgery.cli import _writing
 from moesurgery.cli._calibrated import OPTIONS, calibrated
+from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console
 from moesurgery.cli._help import completed
 from moesurgery.errors import RecipeError
@@ -20,8 +21,6 @@ from moesurgery.fitting.calibrate import CalibrationOptions, needs_run
 from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, literals_of, words_of
 from moesurgery.recipe.reader import Recipe, RecipeStep, load_recipe
 from moesurgery.recipe.registry import Operation, problems
-
-Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
 
 _TYPES = get_type_hints(_writing.WriterFlags, include_extras=True)
 WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from moesurgery.checkpoint.strict_json import ascii_json
+from moesurgery.cli._common_options import Force, Json, Quiet
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; named after model and operation by default.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, from headers alone.")]
 PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the equivalent recipe and stop.")]
 MaxShardSize = Annotated[
@@ -55,8 +55,6 @@ Picture = Annotated[
         "--picture", metavar="FILE", help="Draw what was decided or measured: .svg, .html, or .png (matplotlib)."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
 
 @dataclass(frozen=True)

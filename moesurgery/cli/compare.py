@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesurgery.cli import _run_options
+from moesurgery.cli._common_options import Json, Quiet
 from moesurgery.cli._console import console
-from moesurgery.cli._writing import Json, Quiet
 from moesurgery.cli.perplexity import domain_entry
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.run_settings import AUTO, WINDOW, RunSettings

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli import _writing
+from moesurgery.cli._common_options import Json, Quiet
 from moesurgery.cli._console import console, human_bytes
 
 
@@ -16,8 +16,8 @@ def extract_lora_command(
     tuned: Annotated[str, typer.Argument(help="The model whose differences to it are wanted.")],
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of each pair of factors.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    as_json: _writing.Json = False,
-    quiet: _writing.Quiet = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the LoRA adapter that brings a model nearest to another, experts included.
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moesurgery.cli._common_options import Json
 from moesurgery.cli._console import console
 from moesurgery.cli._help import completed
-from moesurgery.cli._writing import Json
 from moesurgery.errors import RecipeError
 from moesurgery.families.overview import CLASSES, HEADER, Overview, about, meaning, overview
 from moesurgery.families.table import FAMILIES

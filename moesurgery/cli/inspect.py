@@ -8,9 +8,8 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.header import TensorInfo
+from moesurgery.cli._common_options import Json, Model
 from moesurgery.cli._console import console, human_bytes
-from moesurgery.cli._operations import Model
-from moesurgery.cli._writing import Json
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesurgery.cli import _run_options
+from moesurgery.cli._common_options import Json, Quiet
 from moesurgery.cli._console import console
-from moesurgery.cli._writing import Json, Quiet
 from moesurgery.fitting.run_settings import AUTO, WINDOW, RunSettings
 
 if TYPE_CHECKING:

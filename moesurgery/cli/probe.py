@@ -9,8 +9,8 @@ import typer
 
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
+from moesurgery.cli._common_options import Force, Json, Quiet
 from moesurgery.cli._console import console
-from moesurgery.cli._writing import Force, Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.run_settings import AUTO, WINDOW, RunSettings

@@ -10,10 +10,9 @@ import typer
 
 from moesurgery.checkpoint.finding import Severity
 from moesurgery.checkpoint.source import open_source
+from moesurgery.cli._common_options import Json, Model, Quiet
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
-from moesurgery.cli._operations import Model
-from moesurgery.cli._writing import Json, Quiet
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.families.clients import CLIENTS
 from moesurgery.recipe.registry import did_you_mean

@@ -13,7 +13,7 @@ from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import read_remote
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.write.card import json_differences
-from moesurgery.write.copy_bytes import ByteProgress
+from moesurgery.write.job_control import ByteProgress
 
 PART = 1 << 20  # elements compared at a time
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from moesurgery.checkpoint.file_reader import PAGE, Buffer, open_to_read, read_full
 from moesurgery.errors import CheckpointError
+from moesurgery.write.job_control import ByteProgress
 
 FICLONE = 0x40049409
 # What says "not between these two files": fall back to reading and writing. After EIO that tells which side failed.
@@ -24,8 +25,6 @@ _FALLBACK = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EIO}
 )
 _SYNC_FILE_RANGE_WRITE = 2
-
-ByteProgress = Callable[[int], None]  # is told how many more bytes were handled
 
 
 def write_full(descriptor: int, view: memoryview, offset: int) -> None:

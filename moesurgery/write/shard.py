@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
 from moesurgery.write import copy_bytes
-from moesurgery.write.copy_bytes import ByteProgress
 from moesurgery.write.finite import FiniteCheck
+from moesurgery.write.job_control import JobControl
 from moesurgery.write.open_folder import OpenFolder
 
 _MOST_MANIFEST = 1 << 16
@@ -62,14 +62,6 @@ class Manner:
     link: bool = False
     reflink: bool = False  # the output's filesystem can share blocks with the sources
     durable: bool = True  # wait for the disk, so that not even a power cut leaves half a checkpoint
-
-
-@dataclass
-class JobControl:
-    """How a running task is seen and stopped from outside; not used across processes."""
-
-    progress: ByteProgress = field(default=lambda count: None)
-    stop: threading.Event = field(default_factory=threading.Event)
 
 
 def make_header(entries: tuple[tuple[str, Expr], ...], metadata: tuple[tuple[str, str], ...], phase: int) -> bytes:

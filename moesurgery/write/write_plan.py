@@ -31,9 +31,10 @@ from moesurgery.plan.plan import Plan
 from moesurgery.write import copy_bytes
 from moesurgery.write.card import card_text, provenance
 from moesurgery.write.claim import WorkFolder, claim
+from moesurgery.write.job_control import JobControl
 from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
-from moesurgery.write.shard import JobControl, Manner, ShardTask, disk_error, done, write_shard
+from moesurgery.write.shard import Manner, ShardTask, disk_error, done, write_shard
 from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 
 

@@ -27,8 +27,8 @@ from moesurgery.stats.repair_file import open_repair
 from moesurgery.stats.statistics_file import load_stats
 from moesurgery.write import copy_bytes
 from moesurgery.write import write_plan as writer
+from moesurgery.write.job_control import JobControl
 from moesurgery.write.open_folder import OpenFolder
-from moesurgery.write.shard import JobControl
 from tests.conftest import Result
 
 Cli = Callable[..., Result]

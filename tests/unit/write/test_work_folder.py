@@ -21,7 +21,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
 from moesurgery.write.claim import claim
-from moesurgery.write.shard import JobControl
+from moesurgery.write.job_control import JobControl
 from tests.conftest import Result
 from tests.unit.write.test_write import StoppedError, digest, stop_after
 

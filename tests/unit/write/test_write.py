@@ -26,7 +26,7 @@ from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
 from moesurgery.write.claim import claim
-from moesurgery.write.shard import JobControl
+from moesurgery.write.job_control import JobControl
 from tests.conftest import ROOT, Result
 from tests.tiny import read_tensors, same_bits
 

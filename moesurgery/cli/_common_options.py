@@ -1,0 +1,12 @@
+"""Options of commands that look as well as of those that write: light, so that a short command starts at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
