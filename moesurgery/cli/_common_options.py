@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,3 +11,9 @@ Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture", metavar="FILE", help="Draw what was decided or measured: .svg, .html, or .png (matplotlib)."
+    ),
+]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from moesurgery.checkpoint.strict_json import ascii_json
-from moesurgery.cli._common_options import Force, Json, Quiet
+from moesurgery.cli._common_options import Force, Json, Picture, Quiet
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
@@ -48,12 +48,6 @@ Checksums = Annotated[
 Validate = Annotated[bool, typer.Option("--validate", help="Validate the output; exit 1 where it is wrong.")]
 Jobs = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
-]
-Picture = Annotated[
-    Path | None,
-    typer.Option(
-        "--picture", metavar="FILE", help="Draw what was decided or measured: .svg, .html, or .png (matplotlib)."
-    ),
 ]
 
 

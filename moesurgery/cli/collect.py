@@ -10,10 +10,9 @@ import typer
 
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
-from moesurgery.cli._common_options import Force, Json, Quiet
+from moesurgery.cli._common_options import Force, Json, Picture, Quiet
 from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
-from moesurgery.cli._writing import Picture
 from moesurgery.errors import OutputError
 from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings

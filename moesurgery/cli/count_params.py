@@ -7,10 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
-from moesurgery.cli._common_options import Json, Model
+from moesurgery.cli._common_options import Json, Model, Picture
 from moesurgery.cli._console import console, human_bytes, human_count
 from moesurgery.cli._pictures import Bars, Heatmap, Panel, check_picture, write_picture
-from moesurgery.cli._writing import Picture
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.count.params import Counts, count_params
 from moesurgery.count.roofline import Roofline, roofline

@@ -8,11 +8,10 @@ import typer
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.strict_json import ascii_json
-from moesurgery.cli._common_options import Json, Quiet
+from moesurgery.cli._common_options import Json, Picture, Quiet
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
-from moesurgery.cli._writing import Picture
 from moesurgery.escape import one_line
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.difference import Difference, TensorDifference, diff_checkpoints
