@@ -74,6 +74,14 @@ QWEN: tuple[Family, ...] = (
         shared=SHARED_EXPERT,
     ),
     Family(
+        "lara_mini",
+        ("lara_mini",),
+        layouts=(fused_layout(),),
+        along=GATE,
+        routing=RouterRule(renormalised=norm_topk(True)),
+        shared=SHARED_EXPERT,
+    ),
+    Family(
         "flint",
         ("flint",),
         layouts=(per_expert_layout(), fused_layout()),
