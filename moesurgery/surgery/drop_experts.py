@@ -25,6 +25,7 @@ from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
+from moesurgery.stats.plan_file import load_plan_file
 from moesurgery.surgery.choose_experts import (
     CANDIDATES,
     FREE_DEFAULT,
@@ -38,6 +39,7 @@ from moesurgery.surgery.choose_experts import (
     share_of,
     with_protection,
 )
+from moesurgery.surgery.planned_experts import PlanOption, planned_experts
 
 ExpertsByLayer = list[int] | dict[LayerKey, list[int]] | None
 _NAME = "drop-experts"
@@ -46,7 +48,7 @@ PROTECTED_SHARE = 0.1
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     """Return what text is asked for, unless experts are named. What is impossible whichever go is refused first."""
-    if "stats" in values or "experts" in values or not isinstance(values.get("keep", 0), int | str):
+    if {"stats", "experts", "plan_file"} & values.keys() or not isinstance(values.get("keep", 0), int | str):
         return None
     drop_experts(plan, **{name: values[name] for name in ("keep", "count") if name in values}, by="random")
     kept = values.get("keep", plan.anatomy.experts - values.get("count", 0))
@@ -62,7 +64,11 @@ def _candidates(plan: Plan, values: Values) -> list[Variant]:
     return [Variant(by, _NAME, {**values, "by": by}, f"--by {by}") for by in CANDIDATES]
 
 
-@operation(_NAME, text=TextNeeds(_needed_statistics, candidates=_candidates, own_text=("protect",)))
+@operation(
+    _NAME,
+    text=TextNeeds(_needed_statistics, candidates=_candidates, own_text=("protect",)),
+    chooses=("experts", "keep", "count"),
+)
 def drop_experts(
     plan: Plan,
     *,
@@ -107,20 +113,21 @@ def drop_experts(
     protect_share: Annotated[
         float, Param("how many experts of each layer --protect keeps, as a share of all", minimum=0, maximum=1)
     ] = PROTECTED_SHARE,
+    plan_file: PlanOption = None,
 ) -> Plan:
     """Leave experts out of every MoE layer, with their router rows.
 
-    Give one of `experts`, `keep` and `count`. Every layer loses the same number, since config.json has one
+    Give one of `experts`, `keep`, `count` and a plan. Every layer loses the same number, since config.json has one
     number for all, and group-limited routers lose as many in each group. Only byte ranges are copied.
     """
     anatomy = plan.anatomy
     family = anatomy.require_family(_NAME)
     total = check_blocks(anatomy, _NAME)
-    given = {"experts": experts, "keep": keep, "count": count}
+    given = {"experts": experts, "keep": keep, "count": count, "plan_file": plan_file}
     stated = [name for name, choice in given.items() if choice is not None]
     if len(stated) != 1:
         raise RecipeError(
-            f"{_NAME} needs one of experts, keep and count"
+            f"{_NAME} needs one of experts, keep, count and plan_file"
             + (f"; {' and '.join(stated)} are given" if stated else ": which experts, or how many"),
             f"as in `moesurgery {_NAME} MODEL --experts 3`, or `--count 2`, or `--keep 25%`",
         )
@@ -133,6 +140,9 @@ def drop_experts(
             )
         count, keep = total - keep, None
     ranked: Ranking | None = None
+    warnings: tuple[str, ...] = ()
+    if protect is not None and count is None:
+        raise RecipeError(f"{_NAME}: protect is for a choice by a criterion, and experts are named", "leave it out")
     if count is not None:
         check_remaining(anatomy, _NAME, total - count)
         if by is None or by == "auto":
@@ -141,9 +151,11 @@ def drop_experts(
         if protect is not None:
             ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)
         dropped = {where: ranked.lowest(anatomy, where, count) for where in ranked.scores}
+    elif plan_file is not None:
+        planned = planned_experts(plan, _NAME, load_plan_file(plan_file))
+        dropped = {where: [e for e in range(total) if e not in stay] for where, stay in planned.kept.items()}
+        warnings = planned.warnings
     else:
-        if protect is not None:
-            raise RecipeError(f"{_NAME}: protect is for a choice by a criterion, and experts are named", "leave it out")
         dropped = _named(anatomy, experts, keep)
     kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
     try:
@@ -181,7 +193,7 @@ def drop_experts(
         if ranked:
             entry["scores"] = ranked.scores[block.where]
         layers.append(entry)
-    notes = list(ranked.notes) if ranked else []
+    notes = list(ranked.notes) if ranked else list(planned.notes) if plan_file is not None else []
     if total - remaining > total / 4:
         notes.append(
             "more than a quarter of the experts: published results collapse from here on, the more so the fewer"
@@ -199,8 +211,10 @@ def drop_experts(
         parameters,
         f"{total - remaining} of {total} experts dropped in each of {len(anatomy.blocks)} layers{which}",
         report={"experts": remaining, "old_experts": total, "layers": layers}
-        | ({"statistics": ranked.statistics} if ranked and ranked.statistics else {}),
+        | ({"statistics": ranked.statistics} if ranked and ranked.statistics else {})
+        | ({"plan": planned.about} if plan_file is not None else {}),
         notes=tuple(notes),
+        warnings=warnings,
         tables=() if same else (_table(dropped),),
     )
     files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})
