@@ -18,7 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Several models": ("merge", "extract-lora"),
     "Measure": ("perplexity", "compare", "collect", "probe"),
     "Check": ("validate", "diff"),
-    "Recipes": ("run", "recipes", "schema"),
+    "Recipes and plans": ("run", "recipes", "schema", "keep-list"),
 }
 _OTHERS = "Others"
 

@@ -50,7 +50,8 @@ _OF_ENTRY = {
 class LayerPlan:
     """What a plan says of one layer, experts by their numbers in the model that it was made on; None: nothing.
 
-    `keep` and `drop` are the same choice from two sides. `groups` become one expert each, in this order, with the
+    `keep` and `drop` are the same choice from two sides; `scores` has a number for each expert, higher being more worth
+    keeping. `groups` become one expert each, in this order, with the
     share of each member in `shares`. `neurons` has for each expert that it names the neurons that stay.
     """
 
@@ -60,6 +61,7 @@ class LayerPlan:
     groups: list[list[int]] | None = None
     shares: list[list[float]] | None = None
     neurons: Mapping[int, list[int]] | None = None
+    scores: list[float] | None = None
 
     def kept(self, experts: int) -> list[int] | None:
         """Return the experts of `experts` that stay, in ascending order; None where nothing is said."""
@@ -194,7 +196,9 @@ def _own(document: dict[str, Any]) -> dict[str, LayerPlan]:
         if shares is not None and [len(s) for s in shares] != [len(g) for g in groups or ()]:
             raise ValueError(f"layers.{one_line(where, 80)}: shares are not as many as the members of groups")
         by_expert = None if neurons is None else {int(key): value for key, value in neurons.items()}
-        found[where] = LayerPlan(entry["experts"], entry.get("keep"), None, groups, shares, by_expert)
+        found[where] = LayerPlan(
+            entry["experts"], entry.get("keep"), None, groups, shares, by_expert, entry.get("scores")
+        )
     return found
 
 

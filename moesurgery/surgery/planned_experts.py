@@ -43,6 +43,7 @@ def planned_layers(plan: Plan, operation: str, file: PlanFile, what: str) -> tup
 
     `what` is the field of `LayerPlan` that the operation carries out. Raises RefusedError where a plan has none.
     """
+    warning = file.check(plan, operation)
     by_block = file.by_block(plan.anatomy, operation)
     lacking = [where for where, entry in by_block.items() if getattr(entry, what) is None]
     if what == "keep":
@@ -56,7 +57,6 @@ def planned_layers(plan: Plan, operation: str, file: PlanFile, what: str) -> tup
         raise RefusedError(
             f"{operation}: {file.path} says nothing of {', '.join(left_out)}", "name every layer that has experts"
         )
-    warning = file.check(plan, operation)
     return by_block, () if warning is None else (warning,)
 
 
