@@ -30,7 +30,18 @@ _PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Repair": ("refit", "ridge", "sweeps"),
     "Output": (
-        *("output", "force", "dry_run", "plan_only", "print_recipe", "max_shard_size", "link", "card", "no_fsync", "checksums"),
+        *(
+            "output",
+            "force",
+            "dry_run",
+            "plan_only",
+            "print_recipe",
+            "max_shard_size",
+            "link",
+            "card",
+            "no_fsync",
+            "checksums",
+        ),
         *("validate", "jobs", "as_json", "quiet", "picture", "report", "reports", "report_format"),
     ),
 }

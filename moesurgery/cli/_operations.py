@@ -25,9 +25,7 @@ from moesurgery.recipe.reader import Recipe, RecipeStep, load_recipe
 from moesurgery.recipe.registry import Operation, problems
 
 _PLAN_FILE = "plan_file"  # the parameter of operations that choose, as `--plan`
-_PlanOnly = Annotated[
-    bool, typer.Option("--plan-only", help="Write the plan that --plan names, and no checkpoint.")
-]
+_PlanOnly = Annotated[bool, typer.Option("--plan-only", help="Write the plan that --plan names, and no checkpoint.")]
 _TYPES = get_type_hints(_writing.WriterFlags, include_extras=True)
 WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
     field.name: (_TYPES[field.name], field.default) for field in fields(_writing.WriterFlags)

@@ -1,12 +1,12 @@
 """A plan as programs read it that leave experts out while they load a model: vLLM's pull requests and their like.
 
-    vllm         {"version": 1, "model": NAME, "pruned_experts": [[layer, expert], …]}
-                 `vllm serve --riy-expert-profile FILE` (github.com/vllm-project/vllm/pull/37824, open)
-    vllm-ascend  a line {"0": [all experts, the best first]} for each layer, and a share to prune
-                 `--additional-config '{"expert_list_file": FILE, "expert_prune_ratio": SHARE}'`
-                 (github.com/vllm-project/vllm-ascend/pull/12525, open, Qwen3)
-    plain        {"0": [kept experts], …}: what patches for SGLang read, and what pruned models for MLX are published
-                 with as reap_kept_experts.json
+vllm         {"version": 1, "model": NAME, "pruned_experts": [[layer, expert], …]}
+             `vllm serve --riy-expert-profile FILE` (github.com/vllm-project/vllm/pull/37824, open)
+vllm-ascend  a line {"0": [all experts, the best first]} for each layer, and a share to prune
+             `--additional-config '{"expert_list_file": FILE, "expert_prune_ratio": SHARE}'`
+             (github.com/vllm-project/vllm-ascend/pull/12525, open, Qwen3)
+plain        {"0": [kept experts], …}: what patches for SGLang read, and what pruned models for MLX are published
+             with as reap_kept_experts.json
 """
 
 from __future__ import annotations

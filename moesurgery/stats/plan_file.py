@@ -282,8 +282,14 @@ def plan_file_schema() -> dict[str, Any]:
     model = {
         "name": {**text, "description": "what the model was called; never a local path"},
         "model_type": {**text, "description": "as in config.json"},
-        "digest": {**text, "description": "SHA-256 of config.json, names, and samples of the weights: of one stored form"},
-        "routers": {"type": ["string", "null"], "description": "SHA-256 of the routers' rows in bfloat16: of all forms"},
+        "digest": {
+            **text,
+            "description": "SHA-256 of config.json, names, and samples of the weights: of one stored form",
+        },
+        "routers": {
+            "type": ["string", "null"],
+            "description": "SHA-256 of the routers' rows in bfloat16: of all forms",
+        },
     }
     files = {"type": "object", "required": ["file"], "properties": {"file": text, "sha256": text, "weight": number}}
     return {

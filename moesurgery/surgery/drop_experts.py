@@ -8,10 +8,13 @@ docs/surgery.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.client_limits import awkward_numbers, moe_shape
+from moesurgery.families.clients import CLIENTS
 from moesurgery.moe.expert_axis import renamed_modules, selected
 from moesurgery.moe.expert_counts import (
     check_blocks,
@@ -199,6 +202,7 @@ def drop_experts(
             "more than a quarter of the experts: published results collapse from here on, the more so the fewer"
             " experts there are (Moonlight-16B, 64 experts: GSM8K .833, .664 at a quarter, .141 at a half)"
         )
+    notes += _awkward_notes(anatomy, remaining)
     if total != remaining and not anatomy.settings.renormalised and anatomy.settings.score == "softmax":
         notes.append(
             f"{family.name} uses raw softmax weights: without the dropped experts those of the others grow, by"
@@ -219,6 +223,19 @@ def drop_experts(
     )
     files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
+
+
+def _awkward_notes(anatomy: Anatomy, remaining: int) -> list[str]:
+    """Return what clients make of the number of experts that is left, where they made nothing of the number before."""
+    before = moe_shape(anatomy)
+    after = replace(before, experts=remaining)
+    rules = [r for c in CLIENTS.values() if c.has_code(anatomy.model_type) for r in awkward_numbers(c.name, after)]
+    # What a rule says begins with the number of experts, if it is about that.
+    return [
+        rule.said_of(after)
+        for rule in rules
+        if rule.misses(after).removeprefix(f"{remaining} ") != rule.misses(before).removeprefix(f"{before.experts} ")
+    ]
 
 
 def _named(anatomy: Anatomy, experts: ExpertsByLayer, keep: ExpertsByLayer) -> dict[str, list[int]]:

@@ -35,10 +35,15 @@ class PlannedExperts:
 
 def about_plan(file: PlanFile) -> dict[str, Any]:
     """Return what records say of a plan file: its digest, and what it says of itself."""
-    return {"sha256": file.sha256, **{key: file.about[key] for key in ("model", "criterion", "text") if key in file.about}}
+    return {
+        "sha256": file.sha256,
+        **{key: file.about[key] for key in ("model", "criterion", "text") if key in file.about},
+    }
 
 
-def planned_layers(plan: Plan, operation: str, file: PlanFile, what: str) -> tuple[dict[str, LayerPlan], tuple[str, ...]]:
+def planned_layers(
+    plan: Plan, operation: str, file: PlanFile, what: str
+) -> tuple[dict[str, LayerPlan], tuple[str, ...]]:
     """Return what a plan says of each block, and warnings; every block that tokens go through must be named.
 
     `what` is the field of `LayerPlan` that the operation carries out. Raises RefusedError where a plan has none.

@@ -50,7 +50,18 @@ def test_a_plan_of_the_bf16_copy_keeps_the_same_experts_of_the_fp8_copy(models: 
     """Every kept expert's bytes are those of the FP8 source, at the place where the bf16 output has the same expert."""
     model = models("qwen3_moe", dtype="bfloat16", hidden_size=32, moe_intermediate_size=16)
     make_fp8(model, tmp_path / "fp8")
-    ok("drop-experts", model, "--keep", 5, "--by", "router-norm", "--plan", tmp_path / "plan.json", "-o", tmp_path / "a")
+    ok(
+        "drop-experts",
+        model,
+        "--keep",
+        5,
+        "--by",
+        "router-norm",
+        "--plan",
+        tmp_path / "plan.json",
+        "-o",
+        tmp_path / "a",
+    )
     told = ok("drop-experts", tmp_path / "fp8", "--plan", tmp_path / "plan.json", "-o", tmp_path / "b")
     assert "warning" not in told.err
     kept = kept_experts(tmp_path / "plan.json")
@@ -202,7 +213,10 @@ def test_plain_shapes(models: Any, tmp_path: Path, document: Any) -> None:
         ({"format": "moesurgery plan 9"}, "expected 'moesurgery plan 1'"),
         ({"format": "moesurgery plan 1"}, "operation is missing"),
         ({"format": "moesurgery plan 1", "operation": "x", "model": {}}, "layers is missing"),
-        ({"format": "moesurgery plan 1", "operation": "x", "model": {}, "layers": {"a": 3}}, "layers.a: it is not a JSON"),
+        (
+            {"format": "moesurgery plan 1", "operation": "x", "model": {}, "layers": {"a": 3}},
+            "layers.a: it is not a JSON",
+        ),
     ],
 )
 def test_what_is_no_plan(models: Any, tmp_path: Path, document: Any, message: str) -> None:
