@@ -157,7 +157,7 @@ RULES: tuple[NumberRule, ...] = (
     NumberRule(
         "llama.cpp",
         "a width that is a multiple of 256",
-        "k-quants of the down-projections fall back to larger forms (Q4_K to Q5_0, Q6_K to Q8_0: up to a third more bytes)",
+        "k-quants of the down-projections become larger forms (Q4_K Q5_0, Q6_K Q8_0): up to a third more bytes",
         False,
         "llama.cpp issue 6614; PR 28474, where a whole model took 6.18 bits instead of 4.5 a weight",
         _width_multiple(256),

@@ -1,8 +1,8 @@
 """Plan files: which experts of each layer stay, or become one, and which of their neurons, as JSON without weights.
 
-`moesurgery drop-experts MODEL --keep 25% --text F --plan FILE` writes one (`write.plan_document`), and with `--plan FILE`
-alone a command carries it out on any checkpoint of the same model, in whatever form it is stored. docs/plan-file.md
-describes the format; `schema` is the same for programs.
+`moesurgery drop-experts MODEL --keep 25% --text F --plan FILE` writes one (`write.plan_document`), and with
+`--plan FILE` alone a command carries it out on any checkpoint of the same model, in whatever form it is stored.
+docs/plan-file.md describes the format; `plan_file_schema` is the same for programs.
 
 Plainer shapes that others publish are read too: kept or dropped experts by layer, as an object or as a list of lists,
 and the profiles of vLLM's load-time pruning (github.com/vllm-project/vllm/pull/37824).
@@ -146,7 +146,8 @@ def _check_entry(operation: str, path: str, block: MoeBlock, entry: LayerPlan) -
     for expert in named:
         if expert >= block.experts:
             raise RefusedError(
-                f"{operation}: {path} names expert {expert} of {block.where}, whose experts are 0 to {block.experts - 1}"
+                f"{operation}: {path} names expert {expert} of {block.where}, whose experts are 0 to"
+                f" {block.experts - 1}"
             )
     if len(set(named)) != len(named):
         raise RefusedError(f"{operation}: {path} names an expert of {block.where} twice", "name each once")
@@ -284,11 +285,11 @@ def plan_file_schema() -> dict[str, Any]:
         "model_type": {**text, "description": "as in config.json"},
         "digest": {
             **text,
-            "description": "SHA-256 of config.json, names, and samples of the weights: of one stored form",
+            "description": "SHA-256 of config.json and samples of the weights: of one stored form",
         },
         "routers": {
             "type": ["string", "null"],
-            "description": "SHA-256 of the routers' rows in bfloat16: of all forms",
+            "description": "SHA-256 of router rows in bfloat16: of all forms",
         },
     }
     files = {"type": "object", "required": ["file"], "properties": {"file": text, "sha256": text, "weight": number}}

@@ -28,6 +28,7 @@ from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
+from moesurgery.stats.expert_budget import best_allocation, lost_shares, uniform_allocation
 from moesurgery.stats.plan_file import load_plan_file
 from moesurgery.surgery.choose_experts import (
     CANDIDATES,
@@ -117,6 +118,9 @@ def drop_experts(
         float, Param("how many experts of each layer --protect keeps, as a share of all", minimum=0, maximum=1)
     ] = PROTECTED_SHARE,
     plan_file: PlanOption = None,
+    per_layer: Annotated[
+        bool, Param("say what as many experts in all would cost with a number for each layer; no stock loader has that")
+    ] = False,
 ) -> Plan:
     """Leave experts out of every MoE layer, with their router rows.
 
@@ -144,6 +148,8 @@ def drop_experts(
         count, keep = total - keep, None
     ranked: Ranking | None = None
     warnings: tuple[str, ...] = ()
+    if per_layer and count is None:
+        raise RecipeError(f"{_NAME}: per_layer shares out a number of experts, and experts are named", "leave it out")
     if protect is not None and count is None:
         raise RecipeError(f"{_NAME}: protect is for a choice by a criterion, and experts are named", "leave it out")
     if count is not None:
@@ -153,6 +159,8 @@ def drop_experts(
         ranked = ranking(plan, _NAME, by, seed, stats, count, protect_super)
         if protect is not None:
             ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)
+        if per_layer:
+            _refuse_per_layer(anatomy, ranked, by, count)
         dropped = {where: ranked.lowest(anatomy, where, count) for where in ranked.scores}
     elif plan_file is not None:
         planned = planned_experts(plan, _NAME, load_plan_file(plan_file))
@@ -223,6 +231,27 @@ def drop_experts(
     )
     files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
+
+
+def _refuse_per_layer(anatomy: Anatomy, ranked: Ranking, by: str, count: int) -> None:
+    """Raise RefusedError with what a number for each layer would save, and why no checkpoint can have it."""
+    reason = (
+        f"no stock loader takes a number of experts for each layer of {anatomy.model_type}: transformers (5.23, 5.24)"
+        " reads one number for all MoE layers, and refuses another in `per_layer_config` or a list"
+    )
+    groups, top_k = anatomy.settings.groups, anatomy.settings.top_k or 1
+    if by in ("gram", "hope", "aimer", "random", "recon", "router-norm"):
+        hint = "--by reap-sum, ean, frequency or soft-frequency with --text or --stats says what it would save"
+        raise RefusedError(f"{_NAME}: {reason}", hint)
+    costs = {where: lost_shares(scores) for where, scores in ranked.scores.items()}
+    best = best_allocation(costs, count * len(costs), anatomy.experts - top_k, groups[0] if groups else 1)
+    uniform, layers = uniform_allocation(costs, count), len(costs)
+    kept = ", ".join(str(anatomy.experts - dropped) for dropped in best.dropped.values())
+    raise RefusedError(
+        f"{_NAME}: {reason}. As many experts in all, shared out by {by} ({kept}), would lose"
+        f" {100 * best.cost / layers:.2f} % of {by} instead of {100 * uniform.cost / layers:.2f} %",
+        "leave --per-layer out",
+    )
 
 
 def _awkward_notes(anatomy: Anatomy, remaining: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a command chose, as a plan file: the layers' experts with their scores, the criterion, digests of model and text.
+"""What a command chose, as a plan file: experts by layer with their scores, criterion, digests of model and text.
 
 The format is described in docs/plan-file.md; `stats.plan_file` reads it.
 """

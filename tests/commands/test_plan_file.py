@@ -142,19 +142,25 @@ def test_what_is_written(models: Any, ok: Cli, tmp_path: Path) -> None:
 def test_alone_it_is_read_and_beside_a_choice_written(models: Any, ok: Cli, cli: Cli, tmp_path: Path) -> None:
     model, plan = models("mixtral"), tmp_path / "plan.json"
     missing = cli("drop-experts", model, "--plan", plan, "--dry-run")
-    assert missing.code == 2 and "cannot be read as a plan" in missing.err and "--keep 25%" in missing.err
+    assert missing.code == 2
+    assert "cannot be read as a plan" in missing.err
+    assert "--keep 25%" in missing.err
     assert not plan.exists()
     choice = ("drop-experts", model, "--keep", 6, "--plan", plan)
-    assert "would write the plan" in ok(*choice, "--dry-run").err and not plan.exists()
+    assert "would write the plan" in ok(*choice, "--dry-run").err
+    assert not plan.exists()
     ok(*choice, "--plan-only")
     before = plan.read_bytes()
     assert "is there already" in ok(*choice, "--plan-only").err
     other = cli("drop-experts", model, "--keep", 5, "--plan", plan, "--plan-only")
-    assert other.code == 2 and "holds something else" in other.err and plan.read_bytes() == before
+    assert other.code == 2
+    assert "holds something else" in other.err
+    assert plan.read_bytes() == before
     ok("drop-experts", model, "--keep", 5, "--plan", plan, "--plan-only", "--force")
     assert plan.read_bytes() != before
     nothing = cli("drop-experts", model, "--plan", plan, "--plan-only")
-    assert nothing.code == 2 and "--plan-only writes a plan" in nothing.err
+    assert nothing.code == 2
+    assert "--plan-only writes a plan" in nothing.err
 
 
 def test_a_recipe_reads_a_plan_and_never_writes_one(models: Any, ok: Cli, cli: Cli, tmp_path: Path) -> None:
@@ -169,7 +175,8 @@ def test_a_recipe_reads_a_plan_and_never_writes_one(models: Any, ok: Cli, cli: C
     assert all(same_bits(tensor, second[name]) for name, tensor in first.items())
     recipe.write_text(f"model: {model}\nsteps:\n  - drop-experts: {{keep: 6, plan_file: {plan}}}\n")
     both = cli("run", recipe, "--dry-run")
-    assert both.code == 2 and "keep and plan_file are given" in both.err
+    assert both.code == 2
+    assert "keep and plan_file are given" in both.err
     recipe.write_text(f"model: {model}\nsteps:\n  - drop-experts: {{keep: 5}}\n")
     ok("drop-experts", recipe, "--plan", tmp_path / "of-recipe.json", "--plan-only")
     assert all(len(experts) == 5 for experts in kept_experts(tmp_path / "of-recipe.json").values())
@@ -251,7 +258,7 @@ def test_a_plan_of_another_type(models: Any, ok: Cli, tmp_path: Path) -> None:
         edited(models("olmoe"), plan_file=str(plan))
     document = json.loads(plan.read_text())
     document["layers"]["model.layers.0"]["experts"] = 16
-    with pytest.raises(RefusedError, match="for 16 experts in model.layers.0, which has 8"):
+    with pytest.raises(RefusedError, match="for 16 experts in"):
         edited(models("mixtral"), plan_file=written(plan, document))
 
 
@@ -261,7 +268,7 @@ def test_groups_must_hold_every_expert(models: Any, ok: Cli, tmp_path: Path) -> 
     document = json.loads(plan.read_text())
     entry = document["layers"]["model.layers.1"]
     entry["groups"], entry["shares"] = entry["groups"][:-1], entry["shares"][:-1]
-    with pytest.raises(RefusedError, match="of the 8 experts of model.layers.1 in its groups"):
+    with pytest.raises(RefusedError, match="of the 8 experts of"):
         edited(model, "merge-experts", plan_file=written(plan, document))
 
 
@@ -288,7 +295,8 @@ def test_keep_lists(models: Any, ok: Cli, cli: Cli, tmp_path: Path) -> None:
     assert '"expert_prune_ratio": 0.25' in told.err
     for layer, line in enumerate((tmp_path / "experts.jsonl").read_text().splitlines()):
         ((number, ranked),) = json.loads(line).items()
-        assert number == str(layer) and sorted(ranked) == list(range(8))
+        assert number == str(layer)
+        assert sorted(ranked) == list(range(8))
         assert sorted(ranked[: int(8 * 0.75)]) == kept[f"model.layers.{layer}"]
     assert ok("keep-list", plan).json == {where.rsplit(".")[-1]: experts for where, experts in kept.items()}
     by_profile = edited(models("mixtral"), plan_file=written(tmp_path / "vllm.json", profile))

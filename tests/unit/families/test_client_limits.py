@@ -81,4 +81,5 @@ def test_validate_says_so_too(models: Any) -> None:
 
     report = validate_checkpoint(models("mixtral"), level="config", client="llama.cpp")
     (found,) = [finding for finding in report.findings if finding.code == "K07"]
-    assert found.severity == "note" and "width 48: llama.cpp wants a width that is a multiple of 256" in found.message
+    assert found.severity == "note"
+    assert "width 48: llama.cpp wants a width that is a multiple of 256" in found.message
