@@ -135,8 +135,8 @@ def merge_experts(
     """Merge experts into fewer: the mean of their weights, one router row for each group.
 
     Give `groups`, `to` or a plan. The dominant member of a group is the one with the largest share, the first named
-    where shares are equal; where groups are made, the one that they are made around, or else the one with the longest router
-    row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
+    where shares are equal; where groups are made, the one that they are made around, or else the one with the longest
+    router row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
     measure what it costs before you use the result.
     """
     choice = merger(
