@@ -11,8 +11,8 @@ from moesurgery.cli._console import console
 from moesurgery.cli._help import completed
 from moesurgery.errors import RecipeError
 from moesurgery.recipe.registry import did_you_mean
-from moesurgery.stats.keep_list import READERS, keep_list
 from moesurgery.stats.plan_file import load_plan_file
+from moesurgery.stats.pruning_list import READERS, keep_list
 from moesurgery.whole_file import whole_file
 
 
