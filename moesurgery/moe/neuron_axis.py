@@ -34,8 +34,8 @@ class _Axis(NamedTuple):
 
 def neuron_count(block: MoeBlock, tensors: Mapping[str, Expr]) -> int:
     """Return the number of neurons I of each expert of a block. Raises RefusedError where it cannot be told."""
-    for member, parts in _by_expert(block, tensors):
-        if member.stem.companion is not None and member.stem.suffix.startswith(".weight."):
+    for member in block.members:
+        if member.part is not None and member.stem.companion is not None and member.stem.suffix.startswith(".weight."):
             raise _unknown(member, "belongs to a matrix that is stored as one column of bytes")
     for member, parts in _by_expert(block, tensors):
         if member.stem.main and member.role != "down" and parts and len(parts[0].shape) > 1:

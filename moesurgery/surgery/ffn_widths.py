@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moesurgery.errors import RefusedError
-from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.config_keys import Settings, section, with_value
 from moesurgery.moe.ffn_blocks import dense_ffns, shared_experts
 from moesurgery.moe.neuron_axis import neuron_count, neurons_together
@@ -85,7 +85,7 @@ def _common_width(plan: Plan, blocks: Mapping[str, MoeBlock], what: str) -> int:
 
 
 def _slimmed(plan: Plan, blocks: Mapping[str, MoeBlock], old: int, width: int) -> dict[str, Slimmed]:
-    """Return how `blocks` are slimmed. Raises RefusedError where the width cannot be made of whole blocks of neurons."""
+    """Return how `blocks` are slimmed. Raises RefusedError where whole blocks of neurons do not make the width."""
     if width > old:
         raise RefusedError(f"{_NAME}: there are {old} neurons, fewer than {width}", f"choose {old} or fewer")
     if width == old:
@@ -95,8 +95,8 @@ def _slimmed(plan: Plan, blocks: Mapping[str, MoeBlock], old: int, width: int) -
         size = neurons_together(block, plan.tensors)
         if width % size:
             raise RefusedError(
-                f"{_NAME}: {where}: {size} neighbouring neurons share a scale or a word, so they go together: {width} is"
-                f" no multiple of {size}",
+                f"{_NAME}: {where}: {size} neighbouring neurons share a scale or a word, so they go together:"
+                f" {width} is no multiple of {size}",
                 f"choose {max(size, width - width % size)}, or dequantise first with `moesurgery convert --dequantize`",
             )
         slimmed[where] = Slimmed(block, width, size)

@@ -175,7 +175,7 @@ def _kept_by_fit(where: str, slimmed: Slimmed, plan: Plan, matrices: Mapping[int
             or not 0 <= own[0] <= own[-1] < neurons
         ):
             raise RefusedError(
-                f"{_NAME}: {where}: expert {expert} is to keep {width} of {neurons} neurons, which is not what the fit says",
+                f"{_NAME}: {where}: expert {expert} is to keep {width} of {neurons} neurons, and the fit says otherwise",
                 "the fit is that of another edit: make it again with --text",
             )
         kept.append(own)

@@ -139,7 +139,7 @@ def test_quantised_forms_keep_their_values(models: Any, tmp_path: Path, form: st
 @pytest.mark.parametrize("form", ["gptq", "awq", "bnb-nf4"])
 def test_forms_that_pack_single_neurons_are_refused(models: Any, tmp_path: Path, form: str) -> None:
     make_form(models("qwen3_moe", moe_intermediate_size=64), tmp_path / "model", form)
-    with pytest.raises(RefusedError, match="dequantise|neurons") as refused:
+    with pytest.raises(RefusedError, match="neurons") as refused:
         apply(plan_of(open_checkpoint(tmp_path / "model")), "slim-experts", width=32)
     assert refused.value.hint
 
