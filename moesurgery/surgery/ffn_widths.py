@@ -101,10 +101,10 @@ def _slimmed(plan: Plan, blocks: Mapping[str, MoeBlock], old: int, width: int) -
     slimmed = {}
     for where, block in blocks.items():
         size = neurons_together(block, plan.tensors)
-        if width % size:
+        if width % size or old % size:
             raise RefusedError(
                 f"{_NAME}: {where}: {size} neighbouring neurons share a scale or a word, so they go together:"
-                f" {width} is no multiple of {size}",
+                f" {width if width % size else old} is no multiple of {size}",
                 f"choose {max(size, width - width % size)}, or dequantise first with `moesurgery convert --dequantize`",
             )
         slimmed[where] = Slimmed(block, width, size)

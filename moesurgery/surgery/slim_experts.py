@@ -102,7 +102,7 @@ def slim_experts(
     fitted = open_repair(fit) if fit is not None else None
     if fitted is not None and fitted.about["kind"] != "neurons":
         raise RefusedError(f"{_NAME}: {fit} is a repair, no choice of neurons", "apply it with `moesurgery refit`")
-    by = by or (fitted.about["by"] if fitted else DEFAULT if statistics else "weights")
+    by = by or (fitted.about.get("by", DEFAULT) if fitted else DEFAULT if statistics else "weights")
     if by != "weights" and statistics is None and fitted is None:
         raise RecipeError(
             f"{_NAME}: --by {by} needs to see the model run",
