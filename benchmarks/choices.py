@@ -5,10 +5,10 @@
     python benchmarks/choices.py MODEL --heldout OTHER… --top-k 4 6 12 16 [--rho 0 0.1 0.2]
 
 Prints by how much the loss on the first `--limit` windows of each held-out file is above the original's, in nats per
-token, with its 95 % bootstrap interval over windows. Statistics are collected once, of `--tokens` tokens, or
-taken from `--stats`. With `--width` the rows are neurons kept by each criterion, with down-projections as they were and solved, and
-with `--refit` repaired layer by layer (`--refit down`) too. With `--top-k` the rows are no factor, the default of
-`rescale`, and the factor for each `--rho`.
+token, with its 95 % bootstrap interval over windows. Statistics are collected once, of `--tokens` tokens, or taken
+from `--stats`. With `--width` the rows are neurons kept by each criterion, with down-projections as they were and
+solved, and with `--refit` repaired layer by layer (`--refit down`) too. With `--top-k` the rows are no factor, the
+default of `rescale`, and the factor for each `--rho`.
 """
 
 from __future__ import annotations
