@@ -40,6 +40,9 @@ def collect_command(
         bool,
         typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
     ] = False,
+    neurons: Annotated[
+        bool, typer.Option("--neurons", help="Also find which neurons of each expert matter: for slim-experts.")
+    ] = False,
     window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
@@ -60,7 +63,7 @@ def collect_command(
     """Run a model over calibration text once, and keep what says which expert does what.
 
     The file is small, and everything that chooses or scales experts by data takes it as a parameter: `rescale`,
-    `drop-experts`, `merge-experts`. The table says how far two halves of the text agree on who matters.
+    `drop-experts`, `merge-experts`, `slim-experts`. The table says how far two halves of the text agree on who matters.
     """
     console.quiet = quiet
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
@@ -75,7 +78,7 @@ def collect_command(
     if dry_run:
         _show_forecast(run, scratch, as_json=as_json)
         return
-    needed = NeededStatistics(top_k or (), recon or (), every_expert)
+    needed = NeededStatistics(top_k or (), recon or (), every_expert, neurons)
     stats = run.statistics(needed, _run_options.reporter, scratch)
     stats.save(target)
     document = _document(stats, target)
