@@ -18,6 +18,7 @@ _OTHERS = {
     "merge": "merge",
     "extract-lora": "extract_lora",
     "run": "recipes",
+    "finish": "finish",
     "perplexity": "perplexity",
     "compare": "compare",
     "validate": "validate",

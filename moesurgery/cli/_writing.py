@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -22,6 +23,7 @@ from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import parse_size
 from moesurgery.write.card import config_changes
 from moesurgery.write.output_folder import check_output, check_place
+from moesurgery.write.parts import Part, write_part
 from moesurgery.write.publish import recover
 from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
@@ -49,6 +51,17 @@ Validate = Annotated[bool, typer.Option("--validate", help="Validate the output;
 Jobs = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
 ]
+PartOption = Annotated[
+    str | None,
+    typer.Option("--part", metavar="I/N", help="Write part I of N of the shards; other processes write the rest."),
+]
+Finish = Annotated[
+    bool, typer.Option("--finish", help="With --part: publish the output where this part is the last to end.")
+]
+ShareWith = Annotated[
+    str | None,
+    typer.Option("--share-with", metavar="GROUP", help="Unix group whose members write parts, too, and are trusted."),
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,9 @@ class WriterFlags:
     checksums: Checksums = False
     validate: Validate = False
     jobs: Jobs = None
+    part: PartOption = None
+    finish: Finish = False
+    share_with: ShareWith = None
     picture: Picture = None
     as_json: Json = False
     quiet: Quiet = False
@@ -128,6 +144,9 @@ def carry_out(
         durable=not flags.no_fsync,
         checksums=flags.checksums,
     )
+    if flags.part is not None:
+        _write_part(plan, output, options, flags)
+        return
     with console.progress(f"writing {output.name}", plan.nbytes + plan.companion_nbytes) as watch:
         try:
             written = write_plan(plan, output, options, watch=watch)
@@ -166,6 +185,52 @@ def carry_out(
         raise typer.Exit(ANSWER_IS_NO)
 
 
+def _write_part(plan: Plan, output: Path, options: WriteOptions, flags: WriterFlags) -> None:
+    assert flags.part is not None
+    part = Part.parse(flags.part)
+    group = None if flags.share_with is None else group_id(flags.share_with)
+    total = sum(task.data_bytes for task in part.of([*shard_tasks(plan), *companion_tasks(plan)]))
+    with console.progress(f"writing part {flags.part} of {output.name}", total) as watch:
+        written = write_part(plan, output, part, options, finish=flags.finish, group=group, watch=watch)
+    if flags.as_json:
+        document = asdict(written) | {"path": str(written.path), "part": flags.part}
+        console.json({"schema_version": 1, **document})
+        return
+    resumed = f", {written.resumed} of them were there" if written.resumed else ""
+    console.result(f"wrote part {flags.part}: {human_bytes(written.nbytes)} in {written.shards} shards{resumed}")
+    if written.published:
+        console.result(f"all parts are there: {output} is published")
+    elif written.missing:
+        console.result(f"{written.missing} shards of {output} are still to be written by other parts")
+    elif not flags.finish:
+        console.result(f"all shards are there; publish them: moesurgery finish {shlex.quote(str(output))}")
+
+
+def group_id(name: str) -> int:
+    """Return the id of a Unix group. Raises RecipeError where there is none of that name."""
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise RecipeError(f"--share-with: there is no group {name!r}", "list your groups: id -Gn") from None
+
+
+def _check_parts(flags: WriterFlags) -> None:
+    """Refuse options that mean nothing together, or that a part cannot carry out."""
+    if flags.part is None:
+        alone = [option for option, given in (("--finish", flags.finish), ("--share-with", flags.share_with)) if given]
+        if alone:
+            raise RecipeError(f"{alone[0]} goes with --part I/N", "add --part, or leave it out")
+        return
+    Part.parse(flags.part)
+    if flags.output is None:
+        raise RecipeError("--part needs the output's name, which all parts share", "give it with -o")
+    refused = [o for o, given in (("--no-fsync", flags.no_fsync), ("--validate", flags.validate)) if given]
+    if refused:
+        raise RecipeError(f"{refused[0]} is not for one part of a job", "leave it out; validate the published output")
+
+
 def _changes_nothing(plan: Plan) -> bool:
     """Whether the output would be the input under another name; of merges their own warnings say it."""
     if any(step.operation == "merge" for step in plan.steps):
@@ -190,6 +255,7 @@ def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
 def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
     check_picture(flags.picture)
+    _check_parts(flags)
     if flags.output is not None:
         if not flags.dry_run:
             recover(Path(os.path.abspath(flags.output)))
