@@ -19,6 +19,7 @@ _OTHERS = {
     "extract-lora": "extract_lora",
     "run": "recipes",
     "finish": "finish",
+    "pack": "pack",
     "perplexity": "perplexity",
     "compare": "compare",
     "validate": "validate",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from moesurgery.checkpoint.strict_json import ascii_json
-from moesurgery.cli._common_options import Force, Json, Picture, Quiet
+from moesurgery.cli._common_options import Force, Json, Picture, Quiet, SchedulerAddress
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
@@ -21,11 +21,13 @@ from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import parse_size
+from moesurgery.scheduler import MakeExecutor, Scheduler
 from moesurgery.write.card import config_changes
+from moesurgery.write.expected_output import Promise
 from moesurgery.write.output_folder import check_output, check_place
 from moesurgery.write.parts import Part, write_part
 from moesurgery.write.publish import recover
-from moesurgery.write.shard_layout import companion_tasks, shard_tasks
+from moesurgery.write.shard_layout import output_tasks
 from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class WriterFlags:
     part: PartOption = None
     finish: Finish = False
     share_with: ShareWith = None
+    scheduler: SchedulerAddress = None
     picture: Picture = None
     as_json: Json = False
     quiet: Quiet = False
@@ -96,27 +99,35 @@ class WriterFlags:
             raise RecipeError(f"--max-shard-size: {error}") from None
 
 
-class Plannable(Protocol):
+class Printable(Protocol):
+    def to_yaml(self) -> str: ...
+
+
+class Plannable(Printable, Protocol):
     """What a writer carries out: a recipe of operations, or of a merge."""
 
     def plan(self) -> Plan: ...
 
-    def to_yaml(self) -> str: ...
-
 
 def carry_out(
-    recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None, plan: Plan | None = None
+    recipe: Plannable | None,
+    flags: WriterFlags,
+    more: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    promise: Promise | None = None,
 ) -> None:
-    """Plan a recipe, unless `plan` is given, then print, weigh or write it, as the flags say.
+    """Plan a recipe, unless there is a `plan` already, then print, weigh or write it, as the flags say.
 
-    `more` joins the JSON answer.
+    `more` joins the JSON answer. `promise`: what the output must be to the byte.
     """
     console.quiet = flags.quiet
-    if flags.print_recipe:
+    if flags.print_recipe and recipe is not None:
         print_recipe(recipe, as_json=flags.as_json)
         return
     check_early(flags)
-    plan = plan or recipe.plan()
+    if plan is None:
+        assert recipe is not None
+        plan = recipe.plan()
     for step in plan.steps:
         for warning in step.warnings:
             console.warning(warning)
@@ -149,7 +160,9 @@ def carry_out(
         return
     with console.progress(f"writing {output.name}", plan.nbytes + plan.companion_nbytes) as watch:
         try:
-            written = write_plan(plan, output, options, watch=watch)
+            written = write_plan(
+                plan, output, options, watch=watch, make_executor=_make_executor(flags), promise=promise
+            )
         except KeyboardInterrupt:
             partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
             if partial.exists():
@@ -189,7 +202,7 @@ def _write_part(plan: Plan, output: Path, options: WriteOptions, flags: WriterFl
     assert flags.part is not None
     part = Part.parse(flags.part)
     group = None if flags.share_with is None else group_id(flags.share_with)
-    total = sum(task.data_bytes for task in part.of([*shard_tasks(plan), *companion_tasks(plan)]))
+    total = sum(task.data_bytes for task in part.of(output_tasks(plan)))
     with console.progress(f"writing part {flags.part} of {output.name}", total) as watch:
         written = write_part(plan, output, part, options, finish=flags.finish, group=group, watch=watch)
     if flags.as_json:
@@ -226,9 +239,15 @@ def _check_parts(flags: WriterFlags) -> None:
     Part.parse(flags.part)
     if flags.output is None:
         raise RecipeError("--part needs the output's name, which all parts share", "give it with -o")
-    refused = [o for o, given in (("--no-fsync", flags.no_fsync), ("--validate", flags.validate)) if given]
+    others = {"--no-fsync": flags.no_fsync, "--validate": flags.validate, "--scheduler": flags.scheduler}
+    refused = [option for option, given in others.items() if given]
     if refused:
         raise RecipeError(f"{refused[0]} is not for one part of a job", "leave it out; validate the published output")
+
+
+def _make_executor(flags: WriterFlags) -> MakeExecutor | None:
+    """Return what gives the workers that write; None for threads of this process."""
+    return None if flags.scheduler is None else Scheduler(flags.scheduler).executor
 
 
 def _changes_nothing(plan: Plan) -> bool:
@@ -240,7 +259,7 @@ def _changes_nothing(plan: Plan) -> bool:
     return sum(1 for _ in plan.untouched()) == len(plan.tensors) == len(plan.checkpoint.tensors)
 
 
-def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
+def print_recipe(recipe: Printable, *, as_json: bool) -> None:
     """Print a recipe as YAML, or what the YAML says as JSON."""
     text = recipe.to_yaml()
     if not as_json:
@@ -256,6 +275,7 @@ def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
     check_picture(flags.picture)
     _check_parts(flags)
+    _make_executor(flags)
     if flags.output is not None:
         if not flags.dry_run:
             recover(Path(os.path.abspath(flags.output)))
@@ -309,7 +329,7 @@ def report_steps(plan: Plan, flags: WriterFlags) -> None:
 
 def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:
     """Print what writing would do: tensors by kind, config changes, bytes, memory, free space."""
-    tasks = [*shard_tasks(plan), *companion_tasks(plan)]
+    tasks = output_tasks(plan)
     unchanged = set(plan.untouched())
     kinds = {"unchanged": len(unchanged), "byte ranges": 0, "computed": 0}
     computed_bytes = 0

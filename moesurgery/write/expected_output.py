@@ -6,7 +6,8 @@ It is plain data, so that a process that has no plan can do it, such as `moesurg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,14 @@ class ExpectedOutput:
     @property
     def nbytes(self) -> int:
         return sum(shard.data_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What somebody published: the SHA-256 of every file, and the files that no plan gives, by name."""
+
+    digests: Mapping[str, str]
+    files: Mapping[str, bytes]
 
 
 def expected_output(plan: Plan, tasks: list[ShardTask]) -> ExpectedOutput:
@@ -109,6 +118,29 @@ def check_and_index(
         for shard in expected.shards:  # shards of an earlier attempt that did not wait among them
             work.sync_file(shard.name)
         work.sync()
+
+
+def keep_promise(promise: Promise, work: OpenFolder, jobs: int | None = None) -> None:
+    """Put the promised files into a finished working folder, and check that every file in it is what was promised.
+
+    Raises OutputError where one is not.
+    """
+    for file, content in promise.files.items():
+        work.write(file, [content], durable=True)
+    made = {name: status.st_size for name, status in work.entries() if stat.S_ISREG(status.st_mode)}
+    made = {name: size for name, size in made.items() if not name.startswith(f"{WORK}/")}
+
+    def differs(file: str) -> bool:
+        return file not in made or whole_digest(work.source, file, made[file]) != promise.digests[file]
+
+    with ThreadPoolExecutor(jobs or min(cores(), 8)) as pool:
+        wrong = [file for file, bad in zip(promise.digests, pool.map(differs, promise.digests), strict=True) if bad]
+    wrong += sorted(made.keys() - promise.digests.keys())
+    if wrong:
+        raise OutputError(
+            f"{work.path}: {', '.join(wrong[:3])} {'is' if len(wrong) == 1 else 'are'} not what was published",
+            "use the version of moesurgery and of its libraries that made it; the folder is kept for you to look at",
+        )
 
 
 def _checked(work: OpenFolder, shard: ExpectedShard, *, checksums: bool) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +22,15 @@ from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
 from moesurgery.expr.nodes import Compute
 from moesurgery.plan.plan import Plan
+from moesurgery.scheduler import MakeExecutor, results_of
 from moesurgery.write import copy_bytes
 from moesurgery.write.claim import WorkFolder, claim
-from moesurgery.write.expected_output import check_and_index, expected_output, write_side_files
+from moesurgery.write.expected_output import Promise, check_and_index, expected_output, keep_promise, write_side_files
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
 from moesurgery.write.shard import Manner, ShardTask, disk_error, done, write_shard
-from moesurgery.write.shard_layout import companion_tasks, shard_tasks
+from moesurgery.write.shard_layout import output_tasks
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,14 @@ def write_plan(
     options: WriteOptions = WriteOptions(),
     *,
     watch: JobControl | None = None,
-    make_executor: Callable[[int], AbstractContextManager[Executor]] | None = None,
+    make_executor: MakeExecutor | None = None,
+    promise: Promise | None = None,
 ) -> Written:
     """Write `plan` to the directory `output`.
 
-    `make_executor(workers)` gives any `concurrent.futures.Executor` that sees the same directories; threads by
-    default. Raises OutputError where the output exists, equals an input, or does not fit.
+    `make_executor()` gives any `concurrent.futures.Executor` of processes that see the same directories, and is asked
+    again where its workers died; threads of this process by default. `promise`: what the output must be to the byte.
+    Raises OutputError where the output exists, equals an input, does not fit, or is not what was promised.
     """
     output = Path(os.path.abspath(output))
     tasks, identity = begin_output(plan, output, force=options.force)
@@ -90,6 +92,8 @@ def write_plan(
             check_and_index(
                 expected_output(plan, tasks), work, options.jobs, durable=options.durable, checksums=options.checksums
             )
+            if promise is not None:
+                keep_promise(promise, work, options.jobs)
             check_sources(plan, tasks)
             publish(work, output, force=options.force, durable=options.durable)
         except OSError as error:
@@ -113,7 +117,7 @@ def begin_output(plan: Plan, output: Path, *, force: bool) -> tuple[list[ShardTa
     check_output(plan, output, force=force)
     for file in plan.checkpoint.side_files:
         plan.checkpoint.source.local(file)  # a link out of the checkpoint is an error now, not after hours
-    tasks = [*shard_tasks(plan), *companion_tasks(plan)]
+    tasks = output_tasks(plan)
     return tasks, plan_id(plan, tasks)
 
 
@@ -123,13 +127,18 @@ def write_tasks(
     work: WorkFolder,
     options: WriteOptions,
     watch: JobControl,
-    make_executor: Callable[[int], AbstractContextManager[Executor]] | None = None,
+    make_executor: MakeExecutor | None = None,
 ) -> None:
     """Write shards into the working folder, several at once. Raises OutputError where they do not fit."""
-    workers, threads = _workers(options, todo)
+    workers, threads = _workers(options, todo) if make_executor is None else (0, 1)
     manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, work), durable=options.durable)
     _check_space(todo, work, manner)
-    _run(todo, work, manner, watch, workers, make_executor)
+    if make_executor is None:
+        _run(todo, work, manner, watch, workers)
+    else:
+        arguments = {task.name: (task, work, work.plan_id, manner) for task in todo}
+        for name, _ in results_of(make_executor, write_shard, arguments, f"writing {work.path}"):
+            watch.progress(arguments[name][0].data_bytes)
 
 
 def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
@@ -230,39 +239,22 @@ def bytes_needed(task: ShardTask, *, linked: bool) -> int:
     return min(task.whole[2], path.stat().st_blocks * 512) if path is not None else task.whole[2]
 
 
-def _run(
-    todo: list[ShardTask],
-    work: WorkFolder,
-    manner: Manner,
-    watch: JobControl,
-    workers: int,
-    make_executor: Callable[[int], AbstractContextManager[Executor]] | None,
-) -> None:
+def _run(todo: list[ShardTask], work: WorkFolder, manner: Manner, watch: JobControl, workers: int) -> None:
+    """Write shards on threads of this process."""
     if not todo:
         return
-    local = make_executor is None
     previous_threads = _limit_torch_threads(todo)
-    executor = ThreadPoolExecutor(workers) if make_executor is None else make_executor(workers)
     futures: list[Future[int]] = []
     try:
-        with executor as pool:
+        with ThreadPoolExecutor(workers) as pool:
             try:
-                futures = [
-                    pool.submit(write_shard, task, work, work.plan_id, manner, watch if local else None)
-                    for task in todo
-                ]
+                futures = [pool.submit(write_shard, task, work, work.plan_id, manner, watch) for task in todo]
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
             except BaseException:
                 watch.stop.set()
-                for future in futures:
-                    future.cancel()
                 raise
-    except BrokenExecutor as error:
-        raise OutputError(
-            f"a worker died while writing {work.path}: {error}", "run the same command again to resume"
-        ) from None
     finally:
         if previous_threads is not None:
             import torch
