@@ -70,7 +70,7 @@ class CalibrationCache:
             _check_same(target, "a fit", differs, "fit again,")
             self.reporter.note(f"{what} is used again from {target}")
         else:
-            engine = self.run.settings.engine(self.run.plan)
+            engine = self.run.settings.engine(self.run.plan, self.run.windows)
             with self.reporter.progress("fitting groups", engine.work(self.run.windows)) as progress:
                 fitted = fit_groups(engine, self.run.windows, merger, progress)
             save_group_fits(target, fitted, merger, self.run.about)
@@ -81,6 +81,7 @@ class CalibrationCache:
         """Return the folder of the repair of `edited`."""
         from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.fitting.layer_fit import fit_layers
+        from moesurgery.forward.scratch import Scratch
         from moesurgery.stats.repair_file import RepairWriter, open_repair
 
         folder = self._beside(".refit")
@@ -89,11 +90,16 @@ class CalibrationCache:
             _check_same(folder, "a repair", about_differences(open_repair(folder).about, about), "fit again,")
             self.reporter.note(f"the repair in {folder} is used again")
         else:
-            original, other = (self.run.settings.engine(plan) for plan in (self.run.plan, edited))
-            writer = RepairWriter(folder, force=self.force)
-            with self.reporter.progress("refitting", 2 * original.work(self.run.windows)) as progress:
-                fit_layers(original, other, self.run.windows, options, writer.add, progress)
+            windows = self.run.windows
+            pair = self.run.settings.pair(self.run.plan, edited, windows)
+            scratch = Scratch(self._beside(".refit.scratch"), about, self.reporter.note)
+            state = scratch.load(pair)
+            writer = RepairWriter(folder, force=self.force, kept=state.entries if state else ())
+            scratch.entries = writer.layers
+            with self.reporter.progress("refitting", 2 * pair[0].work(windows)) as progress:
+                fit_layers(*pair, windows, options, writer.add, progress, scratch=scratch, state=state)
             writer.close(about)
+            scratch.remove()
             self.reporter.note(f"the repair is in {folder}")
         return str(folder)
 

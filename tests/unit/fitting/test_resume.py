@@ -162,11 +162,11 @@ def test_memory_bounds_what_stays_loaded(models: Any) -> None:
     plan = plan_of(open_checkpoint(models("mixtral", num_hidden_layers=LAYERS)))
     whole = Engine(plan, memory=1 << 30)
     whole.run(TOKENS)
-    assert len(whole._resident) == LAYERS + 1  # the embedding too; the head was never asked for
+    assert len(whole.weights.resident) == LAYERS + 1  # the embedding too; the head was never asked for
     largest = max(unit.nbytes for unit in whole.skeleton.units.values())
     small = Engine(plan, memory=3 * largest + whole.hidden_bytes(TOKENS))
     small.run(TOKENS)
-    assert sum(unit.nbytes for unit in small._resident.values()) <= 2 * largest
+    assert sum(unit.nbytes for unit in small.weights.resident.values()) <= 2 * largest
 
 
 def test_progress_says_layer_rate_and_time_left(
