@@ -54,7 +54,7 @@ def main() -> None:
     held_out = RunSettings(given.window, given.limit, None, given.device).domains(plan.checkpoint, given.heldout)
 
     def by_window(variant: Plan) -> np.ndarray:
-        return mean_loss(losses(run.engine(variant), held_out)).by_window
+        return mean_loss(losses(run.engine(variant, held_out[0].as_tokens), held_out)).by_window
 
     base = by_window(plan)
     print(f"{sum(domain.tokens for domain in held_out):,} tokens held out, loss {base.mean():.4f}")
@@ -73,7 +73,7 @@ def main() -> None:
         stats = given.stats
         if given.count and not stats:
             windows = read_calibration(run, plan, given.text, given.tokens).windows
-            stats = str(collect(run.engine(plan), windows).save(Path(place, "stats")))
+            stats = str(collect(run.engine(plan, windows), windows).save(Path(place, "stats")))
         for count in given.count:
             for by in given.by:
                 known = {} if by in FREE else {"stats": stats}
