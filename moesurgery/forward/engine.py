@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 # On the processor; on a GPU its memory decides (`memory_budget`).
 KEEP_BYTES = 256 << 20
-BATCH_TOKENS = 1024  # more leave the caches: on two cores batches of 4,096 take a quarter longer
+BATCH_TOKENS = 4096  # at most, on the processor: more make no expert's matmul faster
+BATCH_BYTES = 256 << 20  # of a batch's activations there, but not fewer tokens for it than
+LEAST_TOKENS = 1024
 LOGITS_BYTES = 512 << 20
 
 _on_gpus: weakref.WeakSet[Any] = weakref.WeakSet()  # engines that share the memory of their devices
@@ -127,10 +129,11 @@ class Engine(UnitRunner):
 
     def windows_per_batch(self, tokens: Tokens, logits: bool) -> int:
         """Return how many windows go through a layer together. On the processor their logits must have room too."""
-        limit = BATCH_TOKENS
+        per_token = self._shape.per_token(tokens.length)
+        limit = min(BATCH_TOKENS, max(LEAST_TOKENS, BATCH_BYTES // per_token))
         if self.on_gpu:
             room = memory_budget.ACTIVATIONS * self._budget()
-            limit = min(memory_budget.GPU_BATCH_TOKENS, int(room / self._shape.per_token(tokens.length)))
+            limit = min(memory_budget.GPU_BATCH_TOKENS, int(room / per_token))
             if len(self.skeleton.devices) > 1:  # so many batches that each device has one to compute
                 limit = min(limit, -(-tokens.ids.numel() // (4 * len(self.skeleton.devices))))
         elif logits:
