@@ -16,7 +16,7 @@ from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.components import is_vision
 from moesurgery.forward.cpu_experts import use_by_expert
 from moesurgery.forward.experts_module import ExpertsModule
-from moesurgery.forward.layer_loading import Loader
+from moesurgery.forward.layer_loading import THREADS, Loader
 from moesurgery.forward.layer_units import LayerUnit, TensorGroup, decoder_layers, find_units, place_units
 from moesurgery.forward.lazy_tensor import LazyTensor
 from moesurgery.forward.model_building import build
@@ -50,7 +50,8 @@ class MetaModel:
         self.text_model = getattr(self.model, "thinker", self.model)  # of a model with speech output
         _move_buffers(self.model, self.device)
         self._dtypes: dict[str, Any] = self.model._get_dtype_plan(self.dtype)
-        self._loaders = [Loader(device) for device in self.devices]
+        threads = max(2, THREADS // len(self.devices))  # together they read no faster
+        self._loaders = [Loader(device, threads) for device in self.devices]
         self._on_host = Loader(torch.device("cpu"))
         self._exprs: dict[str, dict[str, Any]] = {}  # what a group's parameters are made of, by its target
         self.units: dict[str, LayerUnit] = {unit.path: unit for unit in find_units(self.model)}

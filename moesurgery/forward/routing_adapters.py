@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moesurgery.forward.experts_module import RoutingTensors
 
 UNREAD = {
-    "JetMoeMoA": "the output of an attention expert depends on the other tokens, so it has no output of its own",
+    "JetMoeMoA": "an attention expert's output depends on the other tokens, so it has none of its own",
     "DogeCDMoE": "its code mixes the router's logits of the tokens of a batch, so what it routes here is not what it"
     " routes when it writes token by token",
 }
