@@ -125,11 +125,11 @@ def ablate_over(
     if len(parts) == 1:
         return ablate(engines[0], tokens, wanted, modes, progress, kept[0])
     with ThreadPoolExecutor(len(parts), "device") as pool:
-        work = [
+        jobs = [
             pool.submit(ablate, engine, part, wanted, modes, progress, of_part)
             for engine, part, of_part in zip(engines, parts, kept, strict=False)
         ]
-        found = [each.result() for each in work]
+        found = [each.result() for each in jobs]
     first = found[0]
 
     def mean(values: Sequence[float]) -> float:
@@ -183,7 +183,7 @@ def _finished(run: BatchPasses, windows: int) -> float:
         for _, part, logits in run.logits(number, windows):
             nats += sum(window_losses(logits, part))
             count += part.predicted
-    return nats / count
+    return nats / max(1, count)  # a part of the windows may have no token that counts
 
 
 def takers(engines: Sequence[Engine], tokens: Tokens) -> dict[str, list[list[tuple[int, int, float]]]]:

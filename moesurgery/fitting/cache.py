@@ -92,7 +92,8 @@ class CalibrationCache:
         else:
             windows = self.run.windows
             pair = self.run.settings.pair(self.run.plan, edited, windows)
-            scratch = Scratch(self._beside(".refit.scratch"), about, self.reporter.note)
+            devices = {"devices": self.run.settings.devices}
+            scratch = Scratch(self._beside(".refit.scratch"), about | devices, self.reporter.note)
             state = scratch.load(pair)
             writer = RepairWriter(folder, force=self.force, kept=state.entries if state else ())
             scratch.entries = writer.layers

@@ -111,8 +111,8 @@ def compared_over(
         by_part = [_figures(groups[0], parts[0], progress)]
     else:
         with ThreadPoolExecutor(len(parts), "device") as pool:
-            work = [pool.submit(_figures, group, part, progress) for group, part in zip(groups, parts, strict=False)]
-            by_part = [each.result() for each in work]
+            jobs = [pool.submit(_figures, group, part, progress) for group, part in zip(groups, parts, strict=False)]
+            by_part = [each.result() for each in jobs]
     by_model = [
         [part[model][i] for part in by_part for i in range(len(part[model]))] for model in range(len(groups[0]))
     ]
