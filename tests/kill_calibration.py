@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def probe(model: Path, text: Path, out: Path) -> None:
     plan = plan_of(open_checkpoint(model))
     settings = RunSettings(WINDOW, seed=0)
     windows = read_calibration(settings, plan, [text], 96).windows
-    engine, kept = settings.engine(plan, windows), KeptLosses(out / "losses.json", {"of": "this"})
+    engine, kept = settings.engine(plan, windows), KeptLosses(out / "scratch" / "losses.json", {"of": "this"})
     found = ablate(engine, windows, {b.where: [0, 3] for b in engine.routed}, ["mask"], kept=kept)
     kept.remove()
     (out / "probe").write_text(repr((found.base, found.single, found.index)))
@@ -85,6 +86,8 @@ def in_a_process(job: Callable[[], None], die_before: int | None) -> int | None:
             job()
             os.write(writer, str(count).encode())
             code = 0
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writer)
