@@ -56,6 +56,7 @@ class Scratch:
     about: Mapping[str, Any]
     note: Any = None  # a function that is called with the reason why no state is kept
     entries: list[Any] = field(default_factory=list)
+    state: ScratchState | None = None  # what `load` found
     _saved: float = field(default_factory=time.monotonic)
     _blocks: set[str] = field(default_factory=set)
     _layer: int = 0  # the next layer of the state that is kept
@@ -84,7 +85,7 @@ class Scratch:
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError):
             self.remove()
             return None
-        self._blocks, self._layer = set(sums), layer
+        self._blocks, self._layer, self.state = set(sums), layer, found
         return found
 
     def keep(
