@@ -34,7 +34,7 @@ _Refit = Annotated[
     str | None,
     typer.Option(
         "--refit",
-        help="Repair the outcome by least squares on --text: none, scalar, expert, down or all."
+        help="Repair the outcome by least squares on --text: none, scalar, expert, router, down or all."
         " [default: none; down for merge-experts]",
     ),
 ]

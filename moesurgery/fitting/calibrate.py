@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
-KINDS = ("none", "scalar", "expert", "down", "all")
+KINDS = ("none", "scalar", "expert", "router", "down", "all")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class CalibrationOptions:
 
     `text` are calibration files, FILE or FILE=WEIGHT, of which `tokens` are read in windows of `window`; one window in
     four is kept out to measure the outcome on, or the first `limit` windows of each file of `heldout`, unless
-    `no_heldout`. `refit` is the kind of repair (none, scalar, expert, down, all; None for what is usual with the
-    operation), `ridge` a number, or "auto" to find it on held-out windows, and `sweeps` how often `down` and `all` go
-    over the experts. The rest is as in `RunSettings`.
+    `no_heldout`. `refit` is the kind of repair (none, scalar, expert, router, down, all; None for what is usual with
+    the operation), `ridge` a number, or "auto" to find it on held-out windows, and `sweeps` how often `down` and `all`
+    go over the experts. The rest is as in `RunSettings`.
     """
 
     text: Sequence[str | Path] | None = None
