@@ -16,6 +16,7 @@ from moesurgery.cli._calibrated import OPTIONS, calibrated
 from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console
 from moesurgery.cli._help import completed
+from moesurgery.cli._report import Reports, check_reports
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.calibrate import CalibrationOptions, needs_run
 from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, literals_of, words_of
@@ -31,11 +32,13 @@ WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
 def command_for(operation: Operation) -> Callable[..., None]:
     """Return a Typer command that runs one operation."""
     text_options = OPTIONS if operation.takes_statistics else {}
+    more = {**text_options, "report": (Reports, None)} if text_options else {}
 
     def command(**given: Any) -> None:
         flags = _writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
         options = CalibrationOptions(**{key: given.pop(key) for key in text_options})
-        model = given.pop("model")
+        model, kinds = given.pop("model"), given.pop("report", None) or []
+        check_reports(kinds)
         values = {}
         for name, text in given.items():
             if text is not None:
@@ -51,12 +54,14 @@ def command_for(operation: Operation) -> Callable[..., None]:
             recipe = replace(recipe, steps=(replace(recipe.steps[0], line=0),))
         if flags.shard_bytes:
             recipe = replace(recipe, max_shard_size=flags.shard_bytes)
-        plan, measured = None, None
+        plan, report = None, None
         if len(recipe.steps) == 1 and needs_run(operation, recipe.steps[0].parameters, options):
-            recipe, plan, measured = calibrated(recipe, options, flags)
-        _writing.carry_out(recipe, flags, measured, plan)
+            recipe, plan, report = calibrated(recipe, options, flags)
+        if kinds and report is None and not flags.print_recipe:
+            raise RecipeError("--report has nothing to tell: nothing is measured", "give --text FILE or --heldout FILE")
+        _writing.carry_out(recipe, flags, plan, report, kinds)
 
-    with_signature(command, operation, text_options)
+    with_signature(command, operation, more)
     return command
 
 

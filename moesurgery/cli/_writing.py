@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -16,6 +16,7 @@ from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
 from moesurgery.cli._pictures import Panel, check_picture, factors_of_rules, of_table, write_picture
+from moesurgery.cli._report import Report, markdown, write_report
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
@@ -27,7 +28,7 @@ from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
 
 if TYPE_CHECKING:
-    from moesurgery.validate.report import Report
+    from moesurgery.validate.report import Report as ValidationReport
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; named after model and operation by default.")
@@ -89,12 +90,17 @@ class Plannable(Protocol):
 
 
 def carry_out(
-    recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None, plan: Plan | None = None
+    recipe: Plannable,
+    flags: WriterFlags,
+    plan: Plan | None = None,
+    measured: Report | None = None,
+    kinds: Sequence[str] = (),
 ) -> None:
     """Plan a recipe, unless `plan` is given, then print, weigh or write it, as the flags say.
 
-    `more` joins the JSON answer.
+    What was `measured` joins the JSON answer, and is reported in these `kinds` too.
     """
+    more = {} if measured is None else {"heldout": measured.figures["heldout"]}
     console.quiet = flags.quiet
     if flags.print_recipe:
         print_recipe(recipe, as_json=flags.as_json)
@@ -113,7 +119,7 @@ def carry_out(
     check_output(plan, Path(os.path.abspath(output)), force=flags.force, dry_run=flags.dry_run)
     _draw(plan, flags.picture)
     if flags.dry_run:
-        dry_run(plan, output, flags, more or {})
+        dry_run(plan, output, flags, more)
         return
     report_steps(plan, flags)
     if plan.checkpoint.other_weights:
@@ -124,7 +130,8 @@ def carry_out(
         jobs=flags.jobs,
         link=flags.link,
         force=flags.force,
-        card=flags.card,
+        card=flags.card or "card" in kinds,
+        evidence=markdown(measured) if measured is not None and "card" in kinds else "",
         durable=not flags.no_fsync,
         checksums=flags.checksums,
     )
@@ -137,6 +144,9 @@ def carry_out(
                 kept = f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up"
                 console.if_interrupted = kept
             raise
+    for kind in kinds:
+        if measured is not None and kind != "card":
+            write_report(measured, kind, output.with_name(f"{output.name}.report.{kind}"))
     report = _validated(written.path, plan.nbytes) if flags.validate else None
     if flags.as_json:
         document = {
@@ -149,7 +159,7 @@ def carry_out(
                 {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
                 for s in plan.steps
             ],
-            **(more or {}),
+            **more,
         }
         if report is not None:
             from moesurgery.validate.report import as_json
@@ -196,7 +206,7 @@ def check_early(flags: WriterFlags) -> None:
         check_place(Path(os.path.abspath(flags.output)), force=flags.force, dry_run=flags.dry_run)
 
 
-def _validated(output: Path, nbytes: int) -> Report:
+def _validated(output: Path, nbytes: int) -> ValidationReport:
     from moesurgery.validate.run_checks import validate_checkpoint
 
     with console.progress("validating", nbytes) as watch:

@@ -106,12 +106,14 @@ class HeldOut:
     """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired.
 
     `intervals` has for all but the original the 95 % bootstrap interval, over windows, of the increase in loss over
-    the original. `chosen` names the edit with the least loss, where there was a choice.
+    the original. `domains` has the loss on each text by name of the edit, `chosen` the name of the edit with the least
+    loss, where there was a choice.
     """
 
     tokens: int
     nats: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
+    domains: Mapping[str, Mapping[str, float]]
     chosen: str | None = None
 
 
@@ -260,6 +262,7 @@ class _Measured:
     domains: list[Domain]
     reporter: Reporter
     found: dict[str, Loss] = field(default_factory=dict)
+    by_text: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, plans: Mapping[str, Plan]) -> None:
         """Measure the plans that were not measured yet."""
@@ -269,7 +272,8 @@ class _Measured:
         windows = sum(d.windows.numel() for d in self.domains)
         with self.reporter.progress("measuring", windows * len(new)) as progress:
             for name, plan in new.items():
-                self.found[name] = mean_loss(losses(self.settings.engine(plan), self.domains))
+                each = losses(self.settings.engine(plan), self.domains)
+                self.found[name], self.by_text[name] = mean_loss(each), {loss.domain: loss.nats for loss in each}
                 progress(windows)
 
     def cheapest(self, names: Iterable[str]) -> str:
@@ -284,5 +288,6 @@ class _Measured:
             self.found["original"].tokens,
             {name: loss.nats for name, loss in self.found.items()},
             {name: interval(values - base, tokens) for name, values in by_window.items() if name != "original"},
+            dict(self.by_text),
             chosen,
         )

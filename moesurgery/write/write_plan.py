@@ -43,7 +43,8 @@ class WriteOptions:
     """How and where to write. Nothing here changes the bytes of a tensor.
 
     `jobs`: threads in all. `link`: hard-link unchanged shards where they cannot be cloned. `force`:
-    replace an existing output. `card`: write README.md even where the model has its own. `durable`: wait for the
+    replace an existing output. `card`: write README.md even where the model has its own. `evidence`: Markdown that
+    the card ends with. `durable`: wait for the
     disk before the output appears; without it a power cut may damage what was just written. `checksums`: read every
     shard again for its SHA-256 and record it in the provenance.
     """
@@ -52,6 +53,7 @@ class WriteOptions:
     link: bool = False
     force: bool = False
     card: bool = False
+    evidence: str = ""
     durable: bool = True
     checksums: bool = False
 
@@ -283,7 +285,7 @@ def _finish(plan: Plan, tasks: list[ShardTask], work: WorkFolder, options: Write
     config = b"".join(_side_file(source, CONFIG)) if plan.config == source.config else write_json(plan.config).encode()
     write(CONFIG, config)
     if options.card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
-        write(CARD, card_text(plan).encode())
+        write(CARD, card_text(plan, options.evidence).encode())
     outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
     write(PROVENANCE, write_json(provenance(plan, outputs)).encode())
     shards = [task for task in tasks if task.name not in plan.companions]
