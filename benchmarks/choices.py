@@ -1,4 +1,4 @@
-"""Which experts to drop and which factor to take without text: the tables with intervals of docs/measure.md.
+"""Which experts to drop and which factor to take without text: the tables with intervals of docs/measure-tables.md.
 
     python benchmarks/choices.py MODEL --text CALIBRATION… --heldout OTHER… --count 16 32 [--by gram hope…]
     python benchmarks/choices.py MODEL --heldout OTHER… --top-k 4 6 12 16 [--rho 0 0.1 0.2]

@@ -16,7 +16,7 @@ Five kinds; scalar, expert, down and all each contain the one before:
 
 Each solution is regularised towards no change, by a ridge chosen on windows it was not fitted on (`ridge`), so that a
 change that does not generalise to other text is not made. There is no training and no gradient of a loss.
-docs/measure.md shows where it helps and where it does not.
+docs/measure-tables.md shows where it helps and where it does not.
 
 Memory beside the two models' hidden states and one layer: the hidden states of all tokens four times. For `down`
 also the activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all`
