@@ -12,7 +12,7 @@ import typer
 
 from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
-from moesurgery.cli._report import Report, edit_report
+from moesurgery.cli._evidence import Evidence, evidence_of_edit
 from moesurgery.cli._writing import WriterFlags
 from moesurgery.fitting.calibrate import CalibrationOptions, HeldOut, calibrate
 from moesurgery.plan.plan import Plan
@@ -67,7 +67,7 @@ OPTIONS: dict[str, Any] = {
 OPTIONS = {name: (option, getattr(CalibrationOptions, name)) for name, option in OPTIONS.items()}
 
 
-def calibrated(recipe: Recipe, options: CalibrationOptions, flags: WriterFlags) -> tuple[Recipe, Plan, Report | None]:
+def calibrated(recipe: Recipe, options: CalibrationOptions, flags: WriterFlags) -> tuple[Recipe, Plan, Evidence | None]:
     """Do with a recipe of one step what the options ask for, and show what it costs.
 
     Return the recipe with what was measured, its plan, and a report, where the outcome was measured.
@@ -83,7 +83,7 @@ def calibrated(recipe: Recipe, options: CalibrationOptions, flags: WriterFlags) 
     heading = find_operation(step.operation).text.heading
     if not flags.as_json:
         _show(edited.heldout, heading)
-    return recipe, recipe.finished(edited.plan), edit_report(edited.plan, edited.heldout, heading)
+    return recipe, recipe.finished(edited.plan), evidence_of_edit(edited.plan, edited.heldout, heading)
 
 
 def _show(measured: HeldOut, heading: str) -> None:

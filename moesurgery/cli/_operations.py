@@ -15,8 +15,8 @@ from moesurgery.cli import _writing
 from moesurgery.cli._calibrated import OPTIONS, calibrated
 from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console
+from moesurgery.cli._evidence import ReportKinds, check_reports
 from moesurgery.cli._help import completed
-from moesurgery.cli._report import Reports, check_reports
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.calibrate import CalibrationOptions, needs_run
 from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, literals_of, words_of
@@ -32,7 +32,7 @@ WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
 def command_for(operation: Operation) -> Callable[..., None]:
     """Return a Typer command that runs one operation."""
     text_options = OPTIONS if operation.takes_statistics else {}
-    more = {**text_options, "report": (Reports, None)} if text_options else {}
+    more = {**text_options, "report": (ReportKinds, None)} if text_options else {}
 
     def command(**given: Any) -> None:
         flags = _writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})

@@ -13,10 +13,10 @@ import typer
 from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.cli._common_options import Force, Json, Picture, Quiet
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.cli._evidence import Evidence, evidence_markdown, write_evidence
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
 from moesurgery.cli._pictures import Panel, check_picture, factors_of_rules, of_table, write_picture
-from moesurgery.cli._report import Report, markdown, write_report
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
@@ -28,7 +28,7 @@ from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
 
 if TYPE_CHECKING:
-    from moesurgery.validate.report import Report as ValidationReport
+    from moesurgery.validate.report import Report
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; named after model and operation by default.")
@@ -93,7 +93,7 @@ def carry_out(
     recipe: Plannable,
     flags: WriterFlags,
     plan: Plan | None = None,
-    measured: Report | None = None,
+    measured: Evidence | None = None,
     kinds: Sequence[str] = (),
 ) -> None:
     """Plan a recipe, unless `plan` is given, then print, weigh or write it, as the flags say.
@@ -131,7 +131,7 @@ def carry_out(
         link=flags.link,
         force=flags.force,
         card=flags.card or "card" in kinds,
-        evidence=markdown(measured) if measured is not None and "card" in kinds else "",
+        evidence=evidence_markdown(measured) if measured is not None and "card" in kinds else "",
         durable=not flags.no_fsync,
         checksums=flags.checksums,
     )
@@ -146,7 +146,7 @@ def carry_out(
             raise
     for kind in kinds:
         if measured is not None and kind != "card":
-            write_report(measured, kind, output.with_name(f"{output.name}.report.{kind}"))
+            write_evidence(measured, kind, output.with_name(f"{output.name}.report.{kind}"))
     report = _validated(written.path, plan.nbytes) if flags.validate else None
     if flags.as_json:
         document = {
@@ -206,7 +206,7 @@ def check_early(flags: WriterFlags) -> None:
         check_place(Path(os.path.abspath(flags.output)), force=flags.force, dry_run=flags.dry_run)
 
 
-def _validated(output: Path, nbytes: int) -> ValidationReport:
+def _validated(output: Path, nbytes: int) -> Report:
     from moesurgery.validate.run_checks import validate_checkpoint
 
     with console.progress("validating", nbytes) as watch:

@@ -13,8 +13,8 @@ import typer
 from moesurgery.cli import _run_options
 from moesurgery.cli._common_options import Json, Quiet
 from moesurgery.cli._console import console
+from moesurgery.cli._evidence import Evidence, EvidenceSection, ReportKinds, check_reports, command_line, write_evidence
 from moesurgery.cli._pictures import Bars, Heatmap
-from moesurgery.cli._report import Report, Reports, Section, check_reports, command_line, write_report
 from moesurgery.cli.perplexity import domain_entry
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.run_settings import AUTO, WINDOW, RunSettings
@@ -60,7 +60,7 @@ def compare_command(
     memory: _run_options.Memory = "",
     apart: _run_options.Apart = False,
     assistant_only: _run_options.AssistantOnly = False,
-    report: Reports = None,
+    report: ReportKinds = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -109,7 +109,7 @@ def compare_command(
         entries.append(entry)
     for kind in report or ():
         path = Path(f"{names[1]}.report.{'md' if kind == 'card' else kind}".replace("/", "-"))
-        write_report(_report(entries), kind, path)
+        write_evidence(_report(entries), kind, path)
         console.note(f"the report is in {path}")
     if as_json:
         document = {"schema_version": 1, "window": window, "dtype": settings.computed_in, "reference": names[0]}
@@ -159,17 +159,17 @@ def _entry(reference: Loss, loss: Loss, number: int) -> dict[str, Any]:
     return entry
 
 
-def _report(entries: Sequence[dict[str, Any]]) -> Report:
+def _report(entries: Sequence[dict[str, Any]]) -> Evidence:
     """Return the report of a comparison, from what JSON has of each model."""
     first, *others = entries
     texts = [domain["name"] for domain in first["domains"]]
     sections = [
-        Section(
+        EvidenceSection(
             "Loss, nats per token",
             ("model", *texts),
             [(e["name"], *(f"{d['nats']:.4f}" for d in e["domains"])) for e in entries],
         ),
-        Section(
+        EvidenceSection(
             "Loss over the first, by text",
             ("model", *texts),
             [
@@ -187,7 +187,7 @@ def _report(entries: Sequence[dict[str, Any]]) -> Report:
                 across="text",
             ),
         ),
-        Section(
+        EvidenceSection(
             "How often both have the same likeliest token",
             ("model", *texts),
             [(e["name"], *(f"{100 * d['agreement']:.1f} %" for d in e["domains"])) for e in others],
@@ -203,7 +203,7 @@ def _report(entries: Sequence[dict[str, Any]]) -> Report:
     ]
     for e in others:
         sections.append(
-            Section(
+            EvidenceSection(
                 f"{e['name']}: by class of the token that is predicted",
                 ("class", "tokens", "over the first", "KL", "same top-1", "sum min(p, q)"),
                 [
@@ -218,7 +218,7 @@ def _report(entries: Sequence[dict[str, Any]]) -> Report:
             )
         )
         sections.append(
-            Section(
+            EvidenceSection(
                 f"{e['name']}: the windows that lost most",
                 ("text", "window", "over the first", "begins"),
                 [
@@ -230,10 +230,10 @@ def _report(entries: Sequence[dict[str, Any]]) -> Report:
     if "generated" in first:
         generated = [(e["name"], e["generated"]) for e in entries]
         rows = [(n, str(g["prompts"]), f"{100 * g['loops']:.0f} %", f"{100 * g['ends']:.0f} %") for n, g in generated]
-        sections.append(Section("Continuations", ("model", "prompts", "that loop", "that end"), rows))
+        sections.append(EvidenceSection("Continuations", ("model", "prompts", "that loop", "that end"), rows))
     about = f"{first['domains'][-1]['tokens']:,} predicted tokens; intervals are 95 % by bootstrap over windows"
     title = f"{', '.join(e['name'] for e in others)} against {first['name']}"
-    return Report(title, about, sections, {"models": list(entries)}, command_line())
+    return Evidence(title, about, sections, {"models": list(entries)}, command_line())
 
 
 def _with_interval(domain: Mapping[str, Any]) -> str:

@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 RepairKind = Literal["scalar", "expert", "router", "down", "all"]
 MATRICES = ("down", "all")
-ROUTER = ("router",)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def fit_layers(
             raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
     if options.kind in MATRICES:
         _refuse_quantised(edited, options.kind)
-    if options.kind in ROUTER:
+    if options.kind == "router":
         for block in edited.blocks:
             router_of(edited.plan, block)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
@@ -113,7 +112,7 @@ def fit_layers(
         """Fit one block, in a function of its own so that its memory is freed before the next."""
         assert repaired is not None
         originals = said.pop(block.where)
-        wants_logits = options.kind in ROUTER
+        wants_logits = options.kind == "router"
 
         def now() -> tuple[list[ExpertsCall], list[torch.Tensor]]:
             assert repaired is not None
@@ -243,18 +242,16 @@ def _fit(
     index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
     fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
-    changes: list[RidgeSolution] = []
-    if options.kind in ROUTER:
+    if options.kind == "router":
         router = router_of(plan, block)
         weight, dtype = edited.skeleton.tensor(block.router), torch_dtype(plan.tensors[router.name].dtype)
         settings = plan.anatomy.settings
         fitted.router, change, calls, missing = fit_router(
             settings, weight, router.axis or 0, calls, missing, options.ridge, dtype, now
         )
-        changes.append(change)
-    if options.kind in MATRICES:
-        changes += _fit_matrices(plan, calls, missing, options, fitted)
-    if options.kind in (*ROUTER, *MATRICES):
+        changes, fitted.error_after = [change], _energy(missing) / total
+    elif options.kind in MATRICES:
+        changes = _fit_matrices(plan, calls, missing, options, fitted)
         fitted.error_after = _energy(missing) / total
     else:
         changes = [_fit_factors(calls, missing, options, fitted)]

@@ -1,4 +1,4 @@
-"""The reports of measured edits and of `compare`: a page that needs nothing else, JSON and card with the same figures."""
+"""Reports of measured edits and of `compare`: a page that needs nothing else, JSON and card with the same figures."""
 
 from __future__ import annotations
 

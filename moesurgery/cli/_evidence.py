@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from moesurgery.fitting.calibrate import HeldOut
     from moesurgery.plan.plan import Plan
 
-KINDS = ("card", "html", "json")
-Reports = Annotated[
+REPORT_KINDS = ("card", "html", "json")
+ReportKinds = Annotated[
     list[str] | None,
     typer.Option(
         "--report",
@@ -36,7 +36,7 @@ Reports = Annotated[
 
 
 @dataclass(frozen=True)
-class Section:
+class EvidenceSection:
     """A heading, a table, and a plot of it, where it has one."""
 
     heading: str
@@ -46,12 +46,12 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Report:
+class Evidence:
     """What was found, in order; `about` says on what it was measured, `figures` are the same numbers unrounded."""
 
     title: str
     about: str
-    sections: Sequence[Section]
+    sections: Sequence[EvidenceSection]
     figures: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
 
@@ -59,8 +59,10 @@ class Report:
 def check_reports(kinds: Sequence[str]) -> None:
     """Raise RecipeError for a kind of report that there is not, before anything is measured."""
     for kind in kinds:
-        if kind not in KINDS:
-            raise RecipeError(f"--report is {kind!r}, expected one of {', '.join(KINDS)}", "repeat it for several")
+        if kind not in REPORT_KINDS:
+            raise RecipeError(
+                f"--report is {kind!r}, expected one of {', '.join(REPORT_KINDS)}", "repeat it for several"
+            )
 
 
 def command_line() -> str:
@@ -68,7 +70,7 @@ def command_line() -> str:
     return shlex.join(["moesurgery", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
 
 
-def edit_report(plan: Plan, measured: HeldOut, heading: str = "") -> Report:
+def evidence_of_edit(plan: Plan, measured: HeldOut, heading: str = "") -> Evidence:
     """Return the report of an edit that was measured on held-out text."""
     base = measured.nats["original"]
     over = {name: nats - base for name, nats in measured.nats.items() if name != "original"}
@@ -77,7 +79,7 @@ def edit_report(plan: Plan, measured: HeldOut, heading: str = "") -> Report:
         low, high = measured.intervals[name]
         rows.append((name, f"{measured.nats[name]:.4f}", f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}"))
     sections = [
-        Section(
+        EvidenceSection(
             "Loss over the original",
             (heading or "edit", "held-out loss", "over the original", "95 % interval"),
             rows,
@@ -88,7 +90,7 @@ def edit_report(plan: Plan, measured: HeldOut, heading: str = "") -> Report:
     if len(domains) > 1:
         by_text = [[measured.domains[n][d] - measured.domains["original"][d] for d in domains] for n in over]
         sections.append(
-            Section(
+            EvidenceSection(
                 "Loss over the original, by text",
                 ("edit", *domains),
                 [(n, *(f"{v:+.4f}" for v in values)) for n, values in zip(over, by_text, strict=True)],
@@ -101,7 +103,7 @@ def edit_report(plan: Plan, measured: HeldOut, heading: str = "") -> Report:
             panel = of_table(title, table.header, table.rows)
             if step.operation == "rescale" and "alternatives" in step.report:
                 panel = factors_of_rules(step.report)
-            sections.append(Section(title, table.header, table.rows, panel))
+            sections.append(EvidenceSection(title, table.header, table.rows, panel))
     about = (
         f"{measured.tokens:,} held-out tokens; intervals are 95 % by bootstrap over windows, paired with the original"
     )
@@ -110,23 +112,23 @@ def edit_report(plan: Plan, measured: HeldOut, heading: str = "") -> Report:
         "heldout": asdict(measured),
         "steps": [{"operation": s.operation, "summary": s.summary, "report": dict(s.report)} for s in plan.steps],
     }
-    return Report(title, about, sections, figures, command_line())
+    return Evidence(title, about, sections, figures, command_line())
 
 
-def write_report(report: Report, kind: str, path: Path) -> None:
+def write_evidence(report: Evidence, kind: str, path: Path) -> None:
     """Write a report as `html`, `json` or `card` (Markdown). Raises OutputError where the file cannot be written."""
-    text = {"html": page, "json": document, "card": markdown}[kind](report)
+    text = {"html": evidence_page, "json": evidence_json, "card": evidence_markdown}[kind](report)
     with whole_file(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
-def document(report: Report) -> str:
+def evidence_json(report: Evidence) -> str:
     """Return the figures as JSON."""
     about = {"schema_version": 1, "title": report.title, "about": report.about, "command": report.command}
     return write_json({**about, **report.figures})
 
 
-def markdown(report: Report) -> str:
+def evidence_markdown(report: Evidence) -> str:
     """Return the tables as Markdown, with the command that made them."""
     lines = ["## Measured", "", f"{report.about}."]
     for section in report.sections:
@@ -138,7 +140,7 @@ def markdown(report: Report) -> str:
     return "\n".join([*lines, ""])
 
 
-def page(report: Report) -> str:
+def evidence_page(report: Evidence) -> str:
     """Return the HTML page: tables and plots scroll sideways by themselves where the window is narrow."""
     body = []
     for section in report.sections:
