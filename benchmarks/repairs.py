@@ -1,4 +1,4 @@
-"""What each edit costs, and what each repair gives back: tables of docs/measure-tables.md and surgery.md, for any model.
+"""What each edit costs, and what each repair gives back: tables of docs/measure-tables.md and surgery.md, for a model.
 
     python benchmarks/repairs.py MODEL --text CALIBRATION… --heldout OTHER… [--count 2] [--by reap-sum…] [--refit down…]
 
