@@ -130,6 +130,7 @@ def collect(
             paired.close()
         if passes is not None:
             passes.close()
+    ffns = [where for where in sums if all(block.where != where for block in blocks)]
     about = {
         "model": engine.plan.checkpoint.source.identity,
         "model_type": engine.plan.anatomy.model_type,
@@ -140,14 +141,12 @@ def collect(
         "recon": list(keep),
         "every_expert": every_expert,
         "neurons": neurons,
-        "ffns": [where for where in sums if all(block.where != where for block in blocks)],
+        "ffns": ffns,
         "tokens": tokens.count,
         "windows": len(tokens),
     }
     by_where = {where: BlockStats(where, as_numpy(values)) for where, values in sums.items()}
-    return Stats(
-        {b.where: by_where[b.where] for b in blocks}, about, ffns={where: by_where[where] for where in about["ffns"]}
-    )
+    return Stats({b.where: by_where[b.where] for b in blocks}, about, ffns={w: by_where[w] for w in ffns})
 
 
 def collect_over(

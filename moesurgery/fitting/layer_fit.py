@@ -5,17 +5,18 @@ edited model's own hidden states, with all layers before it already repaired. Th
 which the layer's output would equal the original's, so it also corrects errors left by the layers before. Where a model
 does not simply add the routed output to the residual stream, y is the output of the original block.
 
-Four kinds, each containing the one before it:
+Five kinds; scalar, expert, down and all each contain the one before:
 
     scalar   one factor on the block's output
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
+    router   the router's rows, for the block's linearised output (`router_fit`)
     down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
     all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
 
 Each solution is regularised towards no change, by a ridge chosen on windows it was not fitted on (`ridge`), so that a
 change that does not generalise to other text is not made. There is no training and no gradient of a loss.
-docs/measure.md shows where it helps and where it does not.
+docs/measure-tables.md shows where it helps and where it does not.
 
 Memory beside the two models' hidden states and one layer: the hidden states of all tokens four times. For `down`
 also the activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all`
@@ -35,6 +36,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
 from moesurgery.fitting.ridge import RidgeSolution, solve
+from moesurgery.fitting.router_fit import fit_router, router_of
 from moesurgery.forward.activations import check_form, down
 from moesurgery.forward.batch_passes import BatchPasses, Progress
 from moesurgery.forward.engine import Engine
@@ -49,7 +51,7 @@ from moesurgery.stats.repair_file import FittedBlock
 if TYPE_CHECKING:
     import torch
 
-RepairKind = Literal["scalar", "expert", "down", "all"]
+RepairKind = Literal["scalar", "expert", "router", "down", "all"]
 MATRICES = ("down", "all")
 
 
@@ -100,6 +102,9 @@ def fit_layers(
             raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
     if options.kind in MATRICES:
         _refuse_quantised(edited, options.kind)
+    if options.kind == "router":
+        for block in edited.blocks:
+            router_of(edited.plan, block)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
     size = state.batch if state else size
     routed: dict[str, list[torch.Tensor]] = {}  # the original's routed outputs, by block
@@ -127,9 +132,15 @@ def fit_layers(
         assert repaired is not None
         device = edited.skeleton.devices[edited.skeleton.units[block.unit].stage]
         originals = [y.to(device) for y in originals]
-        calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+        wants_logits = options.kind == "router"
+
+        def now() -> tuple[list[ExpertsCall], list[torch.Tensor]]:
+            assert repaired is not None
+            return _missing(repaired, block, repaired_output, originals, outputs, wants_logits)
+
+        calls, missing = now()
         total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
-        fitted = _fit(edited.plan, block, calls, missing, total, options)
+        fitted = _fit(edited, block, calls, missing, total, options, now)
         if fitted.factors is not None:
             factors[block.where] = torch.tensor([*fitted.factors, 1.0])
         done(fitted)
@@ -187,6 +198,7 @@ def _missing(
     others: Callable[[ExpertsCall], Any],
     originals: Sequence[torch.Tensor],
     outputs: Sequence[Any],
+    router_logits: bool,
 ) -> tuple[list[ExpertsCall], list[torch.Tensor]]:
     """Return a block's calls on the edited model's hidden states, and the residual [T, H]: target minus routed output.
 
@@ -202,7 +214,7 @@ def _missing(
         routed.append(call.run())
         return routed[-1]
 
-    layer_outputs = passes.peek(Hooks(experts=edited_output))
+    layer_outputs = passes.peek(Hooks(experts=edited_output, router_logits=router_logits))
     share = _share(passes, block, routed[0], layer_outputs[0])
     missing = []
     for i, call in enumerate(calls):
@@ -240,21 +252,31 @@ def _share(passes: BatchPasses, block: ExpertsModule, routed: torch.Tensor, outp
 
 
 def _fit(
-    plan: Plan,
+    edited: Engine,
     block: ExpertsModule,
     calls: Sequence[ExpertsCall],
     missing: Sequence[torch.Tensor],
     total: float,
     options: RepairOptions,
+    now: Callable[[], tuple[list[ExpertsCall], list[torch.Tensor]]],
 ) -> FittedBlock:
-    """Fit one block for its calls. `missing` is updated where matrices are fitted."""
+    """Fit one block for its calls. `missing` is updated where matrices are fitted; `now` computes both again."""
     import torch
 
-    experts = block.block.experts
+    plan, experts = edited.plan, block.block.experts
     index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
     fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
-    if options.kind in MATRICES:
+    if options.kind == "router":
+        router = router_of(plan, block)
+        assert block.router is not None
+        weight, dtype = edited.skeleton.tensor(block.router), torch_dtype(plan.tensors[router.name].dtype)
+        settings = plan.anatomy.settings
+        fitted.router, change, calls, missing = fit_router(
+            settings, weight, router.axis or 0, calls, missing, options.ridge, dtype, now
+        )
+        changes, fitted.error_after = [change], _energy(missing) / total
+    elif options.kind in MATRICES:
         changes = _fit_matrices(plan, calls, missing, options, fitted)
         fitted.error_after = _energy(missing) / total
     else:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FreeCriterion = Literal["router-norm", "aimer", "random"]
 Criterion = Literal["auto", FreeCriterion, MeasuredCriterion]
-# What `auto` tries on held-out text, and what is taken where there is none: docs/measure.md has the tables.
+# What `auto` tries on held-out text, and what is taken where there is none: docs/measure-tables.md has them.
 CANDIDATES: tuple[MeasuredCriterion, ...] = ("gram", "hope", "reap", "reap-sum")
 FREE_DEFAULT: FreeCriterion = "router-norm"  # where there are no statistics
 COARSE = 16  # experts: with at most so many `reap-sum` costs least, with more `hope`

@@ -33,8 +33,8 @@ def refit(
 ) -> Plan:
     """Write a least-squares repair into the experts of an edited model.
 
-    `--refit scalar|expert|down|all` of other commands makes the repair and adds this step; by itself it applies one
-    that is there already.
+    `--refit scalar|expert|router|down|all` of other commands makes the repair and adds this step; by itself it applies
+    one that is there already.
     """
     from moesurgery.stats.repair_file import open_repair
 
@@ -60,7 +60,10 @@ def refit(
             _check_count(block, len(layer["tokens"]))
             matrices = opened_repair.matrices(where)
             changed |= with_matrices(block, plan.tensors, matrices)
-            fitted = len(matrices)
+            router = opened_repair.router(where)
+            if router is not None:
+                changed |= _with_router(block, plan.tensors, router)
+            fitted = len(matrices) or int(router is not None)
         skipped += len(layer["skipped"])
         held_out = layer.get("error_held_out")
         errors = (layer["error_before"], layer["error_after"], *([] if held_out is None else [held_out]))
@@ -114,12 +117,21 @@ def with_matrices(
     }
 
 
+def _with_router(block: MoeBlock, tensors: Mapping[str, Expr], fitted: Expr) -> dict[str, Expr]:
+    """Return the changed router of a block."""
+    if block.router is None:
+        raise RefusedError(
+            f"{_NAME}: {block.where}: its router is not one matrix", "the repair is that of another model"
+        )
+    return {block.router.name: _fitted(block.router, tensors[block.router.name], fitted)}
+
+
 def _fitted(member: BlockTensor, stored: Expr, new: Expr) -> Expr:
     """Return a fitted matrix in the dtype that it is stored in."""
     if stored.dtype not in PLAIN_FLOATS:
         raise RefusedError(f"{_NAME}: {member.name} is quantised", "dequantise it first")
     if new.shape != stored.shape:
         raise RefusedError(
-            f"{_NAME}: {member.name} is {list(stored.shape)} for an expert, the repair {list(new.shape)}"
+            f"{_NAME}: {member.name} is {list(stored.shape)} in the model, {list(new.shape)} in the repair"
         )
     return cast(new, stored.dtype)

@@ -76,8 +76,8 @@ def json_differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, 
         yield path, old, new
 
 
-def card_text(plan: Plan) -> str:
-    """Return README.md: front matter for the Hub, then the steps in words and the recipe."""
+def card_text(plan: Plan, evidence: str = "") -> str:
+    """Return README.md: front matter for the Hub, then the steps in words, the recipe, and `evidence` in Markdown."""
     import yaml
 
     names = [name for name, _ in SourceNames(plan.sources)]
@@ -105,7 +105,7 @@ def card_text(plan: Plan) -> str:
         lines += ["", "## Changes to config.json", "", "| key | before | after |", "| --- | --- | --- |"]
         lines += [f"| `{k}` | `{ascii_json(a, indent=None)}` | `{ascii_json(b, indent=None)}` |" for k, a, b in changes]
     recipe = yaml.safe_dump(recipe_from_steps(plan), sort_keys=False, allow_unicode=True).strip()
-    lines += ["", "## Recipe", "", "```yaml", recipe, "```", ""]
+    lines += ["", "## Recipe", "", "```yaml", recipe, "```", "", *([evidence] if evidence else [])]
     return "\n".join(lines)
 
 

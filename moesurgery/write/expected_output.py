@@ -74,9 +74,12 @@ def expected_output(plan: Plan, tasks: list[ShardTask]) -> ExpectedOutput:
     return ExpectedOutput(tuple(shards), None if single else _index(plan, of_model), provenance(plan, []))
 
 
-def write_side_files(plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, card: bool, durable: bool) -> None:
+def write_side_files(
+    plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, card: bool, durable: bool, evidence: str = ""
+) -> None:
     """Write config.json, the files that go with a model, and README.md where it has none or `card` is true.
 
+    `evidence`: Markdown at the end of README.md.
     Deletes what an earlier, interrupted attempt left that is no shard of this plan.
     """
     work.keep({task.name for task in tasks})  # the input may have lost files since then
@@ -95,7 +98,7 @@ def write_side_files(plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, ca
             write(file, content)
     write(CONFIG, _config(plan))
     if card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
-        write(CARD, card_text(plan).encode())
+        write(CARD, card_text(plan, evidence).encode())
 
 
 def check_and_index(
