@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.filenames import CONFIG, INDEX, PROVENANCE
+from moesurgery.checkpoint.gguf_header import GgufHeader
 from moesurgery.checkpoint.header import Header, TensorInfo
 from moesurgery.checkpoint.scan import OTHER_WEIGHTS, Scan, scan_checkpoint
 from moesurgery.checkpoint.source import Source, open_source
@@ -42,6 +43,12 @@ class Checkpoint:
         return [header.file for header in self.headers]
 
     @property
+    def gguf(self) -> GgufHeader | None:
+        """The header of the first GGUF file, which has the metadata; None for safetensors."""
+        first = self.headers[0] if self.headers else None
+        return first if isinstance(first, GgufHeader) else None
+
+    @property
     def headers_only(self) -> bool:
         """Whether some shard holds no more than its header."""
         return any(header.data_missing for header in self.headers)
@@ -52,7 +59,9 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> list[str]:
-        """Files to carry over: tokenizer, generation config, chat template, code, licence, README."""
+        """Files to carry over: tokenizer, generation config, chat template, code, licence, README. None of a GGUF."""
+        if self.gguf is not None:
+            return []
         shards = set(self.shards)
         return [
             file
@@ -63,12 +72,14 @@ class Checkpoint:
     @cached_property
     def other_weights(self) -> list[str]:
         """Weight files that are no part of this checkpoint (pickles, GGUF, consolidated copies)."""
+        if self.gguf is not None:
+            return []
         shards = set(self.shards) | {INDEX}
         return [file for file in self.file_sizes if file not in shards and OTHER_WEIGHTS.fullmatch(file)]
 
 
 def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Checkpoint:
-    """Open the checkpoint that `reference` names: a directory, `hf://org/name[@revision]`, a URL.
+    """Open the checkpoint that `reference` names: a directory, a GGUF file, `hf://…`, a URL.
 
     With `headers_only`, shards may end before their data does. Raises CheckpointError at the first finding of the
     scan that makes the checkpoint unusable.

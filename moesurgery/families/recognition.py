@@ -143,7 +143,7 @@ def _divide(anatomy: Anatomy, family: Family, blocks: _Blocks) -> None:
 
 def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
     """Whether a model has experts at all: by its tensors, or by a config that counts some."""
-    if any(re.search(r"\bexperts?\b|\.moe\.|expert_#", t) for t in templates):
+    if any(re.search(r"\bexperts?\b|\.moe\.|expert_#|_exps\b", t) for t in templates):
         return True
     counts = (Settings(Family("unknown", (), (), ()), config).first((k,)) for k in EXPERTS_KEYS)
     return any(isinstance(c, int) and c > 1 for c in counts)

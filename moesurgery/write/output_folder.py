@@ -36,7 +36,7 @@ def check_output(plan: Plan, output: Path, *, force: bool = False, dry_run: bool
                 raise OutputError(
                     f"the output {output} is or contains the input {root}", "choose another folder with -o"
                 )
-            if place.is_relative_to(root):
+            if place.is_relative_to(root) and checkpoint.source.chosen is None:  # a file may lie beside its edits
                 raise OutputError(
                     f"the output {output} lies inside the input {root}",
                     f"put it beside the model: -o {shlex.quote(os.path.relpath(root.parent / output.name))}",

@@ -21,6 +21,7 @@ from moesurgery._version import __version__
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, SINGLE, WORK
+from moesurgery.checkpoint.gguf_header import read_gguf_header
 from moesurgery.checkpoint.header import header_digest, read_header
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import write_json
@@ -122,7 +123,7 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
     for file, content in sorted(plan.files.items()):
         digest.update(f"{file}\n".encode() + hashlib.sha256(content or b"").digest())
     for task in tasks:
-        digest.update(f"{task.name} {task.phase} {task.metadata}\n".encode())
+        digest.update(f"{task.name} {task.phase} {task.metadata} {task.gguf or ''}\n".encode())
         # The bytes of a whole shard are already named by its header above.
         digest.update(b"whole\n" if task.whole else repr(task.entries).encode())
     return digest.hexdigest()
@@ -280,14 +281,16 @@ def _finish(plan: Plan, tasks: list[ShardTask], work: WorkFolder, options: Write
     for file, content in plan.files.items():
         if content is not None:
             write(file, content)
-    config = b"".join(_side_file(source, CONFIG)) if plan.config == source.config else write_json(plan.config).encode()
-    write(CONFIG, config)
+    if source.gguf is None:
+        same = plan.config == source.config
+        config = b"".join(_side_file(source, CONFIG)) if same else write_json(plan.config).encode()
+        write(CONFIG, config)
+        outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
     if options.card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
         write(CARD, card_text(plan).encode())
-    outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
     write(PROVENANCE, write_json(provenance(plan, outputs)).encode())
     shards = [task for task in tasks if task.name not in plan.companions]
-    if shards[0].name != SINGLE or len(shards) > 1:
+    if source.gguf is None and (shards[0].name != SINGLE or len(shards) > 1):
         write(INDEX, write_json(_index(plan, shards)).encode())
     if options.durable:
         for task in tasks:  # shards of an earlier attempt that did not wait among them
@@ -310,10 +313,10 @@ def _check_shard(
         return source.read(task.name, start, length)
 
     if task.whole is not None:
-        digest = header_digest(size, read)
+        digest = header_digest(size, read) if task.gguf is None else read_gguf_header(task.name, size, read).digest
         same = digest == known.get(task.whole[:2]) and size == task.whole[2]
     else:
-        header = read_header(task.name, size, read)
+        header = (read_header if task.gguf is None else read_gguf_header)(task.name, size, read)
         digest = header.digest
         written = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
         same = written == [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]
