@@ -65,7 +65,7 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
         config[_LAYERS] = blocks - nextn if type(nextn) is int and nextn < blocks else blocks
     for key, value in header.values.items():
         name = _NAMES.get(key.removeprefix(f"{architecture}.")) if key.startswith(f"{architecture}.") else None
-        if name is not None:
+        if name is not None and not (name == "routed_scaling_factor" and not value):  # 0 is no factor, as none is
             config[name] = value
         elif key not in (ARCHITECTURE, ALIGNMENT, *_SPLIT_KEYS, f"{architecture}.{_BLOCKS}"):
             others[key] = value

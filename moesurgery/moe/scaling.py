@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from moesurgery.checkpoint.block_values import FACTORS
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.expr.elementwise import Exponent, scale
+from moesurgery.expr.elementwise import BlockScale, Exponent, scale
 from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
 
@@ -58,6 +59,10 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
             companions.setdefault(member.base, []).append(member)
     for member in quantised:
         chosen = min(companions.get(member.base, []), key=_rank, default=None)
+        expr = tensors[member.name]
+        if chosen is None and expr.dtype in FACTORS:
+            changed[member.name] = _apply(member, expr, factors, lambda e, f: e if f == 1 else BlockScale(e, f))
+            continue
         offsets = any(m.base == member.base and m.stem.suffix == ".biases" for m in down)
         if chosen is None or chosen.stem.suffix == ".weight.nested_absmax" or offsets:
             why = "and has no scale tensor that could take a factor"
