@@ -40,12 +40,14 @@ class GgufHeader(Header):
     """The header of one GGUF file.
 
     `values` has every key's value: a number, a text, a list; of an array of more than 4,096 entries a text with its
-    length and digest. `entries` are the bytes of each key with its value, as the file has them, `kinds` their types.
+    length and digest. `entries` are the bytes of each key with its value, as the file has them, `kinds` their types;
+    `lengths` says of arrays how long they are.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, bytes] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
     version: int = 3
     alignment: int = DEFAULT_ALIGNMENT
 
@@ -170,7 +172,7 @@ def _read_key(header: GgufHeader, cursor: _Cursor, bad: Bad) -> None:
         bad("G03", f"has the key {key!r} twice")
     kind = cursor.number("I", f"the type of {key!r}")
     if kind == ARRAY:
-        header.values[key] = _read_array(cursor, key)
+        header.values[key], header.lengths[key] = _read_array(cursor, key)
     else:
         header.values[key] = _read_scalar(cursor, kind, key)
     header.kinds[key] = kind
@@ -187,17 +189,18 @@ def _read_scalar(cursor: _Cursor, kind: int, key: str) -> Any:
     return bool(value) if kind == BOOL else cursor.number(_SCALARS[kind], f"the value of {key!r}")
 
 
-def _read_array(cursor: _Cursor, key: str) -> Any:
+def _read_array(cursor: _Cursor, key: str) -> tuple[Any, int]:
+    """Return the value of an array as `GgufHeader` has it, and how long it is."""
     kind, count = cursor.number("I", f"the type of {key!r}"), cursor.number("Q", f"the length of {key!r}")
     start = cursor.at
     if kind in _SCALARS:
         size = struct.calcsize("<" + _SCALARS[kind])
         cursor.take(count * size, f"the array {key!r}")
         if count <= _SHOWN:
-            return list(struct.unpack_from(f"<{count}{_SCALARS[kind]}", cursor.data, start))
+            return list(struct.unpack_from(f"<{count}{_SCALARS[kind]}", cursor.data, start)), count
     elif kind == STRING:
         if count <= _SHOWN:
-            return [cursor.text(f"an entry of {key!r}") for _ in range(count)]
+            return [cursor.text(f"an entry of {key!r}") for _ in range(count)], count
         cursor.take(8 * count, f"the array {key!r}")  # at least
         cursor.at = start
         for _ in range(count):
@@ -205,7 +208,7 @@ def _read_array(cursor: _Cursor, key: str) -> Any:
     else:
         raise _BadHeaderError("G03", f"{key!r} is an array of type {kind}, which is none that arrays may have")
     digest = hashlib.sha256(cursor.data[start : cursor.at]).hexdigest()
-    return f"{count} {'texts' if kind == STRING else 'numbers'}, SHA-256 {digest[:16]}"
+    return f"{count} {'texts' if kind == STRING else 'numbers'}, SHA-256 {digest[:16]}", count
 
 
 def _read_alignment(header: GgufHeader, bad: Bad) -> None:

@@ -26,6 +26,7 @@ from moesurgery.plan.plan import Plan
 _TYPE_NUMBERS = {name: number for number, name in GGUF_TYPES.items()}
 _U16, _U32, _I32, _F32 = 2, 4, 5, 6
 _NAME, _SIZE_LABEL = "general.name", "general.size_label"
+KEYS_OF_THE_WRITER = (_NAME, _SIZE_LABEL, PROVENANCE_KEY)  # which an edit changes whatever it is
 
 
 @dataclass(frozen=True)
