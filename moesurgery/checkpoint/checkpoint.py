@@ -15,6 +15,7 @@ from moesurgery.checkpoint.gguf_header import GgufHeader
 from moesurgery.checkpoint.header import Header, TensorInfo
 from moesurgery.checkpoint.scan import OTHER_WEIGHTS, Scan, scan_checkpoint
 from moesurgery.checkpoint.source import Source, open_source
+from moesurgery.errors import RefusedError
 
 # What a directory listing adds and no model needs.
 _NEVER_CARRIED = (INDEX, PROVENANCE, CONFIG, ".gitattributes", ".gitignore")
@@ -47,6 +48,14 @@ class Checkpoint:
         """The header of the first GGUF file, which has the metadata; None for safetensors."""
         first = self.headers[0] if self.headers else None
         return first if isinstance(first, GgufHeader) else None
+
+    def refuse_gguf(self, what: str) -> None:
+        """Raise RefusedError where this is a GGUF; `what` cannot be done with one."""
+        if self.gguf is not None:
+            raise RefusedError(
+                f"{self.source.identity} is a GGUF: {what}",
+                "name the safetensors checkpoint that it was made from; docs/gguf.md says what GGUF files go with",
+            )
 
     @property
     def headers_only(self) -> bool:

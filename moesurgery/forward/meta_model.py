@@ -41,6 +41,7 @@ class MetaModel:
     def __init__(self, plan: Plan, device: str, dtype: str) -> None:
         import torch
 
+        plan.checkpoint.refuse_gguf("llama.cpp runs those, transformers does not")
         self.plan = plan
         self.donor: MetaModel | None = None  # a model whose loaded weights are reused where they are the same
         self.tensors, renamed = dequantised(plan)
