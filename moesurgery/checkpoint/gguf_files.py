@@ -49,9 +49,13 @@ _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 
 
 def gguf_models(files: Mapping[str, int]) -> list[str]:
-    """Return the first file of each model among the GGUF files of a folder, vision encoders and imatrices left out."""
+    """Return the first file of each model among the GGUF files of a folder.
+
+    Vision encoders and imatrices are left out, unless there is nothing else.
+    """
     found = [file for file in files if file.lower().endswith(".gguf") and "/" not in file]
-    return list(dict.fromkeys(gguf_parts(file)[0] for file in found if not _NOT_MODELS.search(file)))
+    models = [file for file in found if not _NOT_MODELS.search(file)]
+    return list(dict.fromkeys(gguf_parts(file)[0] for file in models or found))
 
 
 def config_of(header: GgufHeader) -> dict[str, Any]:
