@@ -96,7 +96,8 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     scan = scan_checkpoint(open_source(reference), headers_only=headers_only)
     for problem in scan.problems:
         if problem.fatal:
-            raise problem.as_error(scan.source.identity)
+            identity = scan.source.identity  # of a GGUF the file itself
+            raise problem.as_error(identity.removesuffix(problem.file or "").rstrip("/") or None)
     return checkpoint_of(scan)
 
 

@@ -15,8 +15,10 @@ from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
 from moesurgery.errors import OutputError
 from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
+from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.stats.imatrix_file import save_imatrix
 from moesurgery.stats.statistics_file import SUFFIX
 from moesurgery.whole_file import whole_file
 
@@ -40,6 +42,12 @@ def collect_command(
         bool,
         typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
     ] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix", metavar="FILE", help="Also write what llama-imatrix would, as a GGUF that llama-quantize reads."
+        ),
+    ] = None,
     window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
@@ -64,8 +72,9 @@ def collect_command(
     """
     console.quiet = quiet
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
+    for file in (target, *([imatrix] if imatrix is not None else ())):
+        if file.exists() and not force:
+            raise OutputError(f"{file} exists", "use --force to replace it, or another name")
     check_picture(picture)
     plan = _run_options.subject(model)
     settings = RunSettings(window, None, seed, device, dtype, memory, apart, assistant_only)
@@ -76,8 +85,11 @@ def collect_command(
         _show_forecast(run, scratch, as_json=as_json)
         return
     needed = NeededStatistics(top_k or (), recon or (), every_expert)
-    stats = run.statistics(needed, _run_options.reporter, scratch)
+    sums = ImatrixSums() if imatrix is not None else None
+    stats = run.statistics(needed, _run_options.reporter, scratch, sums)
     stats.save(target)
+    if imatrix is not None and sums is not None:
+        save_imatrix(imatrix, sums.arrays(), [file.name for file in run.texts], len(run.windows), window)
     document = _document(stats, target)
     with whole_file(target.with_suffix(".json")) as new:
         new.write_text(write_json(document))

@@ -17,6 +17,7 @@ from moesurgery.plan.plan import Plan
 from moesurgery.recipe.text_needs import NeededStatistics
 
 if TYPE_CHECKING:
+    from moesurgery.fitting.imatrix_sums import ImatrixSums
     from moesurgery.forward.text_windows import Domain
     from moesurgery.forward.tokens import Tokens
     from moesurgery.stats.statistics_file import Stats
@@ -49,10 +50,17 @@ class CalibrationRun:
             **({"assistant_only": True} if settings.assistant_only else {}),
         }
 
-    def statistics(self, needed: NeededStatistics, reporter: Reporter, scratch: Path | None = None) -> Stats:
+    def statistics(
+        self,
+        needed: NeededStatistics,
+        reporter: Reporter,
+        scratch: Path | None = None,
+        imatrix: ImatrixSums | None = None,
+    ) -> Stats:
         """Run the model once, on all devices, and return the statistics of its experts.
 
-        With `scratch`, state is saved in that folder between layers, and the same call resumes from it.
+        With `scratch`, state is saved in that folder between layers, and the same call resumes from it; not with
+        `imatrix`, to which what llama-imatrix would see is added.
         """
         from moesurgery.fitting.collector import collect_over
         from moesurgery.forward.scratch import Scratch, each_part
@@ -76,6 +84,7 @@ class CalibrationRun:
                 progress,
                 every_expert=needed.every_expert,
                 scratch=kept,
+                imatrix=imatrix,
             )
         stats.about |= self.about
         for part in kept:

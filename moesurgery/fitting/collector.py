@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.errors import RefusedError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.config_keys import Settings
+from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.keep_search import best_kept
 from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.expert_outputs import (
@@ -43,12 +45,13 @@ def collect(
     *,
     every_expert: bool = False,
     scratch: Scratch | None = None,
+    imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
     With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `scratch`, resumes from
-    the state saved there by a killed run. Raises RefusedError for a family whose routing cannot be read.
+    the state saved there by a killed run. What llama-imatrix would see is added to `imatrix`. Raises RefusedError for a family whose routing cannot be read.
     """
     import torch
 
@@ -73,6 +76,8 @@ def collect(
     def experts(call: ExpertsCall) -> torch.Tensor | None:
         where = call.block.where
         seen[where] = call
+        if imatrix is not None:
+            imatrix.add_experts(call)
         said = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
         if every_expert:
             add_every_expert(sums_of(call), call, settings)
@@ -99,10 +104,11 @@ def collect(
     try:
         watch = Hooks(experts=experts, block=block, router_logits=True)
         streams = engine.start(tokens, watch, resume=resume, batch=batch)
-        while streams.unit is not None and streams.passed < len(engine.layers):
-            streams.step(progress)
-            if scratch is not None:
-                scratch.keep(streams, batch, sums)
+        with imatrix.watching(engine, tokens) if imatrix is not None else nullcontext():
+            while streams.unit is not None and streams.passed < len(engine.layers):
+                streams.step(progress)
+                if scratch is not None:
+                    scratch.keep(streams, batch, sums)
     finally:
         for twin in twins.values():
             twin.close()
@@ -132,6 +138,7 @@ def collect_over(
     *,
     every_expert: bool = False,
     scratch: Sequence[Scratch | None] = (None,),
+    imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return what `collect` returns, with the windows split among engines on several devices.
 
@@ -139,7 +146,18 @@ def collect_over(
     order. `keep` is decided by the first engine, on its first batch.
     """
     if len(engines) == 1:
-        return collect(engines[0], tokens, other_top_k, keep, progress, every_expert=every_expert, scratch=scratch[0])
+        return collect(
+            engines[0],
+            tokens,
+            other_top_k,
+            keep,
+            progress,
+            every_expert=every_expert,
+            scratch=scratch[0] if imatrix is None else None,  # its sums are not in there
+            imatrix=imatrix,
+        )
+    if imatrix is not None:
+        raise RecipeError("--imatrix is collected on one device", "use --device cpu or --device cuda:0")
     parts = shared_out(tokens, len(engines))
 
     def one(number: int) -> Stats:

@@ -133,7 +133,7 @@ class Stats:
         names = {block.layer: block.where for block in anatomy.main_blocks}
 
         def renamed(where: str) -> str:
-            layer = find_layer(where)
+            layer = find_layer(f"{where}.")
             return names.get(layer[1], where) if layer is not None else where
 
         blocks = {renamed(where): BlockStats(renamed(where), block.sums) for where, block in self.blocks.items()}
