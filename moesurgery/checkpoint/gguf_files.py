@@ -87,11 +87,15 @@ def part_problems(headers: Sequence[GgufHeader], parts: Sequence[str]) -> Iterat
     for number, header in enumerate(headers):
         said = [header.values.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT)]
         if said != [number, len(parts)] and (len(parts) > 1 or said[1] not in (None, 0, 1)):
-            message = f"says that it is part {said[0]} of {said[1]}, counted from 0; its name says {number} of {len(parts)}"
+            message = (
+                f"says that it is part {said[0]} of {said[1]}, counted from 0; its name says {number} of {len(parts)}"
+            )
             yield Finding("G11", message, header.file, fatal=True)
         for info in header.tensors:
             if info.name in names:
-                yield Finding("G11", f"stands in both {names[info.name]} and {header.file}", None, info.name, fatal=True)
+                yield Finding(
+                    "G11", f"stands in both {names[info.name]} and {header.file}", None, info.name, fatal=True
+                )
             names[info.name] = header.file
     total = first.values.get(SPLIT_TENSORS)
     if len(parts) > 1 and total != len(names):

@@ -2,7 +2,7 @@
 
 As strict as llama.cpp's own loader where that refuses (order and padding of tensors, names, alignment), and stricter
 where it would read on: no length is believed before the file is known to hold as much. All that is wrong is listed, up
-to what makes the rest unreadable. Tensors are given as numpy shapes, [experts, out, in], which is GGUF's order reversed.
+to what makes the rest unreadable. Shapes are given as numpy has them, [experts, out, in]: GGUF's order reversed.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def _read_counts(header: GgufHeader, cursor: _Cursor) -> tuple[int, int]:
     tensors, keys = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of keys")
     for count, limit, least, what in ((keys, MAX_KEYS, 13, "keys"), (tensors, MAX_TENSORS, 25, "tensors")):
         if count > min(limit, header.file_size // least):
-            raise _BadHeaderError("G02", f"says that it has {count:,} {what}, more than {header.file_size:,} bytes hold")
+            raise _BadHeaderError(
+                "G02", f"says that it has {count:,} {what}, more than {header.file_size:,} bytes hold"
+            )
     return tensors, keys
 
 

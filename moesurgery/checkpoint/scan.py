@@ -117,12 +117,16 @@ def _read_gguf(scan: Scan, models: list[str]) -> None:
     """Read the GGUF that a folder or a reference holds."""
     if len(models) > 1:
         scan.add(
-            "G12", f"{scan.source.identity} holds {len(models)} GGUF models", hint=f"name one of them: {', '.join(models[:5])}"
+            "G12",
+            f"{scan.source.identity} holds {len(models)} GGUF models",
+            hint=f"name one of them: {', '.join(models[:5])}",
         )
         return
     parts = gguf_parts(models[0])
     if missing := [file for file in parts if file not in scan.sizes]:
-        scan.add("G11", f"of {len(parts)} parts, {', '.join(missing[:3])} do not exist", hint="download the missing parts")
+        scan.add(
+            "G11", f"of {len(parts)} parts, {', '.join(missing[:3])} do not exist", hint="download the missing parts"
+        )
     _read_headers(scan, [file for file in parts if file in scan.sizes and _may_be_read(scan, file)])
     headers = [header for header in scan.headers if isinstance(header, GgufHeader)]
     if len(headers) == len(parts) and not scan.problems:

@@ -45,7 +45,9 @@ def collect_command(
     imatrix: Annotated[
         Path | None,
         typer.Option(
-            "--imatrix", metavar="FILE", help="Also write what llama-imatrix would, as a GGUF that llama-quantize reads."
+            "--imatrix",
+            metavar="FILE",
+            help="Also write what llama-imatrix would, as a GGUF that llama-quantize reads.",
         ),
     ] = None,
     window: _run_options.Window = WINDOW,

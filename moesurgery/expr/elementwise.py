@@ -1,4 +1,7 @@
-"""Elementwise expressions of one tensor: a factor, another dtype, a shift of exponents, GGUF's blocks. Each rounds once."""
+"""Elementwise expressions of one tensor: a factor, another dtype or GGUF's blocks, a shift of exponents.
+
+Each rounds once.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ def collect(
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
     With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `scratch`, resumes from
-    the state saved there by a killed run. What llama-imatrix would see is added to `imatrix`. Raises RefusedError for a family whose routing cannot be read.
+    the state saved there by a killed run. What llama-imatrix would see is added to `imatrix`.
+
+    Raises RefusedError for a family whose routing cannot be read.
     """
     import torch
 

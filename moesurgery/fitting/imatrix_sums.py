@@ -32,7 +32,6 @@ class ImatrixSums:
 
     def add_experts(self, call: ExpertsCall) -> None:
         """Add one call of a block's experts. Raises RefusedError where their activations cannot be read."""
-        import torch
 
         block = call.block.block
         if f"blk.{block.layer}.ffn_down_exps.weight" not in self._sums:

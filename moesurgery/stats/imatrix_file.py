@@ -177,16 +177,20 @@ def save_imatrix(
 def block_sums(imatrix: Imatrix, block: MoeBlock) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the sums of squared activations [E, I] of a block's neurons, and its counts [E]; None where not known.
 
-    Then the sums are means. Raises RefusedError where the imatrix does not have the block, or another number of experts.
+    Then the sums are means. Raises RefusedError where the imatrix lacks the block, or has another number of experts.
     """
     weight = f"blk.{block.layer}.{DOWN}.weight"
     if weight not in imatrix.sums:
-        raise RefusedError(f"the imatrix has no {weight}", "it belongs to another model, or to one without experts there")
+        raise RefusedError(
+            f"the imatrix has no {weight}", "it belongs to another model, or to one without experts there"
+        )
     sums, counts = imatrix.sums[weight], imatrix.counts[weight]
     if imatrix.legacy and sums.shape[1] % block.experts == 0:
         return sums.reshape(block.experts, -1), None
     if len(sums) != block.experts:
-        raise RefusedError(f"{block.where} has {block.experts} experts, the imatrix {len(sums)}", "it is another model's")
+        raise RefusedError(
+            f"{block.where} has {block.experts} experts, the imatrix {len(sums)}", "it is another model's"
+        )
     return sums, counts
 
 
@@ -213,7 +217,8 @@ def _column_squares(plan: Plan, block: MoeBlock, expert: int) -> np.ndarray:
 
     tensors = {member.name: plain_values(plan, member.name) for member in block.named("down") if member.stem.main}
     parts = [
-        (member, expr) for member, expr in expert_tensors(block, {**plan.tensors, **tensors}, expert)
+        (member, expr)
+        for member, expr in expert_tensors(block, {**plan.tensors, **tensors}, expert)
         if member.role == "down" and member.stem.main
     ]
     ((member, expr),) = parts
@@ -235,7 +240,7 @@ def imatrix_scores(imatrix: Imatrix, plan: Plan, block: MoeBlock, by: str) -> li
             f"an imatrix does not say what {by} needs",
             f"it gives {', '.join(IMATRIX_CRITERIA)}; `moesurgery collect` on the safetensors model gives all",
         )
-    squares, counts = block_sums(imatrix, block)
+    _, counts = block_sums(imatrix, block)
     if counts is None and by in ("frequency", "ean"):
         raise RefusedError(
             f"this imatrix is of the older format, which has no counts for {by}", "use --by msan, or make a new one"

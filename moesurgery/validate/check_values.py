@@ -40,7 +40,9 @@ def values(subject: Context) -> Outcome:
     yield from _strange(subject, judged)
     yield from _tails(subject, judged)
     parameters = subject.anatomy.parameters
-    unknown = sorted({j.span.info.dtype for j in judged if parameters[j.span.info.name]} - FLOAT_FORMATS.keys() - BLOCKS.keys())
+    unknown = sorted(
+        {j.span.info.dtype for j in judged if parameters[j.span.info.name]} - FLOAT_FORMATS.keys() - BLOCKS.keys()
+    )
     unread = sorted({j.span.info.dtype for j in judged if j.statistics.unread})
     if unread:
         reason = f"the values of {', '.join(unread)} tensors: the package gguf is not there, or does not know them"

@@ -51,7 +51,12 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
     ("G03", "container", "error", "a GGUF key or value that is none, or a key twice"),
     ("G04", "container", "error", "a GGUF alignment that is no power of two"),
     ("G05", "container", "error", "a GGUF tensor's name: empty, too long for llama.cpp, given twice"),
-    ("G06", "container", "error", "a GGUF tensor's shape: too many dimensions or elements, or rows that fill no blocks"),
+    (
+        "G06",
+        "container",
+        "error",
+        "a GGUF tensor's shape: too many dimensions or elements, or rows that fill no blocks",
+    ),
     ("G07", "container", "error", "a GGUF tensor of an unknown type"),
     ("G08", "container", "error", "GGUF tensors overlap, leave holes, or are not aligned"),
     ("G09", "container", "error", "a GGUF file ends before its tensors do, or goes on after them"),

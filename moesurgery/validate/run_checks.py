@@ -24,7 +24,18 @@ from moesurgery.validate.report import Report
 # `architecture` when it runs, and with `forward`.
 _MODULES = (
     *("container", "policy", "provenance"),
-    *("gguf", "constants", "shapes", "experts", "layers", "vocabulary", "dtypes", "tokenizer", "architecture", "clients"),
+    *(
+        "gguf",
+        "constants",
+        "shapes",
+        "experts",
+        "layers",
+        "vocabulary",
+        "dtypes",
+        "tokenizer",
+        "architecture",
+        "clients",
+    ),
     *("values", "forward", "against"),
 )
 # The checks that a GGUF goes through, by the first of their codes: the others are about safetensors and config.json.

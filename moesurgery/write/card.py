@@ -103,7 +103,13 @@ def card_text(plan: Plan) -> str:
         lines += ["", *_step_lines(step)]
     changes = config_changes(plan)
     if changes:
-        lines += ["", f"## Changes to {'the metadata' if gguf else 'config.json'}", "", "| key | before | after |", "| --- | --- | --- |"]
+        lines += [
+            "",
+            f"## Changes to {'the metadata' if gguf else 'config.json'}",
+            "",
+            "| key | before | after |",
+            "| --- | --- | --- |",
+        ]
         lines += [f"| `{k}` | `{ascii_json(a, indent=None)}` | `{ascii_json(b, indent=None)}` |" for k, a, b in changes]
     recipe = yaml.safe_dump(recipe_from_steps(plan), sort_keys=False, allow_unicode=True).strip()
     lines += ["", "## Recipe", "", "```yaml", recipe, "```", ""]

@@ -95,7 +95,12 @@ def _edited(plan: Plan, source: GgufHeader) -> dict[str, bytes]:
     if plan.steps:
         done = ", ".join(dict.fromkeys(step.operation for step in plan.steps))
         _set(keys, source, _NAME, f"{source.values.get(_NAME) or plan.checkpoint.name} ({done})")
-        _set(keys, source, PROVENANCE_KEY, f"{__version__}: " + "; ".join(f"{s.operation}: {s.summary}" for s in plan.steps))
+        _set(
+            keys,
+            source,
+            PROVENANCE_KEY,
+            f"{__version__}: " + "; ".join(f"{s.operation}: {s.summary}" for s in plan.steps),
+        )
         keys.pop(_SIZE_LABEL, None)  # such as 64x1.7B: no longer true
     return keys
 

@@ -79,8 +79,10 @@ def _task(plan: Plan, name: str, group: list[str], part: GgufPart | None) -> Sha
     metadata = tuple(sorted(header.metadata.items()))
     whole = None
     unedited = part is None or (isinstance(header, GgufHeader) and part.keys == tuple(header.entries.values()))
-    if unedited and len(group) == len(header.tensors) and all(
-        _same(n, e, i) for (n, e), i in zip(entries, header.tensors, strict=True)
+    if (
+        unedited
+        and len(group) == len(header.tensors)
+        and all(_same(n, e, i) for (n, e), i in zip(entries, header.tensors, strict=True))
     ):
         whole = (plan.checkpoint.source, header.file, header.file_size)
     return ShardTask(name, entries, metadata, header.data_start % PAGE, whole, part)

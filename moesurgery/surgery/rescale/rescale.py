@@ -273,7 +273,7 @@ _ROUNDING = {"F64": "2^-53", "F32": "2^-24", "F16": "2^-11", "BF16": "2^-8"}  # 
 
 def _rounding_note(changed: Mapping[str, Expr]) -> str:
     dtypes = sorted({expr.dtype for expr in changed.values()})
-    rounding = {**_ROUNDING, **{d: f"{_ROUNDING['F16']}, in the scale of each block" for d in FACTORS}}
+    rounding = {**_ROUNDING, **dict.fromkeys(FACTORS, f"{_ROUNDING['F16']}, in the scale of each block")}
     kinds = [f"{d} rounded once, by at most {rounding[d]}" if d in rounding else f"{d} exactly" for d in dtypes]
     return f" ({', '.join(kinds)})"
 
