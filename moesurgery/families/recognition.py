@@ -153,7 +153,7 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
     """Choose the block's layout, count its experts and check that none is missing."""
     weights = [m for m in block.members if m.part and m.stem.main]
     present = {m.part.path for m in weights if m.part}
-    layouts = (block.of or family).layouts
+    layouts = block.of.layouts if block.of else family.read_layouts
     fitting = [la for la in layouts if present == {p.path for p in la.parts}]
     if not fitting:
         wanted = " or ".join("+".join(p.path for p in la.parts) for la in layouts)

@@ -106,7 +106,8 @@ def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> T
 
 def _in_set(place: TensorRole, of: ExpertSet | Family, base: str, rest: str, dtype: str) -> bool:
     """Whether the tensor `rest` of a layer belongs to a set of experts; then enter its part there."""
-    for part in (p for layout in of.layouts for p in layout.parts):
+    layouts = of.read_layouts if isinstance(of, Family) else of.layouts
+    for part in (p for layout in layouts for p in layout.parts):
         if part.path == base:
             place.component, place.part = parts.ROUTED, part
             return True
