@@ -16,7 +16,7 @@ from moesurgery.checkpoint.source import gguf_parts
 
 ARCHITECTURE = "general.architecture"
 MODEL_TYPE = "gguf-"  # before the architecture: the model_type of a GGUF
-OTHER = "gguf"  # where in the config the keys stand that it has no name for
+METADATA = "gguf"  # where in the config the keys stand that it has no name for
 PROVENANCE_KEY = "general.moesurgery"  # what was done, in a line
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 _SPLIT_KEYS = (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)
@@ -73,7 +73,7 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
             config[name] = value
         elif key not in (ARCHITECTURE, ALIGNMENT, *_SPLIT_KEYS, f"{architecture}.{_BLOCKS}"):
             others[key] = value
-    return {**config, OTHER: others}
+    return {**config, METADATA: others}
 
 
 def part_problems(headers: Sequence[GgufHeader], parts: Sequence[str]) -> Iterator[Finding]:
@@ -110,7 +110,7 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
     """
     changed: dict[str, Any] = {}
     for name in before.keys() | after.keys():
-        if before.get(name) == after.get(name) or name in (OTHER, _LAYERS):
+        if before.get(name) == after.get(name) or name in (METADATA, _LAYERS):
             continue
         if name not in CONFIG_KEYS:
             raise ValueError(name)

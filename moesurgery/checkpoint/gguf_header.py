@@ -102,7 +102,7 @@ class _Cursor:
             raise _BadHeaderError("G03", f"{what} is not UTF-8") from None
 
 
-Bad = Callable[..., None]
+_Bad = Callable[..., None]
 
 
 def scan_gguf_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: bool = False) -> GgufHeader:
@@ -153,8 +153,8 @@ def _read_counts(header: GgufHeader, cursor: _Cursor) -> tuple[int, int]:
     header.version = cursor.number("I", "the version")
     if header.version not in VERSIONS:
         swapped = int.from_bytes(header.version.to_bytes(4, "little"), "big") in VERSIONS
-        what = "is of a machine with the bytes of numbers in reverse" if swapped else f"has version {header.version:,}"
-        raise _BadHeaderError("G01", f"{what}; little-endian files of versions 2 and 3 are read")
+        what = "of a machine with the bytes of numbers in reverse" if swapped else f"of version {header.version:,}"
+        raise _BadHeaderError("G01", f"is a GGUF {what}; little-endian ones of versions 2 and 3 are read")
     tensors, keys = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of keys")
     for count, limit, least, what in ((keys, MAX_KEYS, 13, "keys"), (tensors, MAX_TENSORS, 25, "tensors")):
         if count > min(limit, header.file_size // least):
@@ -164,7 +164,7 @@ def _read_counts(header: GgufHeader, cursor: _Cursor) -> tuple[int, int]:
     return tensors, keys
 
 
-def _read_key(header: GgufHeader, cursor: _Cursor, bad: Bad) -> None:
+def _read_key(header: GgufHeader, cursor: _Cursor, bad: _Bad) -> None:
     """Read one key and its value."""
     first = cursor.at
     key = cursor.text("a key", _MAX_KEY)
@@ -213,7 +213,7 @@ def _read_array(cursor: _Cursor, key: str) -> tuple[Any, int]:
     return f"{count} {'texts' if kind == STRING else 'numbers'}, SHA-256 {digest[:16]}", count
 
 
-def _read_alignment(header: GgufHeader, bad: Bad) -> None:
+def _read_alignment(header: GgufHeader, bad: _Bad) -> None:
     alignment = header.values.get(ALIGNMENT, DEFAULT_ALIGNMENT)
     if ALIGNMENT in header.values and header.kinds[ALIGNMENT] != 4:
         bad("G04", f"{ALIGNMENT} is no 32-bit number")
@@ -223,7 +223,7 @@ def _read_alignment(header: GgufHeader, bad: Bad) -> None:
         header.alignment = alignment
 
 
-def _read_info(header: GgufHeader, cursor: _Cursor, bad: Bad) -> TensorInfo | None:
+def _read_info(header: GgufHeader, cursor: _Cursor, bad: _Bad) -> TensorInfo | None:
     """Read what is said of one tensor; its `start` counts from where data begins."""
     name = cursor.text("a tensor's name", _MAX_KEY)
     dimensions = cursor.number("I", f"the shape of {name!r}")
@@ -255,7 +255,7 @@ def _read_info(header: GgufHeader, cursor: _Cursor, bad: Bad) -> TensorInfo | No
     return TensorInfo(name, dtype, shape, header.file, offset, byte_count(dtype, shape))
 
 
-def _check_extent(header: GgufHeader, tensors: list[TensorInfo], bad: Bad, headers_only: bool) -> None:
+def _check_extent(header: GgufHeader, tensors: list[TensorInfo], bad: _Bad, headers_only: bool) -> None:
     """The tensors follow each other in the order of the header, each padded to the alignment, up to the file's end."""
     position = end = header.data_start
     names: set[str] = set()

@@ -205,7 +205,7 @@ class LocalSource:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError):
             raise CheckpointError(f"{path} is missing", "copy or download the checkpoint again") from None
-        if not any(real.is_relative_to(allowed) for allowed in self._allowed()):
+        if file != self.chosen and not any(real.is_relative_to(allowed) for allowed in self._allowed()):
             raise CheckpointError(
                 f"{path} is a link to {real}, outside the checkpoint",
                 "replace the link by the file; only a Hub cache may link to its own blobs",
@@ -363,11 +363,12 @@ class RemoteSource:
     def _listed(self) -> list[tuple[str, int]]:
         system, root = self._open()
         with remote_errors(self.identity):
-            if self.chosen is None:
-                entries = system.find(root, detail=True)
+            parts = [f"{root.rstrip('/')}/{part}" for part in gguf_parts(self.chosen)] if self.chosen else None
+            if parts is not None and not self._is_hub:  # a folder of a web server need not be listed
+                entries = {part: system.info(part) for part in parts if len(parts) == 1 or system.exists(part)}
             else:
-                paths = [f"{root.rstrip('/')}/{part}" for part in gguf_parts(self.chosen)]
-                entries = {path: system.info(path) for path in paths if len(paths) == 1 or system.exists(path)}
+                entries = system.find(root, detail=True)
+                entries = entries if parts is None else {part: entries[part] for part in parts if part in entries}
         if len(entries) > MAX_FILES:
             raise CheckpointError(f"{self.label} holds more than {MAX_FILES:,} files", "name the model's own folder")
         prefix = root.rstrip("/") + "/"

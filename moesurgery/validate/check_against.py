@@ -12,7 +12,7 @@ from typing import Any
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.filenames import CARD, CONFIG, PROVENANCE, TOKENIZER_FILES
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.gguf_files import OTHER
+from moesurgery.checkpoint.gguf_files import METADATA
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError, SurgeryError
 from moesurgery.expr.nodes import Copy
@@ -52,7 +52,7 @@ def replay(subject: Context) -> Outcome:
             yield NotChecked(("R03",), f"it was merged on {device}, which is not here: its last bits are of that")
     yield from _tensors(subject, plan, computed=computed)
     yield from _files(subject, plan)
-    own = {f"{OTHER}.{key}" for key in KEYS_OF_THE_WRITER} if subject.is_gguf else set()
+    own = {f"{METADATA}.{key}" for key in KEYS_OF_THE_WRITER} if subject.is_gguf else set()
     for key, theirs, mine in json_differences(plan.config, subject.config):
         if key in own:
             continue

@@ -28,6 +28,10 @@ _CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 def check_output(plan: Plan, output: Path, *, force: bool = False, dry_run: bool = False) -> None:
     """Refuse an output that exists, or that is, contains or lies inside an input. A `dry_run` may find one there."""
     place = output.resolve()
+    if plan.checkpoint.gguf is not None and output.suffix.lower() == ".gguf":
+        raise OutputError(
+            f"the output {output} is a folder, in which the GGUF has its old name", f"choose one: -o {output.stem}"
+        )
     working = re.compile(re.escape(str(place)) + r"\.(partial|replaced-\d+)(/.*)?", re.DOTALL)
     for checkpoint in plan.sources:
         if isinstance(checkpoint.source, LocalSource):

@@ -235,7 +235,7 @@ def _write_body(task: ShardTask, folder: OpenFolder, target: str, manner: Manner
         watch = _without_header(task, watch)
     else:
         header = task.header
-        total = len(header) + sum(padded(expr.nbytes, task.alignment) for _, expr in task.entries)
+        total = len(header) + sum(aligned(expr.nbytes, task.alignment) for _, expr in task.entries)
         units = list(units_of(task.entries, len(header), task.alignment))
     descriptor = folder.create(target)
     try:
@@ -259,11 +259,11 @@ def _tensor_at(task: ShardTask, offset: int) -> str:
     for name, expr in task.entries:
         if offset < expr.nbytes:
             return name
-        offset -= padded(expr.nbytes, task.alignment)
+        offset -= aligned(expr.nbytes, task.alignment)
     raise AssertionError(f"byte {offset} is behind the last tensor of {task.name}")
 
 
-def padded(nbytes: int, alignment: int) -> int:
+def aligned(nbytes: int, alignment: int) -> int:
     """Return a size with what is left up to the next multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment
 
@@ -285,7 +285,7 @@ def units_of(entries: tuple[tuple[str, Expr], ...], at: int, alignment: int = 1)
                 else:
                     pending, pending_at = piece, at
             at += piece.nbytes
-        at = padded(at, alignment)
+        at = aligned(at, alignment)
     if pending is not None:
         yield from _cut(pending, pending_at)
 

@@ -55,7 +55,7 @@ def test_drop_then_convert_is_convert_then_drop(kind: str, tmp_path: Path, ok: C
 
 
 def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, ok: Callable[..., Result]) -> None:
-    """The perplexity of the pruned GGUF in llama.cpp is that of the same prune in transformers, and so with a factor."""
+    """The perplexity of the pruned GGUF is that of the same prune in transformers, and so with a factor."""
     tokens = np.random.default_rng(0).integers(5, 400, 96).tolist()
     whole = converted(DEMO, tmp_path / "whole", "f32")
     runs = tmp_path / "runs"

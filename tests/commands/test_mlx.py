@@ -51,7 +51,7 @@ def make_mlx(folder: Path, bits: int) -> Path:
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in plain.items():
-        if ".experts." not in name and name.endswith((".gate.weight", "_proj.weight")):
+        if ".experts." not in name and name.endswith(".gate.weight"):
             base = name.removesuffix(".weight")
             tensors |= dict(
                 zip((f"{base}.{k}" for k in ("weight", "scales", "biases")), quantised(weight, bits), strict=True)
