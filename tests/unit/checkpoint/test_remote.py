@@ -319,7 +319,7 @@ def test_files_in_the_cache_are_not_downloaded_again(hub: dict[str, str], demo: 
 
 
 def test_a_gguf_on_the_hub_is_read_by_ranges(hub: dict[str, str], tmp_path: Path, cli: Callable[..., Result]) -> None:
-    """By its file, in a folder too, and whichever part is named; nothing but headers to count, bytes of some to drop."""
+    """By its file, in a folder too: headers alone to count, and the same bytes as of a local copy to write."""
     Hub.folder = tmp_path / "repository"
     (Hub.folder / "Q8").mkdir(parents=True)
     first = write_gguf(Hub.folder / "Q8" / "m.gguf", "Q8_0", parts=2)
