@@ -10,14 +10,15 @@ import typer
 
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
-from moesurgery.cli._common_options import Force, Json, Picture, Quiet
+from moesurgery.cli._common_options import Force, Json, Picture, Quiet, SchedulerAddress
 from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
-from moesurgery.errors import OutputError
+from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
 from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.scheduler import Scheduler
 from moesurgery.stats.imatrix_file import save_imatrix
 from moesurgery.stats.statistics_file import SUFFIX
 from moesurgery.whole_file import whole_file
@@ -50,6 +51,9 @@ def collect_command(
             help="Also write what llama-imatrix would, as a GGUF that llama-quantize reads.",
         ),
     ] = None,
+    neurons: Annotated[
+        bool, typer.Option("--neurons", help="Also find which neurons of each expert matter: for slim-experts.")
+    ] = False,
     window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
@@ -59,6 +63,7 @@ def collect_command(
     apart: _run_options.Apart = False,
     assistant_only: _run_options.AssistantOnly = False,
     scratch: _run_options.ScratchFolder = None,
+    scheduler: SchedulerAddress = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time the first layer, and say what all of them will take.")
     ] = False,
@@ -70,7 +75,7 @@ def collect_command(
     """Run a model over calibration text once, and keep what says which expert does what.
 
     The file is small, and everything that chooses or scales experts by data takes it as a parameter: `rescale`,
-    `drop-experts`, `merge-experts`. The table says how far two halves of the text agree on who matters.
+    `drop-experts`, `merge-experts`, `slim-experts`. The table says how far two halves of the text agree on who matters.
     """
     console.quiet = quiet
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
@@ -78,6 +83,7 @@ def collect_command(
         if file.exists() and not force:
             raise OutputError(f"{file} exists", "use --force to replace it, or another name")
     check_picture(picture)
+    workers = Scheduler(scheduler) if scheduler is not None else None
     plan = _run_options.subject(model)
     settings = RunSettings(window, None, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
@@ -86,9 +92,14 @@ def collect_command(
     if dry_run:
         _show_forecast(run, scratch, as_json=as_json)
         return
-    needed = NeededStatistics(top_k or (), recon or (), every_expert)
+    needed = NeededStatistics(top_k or (), recon or (), every_expert, neurons)
     sums = ImatrixSums() if imatrix is not None else None
-    stats = run.statistics(needed, _run_options.reporter, scratch, sums)
+    if workers is not None and sums is not None:
+        raise RecipeError("--imatrix is collected on one machine", "leave --scheduler out")
+    if workers is not None:
+        stats = run.statistics_of_workers(needed, _run_options.reporter, workers.executor)
+    else:
+        stats = run.statistics(needed, _run_options.reporter, scratch, sums)
     stats.save(target)
     if imatrix is not None and sums is not None:
         save_imatrix(imatrix, sums.arrays(), [file.name for file in run.texts], len(run.windows), window)

@@ -15,6 +15,7 @@ from moesurgery.forward.text_documents import Text, text_of
 from moesurgery.plan.fingerprint import fingerprint
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.scheduler import MakeExecutor
 
 if TYPE_CHECKING:
     from moesurgery.fitting.imatrix_sums import ImatrixSums
@@ -50,6 +51,14 @@ class CalibrationRun:
             **({"assistant_only": True} if settings.assistant_only else {}),
         }
 
+    def statistics_of_workers(self, needed: NeededStatistics, reporter: Reporter, make_executor: MakeExecutor) -> Stats:
+        """Return the statistics of the model's experts, collected by the workers of an executor."""
+        from moesurgery.fitting.collect_parts import collect_in_parts
+
+        stats = collect_in_parts(make_executor, self.plan, self.settings, self.windows, needed, reporter)
+        stats.about |= self.about
+        return stats
+
     def statistics(
         self,
         needed: NeededStatistics,
@@ -72,6 +81,7 @@ class CalibrationRun:
                 "top_k": list(needed.top_k),
                 "recon": list(needed.keep),
                 "every_expert": needed.every_expert,
+                "neurons": needed.neurons,
                 "devices": self.settings.devices,
             }
             kept = [Scratch(part, about, reporter.note) for part in each_part(scratch, len(engines))]
@@ -83,6 +93,7 @@ class CalibrationRun:
                 needed.keep,
                 progress,
                 every_expert=needed.every_expert,
+                neurons=needed.neurons,
                 scratch=kept,
                 imatrix=imatrix,
             )

@@ -12,6 +12,7 @@ from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.keep_search import best_kept
+from moesurgery.fitting.neuron_moments import NeuronMoments, neuron_sums
 from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.expert_outputs import (
     ExpertOutputs,
@@ -28,6 +29,7 @@ from moesurgery.forward.paired_run import PairedRun
 from moesurgery.forward.scratch import Scratch
 from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.expert_counts import check_remaining
+from moesurgery.moe.neuron_axis import neurons_together
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.registry import apply
 from moesurgery.stats.statistics_file import BlockStats, Stats, as_numpy, empty_sums
@@ -44,16 +46,18 @@ def collect(
     progress: Progress = lambda count: None,
     *,
     every_expert: bool = False,
+    neurons: bool = False,
     scratch: Scratch | None = None,
     imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
-    With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `scratch`, resumes from
-    the state saved there by a killed run. What llama-imatrix would see is added to `imatrix`.
-
-    Raises RefusedError for a family whose routing cannot be read.
+    With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `neurons`, also which
+    neurons of each expert matter: the inputs of one layer's experts are held for all tokens, and one expert's moments.
+    With `scratch`, resumes from the state saved there by a killed run. What llama-imatrix would see is added to
+    `imatrix`. Raises RefusedError for a family whose routing cannot be read, or for `neurons` or `imatrix` whose
+    activations cannot.
     """
     import torch
 
@@ -73,6 +77,9 @@ def collect(
         return sums[where]
 
     seen: dict[str, ExpertsCall] = {}
+    for block_of_experts in blocks if neurons else ():
+        neurons_together(block_of_experts.block, engine.plan.tensors)  # raises before anything is run
+    moments = NeuronMoments(engine) if neurons else None
     routings: dict[str, dict[str, RoutingTensors]] = {}
 
     def experts(call: ExpertsCall) -> torch.Tensor | None:
@@ -83,6 +90,8 @@ def collect(
         said = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
         if every_expert:
             add_every_expert(sums_of(call), call, settings)
+        if moments is not None:
+            moments.see(call)
         return said
 
     def block(around: BlockCall) -> Any:
@@ -108,10 +117,20 @@ def collect(
         streams = engine.start(tokens, watch, resume=resume, batch=batch)
         with imatrix.watching(engine, tokens) if imatrix is not None else nullcontext():
             while streams.unit is not None and streams.passed < len(engine.layers):
-                streams.step(progress)
+                unit = streams.unit
+                with engine.loaded(unit, pin=neurons):
+                    streams.step(progress)
+                    for found in moments.of_layer(unit, streams) if moments is not None else ():
+                        for name, values in neuron_sums(engine, found).items():
+                            own = sums.setdefault(found.where, {})
+                            own[name] = torch.cat([own[name], values[None]]) if name in own else values[None]
+                if neurons:
+                    engine.unpin()
                 if scratch is not None:
                     scratch.keep(streams, batch, sums)
     finally:
+        if moments is not None:
+            moments.close()
         for twin in twins.values():
             twin.close()
         if streams is not None:
@@ -125,10 +144,15 @@ def collect(
         "other_top_k": others,
         "recon": list(keep),
         "every_expert": every_expert,
+        "neurons": neurons,
+        "ffns": [where for where in sums if all(block.where != where for block in blocks)],
         "tokens": tokens.count,
         "windows": len(tokens),
     }
-    return Stats({b.where: BlockStats(b.where, as_numpy(sums[b.where])) for b in blocks}, about)
+    by_where = {where: BlockStats(where, as_numpy(values)) for where, values in sums.items()}
+    return Stats(
+        {b.where: by_where[b.where] for b in blocks}, about, ffns={where: by_where[where] for where in about["ffns"]}
+    )
 
 
 def collect_over(
@@ -139,13 +163,15 @@ def collect_over(
     progress: Progress = lambda count: None,
     *,
     every_expert: bool = False,
+    neurons: bool = False,
     scratch: Sequence[Scratch | None] = (None,),
     imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return what `collect` returns, with the windows split among engines on several devices.
 
     The sums equal those of one engine up to rounding: batches hold other windows, and float64 sums are added in another
-    order. `keep` is decided by the first engine, on its first batch.
+    order. `keep` is decided by the first engine, on its first batch. Raises RefusedError for `neurons`, which need all
+    tokens on one device.
     """
     if len(engines) == 1:
         return collect(
@@ -155,9 +181,12 @@ def collect_over(
             keep,
             progress,
             every_expert=every_expert,
+            neurons=neurons,
             scratch=scratch[0] if imatrix is None else None,  # its sums are not in there
             imatrix=imatrix,
         )
+    if neurons:
+        raise RefusedError("collect: --neurons needs all tokens of an expert on one device", "name one with --device")
     if imatrix is not None:
         raise RecipeError("--imatrix is collected on one device", "use --device cpu or --device cuda:0")
     parts = shared_out(tokens, len(engines))

@@ -43,7 +43,7 @@ class GgufPart:
         return replace(self, digest=hashlib.sha256(b"".join(self.keys)).hexdigest())
 
     def header(self, entries: Sequence[tuple[str, Expr]]) -> bytes:
-        """Return all bytes before the data."""
+        """Return metadata and places of tensors: all before the data but for the padding."""
         parts = [MAGIC, struct.pack("<IQQ", self.version, len(entries), len(self.keys)), *self.keys]
         at = 0
         for name, expr in entries:
@@ -51,8 +51,7 @@ class GgufPart:
             parts.append(struct.pack("<Q", len(encoded)) + encoded + struct.pack("<I", len(expr.shape)))
             parts.append(struct.pack(f"<{len(expr.shape)}QIQ", *reversed(expr.shape), _TYPE_NUMBERS[expr.dtype], at))
             at += self.padded(expr.nbytes)
-        text = b"".join(parts)
-        return text + bytes(self.padded(len(text)) - len(text))
+        return b"".join(parts)
 
     def padded(self, nbytes: int) -> int:
         """Return a size with the padding to the next place where a tensor may begin."""

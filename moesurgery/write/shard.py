@@ -58,13 +58,21 @@ class ShardTask:
     def header(self) -> bytes:
         """All bytes before the data."""
         if self.gguf is not None:
-            return self.gguf.header(self.entries)
+            header = self.gguf.header(self.entries)
+            return header + bytes(self.gguf.padded(len(header)) - len(header))
         return make_header(self.entries, self.metadata, self.phase)
 
     @property
     def alignment(self) -> int:
         """What the places where tensors begin are multiples of; zeros fill what is left before the next."""
         return self.gguf.alignment if self.gguf is not None else 1
+
+    @property
+    def size(self) -> int:
+        """The size of the file."""
+        if self.whole is not None:
+            return self.whole[2]
+        return len(self.header) + sum(aligned(expr.nbytes, self.alignment) for _, expr in self.entries)
 
     @property
     def data_bytes(self) -> int:
@@ -159,6 +167,8 @@ def write_shard(
         if watch.stop.is_set():
             raise KeyboardInterrupt
         size = folder.status(temporary).st_size
+        if done(folder, task.name, plan_id):
+            return size  # the same part was started twice, and the other was faster
         folder.replace(temporary, task.name)
         if manner.durable:
             folder.sync()
@@ -235,7 +245,7 @@ def _write_body(task: ShardTask, folder: OpenFolder, target: str, manner: Manner
         watch = _without_header(task, watch)
     else:
         header = task.header
-        total = len(header) + sum(aligned(expr.nbytes, task.alignment) for _, expr in task.entries)
+        total = task.size
         units = list(units_of(task.entries, len(header), task.alignment))
     descriptor = folder.create(target)
     try:
