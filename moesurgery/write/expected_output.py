@@ -77,7 +77,7 @@ def expected_output(plan: Plan, tasks: list[ShardTask]) -> ExpectedOutput:
 
 
 def write_side_files(plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, card: bool, durable: bool) -> None:
-    """Write config.json (not for a GGUF), the files that go with a model, and README.md where it has none or for `card`.
+    """Write config.json (none for a GGUF), what goes with a model, and README.md where it has none or `card` is true.
 
     Deletes what an earlier, interrupted attempt left that is no shard of this plan.
     """

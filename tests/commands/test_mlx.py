@@ -107,8 +107,8 @@ def test_mlx(bits: int, tmp_path: Path, ok: Ok) -> None:
     ok("convert", model, "--layout", "per-expert", "-o", tmp_path / "apart", "-q")
     apart = read(tmp_path / "apart")
     for suffix in ("weight", "scales", "biases"):
-        one = apart[f"model.layers.0.mlp.experts.3.gate_proj.{suffix}"]
-        assert torch.equal(one.long(), before[f"model.layers.0.mlp.switch_mlp.gate_proj.{suffix}"][3].long())
+        one = apart[f"model.layers.1.mlp.experts.3.gate_proj.{suffix}"]
+        assert torch.equal(one.long(), before[f"model.layers.1.mlp.switch_mlp.gate_proj.{suffix}"][3].long())
     ok("convert", tmp_path / "apart", "--layout", "fused", "-o", tmp_path / "back", "-q")
     back = read(tmp_path / "back")
     assert back.keys() == before.keys()
