@@ -174,12 +174,17 @@ def save_imatrix(
         writer.close()
 
 
+def weight_name(block: MoeBlock) -> str:
+    """Return the name of a block's down-projections in an imatrix."""
+    return f"blk.{block.layer}.{DOWN}.weight"
+
+
 def block_sums(imatrix: Imatrix, block: MoeBlock) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the sums of squared activations [E, I] of a block's neurons, and its counts [E]; None where not known.
 
     Then the sums are means. Raises RefusedError where the imatrix lacks the block, or has another number of experts.
     """
-    weight = f"blk.{block.layer}.{DOWN}.weight"
+    weight = weight_name(block)
     if weight not in imatrix.sums:
         raise RefusedError(
             f"the imatrix has no {weight}", "it belongs to another model, or to one without experts there"

@@ -224,14 +224,21 @@ def ranking(
 
 def _ranking_by_imatrix(plan: Plan, by: MeasuredCriterion, path: str) -> Ranking:
     """Rank the experts of every block by what llama-imatrix has seen of them."""
-    from moesurgery.stats.imatrix_file import imatrix_scores, load_imatrix
+    from moesurgery.stats.imatrix_file import imatrix_scores, load_imatrix, weight_name
     from moesurgery.stats.statistics_file import digest
 
     imatrix = load_imatrix(path)
-    ranked = {block.where: imatrix_scores(imatrix, plan, block, by) for block in plan.anatomy.blocks}
+    not_run = [b for b in plan.anatomy.blocks if b.mtp and weight_name(b) not in imatrix.sums]
+    ranked = {
+        block.where: expert_scores(plan, block, "router-norm", 0)
+        if block in not_run
+        else imatrix_scores(imatrix, plan, block, by)
+        for block in plan.anatomy.blocks
+    }
     seen = ", ".join(imatrix.datasets[:3]) or "a text that it does not name"
     note = f"by an imatrix of {seen}: the sizes of experts' outputs are estimates, without the router's weights"
-    return Ranking(ranked, notes=(note,), statistics={"sha256": digest(path), "imatrix": list(imatrix.datasets)})
+    notes = (note, not_run_note([block.where for block in not_run])) if not_run else (note,)
+    return Ranking(ranked, notes=notes, statistics={"sha256": digest(path), "imatrix": list(imatrix.datasets)})
 
 
 def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: str, share: float, count: int) -> Ranking:
