@@ -308,6 +308,18 @@ def test_statistics_of_the_original_serve_its_gguf(collected: Path, tmp_path: Pa
     assert validate_checkpoint(tmp_path / "b").findings == ()
 
 
+def test_a_plan_for_the_original_serves_its_gguf(tmp_path: Path, ok: Ok) -> None:
+    """Layers and experts go by their numbers, and it is said that nothing more is known."""
+    layers = {f"model.layers.{i}": {"keep": [1, 3 - i], "experts": EXPERTS} for i in range(LAYERS)}
+    plan = {"format": "moesurgery plan 1", "model": {"model_type": "qwen3_moe"}, "layers": layers}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    model = write_gguf(tmp_path / "m.gguf", "Q4_0")
+    done = ok("drop-experts", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert "by their numbers" in done.err
+    before, after = (stored_arrays(path)["blk.1.ffn_up_exps.weight"] for path in (model, tmp_path / "out" / "m.gguf"))
+    assert (after == before[[1, 2]]).all()
+
+
 def _as_gguf(path: Path, experts: int, top_k: int, layers: int) -> None:
     from gguf import GGUFWriter
 
