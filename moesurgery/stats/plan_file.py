@@ -116,8 +116,8 @@ class PlanFile:
         theirs, ours = model.get("model_type"), plan.anatomy.model_type
         if theirs and ours.startswith(MODEL_TYPE) and not theirs.startswith(MODEL_TYPE):
             return (
-                f"{self.path} is a plan for a {theirs}, and a GGUF does not say what it was made from: layers and experts"
-                " go by their numbers"
+                f"{self.path} is a plan for a {theirs}, and a GGUF does not say what it was made from: layers and"
+                " experts go by their numbers"
             )
         if theirs and theirs != ours:
             raise RefusedError(
