@@ -6,6 +6,7 @@ have no padding. Names are those that llama.cpp's converter gives the weights.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ class ImatrixSums:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
+        self._adding = threading.Lock()
 
     def add_experts(self, call: ExpertsCall) -> None:
         """Add one call of a block's experts. Raises RefusedError where their activations cannot be read."""
@@ -51,11 +53,13 @@ class ImatrixSums:
     def _add(self, name: str, values: torch.Tensor, row: int = 0, rows: int = 1) -> None:
         import torch
 
-        if name not in self._sums:
-            self._sums[name] = torch.zeros(rows, values.shape[-1], dtype=torch.float64, device=values.device)
-            self._counts[name] = torch.zeros(rows, dtype=torch.float64)
-        self._sums[name][row] += values.float().square().sum(0, dtype=torch.float64)
-        self._counts[name][row] += len(values)
+        squares = values.float().square().sum(0, dtype=torch.float64)
+        with self._adding:  # batches may be computed by several threads
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(rows, values.shape[-1], dtype=torch.float64, device=values.device)
+                self._counts[name] = torch.zeros(rows, dtype=torch.float64)
+            self._sums[name][row] += squares
+            self._counts[name][row] += len(values)
 
     @contextmanager
     def watching(self, engine: Engine, tokens: Tokens) -> Iterator[None]:
