@@ -311,7 +311,14 @@ def test_statistics_of_the_original_serve_its_gguf(collected: Path, tmp_path: Pa
 def test_a_plan_for_the_original_serves_its_gguf(tmp_path: Path, ok: Ok) -> None:
     """Layers and experts go by their numbers, and it is said that nothing more is known."""
     layers = {f"model.layers.{i}": {"keep": [1, 3 - i], "experts": EXPERTS} for i in range(LAYERS)}
-    plan = {"format": "moesurgery plan 1", "model": {"model_type": "qwen3_moe"}, "layers": layers}
+    plan = {
+        "format": "moesurgery plan 1",
+        "version": "0",
+        "operation": "drop-experts",
+        "criterion": {},
+        "layers": layers,
+    }
+    plan["model"] = {"name": "original", "model_type": "qwen3_moe", "digest": "0" * 64, "routers": "0" * 64}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     model = write_gguf(tmp_path / "m.gguf", "Q4_0")
     done = ok("drop-experts", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
