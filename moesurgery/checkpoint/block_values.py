@@ -76,4 +76,4 @@ def multiplied_blocks(data: bytes | memoryview, dtype: str, factor: float) -> me
                 "use a smaller factor, or --scale none",
             )
         blocks[:, at : at + 2] = after.view(np.uint8)
-    return memoryview(blocks.reshape(-1))
+    return blocks.reshape(-1).data
