@@ -229,7 +229,7 @@ def _column_squares(plan: Plan, block: MoeBlock, expert: int) -> np.ndarray:
     ((member, expr),) = parts
     values = values_of(reshape(expr, expr.shape))
     assert member.part is not None
-    return np.square(values, dtype=np.float64).sum(axis=0 if member.part.order == "oi" else 1)
+    return np.asarray(np.square(values, dtype=np.float64).sum(axis=0 if member.part.order == "oi" else 1))
 
 
 def imatrix_scores(imatrix: Imatrix, plan: Plan, block: MoeBlock, by: str) -> list[float]:
