@@ -25,7 +25,6 @@ from moesurgery.checkpoint.gguf_header import MAGIC, read_gguf_header
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.evaluate import values_of
-from moesurgery.expr.nodes import reshape
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.dequantise import plain_values
@@ -227,7 +226,7 @@ def _column_squares(plan: Plan, block: MoeBlock, expert: int) -> np.ndarray:
         if member.role == "down" and member.stem.main
     ]
     ((member, expr),) = parts
-    values = values_of(reshape(expr, expr.shape))
+    values = values_of(expr)
     assert member.part is not None
     return np.asarray(np.square(values, dtype=np.float64).sum(axis=0 if member.part.order == "oi" else 1))
 
