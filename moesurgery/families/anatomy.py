@@ -14,7 +14,7 @@ from moesurgery.families.family import ExpertAxisTensor, ExpertSet, Family, Layo
 from moesurgery.families.quantised import TensorName
 from moesurgery.families.table import by_architecture, by_model_type
 
-_EXPERTS = re.compile(r"expert(?!ise)|switch_mlp|\bmoe\b")
+_EXPERTS = re.compile(r"expert(?!ise)|switch_mlp|\bmoe\b|_exps\b")
 TIED = "tied_"  # before the model_type of a model with tied blocks (`moesurgery tie-blocks`)
 
 

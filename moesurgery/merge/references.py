@@ -46,6 +46,7 @@ class Models:
             model, adapter = self._split(reference)
             staged = self.stages.get(model)
             plan = staged or plan_of(open_checkpoint(self._located(model)))
+            plan.checkpoint.refuse_gguf("merges are of safetensors")
             parents: tuple[Checkpoint | str, ...] = (model if staged else plan.checkpoint,)
             quantised = plain and quantisation_method(plan.config) is not None
             stated = _stated_dtype(plan) if quantised else None

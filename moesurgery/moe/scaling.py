@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from moesurgery.checkpoint.block_values import FACTORS
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.expr.elementwise import Exponent, scale
+from moesurgery.expr.elementwise import BlockScale, Exponent, scale
 from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
 
@@ -58,18 +59,21 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
             companions.setdefault(member.base, []).append(member)
     for member in quantised:
         chosen = min(companions.get(member.base, []), key=_rank, default=None)
-        offsets = any(m.base == member.base and m.stem.suffix == ".biases" for m in down)
-        if chosen is None or chosen.stem.suffix == ".weight.nested_absmax" or offsets:
+        expr = tensors[member.name]
+        if chosen is None and expr.dtype in FACTORS:
+            changed[member.name] = _apply(member, expr, factors, lambda e, f: e if f == 1 else BlockScale(e, f))
+            continue
+        offsets = [m for m in down if m.base == member.base and m.stem.suffix == ".biases"]
+        if chosen is None or chosen.stem.suffix == ".weight.nested_absmax":
             why = "and has no scale tensor that could take a factor"
-            if offsets:
-                why = "with an offset to every scale, which would have to be scaled too"
-            elif chosen is not None:
+            if chosen is not None:
                 why = "with doubly quantised scales, whose common offset no tensor holds"
             raise RefusedError(
                 f"{member.name} is {tensors[member.name].dtype} {why}",
                 "use --scale none, or dequantise first with the tool that made it",
             )
-        changed[chosen.name] = _scaled_companion(chosen, tensors[chosen.name], factors)
+        for taker in (chosen, *offsets):  # MLX: w = scale * q + bias
+            changed[taker.name] = _scaled_companion(taker, tensors[taker.name], factors)
     return changed
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.dtypes import BLOCKS, PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Reader
@@ -137,6 +137,8 @@ def plain_values(plan: Plan, name: str) -> Expr:
     expr = plan.tensors[name]
     if expr.dtype in PLAIN_FLOATS:
         return expr
+    if expr.dtype in BLOCKS:
+        return cast(expr, "F32")
     stem = split_name(name, plan.tensors.__contains__, lambda n: plan.tensors[n].dtype)
     beside = [
         (companion, plan.tensors[stem.base + companion.suffix])

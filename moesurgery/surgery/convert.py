@@ -162,6 +162,8 @@ def _relaid(plan: Plan, kind: _Kind | None) -> tuple[Plan, str]:
         assert block.layout is not None
         layouts = block.of.layouts if block.of else family.layouts
         target = next((layout for layout in layouts if kind is None or layout.kind == kind), None)
+        if kind == "fused" and method(plan.config) == "mlx" and block.of is None:
+            target = family.mlx_layout or target
         if target is None:
             raise RefusedError(f"{_NAME}: {family.name} stores its experts {layouts[0].kind} only")
         if block.layout == target or block.layout.kind == kind:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from moesurgery.checkpoint.block_values import REQUANTISED
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
@@ -271,6 +272,8 @@ class _Merge:
         if all(len(group) == 1 for group in self.groups):
             return
         for member in self.block.members:
+            if self.tensors[member.name].dtype in REQUANTISED:
+                continue
             if self.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
                 raise RefusedError(
                     f"{NAME}: {member.name} is quantised ({self.tensors[member.name].dtype}): there is no exact mean",
@@ -303,11 +306,13 @@ class _Merge:
             terms = [
                 (parts[expert][at], share, orders.get(expert)) for expert, share in zip(group, shares, strict=True)
             ]
+            dtype = "F32" if expr.dtype in REQUANTISED else expr.dtype
             if orders and has_neurons(member):
-                rows = [(_rows(m, e, order), share) for (m, e), share, order in terms]
-                merged.append((member, from_neuron_rows(member, Linear(tuple(rows), expr.dtype))))
+                rows = [(_rows(m, cast(e, dtype), order), share) for (m, e), share, order in terms]
+                mean = from_neuron_rows(member, Linear(tuple(rows), dtype))
             else:
-                merged.append((member, Linear(tuple((e, share) for (_, e), share, _ in terms), expr.dtype)))
+                mean = Linear(tuple((cast(e, dtype), share) for (_, e), share, _ in terms), dtype)
+            merged.append((member, cast(mean, expr.dtype)))
         return merged
 
     def _stacked(self, member: BlockTensor, experts: list[Expr]) -> Expr:

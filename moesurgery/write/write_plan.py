@@ -156,7 +156,7 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
     for file, content in sorted(plan.files.items()):
         digest.update(f"{file}\n".encode() + hashlib.sha256(content or b"").digest())
     for task in tasks:
-        digest.update(f"{task.name} {task.phase} {task.metadata}\n".encode())
+        digest.update(f"{task.name} {task.phase} {task.metadata} {task.gguf or ''}\n".encode())
         # The bytes of a whole shard are already named by its header above.
         digest.update(b"whole\n" if task.whole else repr(task.entries).encode())
     return digest.hexdigest()

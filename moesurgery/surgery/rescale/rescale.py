@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
+from moesurgery.checkpoint.block_values import FACTORS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.families.anatomy import Anatomy, check_stated_top_k
@@ -272,7 +273,8 @@ _ROUNDING = {"F64": "2^-53", "F32": "2^-24", "F16": "2^-11", "BF16": "2^-8"}  # 
 
 def _rounding_note(changed: Mapping[str, Expr]) -> str:
     dtypes = sorted({expr.dtype for expr in changed.values()})
-    kinds = [f"{d} rounded once, by at most {_ROUNDING[d]}" if d in _ROUNDING else f"{d} exactly" for d in dtypes]
+    rounding = {**_ROUNDING, **dict.fromkeys(FACTORS, f"{_ROUNDING['F16']}, in the scale of each block")}
+    kinds = [f"{d} rounded once, by at most {rounding[d]}" if d in rounding else f"{d} exactly" for d in dtypes]
     return f" ({', '.join(kinds)})"
 
 
