@@ -34,6 +34,7 @@ from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.neuron_matching import neuron_features, optimal_assignment, products
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import opened, quantised_experts
 from moesurgery.stats.group_fit_file import GroupFit
 from moesurgery.surgery.choose_experts import router_rows
 from moesurgery.surgery.group_experts import NAME, Merger
@@ -57,6 +58,7 @@ def fit_groups(
     import torch
 
     check_routing(engine, NAME)
+    plan = opened(engine.plan, quantised_experts(engine.plan))
     seen: dict[str, list[ExpertsCall]] = {}
     watch = Hooks(experts=lambda call: seen.setdefault(call.block.where, []).append(call), router_logits=True)
     streams = engine.start(tokens, watch, batch=engine.windows_per_batch(tokens, False))
@@ -66,7 +68,7 @@ def fit_groups(
             streams.to_layer(layer)
             with engine.loaded(unit, pin=True), torch.no_grad():
                 streams.step(progress)
-                fits += [_fit(engine.plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
+                fits += [_fit(plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
             engine.unpin()
     finally:
         streams.close()
@@ -96,7 +98,8 @@ def _order(plan: Plan, calls: Sequence[ExpertsCall], reference: int, other: int)
     """Return the neurons [I] of expert `other` that match those of `reference`."""
     import torch
 
-    features = (_features(plan, calls[0].block.block, expert) for expert in (reference, other))
+    block = plan.anatomy.block(calls[0].block.where)
+    features = (_features(plan, block, expert) for expert in (reference, other))
     first, second = (torch.nn.functional.normalize(rows, dim=-1, eps=1e-30) for rows in features)
     similarity = products(first, second)
     cross: Any = 0

@@ -29,7 +29,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
@@ -41,6 +40,7 @@ from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import opened, quantised_experts
 from moesurgery.stats.repair_file import FittedBlock
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def fit_layers(
 ) -> None:
     """Fit every MoE block of `edited` in turn, and call `done` with each. The plan is not changed.
 
-    Raises RefusedError where the two models have other layers, an experts module has another form, or `down` would
-    have to change quantised weights.
+    Raises RefusedError where the two models have other layers, or an experts module has another form.
     """
     where = {b.where for b in original.blocks}
     if where != {b.where for b in edited.blocks} or len(original.layers) != len(edited.layers):
@@ -87,9 +86,8 @@ def fit_layers(
     for block in (*original.blocks, *edited.blocks):
         if block.experts is None:
             raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
-    if options.kind in MATRICES:
-        _refuse_quantised(edited, options.kind)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
+    plan = opened(edited.plan, quantised_experts(edited.plan)) if options.kind in MATRICES else edited.plan
     said: dict[str, list[torch.Tensor]] = {}
     factors: dict[str, torch.Tensor] = {}
 
@@ -109,7 +107,7 @@ def fit_layers(
         originals = said.pop(block.where)
         calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
         total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
-        fitted = _fit(edited.plan, block, calls, missing, total, options)
+        fitted = _fit(plan, block, calls, missing, total, options)
         if fitted.factors is not None:
             factors[block.where] = _tensor(fitted.factors, edited)
         done(fitted)
@@ -133,17 +131,6 @@ def fit_layers(
         for streams in (reference, repaired):
             if streams is not None:
                 streams.close()
-
-
-def _refuse_quantised(edited: Engine, kind: RepairKind) -> None:
-    for block in edited.blocks:
-        roles = ("down",) if kind == "down" else ("down", "gate", "up", "gate_up")
-        for member in (member for role in roles for member in block.block.named(role)):
-            if edited.plan.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
-                raise RefusedError(
-                    f"refit: {member.name} is quantised: a fitted weight has no scale",
-                    "use --refit expert, or dequantise first with `moesurgery convert --dequantize`",
-                )
 
 
 def _tensor(factors: Sequence[float], engine: Engine) -> torch.Tensor:
@@ -285,7 +272,7 @@ def _fit_matrices(
     check_form(calls[0])
     if options.kind == "all":
         check_names(plan, calls[0])
-    dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
+    dtype = torch_dtype(plan.tensors[plan.anatomy.block(block.where).named("down")[0].name].dtype)
     changes = []
     module, routed = calls[0].module, RoutedTokens(calls, block.experts)
     for _ in range(options.sweeps):

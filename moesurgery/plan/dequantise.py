@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
 
+class UnknownFormError(RefusedError):
+    """A quantised form that is not read here."""
+
+
 @dataclass(frozen=True)
 class StoredForm:
     """What matrices are stored as: the form, and all of their tensors by what their names end in.
@@ -66,14 +70,14 @@ class Dequantised(Expr):
     Each of `parts` is an expression and the number of output rows that share a row of it: 1 for the stored
     weights, the height of a block for block scales, `out` for one row per matrix, 0 for one for all matrices.
     `function(width, *rows, **parameters)` takes those rows as matrices, one row per output row, and returns [rows, in].
-    `stored` says what they are stored as.
+    `held` says what they are stored as.
     """
 
     function: Callable[..., Any]
     parts: tuple[tuple[Expr, int], ...]
     shape: tuple[int, ...]
     parameters: tuple[tuple[str, Any], ...] = field(default=())
-    stored: StoredForm | None = field(default=None, repr=False, compare=False)
+    held: StoredForm | None = field(default=None, repr=False, compare=False)
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
@@ -199,12 +203,12 @@ class _Weight:
         """Whether there are zero points or an order of columns."""
         return any(c.suffix.endswith(("zero_point", "qzeros", "g_idx")) for c, _ in self.beside)
 
-    def refused(self, why: str = "") -> RefusedError:
+    def refused(self, why: str = "") -> UnknownFormError:
         form = method(self.config) or self.expr.dtype
-        return RefusedError(
+        return UnknownFormError(
             f"{self.name} is stored as {form}{why}, which is not dequantised here",
-            "dequantise it first with the tool that made it; FP8, MXFP4, NVFP4 and symmetric integers of"
-            " compressed-tensors are read as they are",
+            "dequantise it first with the tool that made it; FP8, MXFP4, NVFP4, integers of compressed-tensors,"
+            " GPTQ and AWQ are read as they are",
         )
 
 
@@ -230,8 +234,8 @@ def _values(weight: _Weight) -> Expr:
     if weight.suffix == "_blocks":
         shape = (*expr.shape[:-2], expr.shape[-2] * expr.shape[-1] * 2)
         values = _scaled(weight, fp4_values, shape, scale, "e2m1", 4)
-        assert isinstance(values, Dequantised) and values.stored is not None
-        return transpose(replace(values, stored=replace(values.stored, transposed=True)))  # gpt-oss: plain [E, in, out]
+        assert isinstance(values, Dequantised) and values.held is not None
+        return transpose(replace(values, held=replace(values.held, transposed=True)))  # gpt-oss: plain [E, in, out]
     return _scaled(weight, fp4_values, _wider(expr, 2), scale, "e2m1", 4, over=over, under=under)
 
 

@@ -42,14 +42,18 @@ def opened(plan: Plan, only: Collection[str] | None = None) -> Plan:
     return replace(plan, tensors=tensors, shard_of={name: plan.shard_of[old.get(name, name)] for name in tensors})
 
 
-def with_weights_opened(
-    plan: Plan, only: Collection[str], requantize: Requantize, edit: Callable[[Plan], Plan]
-) -> Plan:
-    """Return `edit(plan)`, the edit seeing the weights `only` as float32 and the result having them as they came.
+def quantised_experts(plan: Plan) -> set[str]:
+    """Return the quantised weights of routed experts, by the names of their main tensors."""
+    members = (member for block in plan.anatomy.blocks for member in block.members)
+    return {m.name for m in members if m.part and m.stem.main and plan.tensors[m.name].dtype not in PLAIN_FLOATS}
 
-    With "none" they, and all others of the model, become plain weights of the config's dtype.
+
+def with_experts_opened(plan: Plan, requantize: Requantize, edit: Callable[[Plan], Plan]) -> Plan:
+    """Return `edit(plan)`, the edit seeing the experts' weights as float32, and the result having them as they came.
+
+    With "none" all weights of the model become plain ones of the config's dtype.
     """
-    before = opened(plan, None if requantize == "none" else only)
+    before = opened(plan, None if requantize == "none" else quantised_experts(plan))
     return edit(plan) if before is plan else written_back(edit(before), before, requantize)
 
 
@@ -60,8 +64,7 @@ def written_back(edited: Plan, before: Plan, requantize: Requantize = "as-source
     """
     if requantize == "none":
         return _plain(edited, before)
-    forms = {name: origin for name, expr in before.tensors.items() if (origin := _origin(expr)) is not None}
-    stored = _Stored(edited, forms)
+    stored = _Stored(edited, before)
     tensors: dict[str, Expr] = {}
     shard_of: dict[str, str] = {}
     for name in edited.tensors:
@@ -76,13 +79,18 @@ def written_back(edited: Plan, before: Plan, requantize: Requantize = "as-source
     return replace(edited, tensors=tensors, shard_of=shard_of, steps=(*edited.steps[:-1], step))
 
 
+def is_quantised(plan: Plan) -> bool:
+    """Whether an opened plan has weights that were quantised."""
+    return any(_origin(expr) is not None for expr in plan.tensors.values())
+
+
 def _plain(edited: Plan, before: Plan) -> Plan:
     """Return the plan with weights that were quantised in the dtype that the config names."""
     stated = edited.anatomy.settings.first(DTYPE_KEYS)
     dtype = BY_CONFIG_NAME.get(str(stated), "BF16")
     quantised = {name for name, expr in before.tensors.items() if _origin(expr) is not None}
     tensors = {
-        name: cast(expr, dtype) if name in quantised or _first_origin(expr) is not None else expr
+        name: cast(expr, dtype) if name in quantised or first_origin(expr) is not None else expr
         for name, expr in edited.tensors.items()
     }
     files = {**edited.files, **without_quantisation_files(edited.checkpoint, edited.files)}
@@ -92,12 +100,12 @@ def _plain(edited: Plan, before: Plan) -> Plan:
 def _origin(expr: Expr) -> Dequantised | None:
     """Return the dequantised weight that an expression is, [out, in] or [in, out]."""
     expr = expr.of if isinstance(expr, Transposed) else expr
-    return expr if isinstance(expr, Dequantised) and expr.stored is not None else None
+    return expr if isinstance(expr, Dequantised) and expr.held is not None else None
 
 
-def _first_origin(expr: Expr) -> Dequantised | None:
+def first_origin(expr: Expr) -> Dequantised | None:
     """Return the first dequantised weight that an expression is computed from."""
-    return _origin(expr) or next((found for part in expr.inputs if (found := _first_origin(part)) is not None), None)
+    return _origin(expr) or next((found for part in expr.inputs if (found := first_origin(part)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -146,8 +154,9 @@ class _Matrix:
 class _Stored:
     """The tensors that an edited plan's weights are stored as."""
 
-    def __init__(self, plan: Plan, forms: Mapping[str, Dequantised]) -> None:
-        self.plan, self.forms = plan, forms
+    def __init__(self, plan: Plan, before: Plan) -> None:
+        self.plan, self.before = plan, before
+        self._forms: dict[str, Dequantised | None] = {}
         self.rounded: Counter[str] = Counter()  # matrices by their form
         self.kept = 0
 
@@ -166,15 +175,16 @@ class _Stored:
         """The matrices of each weight that is stored quantised."""
         found = {}
         for name, expr in self.plan.tensors.items():
-            form = self._form(name, expr)
+            form = self._form(name)
             if form is not None:
-                found[name] = list(self._matrices_of(expr, self.forms.get(name)))
+                found[name] = list(self._matrices_of(expr, form if name in self.before.tensors else None))
         return found
 
-    def _form(self, name: str, expr: Expr) -> Dequantised | None:
-        if name in self.forms:
-            return self.forms[name]
-        return _first_origin(expr) if expr.dtype in PLAIN_FLOATS else None
+    def _form(self, name: str) -> Dequantised | None:
+        """Return the weight whose form a tensor takes: that of its name, or the first that it is computed from."""
+        if name not in self._forms:
+            self._forms[name] = first_origin(self.before.tensors.get(name, self.plan.tensors[name]))
+        return self._forms[name]
 
     def _matrices_of(self, expr: Expr, own: Dequantised | None) -> Iterator[_Matrix]:
         size = element_count(expr.shape[-2:])
@@ -199,23 +209,20 @@ class _Stored:
 
     def _joined(self, name: str) -> list[str]:
         """Return the weights whose second scale is to be that of `name`."""
-        form = self._form(name, self.plan.tensors[name])
-        if form is None or form.stored is None or not form.stored.overall:
+        form = self._form(name)
+        if form is None or form.held is None or not form.held.overall:
             return []
-        module = name.rpartition(".")[0].rpartition(".")[2]
-        group = next((group for group in _JOINED if module in group), ())
-        others = [name.replace(f".{module}.", f".{other}.") for other in group if other != module]
-        return [other for other in others if len(self._matrices.get(other, ())) == len(self._matrices[name])]
+        return [n for n in joined_with(name) if len(self._matrices.get(n, ())) == len(self._matrices[name])]
 
     def tensors_of(self, name: str) -> dict[str, Expr]:
         """Return what a tensor of the plan is stored as, by name."""
         expr = self.plan.tensors[name]
-        form = self._form(name, expr)
+        form = self._form(name)
         if form is None:
             return {name: expr}
-        assert form.stored is not None
+        assert form.held is not None
         matrices = self._matrices[name]
-        base = _base(name, form.stored)
+        base = _base(name, form.held)
         if name not in self._touched:
             self.kept += len(matrices)
             parts = _unchanged(name, matrices)
@@ -231,21 +238,21 @@ class _Stored:
         shape = expr.shape[-2:]
         if len(expr.shape) > 2:
             expr = reshape(Slice(expr, number, number + 1), shape)
-        form = self._form(name, expr)
+        form = self._form(name)
         assert form is not None
-        assert form.stored is not None
-        return cast(transpose(expr) if form.stored.transposed else expr, "F32")
+        assert form.held is not None
+        return cast(transpose(expr) if form.held.transposed else expr, "F32")
 
     def _quantised(self, name: str, form: Dequantised, number: int, stacked: bool) -> dict[str, Expr]:
         """Return the tensors of one matrix, by suffix; with a first axis of 1 where they are stacked."""
-        matrix, stored = self._matrices[name][number], form.stored
+        matrix, stored = self._matrices[name][number], form.held
         assert stored is not None
         near = matrix.origin
-        if matrix.same and near is not None and near.stored is not None and not stored.overall:
+        if matrix.same and near is not None and near.held is not None and not stored.overall:
             self.kept += 1
             return _sliced(name, near, matrix.index)
         self.rounded[str(stored.form)] += 1
-        like = near if near is not None and near.stored is not None and near.stored.form == stored.form else None
+        like = near if near is not None and near.held is not None and near.held.form == stored.form else None
         held = _sliced(name, like or form, matrix.index if like is not None else 0)
         old = _old(held, stored, near.shape[-2] if near is not None else 0) if like is not None else {}
         overall: Expr | None = None
@@ -268,16 +275,23 @@ class _Stored:
         scales: list[Expr] = []
         for member in group:
             near = self._matrices[member][number]
-            own = self._form(member, self.plan.tensors[member])
-            if near.origin is not None and near.origin.stored is not None and own is not None and own.stored is not None:
-                if near.origin.stored.form == own.stored.form:
-                    scales.append(_sliced(member, near.origin, near.index)[own.stored.scale])
-        form = self._form(name, self.plan.tensors[name])
+            own = self._form(member)
+            if near.origin is not None and near.origin.held is not None and own is not None and own.held is not None:
+                if near.origin.held.form == own.held.form:
+                    scales.append(_sliced(member, near.origin, near.index)[own.held.scale])
+        form = self._form(name)
         assert form is not None
-        assert form.stored is not None
+        assert form.held is not None
         values = tuple(self._values(member, number) for member in group)
         known = len(scales) == len(group)
-        return OverallScale(name, values, form.stored.form, old, tuple(scales) if known else ())
+        return OverallScale(name, values, form.held.form, old, tuple(scales) if known else ())
+
+
+def joined_with(name: str) -> list[str]:
+    """Return the names of the weights that engines join with a weight to one matrix."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    group = next((group for group in _JOINED if module in group), ())
+    return [name.replace(f".{module}.", f".{other}.") for other in group if other != module]
 
 
 def _base(name: str, stored: StoredForm) -> str:
@@ -307,12 +321,12 @@ def _nearest(run: _Run) -> tuple[Dequantised | None, int]:
 
 def _sliced(name: str, origin: Dequantised, index: int) -> dict[str, Expr]:
     """Return the tensors of one matrix of a stored weight by suffix, with a first axis of 1 where it is a stack."""
-    assert origin.stored is not None
+    assert origin.held is not None
     count = origin.numel // element_count(origin.shape[-2:])
     if len(origin.shape) == 2:
-        return dict(origin.stored.tensors)
+        return dict(origin.held.tensors)
     parts = {}
-    for suffix, expr in origin.stored.tensors.items():
+    for suffix, expr in origin.held.tensors.items():
         if not expr.shape or expr.shape[0] != count:
             raise RefusedError(
                 f"{name}: its {suffix} is one for all experts, which do not change alike",
@@ -327,10 +341,10 @@ def _unchanged(name: str, matrices: list[_Matrix]) -> dict[str, Expr]:
     origins = {id(m.origin): m.origin for m in matrices}
     (origin, *more) = origins.values()
     assert origin is not None
-    assert origin.stored is not None
+    assert origin.held is not None
     count = origin.numel // element_count(origin.shape[-2:])
     if not more and [m.index for m in matrices] == list(range(count)):
-        return dict(origin.stored.tensors)
+        return dict(origin.held.tensors)
     each = [_sliced(name, m.origin, m.index) for m in matrices if m.origin is not None]
     return {suffix: concat([part[suffix] for part in each]) for suffix in each[0]}
 
