@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--heldout", type=Path, nargs="+", required=True)
     parser.add_argument("--forms", nargs="+", default=["fp8-block", "int4"])
+    parser.add_argument("--rows", nargs="+", default=[""], help="edits to measure, by what they begin with")
     parser.add_argument("--tokens", type=int, default=24_576)
     parser.add_argument("--limit", type=int, default=10)
     options = parser.parse_args()
@@ -73,7 +74,7 @@ def main() -> None:
     experts, top_k = plain.anatomy.experts, plain.anatomy.settings.top_k
     if not stats.exists():
         run = read_calibration(RunSettings(), plain, options.text, options.tokens)
-        collect(run.engine(), run.calibration, top_k=[top_k + 1]).save(stats)
+        collect(RunSettings().engine(plain), run.windows, [top_k + 1]).save(stats)
     adapter = options.folder / "adapter"
     make_adapter(options.model, adapter)
     known = str(stats)
@@ -89,22 +90,26 @@ def main() -> None:
         f"drop {experts} to {fewer}": lambda model: apply(
             plan_of(open_checkpoint(model)), "drop-experts", count=experts // 4, stats=known
         ),
-        "the same, refit down": refit,
         f"rescale {top_k} to {top_k + 1}, in the weights": lambda model: apply(
             plan_of(open_checkpoint(model)), "rescale", top_k=top_k + 1, scale="measured", stats=known, where="weights"
         ),
         f"merge-experts {experts} to {fewer}": lambda model: apply(
-            plan_of(open_checkpoint(model)), "merge-experts", to=fewer, stats=known
+            plan_of(open_checkpoint(model)), "merge-experts", to=fewer
         ),
         "LoRA": lambda model: merged(model, f"+{adapter}"),
         "merge with its LoRA": lambda model: merged(model, "", f"+{adapter}", method="linear"),
+        f"drop {experts} to {fewer}, refit down": refit,
     }
     models = {"plain": options.model}
     for form in options.forms:
         models[form] = options.folder / f"{options.model.name}-{form}"
         write_plan(apply(plain, "convert", quantize=form), models[form], WriteOptions(force=True, durable=False))
-    print("| edit |", " | ".join(f"{name}, loss" for name in models), "| what quantising adds, with the 95 % interval |")
+    print(
+        "| edit |", " | ".join(f"{name}, loss" for name in models), "| what quantising adds, with the 95 % interval |"
+    )
     for edit, make in edits.items():
+        if not edit.startswith(tuple(options.rows)):
+            continue
         found = {}
         for name, model in models.items():
             plan = make(model)
@@ -119,7 +124,12 @@ def main() -> None:
             difference = np.asarray(found[name].by_window) - np.asarray(base.by_window)
             low, high = interval(difference, base.window_tokens)
             added.append(f"{name} {found[name].nats - base.nats:+.4f} ({low:+.4f} to {high:+.4f})")
-        print(f"| {edit} |", " | ".join(f"{loss.nats:.4f}" for loss in found.values()), f"| {', '.join(added)} |", flush=True)
+        print(
+            f"| {edit} |",
+            " | ".join(f"{loss.nats:.4f}" for loss in found.values()),
+            f"| {', '.join(added)} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

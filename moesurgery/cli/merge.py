@@ -44,4 +44,6 @@ def merge_command(
         check_device(device)
     check_recipe_file(recipe)
     operation = load_merge_recipe(recipe)
-    _writing.carry_out(replace(operation, max_shard_size=flags.shard_bytes, device=device, requantize=requantize), flags)
+    _writing.carry_out(
+        replace(operation, max_shard_size=flags.shard_bytes, device=device, requantize=requantize), flags
+    )

@@ -30,7 +30,7 @@ from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
 from moesurgery.merge.tokenizer_union import MergedTokenizer, is_kept
 from moesurgery.moe.canonical_names import is_expert
 from moesurgery.plan.plan import Plan, Step
-from moesurgery.plan.requantise import Requantize, first_origin, is_quantised, written_back
+from moesurgery.plan.requantise import Requantize, first_origin, was_quantised, written_back
 from moesurgery.plan.side_files import refuse_named_layers, without_quantisation_files
 
 _RANK = ("BF16", "F16", "F32", "F64")
@@ -114,7 +114,7 @@ class _Merger:
     def _written_back(self) -> bool:
         """Whether weights are stored in the quantised form that they have in the donor."""
         as_source = self.requantize == "as-source" and self.stage.dtype is None
-        return as_source and is_quantised(self.sources.donor.plan)
+        return as_source and was_quantised(self.sources.donor.plan)
 
     # Expressions
 

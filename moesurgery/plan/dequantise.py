@@ -161,7 +161,9 @@ def dequantised(
         if not beside or stem.bias or expr.dtype in PLAIN_FLOATS:
             tensors[name] = expr
             continue
-        plain = stem.base + {".weight_packed": ".weight", ".qweight": ".weight", "_blocks": ""}.get(stem.suffix, stem.suffix)
+        plain = stem.base + {".weight_packed": ".weight", ".qweight": ".weight", "_blocks": ""}.get(
+            stem.suffix, stem.suffix
+        )
         tensors[plain] = cast(_values(_Weight(name, expr, stem.suffix, beside, plan.config)), dtype)
         if plain != name:
             renamed[name] = plain
@@ -234,7 +236,8 @@ def _values(weight: _Weight) -> Expr:
     if weight.suffix == "_blocks":
         shape = (*expr.shape[:-2], expr.shape[-2] * expr.shape[-1] * 2)
         values = _scaled(weight, fp4_values, shape, scale, "e2m1", 4)
-        assert isinstance(values, Dequantised) and values.held is not None
+        assert isinstance(values, Dequantised)
+        assert values.held is not None
         return transpose(replace(values, held=replace(values.held, transposed=True)))  # gpt-oss: plain [E, in, out]
     return _scaled(weight, fp4_values, _wider(expr, 2), scale, "e2m1", 4, over=over, under=under)
 
@@ -247,7 +250,9 @@ def _of_packed(weight: _Weight, scale: Expr) -> Expr:
     if len(fitting) > 1 or 32 % bits:
         raise weight.refused(" with bits that its shape does not tell")
     if not weight.has_offsets:
-        return _scaled(weight, packed_values, _wider(expr, 32 // bits), scale, "int", bits, parameters=(("bits", bits),))
+        return _scaled(
+            weight, packed_values, _wider(expr, 32 // bits), scale, "int", bits, parameters=(("bits", bits),)
+        )
     zero, columns = weight.named(".weight_zero_point"), weight.named(".weight_g_idx")
     codes = UnpackedCodes(expr, bits)
     if len(codes.shape) != 2:
@@ -293,7 +298,12 @@ def _of_integers(
     groups = scale.shape[1]
     if scale.shape[0] != out or width % groups or (zeros is not None and zeros.shape != scale.shape):
         raise weight.refused(f" with scales {list(scale.shape)} for {[out, width]}")
-    parts = [(codes, 1), (scale, 1), *([] if zeros is None else [(zeros, 1)]), *([] if columns is None else [(columns, 0)])]
+    parts = [
+        (codes, 1),
+        (scale, 1),
+        *([] if zeros is None else [(zeros, 1)]),
+        *([] if columns is None else [(columns, 0)]),
+    ]
     form = Form("int", bits, 1, width // groups, scale.dtype, zeros=zeros is not None, less=less, fixed=fixed)
     ends = {c.suffix for c, _ in weight.beside}
     stored = StoredForm(
@@ -347,6 +357,7 @@ def _scaled(
         tall or shape[-2],
         wide,
         scale.dtype,
+        powers=quantisation_config(weight.config).get("scale_fmt") == "ue8m0",
         signed=weight.expr.dtype == "I8" and numbers == "int",
         overall="" if overall is None else "times" if under is None else "over",
     )
@@ -424,7 +435,14 @@ def packed_values(width: int, packed: torch.Tensor, scale: torch.Tensor, bits: i
 
 
 def integer_values(
-    width: int, codes: torch.Tensor, scale: torch.Tensor, *more: torch.Tensor, wide: int, middle: int, zeros: bool, less: int
+    width: int,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    *more: torch.Tensor,
+    wide: int,
+    middle: int,
+    zeros: bool,
+    less: int,
 ) -> torch.Tensor:
     """Return integers [rows, width] (U8) less their zero points, times their scales [rows, width / wide].
 

@@ -10,6 +10,7 @@ whose scales these are (range / (2^bits - 1) for integers; a power of two from 7
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -28,9 +29,10 @@ _HALF_STEP_ABOVE = {"e4m3": 464.0, "e5m2": 61440.0, "e2m1": 7.0}  # the largest 
 class Form:
     """How matrices [..., out, in] are stored.
 
-    `numbers`: what a code of `bits` is; integers count from 0 on, or, `signed`, from half their range below. `tall` by `wide`: the block that shares a scale of
-    `scale_dtype`. `zeros`: each block has a zero point of its own, stored less `less`, else it is
-    half the range, and so is that of new ones where it is `fixed`. `overall`: what a second scale, for the whole matrix, does to the first.
+    `numbers`: what a code of `bits` is; integers count from 0 on, or, `signed`, from half their range below. `tall` by
+    `wide`: the block that shares a scale of `scale_dtype`; with `powers` scales are powers of two in any dtype.
+    `zeros`: each block has a zero point of its own, stored less `less`, else it is half the range, and so are new ones
+    where it is `fixed`. `overall`: what a second scale, for the whole matrix, does to the first.
     """
 
     numbers: Numbers
@@ -41,6 +43,7 @@ class Form:
     zeros: bool = False
     less: int = 0
     fixed: bool = False
+    powers: bool = False
     signed: bool = False
     overall: Literal["", "times", "over"] = ""
 
@@ -102,7 +105,7 @@ def _e2m1_table() -> torch.Tensor:
     values = (upper << 16).view(torch.float32)
     # Ties go to the even code: the boundary belongs to the code below where that is even.
     above = torch.zeros(1 << 16, dtype=torch.uint8)
-    for code, (low, high) in enumerate(zip(MAGNITUDES, MAGNITUDES[1:], strict=False)):
+    for code, (low, high) in enumerate(itertools.pairwise(MAGNITUDES)):
         middle = (low + high) / 2
         above += (values.abs() > middle) if code % 2 == 0 else (values.abs() >= middle)
     return above | ((upper >> 12) & 8).to(torch.uint8)
@@ -209,6 +212,9 @@ def _fresh(
         _, exponent = torch.frexp(most / form.limit)
         exponent = (exponent + 127).clamp_(0, 254).masked_fill_(most == 0, 0).to(torch.uint8)
         return exponent.view(torch.float8_e8m0fnu) if form.scale_dtype == "F8_E8M0" else exponent, None
+    elif form.powers:
+        mantissa, exponent = torch.frexp(most / form.limit)
+        exact = torch.ldexp(torch.where(mantissa == 0, 0.0, 1.0), exponent)
     else:
         exact = most / form.largest
     if overall is not None:

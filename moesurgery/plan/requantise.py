@@ -1,7 +1,7 @@
 """Quantised weights that an edit computes on: opened as float32, and stored again in the form that they came in.
 
 Only matrices that the edit changed are quantised again; all others keep their bytes, wherever the edit put them. So an
-operation is written for plain weights, and `with_weights_opened` lets it work on quantised ones.
+operation is written for plain weights, and `with_experts_opened` lets it work on quantised ones.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def written_back(edited: Plan, before: Plan, requantize: Requantize = "as-source
     return replace(edited, tensors=tensors, shard_of=shard_of, steps=(*edited.steps[:-1], step))
 
 
-def is_quantised(plan: Plan) -> bool:
+def was_quantised(plan: Plan) -> bool:
     """Whether an opened plan has weights that were quantised."""
     return any(_origin(expr) is not None for expr in plan.tensors.values())
 
@@ -186,13 +186,25 @@ class _Stored:
             self._forms[name] = first_origin(self.before.tensors.get(name, self.plan.tensors[name]))
         return self._forms[name]
 
+    def _held(self, name: str) -> StoredForm:
+        """Return how a weight that is quantised is stored."""
+        form = self._form(name)
+        assert form is not None
+        assert form.held is not None
+        return form.held
+
     def _matrices_of(self, expr: Expr, own: Dequantised | None) -> Iterator[_Matrix]:
         size = element_count(expr.shape[-2:])
         for number in range(expr.numel // size if size else 0):
             runs = list(_runs(expr, number * size, (number + 1) * size))
             run = runs[0]
             origin = _origin(run.expr)
-            if len(runs) == 1 and origin is not None and run.expr.shape[-2:] == expr.shape[-2:] and run.start % size == 0:
+            if (
+                len(runs) == 1
+                and origin is not None
+                and run.expr.shape[-2:] == expr.shape[-2:]
+                and run.start % size == 0
+            ):
                 yield _Matrix(origin, run.start // size, True)
                 continue
             near, index = _nearest(run)
@@ -209,8 +221,7 @@ class _Stored:
 
     def _joined(self, name: str) -> list[str]:
         """Return the weights whose second scale is to be that of `name`."""
-        form = self._form(name)
-        if form is None or form.held is None or not form.held.overall:
+        if self._form(name) is None or not self._held(name).overall:
             return []
         return [n for n in joined_with(name) if len(self._matrices.get(n, ())) == len(self._matrices[name])]
 
@@ -220,9 +231,8 @@ class _Stored:
         form = self._form(name)
         if form is None:
             return {name: expr}
-        assert form.held is not None
         matrices = self._matrices[name]
-        base = _base(name, form.held)
+        base = _base(name, self._held(name))
         if name not in self._touched:
             self.kept += len(matrices)
             parts = _unchanged(name, matrices)
@@ -238,10 +248,7 @@ class _Stored:
         shape = expr.shape[-2:]
         if len(expr.shape) > 2:
             expr = reshape(Slice(expr, number, number + 1), shape)
-        form = self._form(name)
-        assert form is not None
-        assert form.held is not None
-        return cast(transpose(expr) if form.held.transposed else expr, "F32")
+        return cast(transpose(expr) if self._held(name).transposed else expr, "F32")
 
     def _quantised(self, name: str, form: Dequantised, number: int, stacked: bool) -> dict[str, Expr]:
         """Return the tensors of one matrix, by suffix; with a first axis of 1 where they are stacked."""
@@ -272,19 +279,14 @@ class _Stored:
     def _overall(self, name: str, number: int, old: Expr | None) -> Expr:
         """Return the second scale of a matrix, which those that are joined with it have, too."""
         group = [name, *self._joined(name)]
+        form = self._held(name).form
         scales: list[Expr] = []
         for member in group:
             near = self._matrices[member][number]
-            own = self._form(member)
-            if near.origin is not None and near.origin.held is not None and own is not None and own.held is not None:
-                if near.origin.held.form == own.held.form:
-                    scales.append(_sliced(member, near.origin, near.index)[own.held.scale])
-        form = self._form(name)
-        assert form is not None
-        assert form.held is not None
+            if near.origin is not None and near.origin.held is not None and near.origin.held.form == form:
+                scales.append(_sliced(member, near.origin, near.index)[near.origin.held.scale])
         values = tuple(self._values(member, number) for member in group)
-        known = len(scales) == len(group)
-        return OverallScale(name, values, form.held.form, old, tuple(scales) if known else ())
+        return OverallScale(name, values, form, old, tuple(scales) if len(scales) == len(group) else ())
 
 
 def joined_with(name: str) -> list[str]:

@@ -10,7 +10,7 @@ from moesurgery.recipe.parameters import Param
 WrittenBack = Annotated[
     Requantize,
     Param(
-        "quantised weights that change are stored again in the form that they came in (as-source), or the whole model as"
-        " plain weights (none)"
+        "quantised weights that change are stored again in the form that they came in (as-source), or the whole model"
+        " as plain weights (none)"
     ),
 ]

@@ -80,7 +80,9 @@ def convert(
         changed, what = _for_client(changed, CLIENTS[client], layout)
         done.append(what)
     if quantize is not None:
-        if not stays_fused(changed, quantize) and any(b.layout and b.layout.kind == "fused" for b in changed.anatomy.blocks):
+        if not stays_fused(changed, quantize) and any(
+            b.layout and b.layout.kind == "fused" for b in changed.anatomy.blocks
+        ):
             changed, what = _relaid(changed, "per-expert")
             done.append(what)
         changed, what = quantised_linears(changed, quantize, linears or "experts", _NAME)

@@ -48,7 +48,7 @@ from moesurgery.surgery.group_experts import (
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics:
     """Return what text is asked for. What is refused whatever the text says is refused first."""
     given = {name: value for name, value in values.items() if name in ("groups", "to", "router")}
-    _merged(plan, **{name: value for name, value in given.items() if name != "router"})
+    merge_experts(plan, **{name: value for name, value in given.items() if name != "router"})
     merger(plan, **given)
     return NeededStatistics(every_expert="to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT)
 

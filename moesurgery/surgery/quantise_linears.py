@@ -1,9 +1,10 @@
 """Plain weights quantised by rounding to the nearest step, in forms that transformers, vLLM and SGLang read.
 
 Without calibration: `fp8` (E4M3, a scale per output, activations by token at run time), `int4` (groups of 32,
-symmetric), `mxfp4` and `nvfp4` (weights alone) as compressed-tensors stores them; `fp8-block` (128 x 128) as DeepSeek-V3
-and Qwen3 are published; `mxfp4` of gpt-oss in its own form. What stays plain is listed by name in config.json: routers,
-norms, embeddings, the head, what stands beside the language model, and what a form's groups do not divide.
+symmetric), `mxfp4` and `nvfp4` (weights alone) as compressed-tensors stores them; `fp8-block` (128 x 128) as
+DeepSeek-V3 and Qwen3 are published; `mxfp4` of gpt-oss in its own form. What stays plain is listed by name in
+config.json: routers, norms, embeddings, the head, what stands beside the language model, and what a form's groups do
+not divide.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr
 from moesurgery.expr.tensors import Constant, Full, transpose
 from moesurgery.families import components
-from moesurgery.families.anatomy import BlockTensor
 from moesurgery.plan.dequantise import StoredForm
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.plan.quantised_form import Form
@@ -35,7 +35,7 @@ _LINEAR_PARTS = (components.ATTENTION, components.SHARED, components.DENSE_FFN, 
 
 @dataclass(frozen=True)
 class _Target:
-    """A form of `convert --quantize`: the groups of inputs that it needs, endings of names, and what config.json says."""
+    """A form of `convert --quantize`: the groups of inputs that it needs, endings of names, what config.json says."""
 
     form: Form
     group: int
@@ -76,7 +76,10 @@ _TARGETS: dict[str, _Target] = {
         "U8",
         "nvfp4-pack-quantized",
         {
-            **{"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group",
+            "group_size": 16,
             "scale_dtype": "torch.float8_e4m3fn",
         },
     ),
@@ -119,8 +122,8 @@ def quantised_linears(plan: Plan, name: QuantisedAs, linears: Linears, operation
     if bad := experts.intersection(odd) or experts.difference(chosen):
         some = min(bad)
         raise RefusedError(
-            f"{operation}: {some} is {list(plan.tensors[some].shape)}: {name} wants linear layers [out, in] whose inputs"
-            f" divide into groups of {target.group}",
+            f"{operation}: {some} is {list(plan.tensors[some].shape)}: {name} wants linear layers [out, in] whose"
+            f" inputs divide into groups of {target.group}",
             "fp8 and fp8-block have no groups" if target.group > 1 else None,
         )
     quantised = {n for n in chosen if n not in odd}
@@ -139,7 +142,11 @@ def _is_linear(plan: Plan, name: str) -> bool:
     expr, anatomy = plan.tensors[name], plan.anatomy
     part = anatomy.component[name]
     if part == components.MTP:  # experts of prediction layers are quantised with the others
-        part = components.ROUTED if any(m.name == name and m.part for b in anatomy.blocks if b.mtp for m in b.members) else part
+        part = (
+            components.ROUTED
+            if any(m.name == name and m.part for b in anatomy.blocks if b.mtp for m in b.members)
+            else part
+        )
     return (
         part in _LINEAR_PARTS
         and name.endswith(".weight")
@@ -189,7 +196,9 @@ def _settings(plan: Plan, target: _Target, quantised: set[str]) -> dict[str, Any
             "modules_to_not_convert": _with_head(plain),
         }
     linears = [module for module in plain if len(plan.tensors[f"{module}.weight"].shape) == 2]
-    embeddings = {n.removesuffix(".weight") for n, part in plan.anatomy.component.items() if part == components.EMBEDDING}
+    embeddings = {
+        n.removesuffix(".weight") for n, part in plan.anatomy.component.items() if part == components.EMBEDDING
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": target.format,

@@ -26,7 +26,7 @@ from moesurgery.plan.plan import Plan, Step
 from moesurgery.plan.quantised_form import MAGNITUDES, Form, quantise
 from moesurgery.plan.requantise import opened, written_back
 from moesurgery.recipe.registry import apply
-from tests.quantise import FORMS, bits_at, make_form, make_mxfp4, near_one, rewrite, words
+from tests.quantise import FORMS, bits_at, make_mxfp4, near_one, rewrite, words
 from tests.tiny import read_tensors, same_bits
 from tests.unit.families.test_quantised import forms, plain_model  # noqa: F401
 
@@ -74,7 +74,9 @@ def changed(plan: Plan, back: Plan) -> Iterator[str]:
 @pytest.mark.parametrize("step", [None, 1])
 def test_what_is_decoded_is_encoded_to_the_same_bits(forms: Any, name: str, step: int | None) -> None:  # noqa: F811
     plan, back = edited(forms(name), Recomputed)
-    computed = [n for n in changed(plan, back) if not n.endswith(("shape", "input_scale", "input_global_scale", "g_idx"))]
+    computed = [
+        n for n in changed(plan, back) if not n.endswith(("shape", "input_scale", "input_global_scale", "g_idx"))
+    ]
     assert computed
     for tensor in computed:
         assert same_bits(values(back.tensors[tensor], step), values(plan.tensors[tensor])), tensor
@@ -183,7 +185,9 @@ CT: dict[str, tuple[str, dict[str, Any]]] = {
 def decompressed(name: str, stored: dict[str, torch.Tensor], base: str) -> torch.Tensor:
     kind, weights = CT[name]
     state = {n[len(base) + 1 :]: t for n, t in stored.items() if n.startswith(f"{base}.")}
-    state["weight_scale"] = state["weight_scale"].float() if name != "nvfp4-compressed-tensors" else state["weight_scale"]
+    state["weight_scale"] = (
+        state["weight_scale"].float() if name != "nvfp4-compressed-tensors" else state["weight_scale"]
+    )
     found: torch.Tensor = BaseCompressor.get_value_from_registry(kind).decompress(state, scheme(**weights))["weight"]
     return found.float()
 
@@ -231,7 +235,9 @@ def test_zero_points_of_compressed_tensors(models: Any, tmp_path: Path, order: b
     settings |= {"config_groups": {"group_0": {"weights": args}}}
     with_parts(models, tmp_path / "m", parts, settings)
     ours = values(opened(plan_of(open_checkpoint(tmp_path / "m"))).tensors[f"{BASE}.weight"])
-    stored = {n.removeprefix(f"{BASE}."): t for n, t in read_tensors(tmp_path / "m").items() if n.startswith(f"{BASE}.")}
+    stored = {
+        n.removeprefix(f"{BASE}."): t for n, t in read_tensors(tmp_path / "m").items() if n.startswith(f"{BASE}.")
+    }
     for o in range(3):
         for i in range(ours.shape[1]):
             group = int(stored["weight_g_idx"][i]) if order else i // 8
@@ -272,7 +278,10 @@ def test_an_order_of_inputs_of_gptq(models: Any, tmp_path: Path) -> None:
         (
             Form("e2m1", 4, 1, 32, "U8"),
             {
-                **{"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "group",
+                "group_size": 32,
                 "scale_dtype": torch.uint8,
                 "zp_dtype": torch.uint8,
             },
@@ -298,7 +307,9 @@ def test_stacked_mxfp4_is_read_by_transformers(models: Any, tmp_path: Path) -> N
     plain, stored = read_tensors(source), read_tensors(tmp_path / "q")
     name = "model.layers.1.mlp.experts.down_proj"
     theirs = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
-    assert same_bits(values(dequantised(plan_of(open_checkpoint(tmp_path / "q")), "BF16")[0][name]), theirs.contiguous())
+    assert same_bits(
+        values(dequantised(plan_of(open_checkpoint(tmp_path / "q")), "BF16")[0][name]), theirs.contiguous()
+    )
     assert float((theirs.float() - plain[name].float()).norm() / plain[name].float().norm()) < 0.13
 
 
