@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -96,27 +96,16 @@ class Form:
         return torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)])[codes.long()] if self.bits == 4 else codes.float()
 
 
-@cache
-def _e2m1_table() -> torch.Tensor:
-    """Return the code of E2M1 by the upper 16 bits of a float32, the lowest of which tells whether more follows."""
-    import torch
-
-    upper = torch.arange(1 << 16, dtype=torch.int32)
-    values = (upper << 16).view(torch.float32)
-    # Ties go to the even code: the boundary belongs to the code below where that is even.
-    above = torch.zeros(1 << 16, dtype=torch.uint8)
-    for code, (low, high) in enumerate(itertools.pairwise(MAGNITUDES)):
-        middle = (low + high) / 2
-        above += (values.abs() > middle) if code % 2 == 0 else (values.abs() >= middle)
-    return above | ((upper >> 12) & 8).to(torch.uint8)
-
-
 def _e2m1(scaled: torch.Tensor) -> torch.Tensor:
+    """Return the codes of E2M1: its steps are 1/2 up to 2, 1 up to 4, and 2 up to 6."""
     import torch
 
-    bits = scaled.view(torch.int32)
-    upper = ((bits >> 16) & 0xFFFF) | ((bits & 0xFFFF) != 0)
-    return _e2m1_table()[upper.long()]
+    sign = (scaled.view(torch.int32) >> 28) & 8
+    size = scaled.abs_()
+    code = size.clamp(max=2).mul_(2).round_()
+    code += (size - 2).clamp_(0, 2).round_()
+    code += size.sub_(4).mul_(0.5).clamp_(0, 1).round_()
+    return (code.to(torch.uint8) & 7) | sign.to(torch.uint8)
 
 
 def as_floats(scale: torch.Tensor) -> torch.Tensor:
