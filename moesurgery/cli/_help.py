@@ -13,12 +13,12 @@ from typer.models import ArgumentInfo, OptionInfo
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Look at a model": ("count-params", "inspect", "families"),
-    "Edit experts": ("rescale", "drop-experts", "merge-experts", "add-expert", "refit"),
+    "Edit experts": ("rescale", "drop-experts", "merge-experts", "slim-experts", "add-expert", "refit"),
     "Change the kind of model": ("upcycle", "to-dense", "tie-blocks", "convert"),
     "Several models": ("merge", "extract-lora"),
     "Measure": ("perplexity", "compare", "collect", "probe"),
     "Check": ("validate", "diff"),
-    "Recipes": ("run", "recipes", "schema"),
+    "Recipes and plans": ("run", "pack", "finish", "recipes", "schema", "keep-list"),
 }
 _OTHERS = "Others"
 
@@ -30,7 +30,8 @@ _PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Repair": ("refit", "ridge", "sweeps"),
     "Output": (
-        *("output", "force", "dry_run", "print_recipe", "max_shard_size", "link", "card", "no_fsync", "checksums"),
+        *("output", "force", "dry_run", "plan_only", "print_recipe", "max_shard_size", "link", "card", "no_fsync"),
+        *("checksums", "part", "finish", "share_with", "scheduler"),
         *("validate", "jobs", "as_json", "quiet", "picture", "report", "reports", "report_format"),
     ),
 }

@@ -10,13 +10,14 @@ import typer
 
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
-from moesurgery.cli._common_options import Force, Json, Picture, Quiet
+from moesurgery.cli._common_options import Force, Json, Picture, Quiet, SchedulerAddress
 from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
 from moesurgery.errors import OutputError
 from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.scheduler import Scheduler
 from moesurgery.stats.statistics_file import SUFFIX
 from moesurgery.whole_file import whole_file
 
@@ -40,6 +41,9 @@ def collect_command(
         bool,
         typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
     ] = False,
+    neurons: Annotated[
+        bool, typer.Option("--neurons", help="Also find which neurons of each expert matter: for slim-experts.")
+    ] = False,
     window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
@@ -49,6 +53,7 @@ def collect_command(
     apart: _run_options.Apart = False,
     assistant_only: _run_options.AssistantOnly = False,
     scratch: _run_options.ScratchFolder = None,
+    scheduler: SchedulerAddress = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time the first layer, and say what all of them will take.")
     ] = False,
@@ -60,13 +65,14 @@ def collect_command(
     """Run a model over calibration text once, and keep what says which expert does what.
 
     The file is small, and everything that chooses or scales experts by data takes it as a parameter: `rescale`,
-    `drop-experts`, `merge-experts`. The table says how far two halves of the text agree on who matters.
+    `drop-experts`, `merge-experts`, `slim-experts`. The table says how far two halves of the text agree on who matters.
     """
     console.quiet = quiet
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
     check_picture(picture)
+    workers = Scheduler(scheduler) if scheduler is not None else None
     plan = _run_options.subject(model)
     settings = RunSettings(window, None, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
@@ -75,8 +81,11 @@ def collect_command(
     if dry_run:
         _show_forecast(run, scratch, as_json=as_json)
         return
-    needed = NeededStatistics(top_k or (), recon or (), every_expert)
-    stats = run.statistics(needed, _run_options.reporter, scratch)
+    needed = NeededStatistics(top_k or (), recon or (), every_expert, neurons)
+    if workers is not None:
+        stats = run.statistics_of_workers(needed, _run_options.reporter, workers.executor)
+    else:
+        stats = run.statistics(needed, _run_options.reporter, scratch)
     stats.save(target)
     document = _document(stats, target)
     with whole_file(target.with_suffix(".json")) as new:
@@ -105,7 +114,8 @@ def _show_forecast(run: CalibrationRun, scratch: Path, *, as_json: bool) -> None
     from moesurgery.fitting.forecast import forecast
 
     devices, count = run.settings.devices, run.windows.count
-    expected = forecast(run.settings.engine(run.plan), run.windows, len(devices))
+    engines = run.settings.engines(run.plan, run.windows)
+    expected = forecast(engines[0], run.windows, len(engines))
     if as_json:
         console.json({"schema_version": 1, "tokens": count, "scratch": str(scratch), **asdict(expected)})
         return

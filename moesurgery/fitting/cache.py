@@ -6,7 +6,7 @@ ones reuses the files; where some differ, OutputError names them, and nothing is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,34 @@ from moesurgery.recipe.text_needs import NeededStatistics
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
+    from moesurgery.forward.engine import Engine
+    from moesurgery.stats.repair_file import RepairWriter
+    from moesurgery.surgery.choose_neurons import NeuronChoice
     from moesurgery.surgery.group_experts import Merger
 
-_SHOWN = ("apart", "assistant_only", "kind", "ridge", "sweeps", "text", "tokens", "window", "seed", "dtype")
-_DIGESTS = {"fingerprint": "another model", "edited": "another edit", "token_ids": "other windows of the text"}
+_SHOWN = (
+    *(
+        "apart",
+        "assistant_only",
+        "kind",
+        "ridge",
+        "sweeps",
+        "width",
+        "shared",
+        "dense",
+        "by",
+        "text",
+        "tokens",
+        "window",
+    ),
+    *("seed", "dtype"),
+)
+_DIGESTS = {
+    "fingerprint": "another model",
+    "edited": "another edit",
+    "token_ids": "other windows of the text",
+    "statistics": "other statistics",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,8 @@ class CalibrationCache:
             differs += [f"no choice of {r} experts by reconstruction" for r in needed.keep if r not in stats.recon]
             if needed.every_expert and not stats.every_expert:
                 differs.append("nothing of experts that were not chosen")
+            if needed.neurons and not stats.neurons:
+                differs.append("nothing of the neurons of experts")
             _check_same(target, "statistics", differs, f"collect again, --stats {target} to take them as they are,")
             self.reporter.note(f"{tokens} in {target} are used again")
         else:
@@ -70,31 +96,75 @@ class CalibrationCache:
             _check_same(target, "a fit", differs, "fit again,")
             self.reporter.note(f"{what} is used again from {target}")
         else:
-            engine = self.run.settings.engine(self.run.plan)
+            engine = self.run.settings.engine(self.run.plan, self.run.windows)
             with self.reporter.progress("fitting groups", engine.work(self.run.windows)) as progress:
                 fitted = fit_groups(engine, self.run.windows, merger, progress)
             save_group_fits(target, fitted, merger, self.run.about)
             self.reporter.note(f"{what} is in {target}")
         return str(target)
 
+    def neuron_fit(self, choice: NeuronChoice, ridge: float | None) -> str:
+        """Return the folder with the neurons that each FFN keeps, and their down-projections."""
+        from moesurgery.fitting.neuron_fit import fit_neurons
+
+        def fit(writer: RepairWriter) -> None:
+            engine = self.run.settings.engine(self.run.plan, self.run.windows)
+            with self.reporter.progress("fitting neurons", engine.work(self.run.windows)) as progress:
+                fit_neurons(engine, self.run.windows, choice, ridge, writer.add, progress)
+
+        about = self.run.about | {**choice.described, "ridge": "auto" if ridge is None else ridge}
+        return self._fitted(".fit", "fit", about, fit)
+
     def repair(self, edited: Plan, options: RepairOptions) -> str:
         """Return the folder of the repair of `edited`."""
-        from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.fitting.layer_fit import fit_layers
+        from moesurgery.forward.scratch import Scratch
+
+        about = self.run.about | {"edited": fingerprint(edited), **options.described()}
+        windows, devices = self.run.windows, {"devices": self.run.settings.devices}
+        scratch = Scratch(self._beside(".refit.scratch"), about | devices, self.reporter.note)
+        pair: list[Engine] = []
+
+        def fit(writer: RepairWriter) -> None:
+            scratch.entries = writer.layers
+            with self.reporter.progress("refitting", 2 * pair[0].work(windows)) as progress:
+                original, other = pair
+                fit_layers(
+                    original, other, windows, options, writer.add, progress, scratch=scratch, state=scratch.state
+                )
+            scratch.remove()
+
+        def kept() -> list[Any]:
+            pair.extend(self.run.settings.pair(self.run.plan, edited, windows))
+            state = scratch.load(pair)
+            return state.entries if state else []
+
+        return self._fitted(".refit", "repair", about, fit, kept)
+
+    def _fitted(
+        self,
+        ending: str,
+        what: str,
+        about: Mapping[str, Any],
+        fit: Callable[[RepairWriter], None],
+        kept: Callable[[], list[Any]] = list,
+    ) -> str:
+        """Return the folder that `fit` writes, now or in an earlier run with the same provenance `about`.
+
+        `kept` returns the entries of an unfinished one that `fit` goes on with.
+        """
+        from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.stats.repair_file import RepairWriter, open_repair
 
-        folder = self._beside(".refit")
-        about = self.run.about | {"edited": fingerprint(edited), **options.described()}
+        folder = self._beside(ending)
         if (folder / REPAIR_INDEX).exists() and not self.force:
-            _check_same(folder, "a repair", about_differences(open_repair(folder).about, about), "fit again,")
-            self.reporter.note(f"the repair in {folder} is used again")
+            _check_same(folder, f"a {what}", about_differences(open_repair(folder).about, about), "fit again,")
+            self.reporter.note(f"the {what} in {folder} is used again")
         else:
-            original, other = (self.run.settings.engine(plan) for plan in (self.run.plan, edited))
-            writer = RepairWriter(folder, force=self.force)
-            with self.reporter.progress("refitting", 2 * original.work(self.run.windows)) as progress:
-                fit_layers(original, other, self.run.windows, options, writer.add, progress)
+            writer = RepairWriter(folder, force=self.force, kept=kept())
+            fit(writer)
             writer.close(about)
-            self.reporter.note(f"the repair is in {folder}")
+            self.reporter.note(f"the {what} is in {folder}")
         return str(folder)
 
     def _beside(self, ending: str) -> Path:

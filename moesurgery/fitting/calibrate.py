@@ -84,10 +84,13 @@ class CalibrationOptions:
         kind: Any = (self.refit or usual) if self.text else "none"
         return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps)
 
-    def run_settings(self, seed: int, usual: str) -> RunSettings:
-        """Return how the model is run, `usual` being the kind of repair where none is asked for."""
+    def run_settings(self, seed: int, usual: str, *, fits: bool = False) -> RunSettings:
+        """Return how the model is run, `usual` being the kind of repair where none is asked for.
+
+        `fits`: weights are fitted, whether or not there is a repair.
+        """
         # The fitted changes are small relative to rounding errors, so "auto" is float32 for a repair, also on a GPU.
-        dtype = "float32" if self.dtype == AUTO and self.repair(usual) is not None else self.dtype
+        dtype = "float32" if self.dtype == AUTO and (fits or self.repair(usual) is not None) else self.dtype
         memory, apart = self.memory, self.apart
         return RunSettings(self.window, None, seed, self.device, dtype, memory, apart, self.assistant_only)
 
@@ -154,7 +157,8 @@ def calibrate(
         return Calibrated(apply(plan, operation, **values), (RecipeStep(operation, values),))
     if not declared.takes_statistics:
         raise RecipeError(f"{operation} has no parameter `stats`, so no text says anything of it", "leave text out")
-    settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair)
+    fits = declared.text.neurons is not None
+    settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair, fits=fits)
     settings.check()
     for name in _own_texts(declared, values):
         declared.text.statistics(plan, values)  # raises for an impossible edit before the model runs
@@ -170,7 +174,7 @@ def calibrate(
         run = read_calibration(settings, plan, options.text, options.tokens, keep_out)
         held_out = held_out or run.held_out
         cache = CalibrationCache(Path(output or f"{plan.checkpoint.name}-{operation}"), run, force, reporter)
-        values = _with_measured(values, declared.text, cache)
+        values = _with_measured(values, declared.text, cache, _number(options.ridge))
     measured = _Measured(settings, held_out, reporter)
     plans = {"original": plan}
     chosen: str | None = None
@@ -211,8 +215,9 @@ def _own_texts(operation: Operation, values: Values) -> list[str]:
     return [name for name in operation.text.own_text if name in values and not values[name].endswith(SUFFIX)]
 
 
-def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache) -> dict[str, Any]:
-    """Return the parameters with statistics and, for the groups that these give, a fit, where they are needed."""
+def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache, ridge: float | None) -> dict[str, Any]:
+    """Return the parameters with statistics and, for the groups that these give or for neurons, a fit, where they are
+    needed."""
     values, plan = dict(values), cache.run.plan
     statistics = needs.statistics(plan, values)
     if statistics is not None and "stats" not in values:
@@ -220,6 +225,9 @@ def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache) ->
     groups = needs.groups(plan, values) if needs.groups else None
     if groups is not None:
         values["fit"] = cache.group_fits(groups)
+    neurons = needs.neurons(plan, values) if needs.neurons else None
+    if neurons is not None:
+        values["fit"] = cache.neuron_fit(neurons, ridge)
     return values
 
 
@@ -263,13 +271,15 @@ class _Measured:
 
     def add(self, plans: Mapping[str, Plan]) -> None:
         """Measure the plans that were not measured yet."""
-        from moesurgery.forward.loss import losses, mean_loss
+        from moesurgery.forward.loss import losses_over, mean_loss
+        from moesurgery.forward.tokens import joined
 
         new = {name: plan for name, plan in plans.items() if name not in self.found}
         windows = sum(d.windows.numel() for d in self.domains)
         with self.reporter.progress("measuring", windows * len(new)) as progress:
             for name, plan in new.items():
-                self.found[name] = mean_loss(losses(self.settings.engine(plan), self.domains))
+                engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
+                self.found[name] = mean_loss(losses_over(engines, self.domains))
                 progress(windows)
 
     def cheapest(self, names: Iterable[str]) -> str:

@@ -119,11 +119,11 @@ def _fit_down(
     width = weight.shape[1]
     gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
-    said = [activations(module, expert, part.hidden).float() * part.weight for part in mine]
-    for part, h, residual in zip(mine, said, residuals, strict=True):
+    scaled = weighted_activations(module, expert, mine)
+    for part, h, residual in zip(mine, scaled, residuals, strict=True):
         for half, rows in enumerate((~part.odd, part.odd)):
-            _add_products(gram[half], h[rows], h[rows])
-            _add_products(cross[half], residual[part.token[rows]], h[rows])
+            add_products(gram[half], h[rows], h[rows])
+            add_products(cross[half], residual[part.token[rows]], h[rows])
     solution = solve(gram, cross, ridge)
     del gram, cross
     if solution.change is None:
@@ -131,12 +131,17 @@ def _fit_down(
     stored: torch.Tensor = (weight.double() + solution.change).to(dtype)
     change = stored.to(weight.dtype) - weight  # the change after rounding
     weight += change
-    for part, h, residual in zip(mine, said, residuals, strict=True):
+    for part, h, residual in zip(mine, scaled, residuals, strict=True):
         residual[part.token] -= h @ change.float().T
     return {"down": stored}, solution
 
 
-def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def weighted_activations(module: Any, expert: int, mine: Sequence[_Routed]) -> list[torch.Tensor]:
+    """Return g h [t, I] of an expert for the tokens of each call that are routed to it."""
+    return [activations(module, expert, part.hidden).float() * part.weight for part in mine]
+
+
+def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add left^T right to `total` [m, n], some rows at a time, so that the float32 product is never held in full."""
     for start in range(0, len(total), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)

@@ -10,7 +10,6 @@ whose scales these are (range / (2^bits - 1) for integers; a power of two from 7
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple

@@ -94,7 +94,9 @@ def _plain(edited: Plan, before: Plan) -> Plan:
         for name, expr in edited.tensors.items()
     }
     files = {**edited.files, **without_quantisation_files(edited.checkpoint, edited.files)}
-    return replace(edited, tensors=tensors, config=without_quantisation(edited.config), files=files)
+    step = edited.steps[-1]
+    steps = (*edited.steps[:-1], replace(step, parameters={**step.parameters, "requantize": "none"}))
+    return replace(edited, tensors=tensors, config=without_quantisation(edited.config), files=files, steps=steps)
 
 
 def _origin(expr: Expr) -> Dequantised | None:

@@ -1,15 +1,16 @@
 """A repair on disk: what `refit` found for each MoE block, ready to be written into a checkpoint.
 
 A folder with `refit.json` (what was fitted, on what, and how well) and, where weights were fitted, a safetensors file
-per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others. Blocks are written one
-by one, so that none stays in memory; `refit.json` comes last, so a folder without it is an incomplete repair.
+per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others, and "e.kept" [I] the
+neurons that it keeps where the repair is that of `slim-experts`. Blocks are written one by one, so that none stays in
+memory; `refit.json` comes last, so a folder without it is an incomplete repair.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 _FORMAT = "moesurgery refit 1"
-_MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down)")
+_MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down|kept)")
 _ABOUT = {
     "format": entry_rules.A_TEXT,
     "kind": entry_rules.A_TEXT,
@@ -50,7 +51,8 @@ _LAYER = {
 }
 
 
-Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
+# By role, as they are stored: "down" [H, I], "gate" and "up" [I, H]; "kept" [I] are the neurons that stay.
+Matrices = dict[str, "torch.Tensor"]
 
 
 @dataclass
@@ -75,12 +77,13 @@ class FittedBlock:
 
 
 class RepairWriter:
-    """Writes a repair, block by block. An incomplete repair is started again, a complete one with `force`.
+    """Writes a repair, block by block. An incomplete repair is started again, a complete one with `force`; with `kept`,
+    the entries in `layers` of an incomplete one, it goes on after those.
 
     Raises OutputError where the folder holds anything else.
     """
 
-    def __init__(self, folder: Path, *, force: bool = False) -> None:
+    def __init__(self, folder: Path, *, force: bool = False, kept: Sequence[dict[str, Any]] = ()) -> None:
         if folder.is_symlink():
             raise OutputError(f"{folder} is a symbolic link, and no repair", "move it away, or use another -o")
         if folder.exists():
@@ -90,11 +93,11 @@ class RepairWriter:
                 raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
             if ours[0].exists() and not force:
                 raise OutputError(f"{folder} exists", "use --force to replace a repair, or another -o")
-            for file in ours:
+            for file in set(ours) - {folder / str(entry["file"]) for entry in kept}:
                 file.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.layers: list[dict[str, Any]] = []
+        self.layers: list[dict[str, Any]] = list(kept)
 
     def add(self, fitted: FittedBlock) -> None:
         """Write the fit of a block. Raises RefusedError where it is not finite."""
@@ -148,7 +151,10 @@ class Repair:
     layers: Mapping[str, Mapping[str, Any]]
 
     def matrices(self, where: str) -> dict[int, dict[str, Expr]]:
-        """Return the fitted matrices [out, in] of a block, by expert and role; none where only factors were fitted."""
+        """Return the fitted matrices [out, in] of a block, by expert and role; none where only factors were fitted.
+
+        Under "kept" are the numbers [I] of the neurons that an expert keeps.
+        """
         file = self.layers[where]["file"]
         if file is None:
             return {}
@@ -159,7 +165,9 @@ class Repair:
         by_expert: dict[int, dict[str, Expr]] = {}
         for info in header.tensors:
             match = _MATRIX.fullmatch(info.name)
-            if match is None or len(info.shape) != 2 or info.dtype not in PLAIN_FLOATS:
+            kept = match is not None and match[2] == "kept"
+            fits = info.dtype == "I64" and len(info.shape) == 1 if kept else info.dtype in PLAIN_FLOATS
+            if match is None or not fits or (not kept and len(info.shape) != 2):
                 what = f"{info.dtype} {list(info.shape)}"
                 raise CheckpointError(
                     f"{self.source.identity}/{file}: {info.name} ({what}) is no matrix of an expert",

@@ -28,13 +28,20 @@ With every expert run on every token, which costs E / top-k times as much:
     output_all              [E, H]: sum of f over all tokens, wherever they are routed
     gated_all               [E, H]: sum of p f over all tokens, p the share of the router's scores as in `probability`
 
+With `neurons`, of the I neurons of each expert, h being the input of its down-projection W:
+
+    neuron_saliency         [E, I]: sum of g^2 h_i^2 |W_i|^2, W_i a column of W
+    neuron_order            [E, I]: the neurons in the order of their removal (`fitting.neuron_order`)
+    neuron_error            [E, I]: sum of g^2 |f - f'|^2, f' being the output without the first 1, 2, ... of these and
+                            with the best down-projection
+
 docs/measure.md has the formulas that use them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +59,8 @@ if TYPE_CHECKING:
 
 _FORMAT = "moesurgery statistics 1"
 SUFFIX = ".safetensors"
-WHOLE = frozenset({"output", "output_all", "gated_all"})  # [E, H]: kept once, in float32
+NEURONS = ("neuron_saliency", "neuron_order", "neuron_error")
+WHOLE = frozenset({"output", "output_all", "gated_all", *NEURONS})  # kept once, in float32
 
 
 def _halved(name: str) -> bool:
@@ -91,11 +99,15 @@ class BlockStats:
 
 @dataclass
 class Stats:
-    """Statistics of all MoE blocks of a model, and what they were collected on."""
+    """Statistics of all MoE blocks of a model, and what they were collected on.
+
+    `ffns` has, by module, those of the neurons of shared experts and dense FFNs, each as of a block of one expert.
+    """
 
     blocks: dict[str, BlockStats]
     about: dict[str, Any]
     sha256: str = ""  # of the file that they were read from
+    ffns: dict[str, BlockStats] = field(default_factory=dict)
 
     @property
     def top_k(self) -> int:
@@ -120,6 +132,11 @@ class Stats:
     def every_expert(self) -> bool:
         """Whether every expert was run on every token: `output_all` and `gated_all` are there."""
         return bool(self.about.get("every_expert"))
+
+    @property
+    def neurons(self) -> bool:
+        """Whether there are sums of the neurons of each expert: `NEURONS`."""
+        return bool(self.about.get("neurons"))
 
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
@@ -146,7 +163,7 @@ class Stats:
         """Raise RefusedError where a sum is NaN or infinite: nothing can be decided by it."""
         import numpy as np
 
-        for where, block in self.blocks.items():
+        for where, block in {**self.blocks, **self.ffns}.items():
             for name, values in block.sums.items():
                 if not np.isfinite(values).all():
                     raise RefusedError(
@@ -167,7 +184,7 @@ class Stats:
         target = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
         arrays = {
             f"{where}/{name}": np.ascontiguousarray(values, np.float32 if name in WHOLE else np.float64)
-            for where, block in self.blocks.items()
+            for where, block in {**self.blocks, **self.ffns}.items()
             for name, values in block.sums.items()
         }
         save_arrays(target, arrays, {"about": compact_json(self.about), "format": _FORMAT})
@@ -184,6 +201,8 @@ _ALSO = {
     "recon": entry_rules.listed(entry_rules.COUNT),
     "unread": entry_rules.mapping_to(entry_rules.A_TEXT),
     "every_expert": entry_rules.SWITCH,
+    "neurons": entry_rules.SWITCH,
+    "ffns": entry_rules.listed(entry_rules.A_TEXT),
     "text": entry_rules.FILES,
 }
 _MAX_BYTES = 8_000_000_000  # of a file: 60 layers of 512 experts, at ten numbers of active ones
@@ -193,6 +212,7 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
     **dict.fromkeys(("count", "gate", "gate2", "probability", "norm", "norm2", "gate_norm", "peak", "cross"), (2, "E")),
     **dict.fromkeys(("gram", "pair_norms", "logits"), (2, "E", "E")),
     **dict.fromkeys(("output", "output_all", "gated_all"), ("E", "H")),
+    **dict.fromkeys(NEURONS, ("E", "I")),
     "recon": ("E",),
 }
 _LATER = ("norm2", "pair_norms")  # sums that older files are without
@@ -221,10 +241,12 @@ def load_stats(path: str | Path) -> Stats:
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
         source.check(held)
-        if odd := sorted(blocks.keys() ^ set(about["blocks"])):
+        if odd := sorted(blocks.keys() ^ {*about["blocks"], *about.get("ffns", ())}):
             raise ValueError(f"{odd[0]!r} is in its {'tensors' if odd[0] in blocks else 'list of blocks'} only")
-        for block in blocks.values():
-            _check_block(block, about)
+        for where in about["blocks"]:
+            _check_block(blocks[where], about)
+        for where in about.get("ffns", ()):
+            _check_sums(blocks[where], NEURONS, 1)
     except CheckpointError:
         raise
     except OSError as error:
@@ -234,27 +256,33 @@ def load_stats(path: str | Path) -> Stats:
     except Exception as error:  # safetensors raises various exceptions for damaged files
         reason = f"{path} cannot be read as statistics: {error}"
         raise CheckpointError(reason, "make them again with `moesurgery collect`") from None
-    stats = Stats({where: blocks[where] for where in about["blocks"]}, about, sha256)
+    ffns = {where: blocks[where] for where in about.get("ffns", ())}
+    stats = Stats({where: blocks[where] for where in about["blocks"]}, about, sha256, ffns)
     stats.check_finite(str(path))
     return stats
 
 
 def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
     """Raise ValueError where the sums of a block are not those listed in the file's metadata."""
-    where, sums = block.where, block.sums
+    sums = block.sums
     names = ["count"] + [name for name in _SHAPES if name not in WHOLE and name not in ("cross", "recon")] + ["output"]
     names += [f"{name}@{k}" for k in about["other_top_k"] for name in ("gram", "gate2", "mass", "cross")]
     names += [f"recon@{r}" for r in about.get("recon", ())]
     names += ["output_all", "gated_all"] if about.get("every_expert") else []
+    names += NEURONS if about.get("neurons") else []
     experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
-    for name in dict.fromkeys(names):
-        if name in _LATER and name not in sums:
-            continue
+    _check_sums(block, [n for n in dict.fromkeys(names) if n in sums or n not in _LATER], experts)
+
+
+def _check_sums(block: BlockStats, names: Sequence[str], experts: int) -> None:
+    """Raise ValueError where one of the sums `names` is missing, or not of the shape that it has for `experts`."""
+    where, sums = block.where, block.sums
+    for name in names:
         if name not in sums:
             raise ValueError(f"{where} has no {name}")
         values, wanted = sums[name], _SHAPES[name.partition("@")[0]]
         shape = tuple(experts if size == "E" else size for size in wanted)
-        fits = len(shape) == values.ndim and all(b in ("H", a) for a, b in zip(values.shape, shape, strict=True))
+        fits = len(shape) == values.ndim and all(b in ("H", "I", a) for a, b in zip(values.shape, shape, strict=True))
         if not fits or not experts or values.dtype.kind != "f":
             shown = " x ".join(map(str, wanted))
             raise ValueError(f"{where}: {name} is {values.dtype} {list(values.shape)}, expected floats {shown}")

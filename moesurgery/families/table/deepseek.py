@@ -93,7 +93,7 @@ DEEPSEEK: tuple[Family, ...] = (
         sparse=DEEPSEEK_LAYERS,
         refuses={"convert": OTHER_NAMES},
     ),
-    _like_v3("deepseek_v3", "kimi_k2", routed_scale_key=2.5),
+    _like_v3("deepseek_v3", "kimi_k2", "sarvam_mla", routed_scale_key=2.5),
     replace(
         _like_v3("kimi_k25", routed_scale_key=2.5, note="transformers 5 writes the text layers as `blocks`"),
         also_layers=("blocks",),
@@ -137,12 +137,15 @@ DEEPSEEK: tuple[Family, ...] = (
     _like_v3("glm4v_moe", "glm4v_moe_text", routed_scale_key=1.0),
     _like_v3("glm5_next", "glm5_next_text", routed_scale_key=2.5),
     _like_v3("dots1", routed_scale_key=1.0),
-    _like_v3(
-        "dots3_note",
-        "dots3_note_text",
-        routed_scale_key=1.0,
-        buffers=("mlp.router_bias", "mlp.e_score_correction_bias"),
-        note="the vision tower is a mixture too: it is counted apart and stays as it is",
+    replace(
+        _like_v3(
+            "dots3_note",
+            "dots3_note_text",
+            routed_scale_key=1.0,
+            buffers=("mlp.router_bias", "mlp.e_score_correction_bias"),
+            note="the vision tower is a mixture too: it is counted apart and stays as it is",
+        ),
+        shared_width="shared_experts_intermediate_size",
     ),
     _like_v3("solar_open", routed_scale_key=1.0, sparse=()),
     replace(
