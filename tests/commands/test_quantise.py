@@ -146,7 +146,7 @@ def test_an_adapter_on_one_expert(models: Any, tmp_path: Path, ok: Cli, name: st
 def test_both_generations_of_adapters_on_stacks(models: Any, tmp_path: Path, ok: Cli, version: str) -> None:
     """Up to 0.18 the factors of experts that are stored as [E, out, in] are the other way round."""
     make_form(source(models, "qwen3_moe"), tmp_path / "q", "int8-packed")
-    experts = read_config(tmp_path / "q")["num_experts"]
+    experts = plan_of(open_checkpoint(tmp_path / "q")).anatomy.experts
     generator = torch.Generator().manual_seed(3)
     a = torch.randn(experts, 2, 64, generator=generator)
     b = torch.randn(experts, 64, 2, generator=generator)  # gate and up: 2 x 32 outputs
