@@ -329,7 +329,7 @@ def _sliced(name: str, origin: Dequantised, index: int) -> dict[str, Expr]:
     count = origin.numel // element_count(origin.shape[-2:])
     if len(origin.shape) == 2:
         return dict(origin.held.tensors)
-    parts = {}
+    parts: dict[str, Expr] = {}
     for suffix, expr in origin.held.tensors.items():
         if not expr.shape or expr.shape[0] != count:
             raise RefusedError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError
@@ -56,7 +56,7 @@ def convert(
     options the model is copied, as with --max-shard-size alone, which works for every checkpoint. What each program
     reads, and which models it computes wrongly in any form, is in docs/clients.md.
     """
-    parameters = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None}
+    parameters: dict[str, Any] = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None}
     parameters |= {"quantize": quantize, "linears": linears, "client": client}
     if linears is not None and quantize is None:
         raise RecipeError(f"{_NAME}: --linears says what --quantize is for", "give --quantize, too")

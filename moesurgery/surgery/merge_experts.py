@@ -142,7 +142,7 @@ def merge_experts(
     router row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
     measure what it costs before you use the result.
     """
-    choice = {"groups": groups, "to": to, "group": group, "by": by, "weights": weights, "align": align}
+    choice: dict[str, Any] = {"groups": groups, "to": to, "group": group, "by": by, "weights": weights, "align": align}
     choice |= {"router": router, "stats": stats, "fit": fit, "protect_super": protect_super}
     choice |= {"plan_file": plan_file}
     return with_experts_opened(plan, requantize, lambda opened: _merged(opened, **choice))
