@@ -216,7 +216,7 @@ def _in_multiples(of: Expr, start: int, stop: int) -> tuple[int, int]:
     )
 
 
-def _evaluated(of: Expr, start: int, stop: int, reader: Reader) -> torch.Tensor:
+def evaluated(of: Expr, start: int, stop: int, reader: Reader) -> torch.Tensor:
     """Evaluate any elements: a part of a tensor need not begin where a part of the whole that can be evaluated does."""
     first, last = _in_multiples(of, start, stop)
     return of.evaluate(first, last, reader)[start - first : stop - first]
@@ -280,7 +280,7 @@ class Slice(Unary):
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         offset = self.start * self.row
-        return _evaluated(self.of, offset + start, offset + stop, reader)
+        return evaluated(self.of, offset + start, offset + stop, reader)
 
     @property
     def numpy_only(self) -> bool:
@@ -321,7 +321,7 @@ class Concat(Expr):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
-        tensors = [_evaluated(part, first, last, reader) for part, first, last in self._within(start, stop)]
+        tensors = [evaluated(part, first, last, reader) for part, first, last in self.within(start, stop)]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     @property
@@ -331,14 +331,14 @@ class Concat(Expr):
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
 
-        arrays = [_array(part, first, last, reader) for part, first, last in self._within(start, stop)]
+        arrays = [_array(part, first, last, reader) for part, first, last in self.within(start, stop)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         # Joined at once: the bytes of a part are valid only until the next call.
-        return memoryview(b"".join(bytes(_raw(p, first, last, reader)) for p, first, last in self._within(start, stop)))
+        return memoryview(b"".join(bytes(_raw(p, first, last, reader)) for p, first, last in self.within(start, stop)))
 
-    def _within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
+    def within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
         """Yield the parts that elements `start:stop` are in, with the elements of each."""
         at = 0
         for part in self.parts:

@@ -134,6 +134,10 @@ class Anatomy:
         """The MoE blocks of the language model, without multi-token-prediction layers."""
         return [block for block in self.blocks if not block.mtp]
 
+    def block(self, where: str) -> MoeBlock:
+        """Return the MoE block of this name."""
+        return next(block for block in self.blocks if block.where == where)
+
     @property
     def unknown_experts(self) -> str:
         """Why no experts were found in a mixture: the family is not known, or the names of its experts are not."""

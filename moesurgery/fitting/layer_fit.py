@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
@@ -46,6 +45,7 @@ from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.scratch import Scratch, ScratchState
 from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import opened, quantised_experts
 from moesurgery.stats.repair_file import FittedBlock
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def fit_layers(
     With `scratch`, state is saved between layers; with the `state` that was loaded from there, layers that are done are
     not run again. Where the two engines have a GPU each, the original is run one layer ahead.
 
-    Raises RefusedError where the two models have other layers, an experts module has another form, or `down` would
-    have to change quantised weights.
+    Raises RefusedError where the two models have other layers, or an experts module has another form.
     """
     import torch
 
@@ -100,12 +99,11 @@ def fit_layers(
     for block in (*original.blocks, *edited.blocks):
         if block.experts is None:
             raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
-    if options.kind in MATRICES:
-        _refuse_quantised(edited, options.kind)
     if options.kind == "router":
         for block in edited.blocks:
             router_of(edited.plan, block)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
+    plan = opened(edited.plan, quantised_experts(edited.plan)) if options.kind in MATRICES else edited.plan
     size = state.batch if state else size
     routed: dict[str, list[torch.Tensor]] = {}  # the original's routed outputs, by block
     factors: dict[str, torch.Tensor] = {w: named["factors"] for w, named in state.sums.items()} if state else {}
@@ -140,7 +138,7 @@ def fit_layers(
 
         calls, missing = now()
         total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
-        fitted = _fit(edited, block, calls, missing, total, options, now)
+        fitted = _fit(edited, plan, block, calls, missing, total, options, now)
         if fitted.factors is not None:
             factors[block.where] = torch.tensor([*fitted.factors, 1.0])
         done(fitted)
@@ -174,17 +172,6 @@ def fit_layers(
         for passes in (reference, repaired):
             if passes is not None:
                 passes.close()
-
-
-def _refuse_quantised(edited: Engine, kind: RepairKind) -> None:
-    for block in edited.blocks:
-        roles = ("down",) if kind == "down" else ("down", "gate", "up", "gate_up")
-        for member in (member for role in roles for member in block.block.named(role)):
-            if edited.plan.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
-                raise RefusedError(
-                    f"refit: {member.name} is quantised: a fitted weight has no scale",
-                    "use --refit expert, or dequantise first with `moesurgery convert --dequantize`",
-                )
 
 
 def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -253,6 +240,7 @@ def _share(passes: BatchPasses, block: ExpertsModule, routed: torch.Tensor, outp
 
 def _fit(
     edited: Engine,
+    plan: Plan,
     block: ExpertsModule,
     calls: Sequence[ExpertsCall],
     missing: Sequence[torch.Tensor],
@@ -260,10 +248,13 @@ def _fit(
     options: RepairOptions,
     now: Callable[[], tuple[list[ExpertsCall], list[torch.Tensor]]],
 ) -> FittedBlock:
-    """Fit one block for its calls. `missing` is updated where matrices are fitted; `now` computes both again."""
+    """Fit one block for its calls. `missing` is updated where matrices are fitted; `now` computes both again.
+
+    `plan` is the edited one, with quantised experts opened where matrices are fitted.
+    """
     import torch
 
-    plan, experts = edited.plan, block.block.experts
+    experts = block.block.experts
     index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
     fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
@@ -332,7 +323,7 @@ def _fit_matrices(
     check_form(calls[0])
     if options.kind == "all":
         check_names(plan, calls[0])
-    dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
+    dtype = torch_dtype(plan.tensors[plan.anatomy.block(block.where).named("down")[0].name].dtype)
     changes = []
     module, routed = calls[0].module, RoutedTokens(calls, block.experts)
     for _ in range(options.sweeps):

@@ -308,15 +308,19 @@ def test_the_held_out_error_is_never_above_none(models: Any, kind: str) -> None:
 # What is refused
 
 
-def test_quantised_weights_take_factors_only(models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["scalar", "down"])
+def test_repairs_of_quantised_weights(models: Any, tmp_path: Path, kind: Any) -> None:
+    """Scales take factors; fitted matrices are stored in the form that they came in."""
     make_fp8(models("deepseek_v3"), tmp_path / "fp8")
-    with pytest.raises(RefusedError, match="quantised"):
-        repaired(tmp_path / "fp8", kind="down")
-    fitted = repaired(tmp_path / "fp8", kind="scalar")
-    plan = apply(edit(tmp_path / "fp8")[1], "refit", repair=save(fitted, tmp_path / "repair", "scalar"))
-    names = [n for n, e in plan.tensors.items() if e != edit(tmp_path / "fp8")[1].tensors[n]]
+    fitted = repaired(tmp_path / "fp8", kind=kind)
+    before = edit(tmp_path / "fp8")[1]
+    plan = apply(before, "refit", repair=save(fitted, tmp_path / "repair", kind))
+    assert plan.tensors.keys() == before.tensors.keys()
+    names = [n for n, e in plan.tensors.items() if e != before.tensors[n]]
     assert names
-    assert all(name.endswith("scale_inv") for name in names)
+    endings = ("scale_inv",) if kind == "scalar" else ("down_proj.weight", "down_proj.weight_scale_inv")
+    assert all(name.endswith(endings) for name in names)
+    assert {plan.tensors[n].dtype for n in names} <= {"F8_E4M3", "F32"}
 
 
 def test_repairs_of_another_edit(models: Any, tmp_path: Path) -> None:
