@@ -40,6 +40,9 @@ def collect_command(
         bool,
         typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
     ] = False,
+    neurons: Annotated[
+        bool, typer.Option("--neurons", help="Also find which neurons of each expert matter: for slim-experts.")
+    ] = False,
     window: _run_options.Window = WINDOW,
     tokens: _run_options.CalibrationTokens = TOKENS,
     seed: _run_options.CalibrationSeed = 0,
@@ -75,7 +78,7 @@ def collect_command(
     if dry_run:
         _show_forecast(run, scratch, as_json=as_json)
         return
-    needed = NeededStatistics(top_k or (), recon or (), every_expert)
+    needed = NeededStatistics(top_k or (), recon or (), every_expert, neurons)
     stats = run.statistics(needed, _run_options.reporter, scratch)
     stats.save(target)
     document = _document(stats, target)

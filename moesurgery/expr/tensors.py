@@ -126,6 +126,52 @@ def slice_last(of: Expr, start: int, stop: int) -> Expr:
 
 
 @dataclass(frozen=True)
+class TakeLast(Unary):
+    """Entries of the last axis in any order, as for the neurons of a down-projection. Build with `take_last`."""
+
+    indices: tuple[int, ...]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.of.shape[:-1], len(self.indices))
+
+    @property
+    def chunk_multiple(self) -> int:
+        return len(self.indices) * _rows_multiple(self.of)
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        width, whole = len(self.indices), self.of.shape[-1]
+        rows = self.of.evaluate(start // width * whole, stop // width * whole, reader)
+        # As bytes where an entry is one: torch does not select among all of these types.
+        plain = rows.view(torch.uint8) if rows.element_size() == 1 else rows
+        return plain.view(-1, whole)[:, list(self.indices)].reshape(-1).view(rows.dtype)
+
+    @property
+    def numpy_only(self) -> bool:
+        return self.of.numpy_only
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        width, whole = len(self.indices), self.of.shape[-1]
+        rows = self.of.array(start // width * whole, stop // width * whole, reader)
+        return rows.reshape(-1, whole)[:, list(self.indices)].reshape(-1)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        import numpy as np
+
+        width, whole, size = len(self.indices), self.of.shape[-1], BITS[self.dtype] // 8
+        data = self.of.raw(start // width * whole, stop // width * whole, reader)
+        rows = np.frombuffer(data, f"V{size}").reshape(-1, whole)
+        return np.ascontiguousarray(rows[:, list(self.indices)]).reshape(-1).view(np.uint8).data
+
+
+def take_last(of: Expr, indices: list[int]) -> Expr:
+    """Select entries of the last axis, in the given order; all of them is `of` itself."""
+    return of if indices == list(range(of.shape[-1])) else TakeLast(of, tuple(indices))
+
+
+@dataclass(frozen=True)
 class ConcatLast(Expr):
     """Expressions joined along the last axis. Build with `concat_last`."""
 

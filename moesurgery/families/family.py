@@ -151,6 +151,7 @@ class Family:
     needed only where one `model_type` names two layouts, or with no `model_types` where it names dense models too.
 
     The first of `layouts` is the published one. `along` and `shared` list the names beside all layouts.
+    `width_keys`: the config keys of an expert's width, of which the first that is there counts. `shared_width`: that of the shared experts', "" where they are so many experts wide.
     `router_parts`: what belongs to the router but has no expert axis (beginnings of paths).
     `times_top_k`: config numbers that are the top-k times another (JetMoE's attention heads).
     `zero_experts`: the config key that counts identity experts, which have router rows and no weights.
@@ -173,6 +174,8 @@ class Family:
     sparse: tuple[str, ...] = ()
     top_k_key: str = "num_experts_per_tok"
     experts_key: str = "num_experts"
+    width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    shared_width: str = ""
     times_top_k: Mapping[str, str] = field(default_factory=dict)
     norm: InputNorm = InputNorm()
     architectures: tuple[str, ...] = ()

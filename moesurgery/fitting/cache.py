@@ -50,6 +50,8 @@ class CalibrationCache:
             differs += [f"no choice of {r} experts by reconstruction" for r in needed.keep if r not in stats.recon]
             if needed.every_expert and not stats.every_expert:
                 differs.append("nothing of experts that were not chosen")
+            if needed.neurons and not stats.neurons:
+                differs.append("nothing of the neurons of experts")
             _check_same(target, "statistics", differs, f"collect again, --stats {target} to take them as they are,")
             self.reporter.note(f"{tokens} in {target} are used again")
         else:

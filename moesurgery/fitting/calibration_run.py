@@ -64,6 +64,7 @@ class CalibrationRun:
                 "top_k": list(needed.top_k),
                 "recon": list(needed.keep),
                 "every_expert": needed.every_expert,
+                "neurons": needed.neurons,
                 "devices": self.settings.devices,
             }
             kept = [Scratch(part, about, reporter.note) for part in each_part(scratch, len(engines))]
@@ -75,6 +76,7 @@ class CalibrationRun:
                 needed.keep,
                 progress,
                 every_expert=needed.every_expert,
+                neurons=needed.neurons,
                 scratch=kept,
             )
         stats.about |= self.about

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import RefusedError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.keep_search import best_kept
+from moesurgery.fitting.neuron_fit import neuron_sums
 from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.expert_outputs import (
     ExpertOutputs,
@@ -42,13 +43,16 @@ def collect(
     progress: Progress = lambda count: None,
     *,
     every_expert: bool = False,
+    neurons: bool = False,
     scratch: Scratch | None = None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
-    With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `scratch`, resumes from
-    the state saved there by a killed run. Raises RefusedError for a family whose routing cannot be read.
+    With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `neurons`, also which
+    neurons of each expert matter: the inputs of one layer's experts are held for all tokens, and one expert's moments.
+    With `scratch`, resumes from the state saved there by a killed run. Raises RefusedError for a family whose routing
+    cannot be read, or for `neurons` whose activations cannot.
     """
     import torch
 
@@ -68,6 +72,7 @@ def collect(
         return sums[where]
 
     seen: dict[str, ExpertsCall] = {}
+    held: dict[str, list[ExpertsCall]] = {}
     routings: dict[str, dict[str, RoutingTensors]] = {}
 
     def experts(call: ExpertsCall) -> torch.Tensor | None:
@@ -76,6 +81,8 @@ def collect(
         said = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
         if every_expert:
             add_every_expert(sums_of(call), call, settings)
+        if neurons:
+            held.setdefault(where, []).append(call)
         return said
 
     def block(around: BlockCall) -> Any:
@@ -100,7 +107,11 @@ def collect(
         watch = Hooks(experts=experts, block=block, router_logits=True)
         streams = engine.start(tokens, watch, resume=resume, batch=batch)
         while streams.unit is not None and streams.passed < len(engine.layers):
-            streams.step(progress)
+            with engine.loaded(streams.unit):
+                streams.step(progress)
+                for where, calls in held.items():
+                    sums[where] |= neuron_sums(engine.plan, calls)
+            held.clear()
             if scratch is not None:
                 scratch.keep(streams, batch, sums)
     finally:
@@ -117,6 +128,7 @@ def collect(
         "other_top_k": others,
         "recon": list(keep),
         "every_expert": every_expert,
+        "neurons": neurons,
         "tokens": tokens.count,
         "windows": len(tokens),
     }
@@ -131,15 +143,28 @@ def collect_over(
     progress: Progress = lambda count: None,
     *,
     every_expert: bool = False,
+    neurons: bool = False,
     scratch: Sequence[Scratch | None] = (None,),
 ) -> Stats:
     """Return what `collect` returns, with the windows split among engines on several devices.
 
     The sums equal those of one engine up to rounding: batches hold other windows, and float64 sums are added in another
-    order. `keep` is decided by the first engine, on its first batch.
+    order. `keep` is decided by the first engine, on its first batch. Raises RefusedError for `neurons`, which need all
+    tokens on one device.
     """
     if len(engines) == 1:
-        return collect(engines[0], tokens, other_top_k, keep, progress, every_expert=every_expert, scratch=scratch[0])
+        return collect(
+            engines[0],
+            tokens,
+            other_top_k,
+            keep,
+            progress,
+            every_expert=every_expert,
+            neurons=neurons,
+            scratch=scratch[0],
+        )
+    if neurons:
+        raise RefusedError("collect: the order of neurons needs all tokens of an expert on one device", "name one")
     parts = shared_out(tokens, len(engines))
 
     def one(number: int) -> Stats:

@@ -116,13 +116,11 @@ def _fit_down(
     import torch
 
     weight = down(module, expert)
-    width = weight.shape[1]
-    gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
-    said = [activations(module, expert, part.hidden).float() * part.weight for part in mine]
+    cross = torch.zeros(2, *weight.shape, dtype=torch.float64, device=weight.device)
+    said = weighted_activations(module, expert, mine)
+    gram = moments(said, mine, weight)
     for part, h, residual in zip(mine, said, residuals, strict=True):
         for half, rows in enumerate((~part.odd, part.odd)):
-            _add_products(gram[half], h[rows], h[rows])
             _add_products(cross[half], residual[part.token[rows]], h[rows])
     solution = solve(gram, cross, ridge)
     del gram, cross
@@ -134,6 +132,20 @@ def _fit_down(
     for part, h, residual in zip(mine, said, residuals, strict=True):
         residual[part.token] -= h @ change.float().T
     return {"down": stored}, solution
+
+
+def weighted_activations(module: Any, expert: int, mine: Sequence[_Routed]) -> list[torch.Tensor]:
+    """Return g h [t, I] of an expert for the tokens of each call that are routed to it."""
+    return [activations(module, expert, part.hidden).float() * part.weight for part in mine]
+
+
+def moments(said: Sequence[torch.Tensor], mine: Sequence[_Routed], weight: torch.Tensor) -> torch.Tensor:
+    """Return the sums of g^2 h h^T [2, I, I] over even and odd windows, for `said` of `weighted_activations`."""
+    gram = weight.new_zeros(2, weight.shape[1], weight.shape[1], dtype=torch.float64)
+    for part, h in zip(mine, said, strict=True):
+        for half, rows in enumerate((~part.odd, part.odd)):
+            _add_products(gram[half], h[rows], h[rows])
+    return gram
 
 
 def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

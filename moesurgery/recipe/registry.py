@@ -31,6 +31,7 @@ BUILT_IN = (
     "rescale",
     "drop-experts",
     "merge-experts",
+    "slim-experts",
     "add-expert",
     "upcycle",
     "to-dense",

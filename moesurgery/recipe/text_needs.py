@@ -22,12 +22,13 @@ class NeededStatistics:
     """What to collect beyond the sums that are always there; the parameters of `fitting.collector.collect`.
 
     Sums for routing to each number of experts in `top_k`; for each number in `keep` which experts reproduce a block
-    best; with `every_expert` the outputs of all experts for all tokens.
+    best; with `every_expert` the outputs of all experts for all tokens; with `neurons` which neurons of each matter.
     """
 
     top_k: Sequence[int] = ()
     keep: Sequence[int] = ()
     every_expert: bool = False
+    neurons: bool = False
 
 
 @dataclass(frozen=True)

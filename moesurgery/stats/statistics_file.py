@@ -28,6 +28,13 @@ With every expert run on every token, which costs E / top-k times as much:
     output_all              [E, H]: sum of f over all tokens, wherever they are routed
     gated_all               [E, H]: sum of p f over all tokens, p the share of the router's scores as in `probability`
 
+With `neurons`, of the I neurons of each expert, h being the input of its down-projection W:
+
+    neuron_saliency         [E, I]: sum of g^2 h_i^2 |W_i|^2, W_i a column of W
+    neuron_order            [E, I]: the neurons in the order of their removal (`fitting.neuron_order`)
+    neuron_error            [E, I]: sum of g^2 |f - f'|^2, f' being the output without the first 1, 2, ... of these and
+                            with the best down-projection
+
 docs/measure.md has the formulas that use them.
 """
 
@@ -52,7 +59,8 @@ if TYPE_CHECKING:
 
 _FORMAT = "moesurgery statistics 1"
 SUFFIX = ".safetensors"
-WHOLE = frozenset({"output", "output_all", "gated_all"})  # [E, H]: kept once, in float32
+NEURONS = ("neuron_saliency", "neuron_order", "neuron_error")
+WHOLE = frozenset({"output", "output_all", "gated_all", *NEURONS})  # kept once, in float32
 
 
 def _halved(name: str) -> bool:
@@ -121,6 +129,11 @@ class Stats:
         """Whether every expert was run on every token: `output_all` and `gated_all` are there."""
         return bool(self.about.get("every_expert"))
 
+    @property
+    def neurons(self) -> bool:
+        """Whether there are sums of the neurons of each expert: `NEURONS`."""
+        return bool(self.about.get("neurons"))
+
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
         blocks = {block.where: block.experts for block in anatomy.main_blocks if block.where not in self.unread}
@@ -184,6 +197,7 @@ _ALSO = {
     "recon": entry_rules.listed(entry_rules.COUNT),
     "unread": entry_rules.mapping_to(entry_rules.A_TEXT),
     "every_expert": entry_rules.SWITCH,
+    "neurons": entry_rules.SWITCH,
     "text": entry_rules.FILES,
 }
 _MAX_BYTES = 8_000_000_000  # of a file: 60 layers of 512 experts, at ten numbers of active ones
@@ -193,6 +207,7 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
     **dict.fromkeys(("count", "gate", "gate2", "probability", "norm", "norm2", "gate_norm", "peak", "cross"), (2, "E")),
     **dict.fromkeys(("gram", "pair_norms", "logits"), (2, "E", "E")),
     **dict.fromkeys(("output", "output_all", "gated_all"), ("E", "H")),
+    **dict.fromkeys(NEURONS, ("E", "I")),
     "recon": ("E",),
 }
 _LATER = ("norm2", "pair_norms")  # sums that older files are without
@@ -246,6 +261,7 @@ def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
     names += [f"{name}@{k}" for k in about["other_top_k"] for name in ("gram", "gate2", "mass", "cross")]
     names += [f"recon@{r}" for r in about.get("recon", ())]
     names += ["output_all", "gated_all"] if about.get("every_expert") else []
+    names += NEURONS if about.get("neurons") else []
     experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
     for name in dict.fromkeys(names):
         if name in _LATER and name not in sums:
@@ -254,7 +270,7 @@ def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
             raise ValueError(f"{where} has no {name}")
         values, wanted = sums[name], _SHAPES[name.partition("@")[0]]
         shape = tuple(experts if size == "E" else size for size in wanted)
-        fits = len(shape) == values.ndim and all(b in ("H", a) for a, b in zip(values.shape, shape, strict=True))
+        fits = len(shape) == values.ndim and all(b in ("H", "I", a) for a, b in zip(values.shape, shape, strict=True))
         if not fits or not experts or values.dtype.kind != "f":
             shown = " x ".join(map(str, wanted))
             raise ValueError(f"{where}: {name} is {values.dtype} {list(values.shape)}, expected floats {shown}")
