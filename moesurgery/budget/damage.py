@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from moesurgery.budget.candidates import AXES
 from moesurgery.budget.shape import AS_STORED, FORMS, Shape
-from moesurgery.stats.statistics_file import Stats
+from moesurgery.stats.statistics_file import BlockStats, Stats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,20 +51,31 @@ class DamageCurves:
         return float(experts.mean()), width, float(top_k), form
 
 
-def damage_curves(stats: Stats, width: np.ndarray | None = None) -> DamageCurves:
-    """Return the curves of a model from its statistics, and that of its neurons where it is known."""
+def damage_curves(stats: Stats) -> DamageCurves:
+    """Return the curves of a model from its statistics; that of its neurons where these were collected."""
     import numpy as np
 
+    blocks = list(stats.blocks.values())
     top_k = {}
     for k in stats.top_ks:
         left = []
-        for block in stats.blocks.values():
+        for block in blocks:
             ours, theirs = block.total("gram").sum(), block.total(f"gram@{k}").sum()
             both = block.total(f"cross@{k}").sum()
             left.append(max(0.0, 1 - both**2 / (ours * theirs)) if ours > 0 and theirs > 0 else 0.0)
         top_k[k] = np.array(left)
-    experts = np.stack([missing_mass(block.total("gram")) for block in stats.blocks.values()])
+    experts = np.stack([missing_mass(block.total("gram")) for block in blocks])
+    width = np.stack([neuron_loss(block) for block in blocks]) if stats.neurons else None
     return DamageCurves(experts, width, top_k)
+
+
+def neuron_loss(block: BlockStats) -> np.ndarray:
+    """Return the share [I + 1] of the routed output's square that is lost with w neurons kept, w from 0 to I."""
+    import numpy as np
+
+    lost = block.sums["neuron_error"].sum(axis=0, dtype=np.float64)  # after 1, 2, ... neurons of each expert
+    whole = block.total("gram").sum()
+    return np.clip(np.append(lost[::-1] / whole if whole > 0 else 0 * lost, 0.0), 0, 1)
 
 
 def missing_mass(gram: np.ndarray) -> np.ndarray:
@@ -106,19 +117,20 @@ class Prediction:
         """
         import numpy as np
 
-        known = {shape: increase for shape, increase in measured.items() if sum(self.curves.parts(shape)) > 0}
+        known = {shape: increase for shape, increase in measured.items() if self.of(shape) > 0}
         if not known:
             return self
-        errors = np.array([self.curves.parts(shape) for shape in known])
+        errors = np.array([self.curves.parts(shape) for shape in known]) * self.prices
         floor = max(max(known.values()) / 100, 1e-6)
         increases = np.array([max(increase, floor) for increase in known.values()])
         common = float(np.median(increases / errors.sum(axis=1)))
         rows = np.concatenate([errors / increases[:, None], _PULL / common * np.eye(len(AXES))])
         wanted = np.concatenate([np.ones(len(known)), np.full(len(AXES), _PULL)])
-        return Prediction(self.curves, _least_squares(rows, wanted))
+        a, b, c, d = (float(price * x) for price, x in zip(self.prices, _least_squares(rows, wanted), strict=True))
+        return Prediction(self.curves, (a, b, c, d))
 
 
-def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> Parts:
+def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return the x >= 0 with the least |rows x - wanted|^2, of all sets of entries that may be above zero."""
     import numpy as np
 
@@ -130,5 +142,4 @@ def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> Parts:
         error = float(((rows @ x - wanted) ** 2).sum())
         if (x >= 0).all() and error < least:
             best, least = x, error
-    a, b, c, d = (float(price) for price in best)
-    return a, b, c, d
+    return best

@@ -2,7 +2,8 @@
 
 One pass over text gives a curve of errors for each axis (`budget.damage`). Dropping experts alone and taking neurons
 alone are measured first, on held-out windows, unwritten; the prices of the errors are fitted to that, the shape with
-the least predicted loss is measured next, and so on. The best few are repaired (`layer_fit`) and measured again.
+the least predicted loss is measured next, and so on. A repair (`layer_fit`) changes the prices: the best single axes are
+repaired and measured again, the prices are fitted to that, and the shapes with the least predicted loss follow.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moesurgery.budget.budget import Budget
 from moesurgery.budget.costs import Cost
 from moesurgery.budget.damage import Prediction, damage_curves
 from moesurgery.budget.shape import Shape
-from moesurgery.errors import RecipeError, SurgeryError
+from moesurgery.errors import RecipeError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
 from moesurgery.fitting.calibration_run import read_calibration
@@ -42,11 +43,11 @@ _NEAR = 1 / 16  # of experts and of width: shapes nearer than that to one that w
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How many shapes are measured, how many of them repaired, and the criterion by which experts go (None: the best of
-    several for the first shape that drops some)."""
+    """How many shapes are measured as they are, how many repaired, and the criterion by which experts go (None: the
+    best of several for the first shape that drops some)."""
 
-    measured: int = 8
-    repaired: int = 3
+    measured: int = 6
+    repaired: int = 4
     by: MeasuredCriterion | None = None
 
     def check(self) -> None:
@@ -58,7 +59,8 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape that fits: its cost, the loss increase that is predicted, as edited and repaired, and those measured."""
+    """A shape that fits: its cost, the loss increase predicted of the outcome, and those measured without and with
+    repair, in nats per token."""
 
     shape: Shape
     cost: Cost
@@ -71,7 +73,7 @@ class Candidate:
 class Fitted:
     """The winner as a plan and as steps, all candidates, and how they were predicted.
 
-    `prediction` is that of edits, `repaired` that of edits with their repair; `by` is how experts were chosen.
+    `prediction` is that of the outcome, repaired where `repair` says how; `by` is how experts were chosen.
     """
 
     plan: Plan
@@ -87,7 +89,7 @@ class Fitted:
 def fit(
     plan: Plan,
     budget: Budget,
-    search: SearchOptions,
+    wanted: SearchOptions,
     options: CalibrationOptions,
     output: Path,
     *,
@@ -98,7 +100,7 @@ def fit(
 
     Raises RefusedError where nothing fits, RecipeError for wrong options or without text.
     """
-    search.check()
+    wanted.check()
     options.check()
     if not options.text:
         raise RecipeError("fit needs text to choose by", "give --text FILE; --dry-run without it shows what fits")
@@ -114,26 +116,28 @@ def fit(
     cache = CalibrationCache(output, run, force, reporter)
     shapes = budget.shapes()
     top_ks = sorted({shape.top_k for shape, _ in shapes} - {budget.original.top_k})
-    statistics = cache.statistics(NeededStatistics(top_k=top_ks))
+    statistics = cache.statistics(NeededStatistics(top_k=top_ks, neurons=len(budget.choices.width) > 1))
     stats = load_stats(statistics)
-    search_run = _Search(
+    search = _Search(
         plan,
         budget,
         dict(shapes),
         ShapeSteps(plan, budget.original, statistics, stats),
         HeldOutLosses(settings, held_out or run.held_out, reporter),
         Prediction(damage_curves(stats)),
-        reporter,
-        search.by or CANDIDATES[0],
+        cache,
+        options.repair(REPAIR),
+        wanted.by or CANDIDATES[0],
     )
-    search_run.measure(search)
-    repair = options.repair(REPAIR)
-    return search_run.finished(search, cache, repair)
+    search.measure(wanted)
+    if search.repair is not None:
+        search.measure_repaired(wanted.repaired)
+    return search.outcome()
 
 
 @dataclass
 class _Search:
-    """A search under way: losses by name, and the shapes that were measured, as edited and repaired."""
+    """A search under way: losses by name, and the names of the shapes that were measured, edited and repaired."""
 
     plan: Plan
     budget: Budget
@@ -141,85 +145,89 @@ class _Search:
     steps: ShapeSteps
     losses: HeldOutLosses
     prediction: Prediction
-    reporter: Reporter
+    cache: CalibrationCache
+    repair: RepairOptions | None
     by: MeasuredCriterion
     edited: dict[Shape, str] = field(default_factory=dict)
     repaired: dict[Shape, str] = field(default_factory=dict)
+    folders: dict[Shape, Path] = field(default_factory=dict)
 
     def increase(self, name: str) -> float:
         return self.losses.found[name].nats - self.losses.found[ORIGINAL].nats
 
-    def measure(self, search: SearchOptions) -> None:
-        """Measure the single axes, then the shapes that are predicted best."""
+    def measure(self, wanted: SearchOptions) -> None:
+        """Measure the single axes, then the shapes that are predicted best, without repair."""
         self.losses.add({ORIGINAL: self.plan})
-        alone = self.alone()
-        if search.by is None:
-            self._choose_criterion(alone)
-        for shape in alone:
+        if wanted.by is None:
+            self._choose_criterion()
+        for shape in self.alone():
             self._measure(shape)
-        while len(self.edited) < search.measured:
-            self._fit_prices()
-            left = [s for s in self.shapes if not any(_near(s, other, self.budget.original) for other in self.edited)]
-            if not left:
-                break
-            self._measure(min(left, key=self.prediction.of))
-        self._fit_prices()
+        while len(self.edited) < wanted.measured and (shape := self._next(self.edited)):
+            self._measure(shape)
+        self.prediction = self._fitted(self.edited)
+
+    def measure_repaired(self, count: int) -> None:
+        """Repair and measure the single axes that cost least, then the shapes that are predicted best."""
+        first = sorted(self.alone(), key=lambda shape: self.increase(self.edited[shape]))
+        for shape in first[: max(1, min(2, count - 1))]:
+            self._repair(shape)
+        while len(self.repaired) < count and (shape := self._next(self.repaired)):
+            self._repair(shape)
+        self.prediction = self._fitted(self.repaired)
 
     def alone(self) -> list[Shape]:
-        """Return the shapes that change one axis alone, and the one that is predicted best where there is none."""
-        found = [s for s in self.shapes if len(_changed(s, self.budget.original)) == 1]
+        """Return for each axis the best shape that changes it alone; the best of all where there is none."""
         by_axis: dict[str, Shape] = {}
-        for shape in sorted(found, key=self.prediction.of):
-            by_axis.setdefault(_changed(shape, self.budget.original)[0], shape)
+        for shape in sorted(self.shapes, key=self.prediction.of):
+            if len(axes := _changed(shape, self.budget.original)) == 1:
+                by_axis.setdefault(axes[0], shape)
         return list(by_axis.values()) or [min(self.shapes, key=self.prediction.of)]
 
-    def _choose_criterion(self, alone: Sequence[Shape]) -> None:
+    def _next(self, known: dict[Shape, str]) -> Shape | None:
+        """Return the shape that is predicted best of those that are not near a known one; None where all are."""
+        left = [s for s in self.shapes if not any(_near(s, other, self.budget.original) for other in known)]
+        return min(left, key=self._fitted(known).of) if left else None
+
+    def _fitted(self, known: dict[Shape, str]) -> Prediction:
+        return self.prediction.fitted({shape: self.increase(name) for shape, name in known.items()})
+
+    def _choose_criterion(self) -> None:
         """Measure the criteria on one shape that drops experts, and keep the best."""
         total = self.budget.original.experts
-        dropping = [s for s in (*alone, *sorted(self.shapes, key=self.prediction.of)) if s.experts < total]
+        dropping = [s for s in (*self.alone(), *sorted(self.shapes, key=self.prediction.of)) if s.experts < total]
         if not dropping:
             return
         first = dropping[0]
         names: dict[str, MeasuredCriterion] = {f"{first.name}, {by}": by for by in CANDIDATES}
-        plans = {}
-        for name, by in names.items():
-            try:
-                plans[name] = self.steps.planned(first, by)
-            except SurgeryError as error:
-                self.reporter.note(f"{name} is not measured: {error.message}")
-        self.losses.add(plans)
-        best = self.losses.cheapest(plans)
+        self.losses.add({name: self.steps.planned(first, by) for name, by in names.items()})
+        best = self.losses.cheapest(names)
         self.by, self.edited[first] = names[best], best
 
     def _measure(self, shape: Shape) -> None:
-        if shape in self.edited:
-            return
-        self.losses.add({shape.name: self.steps.planned(shape, self.by)})
-        self.edited[shape] = shape.name
+        if shape not in self.edited:
+            self.losses.add({shape.name: self.steps.planned(shape, self.by)})
+            self.edited[shape] = shape.name
 
-    def _fit_prices(self) -> None:
-        self.prediction = self.prediction.fitted({s: self.increase(name) for s, name in self.edited.items()})
+    def _repair(self, shape: Shape) -> None:
+        assert self.repair is not None
+        self._measure(shape)
+        edited = self.steps.planned(shape, self.by)
+        beside = replace(self.cache, output=self.cache.output.with_name(f"{self.cache.output.name}.{shape.name}"))
+        self.folders[shape] = Path(beside.repair(edited, self.repair))
+        name = f"{shape.name}, refit {self.repair.kind}"
+        self.losses.add({name: applied(edited, (_refit(self.folders[shape]),))})
+        self.repaired[shape] = name
 
-    def finished(self, search: SearchOptions, cache: CalibrationCache, repair: RepairOptions | None) -> Fitted:
-        """Repair the best few, measure them again, and return the best of all."""
-        steps = {shape: self.steps.steps(shape, self.by) for shape in self.edited}
-        plans = {shape: self.steps.planned(shape, self.by) for shape in self.edited}
-        ranked = sorted(self.edited, key=lambda shape: self.increase(self.edited[shape]))
-        folders: dict[Shape, Path] = {}
-        if repair is not None:
-            for shape in ranked[: search.repaired]:
-                beside = replace(cache, output=cache.output.with_name(f"{cache.output.name}.{shape.name}"))
-                folders[shape] = Path(beside.repair(plans[shape], repair))
-                self.repaired[shape] = f"{shape.name}, refit {repair.kind}"
-                self.losses.add({self.repaired[shape]: applied(plans[shape], (_refit(folders[shape]),))})
+    def outcome(self) -> Fitted:
+        """Return the best of what was measured, its repair under the usual name."""
         final = self.repaired or self.edited
         best = min(final, key=lambda shape: self.increase(final[shape]))
-        made, chosen = steps[best], plans[best]
-        if best in folders:
-            target = cache.output.with_name(f"{cache.output.name}.refit")
-            _keep_one(folders, best, target)
-            made = (*made, _refit(target))
-            chosen = applied(chosen, made[-1:])
+        steps, plan = self.steps.steps(best, self.by), self.steps.planned(best, self.by)
+        if best in self.folders:
+            target = self.cache.output.with_name(f"{self.cache.output.name}.refit")
+            _keep_one(self.folders, best, target)
+            steps = (*steps, _refit(target))
+            plan = applied(plan, steps[-1:])
         candidates = [
             Candidate(
                 shape,
@@ -230,10 +238,10 @@ class _Search:
             )
             for shape, cost in self.shapes.items()
         ]
-        winner = next(c for c in candidates if c.shape == best)
+        winner = next(candidate for candidate in candidates if candidate.shape == best)
         by = self.by if best.experts < self.budget.original.experts else None
-        outcome = self.losses.outcome(final[best])
-        return Fitted(chosen, made, winner, candidates, outcome, self.prediction, by, repair)
+        measured = self.losses.outcome(final[best])
+        return Fitted(plan, steps, winner, candidates, measured, self.prediction, by, self.repair)
 
 
 def _changed(shape: Shape, original: Shape) -> list[str]:

@@ -7,7 +7,6 @@ changes with its factors, then experts go by number, then weights are cast.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from moesurgery.budget.shape import AS_STORED, FORMS, Shape
 from moesurgery.plan.plan import Plan
@@ -26,14 +25,13 @@ class ShapeSteps:
     shape: Shape
     statistics: str
     stats: Stats
-    neurons: dict[str, Any] = field(default_factory=dict)
     _plans: dict[tuple[Shape, str], Plan] = field(default_factory=dict)
 
     def steps(self, shape: Shape, by: MeasuredCriterion) -> tuple[RecipeStep, ...]:
         """Return the steps that give the model `shape`, experts being dropped by `by`."""
         steps = []
         if shape.width != self.shape.width:
-            steps.append(RecipeStep("slim-experts", {"width": shape.width, **self.neurons}))
+            steps.append(RecipeStep("slim-experts", {"width": shape.width, "by": "obs", "stats": self.statistics}))
         if shape.top_k != self.shape.top_k:
             scale = "router" if self.stats.unread else "measured-expert"
             values = {"top_k": shape.top_k, "scale": scale}
