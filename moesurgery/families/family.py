@@ -151,7 +151,9 @@ class Family:
     needed only where one `model_type` names two layouts, or with no `model_types` where it names dense models too.
 
     The first of `layouts` is the published one. `along` and `shared` list the names beside all layouts.
-    `width_keys`: the config keys of an expert's width, of which the first that is there counts. `shared_width`: that of the shared experts', "" where they are so many experts wide.
+    `width_keys`: the names of the config number for the width I of an expert. `shared_width` is that for the shared
+    expert: "" where it is so many times I, None where it is some other size. `dense_width` is that for FFNs of layers
+    without experts: with a name of `width_keys` they are as wide as an expert.
     `router_parts`: what belongs to the router but has no expert axis (beginnings of paths).
     `times_top_k`: config numbers that are the top-k times another (JetMoE's attention heads).
     `zero_experts`: the config key that counts identity experts, which have router rows and no weights.
@@ -174,8 +176,9 @@ class Family:
     sparse: tuple[str, ...] = ()
     top_k_key: str = "num_experts_per_tok"
     experts_key: str = "num_experts"
-    width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
-    shared_width: str = ""
+    width_keys: tuple[str, ...] = ("moe_intermediate_size",)
+    shared_width: str | None = ""
+    dense_width: str = "intermediate_size"
     times_top_k: Mapping[str, str] = field(default_factory=dict)
     norm: InputNorm = InputNorm()
     architectures: tuple[str, ...] = ()

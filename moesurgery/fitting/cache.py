@@ -20,10 +20,31 @@ from moesurgery.recipe.text_needs import NeededStatistics
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
+    from moesurgery.surgery.choose_neurons import NeuronChoice
     from moesurgery.surgery.group_experts import Merger
 
-_SHOWN = ("apart", "assistant_only", "kind", "ridge", "sweeps", "text", "tokens", "window", "seed", "dtype")
-_DIGESTS = {"fingerprint": "another model", "edited": "another edit", "token_ids": "other windows of the text"}
+_SHOWN = (
+    "apart",
+    "assistant_only",
+    "kind",
+    "ridge",
+    "sweeps",
+    "width",
+    "shared",
+    "dense",
+    "by",
+    "text",
+    "tokens",
+    "window",
+    "seed",
+    "dtype",
+)
+_DIGESTS = {
+    "fingerprint": "another model",
+    "edited": "another edit",
+    "token_ids": "other windows of the text",
+    "statistics": "other statistics",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,26 @@ class CalibrationCache:
             save_group_fits(target, fitted, merger, self.run.about)
             self.reporter.note(f"{what} is in {target}")
         return str(target)
+
+    def neuron_fit(self, choice: NeuronChoice, ridge: float | None) -> str:
+        """Return the folder with the neurons that each FFN keeps, and their down-projections."""
+        from moesurgery.checkpoint.filenames import REPAIR_INDEX
+        from moesurgery.fitting.neuron_fit import fit_neurons
+        from moesurgery.stats.repair_file import RepairWriter, open_repair
+
+        folder, what = self._beside(".fit"), "which neurons stay"
+        about = self.run.about | {**choice.described, "ridge": "auto" if ridge is None else ridge}
+        if (folder / REPAIR_INDEX).exists() and not self.force:
+            _check_same(folder, "a fit", about_differences(open_repair(folder).about, about), "fit again,")
+            self.reporter.note(f"{what} is used again from {folder}")
+        else:
+            engine = self.run.settings.engine(self.run.plan)
+            writer = RepairWriter(folder, force=self.force)
+            with self.reporter.progress("fitting neurons", engine.work(self.run.windows)) as progress:
+                fit_neurons(engine, self.run.windows, choice, ridge, writer.add, progress)
+            writer.close(about)
+            self.reporter.note(f"{what} is in {folder}")
+        return str(folder)
 
     def repair(self, edited: Plan, options: RepairOptions) -> str:
         """Return the folder of the repair of `edited`."""

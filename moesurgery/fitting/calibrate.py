@@ -156,7 +156,7 @@ def calibrate(
         run = read_calibration(settings, plan, options.text, options.tokens, keep_out)
         held_out = held_out or run.held_out
         cache = CalibrationCache(Path(output or f"{plan.checkpoint.name}-{operation}"), run, force, reporter)
-        values = _with_measured(values, declared.text, cache)
+        values = _with_measured(values, declared.text, cache, _number(options.ridge))
     measured = HeldOutLosses(settings, held_out, reporter)
     plans = {"original": plan}
     chosen: str | None = None
@@ -197,8 +197,9 @@ def _own_texts(operation: Operation, values: Values) -> list[str]:
     return [name for name in operation.text.own_text if name in values and not values[name].endswith(SUFFIX)]
 
 
-def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache) -> dict[str, Any]:
-    """Return the parameters with statistics and, for the groups that these give, a fit, where they are needed."""
+def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache, ridge: float | None) -> dict[str, Any]:
+    """Return the parameters with statistics and, for the groups that these give or for neurons, a fit, where they are
+    needed."""
     values, plan = dict(values), cache.run.plan
     statistics = needs.statistics(plan, values)
     if statistics is not None and "stats" not in values:
@@ -206,6 +207,9 @@ def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache) ->
     groups = needs.groups(plan, values) if needs.groups else None
     if groups is not None:
         values["fit"] = cache.group_fits(groups)
+    neurons = needs.neurons(plan, values) if needs.neurons else None
+    if neurons is not None:
+        values["fit"] = cache.neuron_fit(neurons, ridge)
     return values
 
 

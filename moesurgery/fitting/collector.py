@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.errors import RefusedError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.keep_search import best_kept
-from moesurgery.fitting.neuron_fit import neuron_sums
+from moesurgery.fitting.neuron_moments import NeuronMoments, neuron_sums
 from moesurgery.forward.engine import Engine, Progress, Streams
 from moesurgery.forward.expert_outputs import (
     ExpertOutputs,
@@ -72,7 +72,7 @@ def collect(
         return sums[where]
 
     seen: dict[str, ExpertsCall] = {}
-    held: dict[str, list[ExpertsCall]] = {}
+    moments = NeuronMoments(engine) if neurons else None
     routings: dict[str, dict[str, RoutingTensors]] = {}
 
     def experts(call: ExpertsCall) -> torch.Tensor | None:
@@ -81,8 +81,8 @@ def collect(
         said = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
         if every_expert:
             add_every_expert(sums_of(call), call, settings)
-        if neurons:
-            held.setdefault(where, []).append(call)
+        if moments is not None:
+            moments.see(call)
         return said
 
     def block(around: BlockCall) -> Any:
@@ -107,14 +107,20 @@ def collect(
         watch = Hooks(experts=experts, block=block, router_logits=True)
         streams = engine.start(tokens, watch, resume=resume, batch=batch)
         while streams.unit is not None and streams.passed < len(engine.layers):
-            with engine.loaded(streams.unit):
+            unit = streams.unit
+            with engine.loaded(unit, pin=neurons):
                 streams.step(progress)
-                for where, calls in held.items():
-                    sums[where] |= neuron_sums(engine.plan, calls)
-            held.clear()
+                for found in moments.of_layer(unit, streams) if moments is not None else ():
+                    for name, values in neuron_sums(engine, found).items():
+                        own = sums.setdefault(found.where, {})
+                        own[name] = torch.cat([own[name], values[None]]) if name in own else values[None]
+            if neurons:
+                engine.unpin()
             if scratch is not None:
                 scratch.keep(streams, batch, sums)
     finally:
+        if moments is not None:
+            moments.close()
         for twin in twins.values():
             twin.close()
         if streams is not None:
@@ -129,10 +135,14 @@ def collect(
         "recon": list(keep),
         "every_expert": every_expert,
         "neurons": neurons,
+        "ffns": [where for where in sums if all(block.where != where for block in blocks)],
         "tokens": tokens.count,
         "windows": len(tokens),
     }
-    return Stats({b.where: BlockStats(b.where, as_numpy(sums[b.where])) for b in blocks}, about)
+    by_where = {where: BlockStats(where, as_numpy(values)) for where, values in sums.items()}
+    return Stats(
+        {b.where: by_where[b.where] for b in blocks}, about, ffns={where: by_where[where] for where in about["ffns"]}
+    )
 
 
 def collect_over(

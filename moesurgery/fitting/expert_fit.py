@@ -116,12 +116,14 @@ def _fit_down(
     import torch
 
     weight = down(module, expert)
-    cross = torch.zeros(2, *weight.shape, dtype=torch.float64, device=weight.device)
+    width = weight.shape[1]
+    gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
+    cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
     said = weighted_activations(module, expert, mine)
-    gram = moments(said, mine, weight)
     for part, h, residual in zip(mine, said, residuals, strict=True):
         for half, rows in enumerate((~part.odd, part.odd)):
-            _add_products(cross[half], residual[part.token[rows]], h[rows])
+            add_products(gram[half], h[rows], h[rows])
+            add_products(cross[half], residual[part.token[rows]], h[rows])
     solution = solve(gram, cross, ridge)
     del gram, cross
     if solution.change is None:
@@ -139,16 +141,7 @@ def weighted_activations(module: Any, expert: int, mine: Sequence[_Routed]) -> l
     return [activations(module, expert, part.hidden).float() * part.weight for part in mine]
 
 
-def moments(said: Sequence[torch.Tensor], mine: Sequence[_Routed], weight: torch.Tensor) -> torch.Tensor:
-    """Return the sums of g^2 h h^T [2, I, I] over even and odd windows, for `said` of `weighted_activations`."""
-    gram = weight.new_zeros(2, weight.shape[1], weight.shape[1], dtype=torch.float64)
-    for part, h in zip(mine, said, strict=True):
-        for half, rows in enumerate((~part.odd, part.odd)):
-            _add_products(gram[half], h[rows], h[rows])
-    return gram
-
-
-def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add left^T right to `total` [m, n], some rows at a time, so that the float32 product is never held in full."""
     for start in range(0, len(total), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)

@@ -23,7 +23,10 @@ _ROLES: Mapping[str, ExpertRole] = {
 def shared_experts(anatomy: Anatomy, tensors: Mapping[str, Expr]) -> dict[str, MoeBlock]:
     """Return the shared experts beside the main set of experts by module, those of prediction layers too."""
     beside = tuple(
-        f"{block.where}.{path}." for block in anatomy.blocks if block.of is None for path in anatomy.settings.family.shared
+        f"{block.where}.{path}."
+        for block in anatomy.blocks
+        if block.of is None
+        for path in anatomy.settings.family.shared
     )
     return _ffns(anatomy, tensors, (name for name in tensors if name.startswith(beside)) if beside else ())
 

@@ -49,7 +49,9 @@ def neurons_together(block: MoeBlock, tensors: Mapping[str, Expr]) -> int:
     Raises RefusedError where a stored form does not tell which entries are whose.
     """
     width = neuron_count(block, tensors)
-    members = {(m.role, m.stem.suffix, parts[0].shape): (m, parts[0]) for m, parts in _by_expert(block, tensors) if parts}
+    members = {
+        (m.role, m.stem.suffix, parts[0].shape): (m, parts[0]) for m, parts in _by_expert(block, tensors) if parts
+    }
     return math.lcm(*(_axis(member, expr, width).share for member, expr in members.values()))
 
 

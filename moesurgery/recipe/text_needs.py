@@ -56,6 +56,8 @@ class TextNeeds:
     `variants` returns what to measure on held-out text, the edit itself among it; the edit alone by default.
     `candidates` returns the edits of which the one with the least held-out loss is made, empty where the parameters
     leave no choice. They are what is measured then, and `variants` are not.
+    `neurons` returns the FFNs (`surgery.choose_neurons.NeuronChoice`) whose neurons are chosen and fitted in a run, for
+    the parameter `fit`; None where the parameters need none.
     `repair` is the kind of repair that is made unless another is asked for; "none" for none.
     `own_text` names parameters that take statistics of a text of their own, and may name that text instead.
     `named_by` is the parameter whose value names the edit in the table, `heading` what the table calls its rows.
@@ -65,6 +67,7 @@ class TextNeeds:
     groups: Callable[[Plan, Values], Any] | None = None
     variants: Callable[[Plan, Values], Sequence[Variant]] | None = None
     candidates: Callable[[Plan, Values], Sequence[Variant]] | None = None
+    neurons: Callable[[Plan, Values], Any] | None = None
     repair: str = "none"
     own_text: Sequence[str] = ()
     named_by: str = ""

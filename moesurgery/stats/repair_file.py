@@ -1,7 +1,8 @@
 """A repair on disk: what `refit` found for each MoE block, ready to be written into a checkpoint.
 
 A folder with `refit.json` (what was fitted, on what, and how well) and, where weights were fitted, a safetensors file
-per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others. Blocks are written one
+per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others, and "e.kept" [I] the
+neurons that it keeps where the repair is that of `slim-experts`. Blocks are written one
 by one, so that none stays in memory; `refit.json` comes last, so a folder without it is an incomplete repair.
 """
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 _FORMAT = "moesurgery refit 1"
-_MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down)")
+_MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down|kept)")
 _ABOUT = {
     "format": entry_rules.A_TEXT,
     "kind": entry_rules.A_TEXT,
@@ -50,7 +51,8 @@ _LAYER = {
 }
 
 
-Matrices = dict[str, "torch.Tensor"]  # by role, as they are stored: "down" [H, I], "gate" and "up" [I, H]
+# By role, as they are stored: "down" [H, I], "gate" and "up" [I, H]; "kept" [I] are the neurons that stay.
+Matrices = dict[str, "torch.Tensor"]
 
 
 @dataclass
@@ -148,7 +150,10 @@ class Repair:
     layers: Mapping[str, Mapping[str, Any]]
 
     def matrices(self, where: str) -> dict[int, dict[str, Expr]]:
-        """Return the fitted matrices [out, in] of a block, by expert and role; none where only factors were fitted."""
+        """Return the fitted matrices [out, in] of a block, by expert and role; none where only factors were fitted.
+
+        Under "kept" are the numbers [I] of the neurons that an expert keeps.
+        """
         file = self.layers[where]["file"]
         if file is None:
             return {}
@@ -159,7 +164,9 @@ class Repair:
         by_expert: dict[int, dict[str, Expr]] = {}
         for info in header.tensors:
             match = _MATRIX.fullmatch(info.name)
-            if match is None or len(info.shape) != 2 or info.dtype not in PLAIN_FLOATS:
+            kept = match is not None and match[2] == "kept"
+            fits = info.dtype == "I64" and len(info.shape) == 1 if kept else info.dtype in PLAIN_FLOATS
+            if match is None or not fits or (not kept and len(info.shape) != 2):
                 what = f"{info.dtype} {list(info.shape)}"
                 raise CheckpointError(
                     f"{self.source.identity}/{file}: {info.name} ({what}) is no matrix of an expert",

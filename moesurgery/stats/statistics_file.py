@@ -41,7 +41,7 @@ docs/measure.md has the formulas that use them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +99,15 @@ class BlockStats:
 
 @dataclass
 class Stats:
-    """Statistics of all MoE blocks of a model, and what they were collected on."""
+    """Statistics of all MoE blocks of a model, and what they were collected on.
+
+    `ffns` has, by module, those of the neurons of shared experts and dense FFNs, each as of a block of one expert.
+    """
 
     blocks: dict[str, BlockStats]
     about: dict[str, Any]
     sha256: str = ""  # of the file that they were read from
+    ffns: dict[str, BlockStats] = field(default_factory=dict)
 
     @property
     def top_k(self) -> int:
@@ -159,7 +163,7 @@ class Stats:
         """Raise RefusedError where a sum is NaN or infinite: nothing can be decided by it."""
         import numpy as np
 
-        for where, block in self.blocks.items():
+        for where, block in {**self.blocks, **self.ffns}.items():
             for name, values in block.sums.items():
                 if not np.isfinite(values).all():
                     raise RefusedError(
@@ -180,7 +184,7 @@ class Stats:
         target = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
         arrays = {
             f"{where}/{name}": np.ascontiguousarray(values, np.float32 if name in WHOLE else np.float64)
-            for where, block in self.blocks.items()
+            for where, block in {**self.blocks, **self.ffns}.items()
             for name, values in block.sums.items()
         }
         save_arrays(target, arrays, {"about": compact_json(self.about), "format": _FORMAT})
@@ -198,6 +202,7 @@ _ALSO = {
     "unread": entry_rules.mapping_to(entry_rules.A_TEXT),
     "every_expert": entry_rules.SWITCH,
     "neurons": entry_rules.SWITCH,
+    "ffns": entry_rules.listed(entry_rules.A_TEXT),
     "text": entry_rules.FILES,
 }
 _MAX_BYTES = 8_000_000_000  # of a file: 60 layers of 512 experts, at ten numbers of active ones
@@ -236,10 +241,12 @@ def load_stats(path: str | Path) -> Stats:
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
         source.check(held)
-        if odd := sorted(blocks.keys() ^ set(about["blocks"])):
+        if odd := sorted(blocks.keys() ^ {*about["blocks"], *about.get("ffns", ())}):
             raise ValueError(f"{odd[0]!r} is in its {'tensors' if odd[0] in blocks else 'list of blocks'} only")
-        for block in blocks.values():
-            _check_block(block, about)
+        for where in about["blocks"]:
+            _check_block(blocks[where], about)
+        for where in about.get("ffns", ()):
+            _check_sums(blocks[where], NEURONS, 1)
     except CheckpointError:
         raise
     except OSError as error:
@@ -249,23 +256,28 @@ def load_stats(path: str | Path) -> Stats:
     except Exception as error:  # safetensors raises various exceptions for damaged files
         reason = f"{path} cannot be read as statistics: {error}"
         raise CheckpointError(reason, "make them again with `moesurgery collect`") from None
-    stats = Stats({where: blocks[where] for where in about["blocks"]}, about, sha256)
+    ffns = {where: blocks[where] for where in about.get("ffns", ())}
+    stats = Stats({where: blocks[where] for where in about["blocks"]}, about, sha256, ffns)
     stats.check_finite(str(path))
     return stats
 
 
 def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
     """Raise ValueError where the sums of a block are not those listed in the file's metadata."""
-    where, sums = block.where, block.sums
+    sums = block.sums
     names = ["count"] + [name for name in _SHAPES if name not in WHOLE and name not in ("cross", "recon")] + ["output"]
     names += [f"{name}@{k}" for k in about["other_top_k"] for name in ("gram", "gate2", "mass", "cross")]
     names += [f"recon@{r}" for r in about.get("recon", ())]
     names += ["output_all", "gated_all"] if about.get("every_expert") else []
     names += NEURONS if about.get("neurons") else []
     experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
-    for name in dict.fromkeys(names):
-        if name in _LATER and name not in sums:
-            continue
+    _check_sums(block, [n for n in dict.fromkeys(names) if n in sums or n not in _LATER], experts)
+
+
+def _check_sums(block: BlockStats, names: Sequence[str], experts: int) -> None:
+    """Raise ValueError where one of the sums `names` is missing, or not of the shape that it has for `experts`."""
+    where, sums = block.where, block.sums
+    for name in names:
         if name not in sums:
             raise ValueError(f"{where} has no {name}")
         values, wanted = sums[name], _SHAPES[name.partition("@")[0]]

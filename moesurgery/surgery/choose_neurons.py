@@ -1,14 +1,15 @@
 """Which neurons of an expert stay: by its weights alone, or by statistics of a run over text.
 
-    weights    the product of the norms of a neuron's row of gate and of up and of its column of down
-    saliency   sum of g^2 h_i^2 |W_i|^2 over the tokens routed to the expert: what its output loses with one neuron
-    obs        the last of the order in which optimal brain surgery gives them up (`fitting.neuron_order`)
+weights    the product of the norms of a neuron's row of gate and of up and of its column of down
+saliency   sum of g^2 h_i^2 |W_i|^2 over the tokens routed to the expert: what its output loses with one neuron
+obs        the last of the order in which optimal brain surgery gives them up (`fitting.neuron_order`)
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.evaluate import finite_values
@@ -24,6 +25,27 @@ if TYPE_CHECKING:
 
 NeuronCriterion = Literal["obs", "saliency", "weights"]
 Kept = list[list[int]]  # the neurons that each expert of a block keeps, ascending
+
+
+class Slimmed(NamedTuple):
+    """A block of experts (or of one, for a shared expert or a dense FFN) that keeps `width` neurons of each.
+
+    They stay and go in whole blocks of `size`.
+    """
+
+    block: MoeBlock
+    width: int
+    size: int
+
+
+@dataclass(frozen=True)
+class NeuronChoice:
+    """The blocks to slim, by name, and how their neurons are chosen: `kept` has those that are chosen already."""
+
+    blocks: Mapping[str, Slimmed]
+    by: NeuronCriterion
+    kept: Mapping[str, Kept]
+    described: Mapping[str, Any]  # what a fit records of it
 
 
 def by_statistics(block: BlockStats, by: NeuronCriterion, width: int, neurons: int, size: int) -> Kept:

@@ -41,6 +41,8 @@ def refit(
     anatomy = plan.anatomy
     anatomy.require_family(_NAME)
     opened_repair = open_repair(repair)
+    if opened_repair.about["kind"] == "neurons":
+        raise RefusedError(f"{_NAME}: {repair} says which neurons stay", "it is for `slim-experts --fit`")
     blocks = {block.where: block for block in anatomy.main_blocks}
     if odd := sorted(blocks.keys() ^ opened_repair.layers.keys()):
         where = "model" if odd[0] in blocks else "repair"
@@ -57,7 +59,7 @@ def refit(
         else:
             _check_count(block, len(layer["tokens"]))
             matrices = opened_repair.matrices(where)
-            changed |= _with_matrices(block, plan.tensors, matrices)
+            changed |= with_matrices(block, plan.tensors, matrices)
             fitted = len(matrices)
         skipped += len(layer["skipped"])
         held_out = layer.get("error_held_out")
@@ -88,10 +90,13 @@ def _check_count(block: MoeBlock, count: int) -> None:
         )
 
 
-def _with_matrices(
+def with_matrices(
     block: MoeBlock, tensors: Mapping[str, Expr], fitted: Mapping[int, Mapping[str, Expr]]
 ) -> dict[str, Expr]:
-    """Return the changed tensors of a block, some experts having fitted matrices [out, in] by role."""
+    """Return the changed tensors of a block, some experts having fitted matrices [out, in] by role.
+
+    Raises RefusedError where one is quantised, or of another shape.
+    """
     changed: dict[str, Expr] = {}
     stacked: dict[str, list[Expr]] = {}
     for expert in range(block.experts):

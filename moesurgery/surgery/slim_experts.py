@@ -1,141 +1,227 @@
 """Keep some of the neurons of every expert: rows of gate and up, columns of down, one number in config.json.
 
-A neuron's output adds to that of its expert, so leaving out the least of every expert costs less than leaving out whole
-experts of the same size where experts are many and small (docs/measure.md). Experts need not keep the same neurons, only
-as many. The class builds shared experts, and in some families dense FFNs, from the same number: those follow.
+A neuron adds to the output of its expert. Where experts are many and small, leaving out the least neurons of each costs
+less than leaving out whole experts of the same size (docs/measure.md). Each expert keeps neurons of its own, as many as
+every other. The class builds shared experts, and in some families dense FFNs, from the same number: those follow.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.families.anatomy import Anatomy, MoeBlock
-from moesurgery.families.config_keys import keys_present, with_value
+from moesurgery.expr.evaluate import values_of
+from moesurgery.expr.nodes import Expr
 from moesurgery.moe.expert_axis import refuse_strays
-from moesurgery.moe.ffn_blocks import dense_ffns, shared_experts
-from moesurgery.moe.neuron_axis import neuron_count, neurons_together, with_neurons
-from moesurgery.plan.plan import Plan, Step
+from moesurgery.moe.neuron_axis import neuron_count, with_neurons
+from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
-from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values
+from moesurgery.recipe.text_needs import TextNeeds, Values
+from moesurgery.stats.repair_file import Repair, open_repair
 from moesurgery.stats.statistics_file import Stats, load_stats
-from moesurgery.surgery.choose_neurons import Kept, NeuronCriterion, by_statistics, by_weights, highest
+from moesurgery.surgery.choose_neurons import (
+    Kept,
+    NeuronChoice,
+    NeuronCriterion,
+    Slimmed,
+    by_statistics,
+    by_weights,
+    highest,
+)
+from moesurgery.surgery.ffn_widths import slimmed_blocks
+from moesurgery.surgery.refit import with_matrices
 
 _NAME = "slim-experts"
-DEFAULT: NeuronCriterion = "obs"
+DEFAULT: NeuronCriterion = "obs"  # where there is text: docs/measure.md has the table
+_WIDTHS = ("width", "shared", "dense")
 
 
-def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
-    """Return what text is asked for; what is refused whatever it says is refused first."""
-    slim_experts(plan, **{**values, "by": "weights", "stats": None})
-    return None if "stats" in values or values.get("by") == "weights" else NeededStatistics(neurons=True)
+def _refused_early(plan: Plan, values: Values) -> None:
+    """Raise what is refused whatever the text says. No statistics are asked for: the fit chooses by itself."""
+    plan.anatomy.require_family(_NAME)
+    slimmed_blocks(plan, *(values.get(name) for name in _WIDTHS))
 
 
-@operation(_NAME, text=TextNeeds(_needed_statistics))
+def _neurons_to_fit(plan: Plan, values: Values) -> NeuronChoice | None:
+    """Return the neurons that need a fit; None where there is one, or none of them go."""
+    slimmed, _ = slimmed_blocks(plan, *(values.get(name) for name in _WIDTHS))
+    if "fit" in values or not slimmed:
+        return None
+    statistics = _statistics(plan, values.get("stats"))
+    by: NeuronCriterion = values.get("by") or DEFAULT
+    chosen = _chosen(plan, slimmed, by, statistics) if by == "weights" or statistics else {}
+    described = {"kind": "neurons", "by": by, **{name: values.get(name) for name in _WIDTHS}}
+    return NeuronChoice(slimmed, by, chosen, described | ({"statistics": statistics.sha256} if statistics else {}))
+
+
+@operation(_NAME, text=TextNeeds(_refused_early, neurons=_neurons_to_fit))
 def slim_experts(
     plan: Plan,
     *,
-    width: Annotated[int, Param("how many neurons each routed expert keeps", minimum=1)],
+    width: Annotated[int | None, Param("how many neurons each routed expert keeps", minimum=1)] = None,
+    shared: Annotated[
+        int | None,
+        Param("how many neurons the shared experts keep, where they have a width of their own", minimum=1),
+    ] = None,
+    dense: Annotated[
+        int | None,
+        Param("how many neurons the FFNs of layers without experts keep, likewise", minimum=1),
+    ] = None,
     by: Annotated[
         NeuronCriterion | None,
         Param(
-            "which neurons stay: by statistics, obs (optimal brain surgery, the default with them) or saliency; or"
-            " weights (the default without)"
+            "which neurons stay: by text or statistics, obs (optimal brain surgery, the default with them) or saliency;"
+            " or weights (the default without)"
         ),
     ] = None,
     stats: Annotated[
         str | None,
         Param("statistics from `moesurgery collect --neurons`, for obs and saliency", metavar="FILE", reads="file"),
     ] = None,
+    fit: Annotated[
+        str | None,
+        Param("neurons and down-projections that --text made", metavar="FOLDER", reads="file"),
+    ] = None,
 ) -> Plan:
-    """Keep `width` neurons of every routed expert.
+    """Keep some of the neurons of every expert.
 
-    Shared experts that are as wide as so many routed ones follow, and so do dense FFNs where config.json has one number
-    for both. Gate and up are copied by byte ranges, down by columns.
+    Give one of `width`, `shared` and `dense` at least. With text, the down-projections of the neurons that stay are
+    solved for what goes. Shared experts that are so many times as wide as a routed one follow, and so do dense FFNs
+    where config.json has one number for both. Gate and up are copied by byte ranges, down by columns.
     """
-    anatomy = plan.anatomy
-    anatomy.require_family(_NAME)
-    statistics = load_stats(stats) if stats is not None else None
-    by = by or ("weights" if statistics is None else DEFAULT)
-    if by != "weights" and statistics is None:
+    widths = {"width": width, "shared": shared, "dense": dense}
+    if all(count is None for count in widths.values()):
+        raise RecipeError(f"{_NAME} needs one of width, shared and dense: how many neurons stay", "as in `--width 512`")
+    plan.anatomy.require_family(_NAME)
+    slimmed, config = slimmed_blocks(plan, width, shared, dense)
+    statistics = _statistics(plan, stats)
+    fitted = open_repair(fit) if fit is not None else None
+    if fitted is not None and fitted.about["kind"] != "neurons":
+        raise RefusedError(f"{_NAME}: {fit} is a repair, no choice of neurons", "apply it with `moesurgery refit`")
+    by = by or (fitted.about["by"] if fitted else DEFAULT if statistics else "weights")
+    if by != "weights" and statistics is None and fitted is None:
         raise RecipeError(
-            f"{_NAME}: --by {by} needs statistics",
-            "give --text FILE to collect them, or --stats FILE from `moesurgery collect --neurons`",
+            f"{_NAME}: --by {by} needs to see the model run",
+            "give --text FILE, or --stats FILE from `moesurgery collect --neurons`",
         )
-    if statistics is not None:
-        statistics.check(anatomy, _NAME)
-    blocks = {block.where: block for block in anatomy.blocks if block.of is None}
-    old = _one_width(plan, blocks)
-    if width > old:
-        raise RefusedError(f"{_NAME}: each expert has {old} neurons, fewer than {width}", "choose a lower --width")
-    config = plan.config if width == old else _with_width(anatomy, old, width)
-    wanted = dict.fromkeys(blocks, width)
-    if width != old:
-        for module, ffn in _following(plan, old).items():
-            blocks[module], wanted[module] = ffn, neuron_count(ffn, plan.tensors) // old * width
-    kept = {where: _chosen(plan, where, block, wanted[where], by, statistics) for where, block in blocks.items()}
-    changed = {}
-    for where, block in blocks.items():
-        if width != old:
-            refuse_strays(block, plan.tensors, renumbered=False)
-            changed |= with_neurons(block, plan.tensors, kept[where])
-    parameters: dict[str, Any] = {"width": width, "by": by} | ({"stats": stats} if stats is not None else {})
-    step = Step(
-        _NAME,
-        parameters,
-        f"{width} of {old} neurons kept in every expert of {len(anatomy.blocks)} layers",
-        report={"width": width, "old_width": old, "by": by}
-        | ({"statistics": {"sha256": statistics.sha256, **statistics.about}} if statistics else {}),
+    read = {where: fitted.matrices(where) for where in slimmed.keys() & fitted.layers.keys()} if fitted else {}
+    kept = {where: _kept_by_fit(where, slimmed[where], plan, matrices) for where, matrices in read.items()}
+    left = {where: entry for where, entry in slimmed.items() if where not in kept}
+    kept |= _chosen(plan, left, by, statistics)
+    changed: dict[str, Expr] = {}
+    for where, (block, _, _) in slimmed.items():
+        refuse_strays(block, plan.tensors, renumbered=False)
+        mine = with_neurons(block, plan.tensors, kept[where])
+        solved = {expert: {"down": m["down"]} for expert, m in read.get(where, {}).items() if "down" in m}
+        changed |= mine | (with_matrices(block, {**plan.tensors, **mine}, solved) if solved else {})
+    parameters: dict[str, Any] = {name: count for name, count in widths.items() if count is not None} | {"by": by}
+    parameters |= {name: file for name, file in (("stats", stats), ("fit", fit)) if file is not None}
+    return plan.edited(
+        Step(
+            _NAME,
+            parameters,
+            _summary(plan, slimmed),
+            report=_report(plan, slimmed, by, statistics, fitted),
+            notes=_notes(slimmed, by, statistics, fitted),
+            tables=_tables(slimmed, fitted),
+        ),
+        tensors=plan.with_tensors(changed),
+        config=config,
     )
-    return plan.edited(step, tensors=plan.with_tensors(changed), config=config)
 
 
-def _one_width(plan: Plan, blocks: Mapping[str, MoeBlock]) -> int:
-    """Return the number of neurons of each expert of all layers; raise RefusedError where they differ."""
-    widths = {where: neuron_count(block, plan.tensors) for where, block in blocks.items()}
-    if len(set(widths.values())) > 1:
-        raise RefusedError(f"{_NAME}: the layers have experts of different widths: {widths}")
-    return next(iter(widths.values()))
-
-
-def _with_width(anatomy: Anatomy, old: int, width: int) -> dict[str, Any]:
-    """Return the config with the new width. Raises RefusedError where it does not have the old one."""
-    settings = anatomy.settings
-    keys = next(((key,) for key in settings.family.width_keys if settings.first((key,)) is not None), ())
-    value = settings.first(keys) if keys else None
-    first = value[0] if isinstance(value, list) and value else value
-    if first != old:
-        said = f"{keys[0]} is {value!r}" if keys else f"it has none of {', '.join(settings.family.width_keys)}"
-        raise RefusedError(f"{_NAME}: config.json does not say that experts are {old} wide: {said}")
-    return with_value(settings, keys, width, keys[0])
-
-
-def _following(plan: Plan, width: int) -> dict[str, MoeBlock]:
-    """Return the shared experts and dense FFNs, by module, that the class builds from the width of the experts."""
-    anatomy = plan.anatomy
-    following = {} if anatomy.settings.family.shared_width else shared_experts(anatomy, plan.tensors)
-    for module, block in following.items():
-        if neuron_count(block, plan.tensors) % width:
-            raise RefusedError(f"{_NAME}: {module} is not so many times as wide as an expert, {width}")
-    return following
+def _statistics(plan: Plan, stats: str | None) -> Stats | None:
+    """Return the statistics of neurons. Raises RefusedError where they are of another model, or have none."""
+    if stats is None:
+        return None
+    statistics = load_stats(stats)
+    statistics.check(plan.anatomy, _NAME)
+    if not statistics.neurons:
+        raise RefusedError(
+            f"{_NAME}: {stats} says nothing of neurons", "collect again with `moesurgery collect --neurons`"
+        )
+    return statistics
 
 
 def _chosen(
-    plan: Plan, where: str, block: MoeBlock, width: int, by: NeuronCriterion, statistics: Stats | None
-) -> Kept:
-    """Return the neurons that each expert of a block keeps."""
-    neurons = neuron_count(block, plan.tensors)
-    if width == neurons:
-        return [list(range(neurons))] * block.experts
-    size = neurons_together(block, plan.tensors)
-    if neurons % size or width % size:
-        raise RefusedError(
-            f"{_NAME}: {where}: {size} neurons share a scale or a word, so only whole blocks of {size} can go",
-            f"choose a multiple of {size}" if neurons % size == 0 else "dequantise first with `moesurgery convert --dequantize`",
+    plan: Plan, slimmed: Mapping[str, Slimmed], by: NeuronCriterion, statistics: Stats | None
+) -> dict[str, Kept]:
+    """Return the neurons that stay by statistics, or by their weights where those have nothing of a block."""
+    measured = {**statistics.blocks, **statistics.ffns} if statistics and by != "weights" else {}
+    return {
+        where: by_statistics(measured[where], by, width, neuron_count(block, plan.tensors), size)
+        if where in measured
+        else highest(by_weights(plan, block), width, size)
+        for where, (block, width, size) in slimmed.items()
+    }
+
+
+def _kept_by_fit(where: str, slimmed: Slimmed, plan: Plan, matrices: Mapping[int, Mapping[str, Expr]]) -> Kept:
+    """Return the neurons that a fit keeps of a block. Raises RefusedError where it is that of another edit."""
+    block, width, size = slimmed
+    neurons, kept = neuron_count(block, plan.tensors), []
+    for expert in range(block.experts):
+        own = (
+            values_of(matrices.get(expert, {})["kept"]).astype(int).tolist()
+            if "kept" in matrices.get(expert, {})
+            else []
         )
-    if statistics is not None and where in statistics.blocks and by != "weights":
-        return by_statistics(statistics.blocks[where], by, width, neurons, size)
-    return highest(by_weights(plan, block), width, size)
+        blocks = sorted({neuron // size for neuron in own})
+        if (
+            own != [b * size + i for b in blocks for i in range(size)]
+            or len(own) != width
+            or not 0 <= own[0] <= own[-1] < neurons
+        ):
+            raise RefusedError(
+                f"{_NAME}: {where}: expert {expert} is to keep {width} of {neurons} neurons, which is not what the fit says",
+                "the fit is that of another edit: make it again with --text",
+            )
+        kept.append(own)
+    return kept
+
+
+def _summary(plan: Plan, slimmed: Mapping[str, Slimmed]) -> str:
+    counts: dict[tuple[int, int], int] = {}
+    for block, width, _ in slimmed.values():
+        change = (neuron_count(block, plan.tensors), width)
+        counts[change] = counts.get(change, 0) + block.experts
+    named = ", ".join(f"{width} of {old} in {count:,} experts" for (old, width), count in counts.items())
+    return f"neurons kept: {named or 'all'}"
+
+
+def _report(
+    plan: Plan, slimmed: Mapping[str, Slimmed], by: str, statistics: Stats | None, fitted: Repair | None
+) -> dict[str, Any]:
+    blocks = [
+        {"layer": where, "neurons": width, "old_neurons": neuron_count(block, plan.tensors)}
+        for where, (block, width, _) in slimmed.items()
+    ]
+    report: dict[str, Any] = {"by": by, "blocks": blocks}
+    if statistics is not None:
+        report["statistics"] = {"sha256": statistics.sha256, **statistics.about}
+    if fitted is not None:
+        report["fit"] = {**fitted.about, "layers": list(fitted.layers.values())}
+    return report
+
+
+def _notes(slimmed: Mapping[str, Slimmed], by: str, statistics: Stats | None, fitted: Repair | None) -> tuple[str, ...]:
+    notes = []
+    seen = {*(fitted.layers if fitted else ()), *(statistics.blocks | statistics.ffns if statistics else ())}
+    if by != "weights" and (others := [where for where in slimmed if where not in seen]):
+        notes.append(f"{', '.join(others)}: not run, so neurons were chosen by their weights")
+    if slimmed and fitted is None:
+        notes.append(
+            "the down-projections are those of before, without the columns that go; with --text they are solved"
+        )
+    return tuple(notes)
+
+
+def _tables(slimmed: Mapping[str, Slimmed], fitted: Repair | None) -> tuple[Table, ...]:
+    rows = [
+        (where, str(slimmed[where].width), f"{entry['error_before']:.4f}", f"{entry['error_after']:.4f}")
+        for where, entry in (fitted.layers.items() if fitted else ())
+        if where in slimmed
+    ]
+    return (Table(("block", "neurons", "error before", "after"), tuple(rows)),) if rows else ()

@@ -137,12 +137,15 @@ DEEPSEEK: tuple[Family, ...] = (
     _like_v3("glm4v_moe", "glm4v_moe_text", routed_scale_key=1.0),
     _like_v3("glm5_next", "glm5_next_text", routed_scale_key=2.5),
     _like_v3("dots1", routed_scale_key=1.0),
-    _like_v3(
-        "dots3_note",
-        "dots3_note_text",
-        routed_scale_key=1.0,
-        buffers=("mlp.router_bias", "mlp.e_score_correction_bias"),
-        note="the vision tower is a mixture too: it is counted apart and stays as it is",
+    replace(
+        _like_v3(
+            "dots3_note",
+            "dots3_note_text",
+            routed_scale_key=1.0,
+            buffers=("mlp.router_bias", "mlp.e_score_correction_bias"),
+            note="the vision tower is a mixture too: it is counted apart and stays as it is",
+        ),
+        shared_width="shared_experts_intermediate_size",
     ),
     _like_v3("solar_open", routed_scale_key=1.0, sparse=()),
     replace(

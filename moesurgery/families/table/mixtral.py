@@ -28,6 +28,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "mixtral",
         ("mixtral",),
+        width_keys=("intermediate_size",),
         layouts=MIXTRAL_LAYOUTS,
         along=MIXTRAL_ROUTER,
         experts_key="num_local_experts",
@@ -35,6 +36,8 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "minimax",
         ("minimax", "minimax_text_01", "MiniMaxText01"),
+        width_keys=("intermediate_size",),
+        shared_width="shared_intermediate_size",
         layouts=MIXTRAL_LAYOUTS,
         along=MIXTRAL_ROUTER,
         shared=("shared_mlp", "coefficient"),
@@ -45,6 +48,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "minimax_m2",
         ("minimax_m2",),
+        width_keys=("intermediate_size",),
         layouts=MIXTRAL_LAYOUTS,
         along=(
             *MIXTRAL_ROUTER,
@@ -56,6 +60,9 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "minimax_m3_vl",
         ("minimax_m3_vl", "minimax_m3_vl_text"),
+        width_keys=("intermediate_size",),
+        shared_width="shared_intermediate_size",
+        dense_width="dense_intermediate_size",
         layouts=(
             per_expert_layout("block_sparse_moe.experts.#", **W123),
             fused_layout(
@@ -78,6 +85,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "phimoe",
         ("phimoe",),
+        width_keys=("intermediate_size",),
         layouts=(
             per_expert_layout("block_sparse_moe.experts.#", **W123),
             fused_layout(moved=(("block_sparse_moe.gate.", "mlp.router."), ("block_sparse_moe.", "mlp."))),
@@ -90,6 +98,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "olmoe",
         ("olmoe",),
+        width_keys=("intermediate_size",),
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         routing=RouterRule(renormalised=norm_topk(False)),
@@ -97,6 +106,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "flex_olmo",
         ("flex_olmo",),
+        width_keys=("intermediate_size",),
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         routing=RouterRule(renormalised=norm_topk(False), after="routed"),
@@ -104,6 +114,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "jamba",
         ("jamba",),
+        width_keys=("intermediate_size",),
         layouts=(per_expert_layout("feed_forward.experts.#"), fused_layout("feed_forward.experts")),
         along=router_tensor("feed_forward.router"),
         routing=RouterRule(renormalised=False),
@@ -113,6 +124,8 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "granitemoe",
         ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        width_keys=("intermediate_size",),
+        shared_width="shared_intermediate_size",
         layouts=(
             fused_layout("block_sparse_moe", gate_up="input_linear", down="output_linear"),
             fused_layout(
@@ -128,6 +141,8 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "granitemoe_swa",
         ("granitemoe_swa",),
+        width_keys=("intermediate_size",),
+        shared_width="shared_intermediate_size",
         layouts=(fused_layout("block_sparse_moe.experts"),),
         along=router_tensor("block_sparse_moe.router"),
         shared=("shared_mlp",),
@@ -137,6 +152,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "jetmoe",
         ("jetmoe",),
+        width_keys=("intermediate_size",),
         layouts=(fused_layout("mlp", gate_up="input_linear", down="output_linear"),),
         along=router_tensor("mlp.router.layer"),
         sets=(
@@ -161,6 +177,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "dbrx",
         ("dbrx",),
+        width_keys=("ffn_hidden_size",),
         layouts=(
             Layout(
                 "fused",
@@ -183,6 +200,8 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "arctic",
         ("arctic",),
+        width_keys=("intermediate_size",),
+        shared_width=None,
         layouts=(per_expert_layout("block_sparse_moe.experts.#", **W123),),
         along=router_tensor("block_sparse_moe.gate"),
         shared=("residual_mlp", "residual_layernorm"),
@@ -193,6 +212,7 @@ MIXTRAL: tuple[Family, ...] = (
     Family(
         "grok1",
         ("grok-1", "grok1"),
+        width_keys=("intermediate_size",),
         layouts=(per_expert_layout("moe_block.experts.#", gate="linear", up="linear_v", down="linear_1"),),
         along=router_tensor("moe_block.gate"),
         routing=RouterRule(renormalised=False, after="routed"),

@@ -22,6 +22,7 @@ OWN: tuple[Family, ...] = (
     Family(
         "gpt_oss",
         ("gpt_oss",),
+        width_keys=("intermediate_size",),
         layouts=(fused_layout(order="io", interleaved=True),),
         along=router_tensor("mlp.router"),
         routing=RouterRule(score="top-softmax"),
@@ -30,6 +31,7 @@ OWN: tuple[Family, ...] = (
     Family(
         "openai_privacy_filter",
         ("openai_privacy_filter",),
+        width_keys=("intermediate_size",),
         layouts=(fused_layout(order="io"),),
         along=router_tensor("mlp.router"),
         routing=RouterRule(score="top-softmax"),
@@ -39,6 +41,8 @@ OWN: tuple[Family, ...] = (
     Family(
         "llama4",
         ("llama4", "llama4_text"),
+        width_keys=("intermediate_size",),
+        dense_width="intermediate_size_mlp",
         layouts=(fused_layout("feed_forward.experts", order="io"), per_expert_layout("feed_forward.experts.#")),
         along=router_tensor("feed_forward.router"),
         shared=("feed_forward.shared_expert",),
@@ -54,6 +58,7 @@ OWN: tuple[Family, ...] = (
     Family(
         "aria",
         ("aria", "aria_text"),
+        width_keys=("intermediate_size",),
         layouts=(
             fused_layout(gate_up="fc1", down="fc2", order="io"),
             fused_layout(order="io"),
@@ -78,6 +83,7 @@ OWN: tuple[Family, ...] = (
     Family(
         "hunyuan_v1_moe",
         ("hunyuan_v1_moe", "hunyuan"),
+        width_keys=("intermediate_size", "moe_intermediate_size"),
         layouts=(per_expert_layout(), fused_layout()),
         along=router_tensor("mlp.gate.wg"),
         shared=("mlp.shared_mlp",),
@@ -138,6 +144,8 @@ OWN: tuple[Family, ...] = (
     Family(
         "cohere2_moe",
         ("cohere2_moe",),
+        width_keys=("intermediate_size",),
+        dense_width="prefix_dense_intermediate_size",
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         shared=SHARED_EXPERTS,
@@ -153,6 +161,8 @@ OWN: tuple[Family, ...] = (
     Family(
         "longcat_flash",
         ("longcat_flash",),
+        width_keys=("expert_ffn_hidden_size",),
+        dense_width="ffn_hidden_size",
         layouts=(per_expert_layout(), fused_layout()),
         along=(
             ExpertAxisTensor("mlp.router.classifier.weight", "router", extra=True),
@@ -195,12 +205,19 @@ OWN: tuple[Family, ...] = (
         along=(),
         router_parts=("mlp.router_gate",),
         routing=RouterRule(score="top-softmax", no_estimate="its router scores pairs of keys"),
-        refuses={"drop-experts": PRODUCT_KEYS, "merge-experts": PRODUCT_KEYS, "to-dense": PRODUCT_KEYS},
+        refuses={
+            "drop-experts": PRODUCT_KEYS,
+            "merge-experts": PRODUCT_KEYS,
+            "slim-experts": "an expert is one neuron",
+            "to-dense": PRODUCT_KEYS,
+        },
         note="an expert is one neuron: a row of down_embed (its input) and of up_embed (its output)",
     ),
     Family(
         "switch_transformers",
         ("switch_transformers",),
+        width_keys=("d_ff",),
+        dense_width="d_ff",
         layouts=(per_expert_layout("layer.#.mlp.experts.expert_#", gate=None, up="wi", down="wo"),),
         along=router_tensor("layer.#.mlp.router.classifier"),
         routing=RouterRule(renormalised=False, fixed_top_k=1, special="top-1 routing with a capacity per expert"),
@@ -211,6 +228,8 @@ OWN: tuple[Family, ...] = (
     Family(
         "nllb-moe",
         ("nllb-moe",),
+        width_keys=("encoder_ffn_dim", "decoder_ffn_dim"),
+        dense_width="encoder_ffn_dim",
         layouts=(per_expert_layout("ffn.experts.expert_#", gate=None, up="fc1", down="fc2"),),
         along=router_tensor("ffn.router.classifier"),
         routing=RouterRule(fixed_top_k=2, special="top-2 routing with a capacity per expert"),

@@ -11,6 +11,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen2_moe",
         ("qwen2_moe",),
+        shared_width="shared_expert_intermediate_size",
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         routing=RouterRule(renormalised=norm_topk(False)),
@@ -28,6 +29,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen3_next",
         ("qwen3_next",),
+        shared_width="shared_expert_intermediate_size",
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         routing=RouterRule(renormalised=norm_topk(True)),
@@ -38,6 +40,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen3_5_moe",
         ("qwen3_5_moe", "qwen3_5_moe_text"),
+        shared_width="shared_expert_intermediate_size",
         layouts=(fused_layout(), per_expert_layout()),
         along=GATE,
         shared=SHARED_EXPERT,
@@ -65,6 +68,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "qwen4_exp",
         ("qwen4_exp", "qwen4_exp_text"),
+        shared_width="shared_expert_intermediate_size",
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         routing=RouterRule(
@@ -76,6 +80,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "flint",
         ("flint",),
+        shared_width="shared_expert_intermediate_size",
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE,
         routing=RouterRule(score="sigmoid", renormalised=norm_topk(True)),
@@ -93,6 +98,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "kolibri1",
         ("kolibri1",),
+        shared_width="shared_expert_intermediate_size",
         layouts=(
             per_expert_layout(),
             fused_layout(moved=(("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),)),
@@ -104,6 +110,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "laguna",
         ("laguna",),
+        shared_width="shared_expert_intermediate_size",
         layouts=(
             per_expert_layout(),
             fused_layout(

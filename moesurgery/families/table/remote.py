@@ -51,6 +51,7 @@ REMOTE: tuple[Family, ...] = (
     Family(
         "llama_moe",
         ("llama_moe",),
+        width_keys=("intermediate_size",),
         layouts=(
             Layout(
                 "per-expert",
@@ -76,6 +77,7 @@ REMOTE: tuple[Family, ...] = (
     Family(
         "openmoe",
         (),
+        width_keys=("intermediate_size",),
         layouts=(stacked("mlp.experts.wi_gate", "mlp.experts.wi_up", "mlp.experts.wo", order="io"),),
         along=(ExpertAxisTensor("mlp.gate_weight", "router"),),
         shared=("extra_mlp",),
@@ -88,6 +90,7 @@ REMOTE: tuple[Family, ...] = (
     Family(
         "skywork_moe",
         ("skywork_moe",),
+        width_keys=("intermediate_size",),
         layouts=(per_expert_layout(),),
         along=router_tensor("mlp.gate.wg"),
         router_parts=("mlp.gate",),

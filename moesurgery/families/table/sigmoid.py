@@ -126,6 +126,7 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "nemotron_h",
         ("nemotron_h", "nemo_speechlm"),
+        shared_width="moe_shared_expert_intermediate_size",
         layouts=(
             per_expert_layout("mixer.experts.#", gate=None),
             stacked(None, "mixer.experts.up_proj", "mixer.experts.down_proj"),
@@ -142,6 +143,7 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "step3p5",
         ("step3p7", "step3p5"),
+        shared_width="share_expert_dim",
         layouts=(
             stacked("moe.gate_proj", "moe.up_proj", "moe.down_proj"),
             fused_layout(
@@ -171,6 +173,7 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "muse_spark",
         ("muse_spark", "muse_spark_text"),
+        shared_width=None,
         layouts=(fused_layout(),),
         along=GATE_AND_BIAS,
         shared=("mlp.pre_expert_proj", "mlp.post_expert_proj"),
