@@ -49,7 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--by", default="gram", help="how experts of the grid are chosen; the search finds its own")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--search-device", help="another device for the searches")
     parser.add_argument("--results", type=Path, help="also write all figures as JSON")
     return parser.parse_args()
 
@@ -108,13 +110,19 @@ def grid(budget: Budget) -> list[Shape]:
     return [shape for shape, _ in replace(budget, choices=choice).shapes()]
 
 
-def _search(given: argparse.Namespace, folder: Path, share: float) -> tuple[Shape, str, dict[str, float]]:
-    """Return the shape that `fit` takes, its criterion, and its price of each axis."""
+def _search(given: argparse.Namespace, folder: Path, share: float) -> tuple[Shape, dict[str, float]]:
+    """Return the shape that `fit` takes, and its price of each axis."""
+    given.device = given.search_device or given.device
     bench = Bench(given, folder)
+    start = time.perf_counter()
     found = fit(bench.plan, bench.budget(share), SearchOptions(), bench.options, folder / f"fit-{share}")
     measured = {c.shape.name: (c.predicted, c.measured, c.repaired) for c in found.candidates if c.measured is not None}
-    print(f"share {share}: fit takes {found.winner.shape.name}, experts by {found.by}; {measured}", flush=True)
-    return found.winner.shape, found.by or "gram", dict(zip(AXES, found.prediction.prices, strict=True))
+    took = time.perf_counter() - start
+    print(f"share {share}: fit takes {found.winner.shape.name} after {took:.0f} s, experts by {found.by}", flush=True)
+    print(
+        {name: [None if x is None else round(x, 4) for x in figures] for name, figures in measured.items()}, flush=True
+    )
+    return found.winner.shape, dict(zip(AXES, found.prediction.prices, strict=True))
 
 
 def main() -> None:
@@ -128,19 +136,24 @@ def main() -> None:
         with ProcessPoolExecutor(given.jobs, context, _begin, (given, folder)) as pool:
             top_ks = sorted({s.top_k for share in given.share for s, _ in bench.budget(share).shapes()})
             shared = CalibrationCache(folder / "grid", bench.run, False, SILENT)
-            stats = shared.statistics(NeededStatistics([k for k in top_ks if k != bench.budget(1).original.top_k], neurons=True))
+            stats = shared.statistics(
+                NeededStatistics([k for k in top_ks if k != bench.budget(1).original.top_k], neurons=True)
+            )
             start = time.perf_counter()
             searches = [pool.submit(_search, given, folder, share) for share in given.share]
+            shapes = {share: grid(bench.budget(share)) for share in given.share}
+            tasks = {share: [(s, given.by, stats, str(share)) for s in shapes[share]] for share in given.share}
+            outcomes = {share: [pool.submit(_outcome, task) for task in tasks[share]] for share in given.share}
             for share, search in zip(given.share, searches, strict=True):
-                taken, by, prices = search.result()
-                print(f"share {share}: searched after {time.perf_counter() - start:.0f} s", flush=True)
-                shapes = grid(bench.budget(share))
-                shapes += [taken] if taken not in shapes else []
-                tasks = [(shape, by, stats, str(share)) for shape in shapes]
-                found = dict(zip(shapes, pool.map(_outcome, tasks), strict=True))
+                taken, prices = search.result()
+                if taken not in shapes[share]:
+                    shapes[share].append(taken)
+                    outcomes[share].append(pool.submit(_outcome, (taken, given.by, stats, str(share))))
+                found = {s: outcome.result() for s, outcome in zip(shapes[share], outcomes[share], strict=True)}
                 predicted = Prediction(damage_curves(load_stats(stats)), tuple(prices.values()))
                 results[share] = _show(found, base, taken, predicted)
-                print(f"share {share}: {len(shapes)} shapes after {time.perf_counter() - start:.0f} s", flush=True)
+                took = time.perf_counter() - start
+                print(f"share {share}: {len(found)} shapes after {took:.0f} s; original {base:.4f}", flush=True)
     if given.results is not None:
         given.results.write_text(json.dumps(results, indent=1))
 

@@ -11,7 +11,9 @@ from moesurgery.budget.limits import Limits
 from moesurgery.budget.shape import USUAL_FORMS, Shape, narrower_forms
 from moesurgery.count.accelerators import Accelerator
 from moesurgery.errors import RecipeError, RefusedError
-from moesurgery.families.anatomy import Anatomy, HasShape
+from moesurgery.expr.nodes import Expr
+from moesurgery.families.anatomy import Anatomy
+from moesurgery.moe.neuron_axis import neurons_together
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,16 @@ class Budget:
             said.append(f"the smallest has {cost.active:,} active parameters, above {self.limits.active:,}")
             hints.append(f"--active {cost.active / 1e6:.0f}M or more")
         if "speed" in wrong:
-            said.append(f"the fastest decodes {cost.tokens_per_second:.1f} tokens per second, below {self.limits.speed:g}")
+            said.append(
+                f"the fastest decodes {cost.tokens_per_second:.1f} tokens per second, below {self.limits.speed:g}"
+            )
             hints.append(f"--speed {int(cost.tokens_per_second or 0)}")
         raise RefusedError(f"fit: no shape of this model fits: {'; '.join(said)} ({smallest.name})", ", ".join(hints))
 
 
 def budget_of(
     anatomy: Anatomy,
-    tensors: Mapping[str, HasShape],
+    tensors: Mapping[str, Expr],
     limits: Limits,
     *,
     context: int,
@@ -79,7 +83,11 @@ def budget_of(
     costs = ShapeCosts(
         anatomy, tensors, context=context, batch=batch, accelerator=accelerator, header_bytes=header_bytes
     )
-    return Budget(costs, limits, choices(anatomy, costs.shape, axes, narrower_forms(anatomy, tensors, forms)))
+    if "width" in axes and (reason := anatomy.settings.family.refuses.get("slim-experts")):
+        raise RefusedError(f"fit: {anatomy.settings.family.name}: its width stays: {reason}", "give --keep width")
+    together = neurons_together(anatomy.main_blocks[0], tensors) if "width" in axes else 1
+    narrower = narrower_forms(anatomy, tensors, forms)
+    return Budget(costs, limits, choices(anatomy, costs.shape, axes, narrower, together))
 
 
 def _bytes(count: float) -> str:

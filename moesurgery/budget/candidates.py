@@ -7,6 +7,7 @@ parameters no more than they were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -38,8 +39,11 @@ class Choices:
         return Shape(self.experts[0], self.width[0], self.top_k[0], self.form[-1])
 
 
-def choices(anatomy: Anatomy, shape: Shape, axes: Collection[str], forms: Sequence[str]) -> Choices:
-    """Return what may be chosen on each of `axes`, from a model of `shape`; the others stay as they are."""
+def choices(anatomy: Anatomy, shape: Shape, axes: Collection[str], forms: Sequence[str], together: int) -> Choices:
+    """Return what may be chosen on each of `axes`, from a model of `shape`; the others stay as they are.
+
+    `together` neurons share a scale or a word, and so stay or go in whole blocks of as many.
+    """
     top_ks = [shape.top_k]
     if "top-k" in axes and anatomy.settings.family.routing.fixed_top_k is None:
         top_ks = _top_ks(shape.top_k, shape.experts)
@@ -50,8 +54,9 @@ def choices(anatomy: Anatomy, shape: Shape, axes: Collection[str], forms: Sequen
         experts = sorted(experts[::-1][::step])
     width = [shape.width]
     if "width" in axes:
-        step = 8 if shape.width < SMALL_WIDTH else 16
-        width = [*range(max(step, shape.width // 4), shape.width, step), shape.width]
+        step = math.lcm(8 if shape.width < SMALL_WIDTH else 16, together)
+        least = -(-shape.width // (4 * step)) * step
+        width = [*range(least, shape.width, step), shape.width]
     return Choices(experts, width, top_ks, (AS_STORED, *forms) if "form" in axes else (AS_STORED,))
 
 

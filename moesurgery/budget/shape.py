@@ -26,7 +26,6 @@ class Form:
     dtype: str = ""
 
 
-
 def _rounding(bits: int) -> float:
     """Return the mean squared relative error of rounding to `bits` significant bits, for values that are even in the
     logarithm: the step's square over 12, times the mean of 1/m^2 over mantissas m of 1 to 2, 3/(8 ln 2)."""

@@ -42,9 +42,7 @@ def show_fitted(budget: Budget, found: Fitted) -> None:
     _say_budget(budget)
     known = [c for c in found.candidates if c.measured is not None or c.repaired is not None]
     known.sort(key=lambda c: (c is not found.winner, c.repaired is None, c.repaired or 0, c.measured or 0))
-    rows = [
-        (*_row(c.shape, c.cost), f"{c.predicted:+.4f}", _signed(c.measured), _signed(c.repaired)) for c in known
-    ]
+    rows = [(*_row(c.shape, c.cost), f"{c.predicted:+.4f}", _signed(c.measured), _signed(c.repaired)) for c in known]
     rows[0] = (f"{rows[0][0]} (taken)", *rows[0][1:])
     repair = f"refit {found.repair.kind}" if found.repair else "repaired"
     console.table((*_HEADER, "predicted", "measured", repair), rows, right=(1, 2, 3, 5, 6, 7, 8, 9, 10))

@@ -180,7 +180,9 @@ def _heatmap(panel: Heatmap, top: float) -> tuple[list[str], float, float]:
             parts.append(f'<rect {place} fill="{hue}" fill-opacity="{opacity:.3f}">{said}{says}</title></rect>')
             if numbered:
                 kind = "w" if opacity > 0.6 else ""
-                parts.append(drawn_text(left + (x + 0.5) * cell, grid + y * _ROW + 16, panel.shown(value), kind, "middle"))
+                parts.append(
+                    drawn_text(left + (x + 0.5) * cell, grid + y * _ROW + 16, panel.shown(value), kind, "middle")
+                )
     for y, x in panel.framed:
         place = f'x="{left + x * cell:.1f}" y="{grid + y * _ROW}" width="{cell - 1:.1f}" height="{_ROW - 1}"'
         parts.append(f'<rect class="f" {place}/>')
@@ -215,7 +217,10 @@ def _legend(panel: Heatmap, top: float) -> tuple[list[str], float]:
         ]
         x += 40 + _CHAR * len("not measured")
     if panel.framed:
-        parts += [f'<rect class="f" x="{x}" y="{top}" width="14" height="14"/>', drawn_text(x + 20, top + 11, panel.frame)]
+        parts += [
+            f'<rect class="f" x="{x}" y="{top}" width="14" height="14"/>',
+            drawn_text(x + 20, top + 11, panel.frame),
+        ]
         x += 40 + _CHAR * len(panel.frame)
     return parts, x
 

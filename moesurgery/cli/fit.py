@@ -12,7 +12,7 @@ from moesurgery.budget.budget import Budget, budget_of
 from moesurgery.budget.candidates import AXES
 from moesurgery.budget.limits import Limits, parse_parameters, parse_speed, parse_tokens
 from moesurgery.budget.shape import FORMS, USUAL_FORMS
-from moesurgery.checkpoint.checkpoint import open_checkpoint
+from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.cli import _run_options, _writing
 from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console, human_bytes
@@ -21,6 +21,7 @@ from moesurgery.cli._operations import taking_text_and_flags
 from moesurgery.cli._output_name import default_name
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.errors import RecipeError
+from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.families.recognition import recognise
 from moesurgery.fitting.calibrate import CalibrationOptions
 from moesurgery.plan.plan import Plan
@@ -87,10 +88,9 @@ def fit_command(
         _writing.check_early(flags)
     plan = None if looking and not model.endswith((".yaml", ".yml")) else _run_options.subject(model)
     checkpoint = open_checkpoint(model, headers_only=True) if plan is None else plan.checkpoint
-    tensors: Any = checkpoint.tensors if plan is None else plan.tensors
     budget = budget_of(
-        recognise(checkpoint.config, tensors) if plan is None else plan.anatomy,
-        tensors,
+        recognise(checkpoint.config, checkpoint.tensors) if plan is None else plan.anatomy,
+        _expressions(checkpoint) if plan is None else plan.tensors,
         limits,
         context=parse_tokens(context),
         batch=batch,
@@ -144,6 +144,11 @@ def _search(
     recipe = Recipe(model, found.steps, origin="command line", max_shard_size=flags.shard_bytes)
     written = recipe.finished(found.plan)
     _writing.carry_out(recipe, replace(flags, output=output, picture=None), document_of(budget, found), written)
+
+
+def _expressions(checkpoint: Checkpoint) -> dict[str, Expr]:
+    """Return the tensors of a checkpoint of which only headers may be there."""
+    return {name: Stored(checkpoint.source, info) for name, info in checkpoint.tensors.items()}
 
 
 def _chosen_axes(only: str | None, keep: str | None) -> list[str]:

@@ -80,9 +80,7 @@ class StreamedWeights:
         return replace(self, routed_bytes=self.routed_bytes * share, routed_weights=self.routed_weights * share)
 
 
-def streamed_weights(
-    anatomy: Anatomy, tensors: Mapping[str, HasShape], *, tied_embeddings: bool
-) -> StreamedWeights:
+def streamed_weights(anatomy: Anatomy, tensors: Mapping[str, HasShape], *, tied_embeddings: bool) -> StreamedWeights:
     """Return what a step of decoding streams: neither image encoders, prediction layers nor an embedding of its own."""
     routed = {m.name for block in anatomy.main_blocks for m in block.members if m.part}
     fixed_bytes = routed_bytes = fixed_weights = routed_weights = 0

@@ -18,10 +18,11 @@ from moesurgery.budget.budget import Budget
 from moesurgery.budget.costs import Cost
 from moesurgery.budget.damage import Prediction, damage_curves
 from moesurgery.budget.shape import Shape
-from moesurgery.errors import RecipeError
+from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
 from moesurgery.fitting.calibration_run import read_calibration
+from moesurgery.fitting.fit_record import FitRecord, read_record
 from moesurgery.fitting.heldout import HeldOut, HeldOutLosses
 from moesurgery.fitting.reporter import SILENT, Reporter
 from moesurgery.fitting.shape_steps import ShapeSteps, applied
@@ -129,10 +130,29 @@ def fit(
         options.repair(REPAIR),
         wanted.by or CANDIDATES[0],
     )
-    search.measure(wanted)
-    if search.repair is not None:
-        search.measure_repaired(wanted.repaired)
-    return search.outcome()
+    asked = {
+        **run.about,
+        **(search.repair.described() if search.repair else {"kind": "none"}),
+        "heldout": [[domain.name, domain.as_tokens.digest] for domain in search.losses.domains],
+        "shapes": [shape.name for shape in search.shapes],
+        "search": [wanted.measured, wanted.repaired, wanted.by],
+    }
+    kept = output.with_name(f"{output.name}.fit.json")
+    record = None if force else read_record(kept, asked)
+    if record is None:
+        if search.refit_folder.exists() and not force:
+            raise OutputError(
+                f"{search.refit_folder} holds a repair of something else", "use --force to replace it, or another -o"
+            )
+        search.measure(wanted)
+        if search.repair is not None:
+            search.measure_repaired(wanted.repaired)
+        record = search.record()
+        record.save(kept, asked)
+        reporter.note(f"the search is in {kept}")
+    else:
+        reporter.note(f"the search in {kept} is used again")
+    return search.outcome(record)
 
 
 @dataclass
@@ -218,30 +238,49 @@ class _Search:
         self.losses.add({name: applied(edited, (_refit(self.folders[shape]),))})
         self.repaired[shape] = name
 
-    def outcome(self) -> Fitted:
-        """Return the best of what was measured, its repair under the usual name."""
+    def record(self) -> FitRecord:
+        """Return what was measured and the best of it, whose repair gets the usual name; the others are deleted."""
         final = self.repaired or self.edited
         best = min(final, key=lambda shape: self.increase(final[shape]))
-        steps, plan = self.steps.steps(best, self.by), self.steps.planned(best, self.by)
         if best in self.folders:
-            target = self.cache.output.with_name(f"{self.cache.output.name}.refit")
-            _keep_one(self.folders, best, target)
-            steps = (*steps, _refit(target))
-            plan = applied(plan, steps[-1:])
+            _keep_one(self.folders, best, self.refit_folder)
+        return FitRecord(
+            best.name,
+            self.by,
+            self.prediction.prices,
+            {shape.name: self.increase(name) for shape, name in self.edited.items()},
+            {shape.name: self.increase(name) for shape, name in self.repaired.items()},
+            self.losses.outcome(final[best]),
+        )
+
+    @property
+    def refit_folder(self) -> Path:
+        return self.cache.output.with_name(f"{self.cache.output.name}.refit")
+
+    def outcome(self, record: FitRecord) -> Fitted:
+        """Return the winner of a search, by its record, and its plan."""
+        a, b, c, d = record.prices
+        prediction = replace(self.prediction, prices=(a, b, c, d))
         candidates = [
             Candidate(
                 shape,
                 cost,
-                self.prediction.of(shape),
-                self.increase(self.edited[shape]) if shape in self.edited else None,
-                self.increase(self.repaired[shape]) if shape in self.repaired else None,
+                prediction.of(shape),
+                record.measured.get(shape.name),
+                record.repaired.get(shape.name),
             )
             for shape, cost in self.shapes.items()
         ]
-        winner = next(candidate for candidate in candidates if candidate.shape == best)
-        by = self.by if best.experts < self.budget.original.experts else None
-        measured = self.losses.outcome(final[best])
-        return Fitted(plan, steps, winner, candidates, measured, self.prediction, by, self.repair)
+        winner = next(candidate for candidate in candidates if candidate.shape.name == record.taken)
+        by: Any = record.by
+        steps, plan = self.steps.steps(winner.shape, by), self.steps.planned(winner.shape, by)
+        if self.repair is not None:
+            edited = plan
+            folder = replace(self.cache, force=False).repair(edited, self.repair)  # made just now
+            steps = (*steps, RecipeStep("refit", {"repair": folder}))
+            plan = applied(edited, steps[-1:])
+        dropped = winner.shape.experts < self.budget.original.experts
+        return Fitted(plan, steps, winner, candidates, record.heldout, prediction, by if dropped else None, self.repair)
 
 
 def _changed(shape: Shape, original: Shape) -> list[str]:

@@ -11,7 +11,6 @@ before it lost: `--refit down` after it does that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.expr.nodes import torch_dtype
