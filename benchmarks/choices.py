@@ -1,11 +1,14 @@
-"""Which experts to drop and which factor to take without text: the tables with intervals of docs/measure.md.
+"""Which experts to drop, which of their neurons to keep, and which factor to take without text: for docs/measure.md.
 
     python benchmarks/choices.py MODEL --text CALIBRATION… --heldout OTHER… --count 16 32 [--by gram hope…]
+    python benchmarks/choices.py MODEL --text CALIBRATION… --heldout OTHER… --width 48 32 [--refit]
     python benchmarks/choices.py MODEL --heldout OTHER… --top-k 4 6 12 16 [--rho 0 0.1 0.2]
 
 Prints by how much the loss on the first `--limit` windows of each held-out file is above the original's, in nats per
-token, with its 95 % bootstrap interval over windows. Statistics are collected once, of `--tokens` tokens, or taken from
-`--stats`. With `--top-k` the rows are no factor, the default of `rescale`, and the factor for each `--rho`.
+token, with its 95 % bootstrap interval over windows. Statistics are collected once, of `--tokens` tokens, or taken
+from `--stats`. With `--width` the rows are neurons kept by each criterion, with down-projections as they were and
+solved, and with `--refit` repaired layer by layer (`--refit down`) too. With `--top-k` the rows are no factor, the
+default of `rescale`, and the factor for each `--rho`.
 """
 
 from __future__ import annotations
@@ -18,16 +21,22 @@ from typing import get_args
 import numpy as np
 
 from moesurgery import apply, open_checkpoint, plan_of
+from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.collector import collect
+from moesurgery.fitting.layer_fit import RepairOptions
+from moesurgery.fitting.reporter import SILENT
 from moesurgery.fitting.run_settings import RunSettings
 from moesurgery.forward.bootstrap import interval
 from moesurgery.forward.loss import losses, mean_loss
 from moesurgery.plan.plan import Plan
+from moesurgery.recipe.registry import find_operation
 from moesurgery.stats.criteria import CRITERIA
 from moesurgery.surgery.choose_experts import FreeCriterion
+from moesurgery.surgery.choose_neurons import NeuronCriterion
 
 FREE = get_args(FreeCriterion)
+_SLIM = "slim-experts"
 
 
 def arguments() -> argparse.Namespace:
@@ -38,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heldout", type=Path, nargs="+", required=True)
     parser.add_argument("--count", type=int, nargs="*", default=[])
     parser.add_argument("--by", nargs="+", default=[*CRITERIA, *FREE])
+    parser.add_argument("--width", type=int, nargs="*", default=[])
+    parser.add_argument("--refit", action="store_true")
     parser.add_argument("--top-k", type=int, nargs="*", default=[])
     parser.add_argument("--rho", type=float, nargs="*", default=[0.0, 0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--tokens", type=int, default=49_152)
@@ -71,13 +82,25 @@ def main() -> None:
             show(f"top-k {top_k} rho {rho:g}", apply(plan, "rescale", top_k=top_k, rho=rho))
     with tempfile.TemporaryDirectory() as place:
         stats = given.stats
-        if given.count and not stats:
-            windows = read_calibration(run, plan, given.text, given.tokens).windows
-            stats = str(collect(run.engine(plan), windows).save(Path(place, "stats")))
+        if (given.count and not stats) or given.width:
+            calibration = read_calibration(run, plan, given.text, given.tokens)
+        if (given.count or given.width) and not stats:
+            collected = collect(run.engine(plan), calibration.windows, neurons=bool(given.width))
+            stats = str(collected.save(Path(place, "stats")))
         for count in given.count:
             for by in given.by:
                 known = {} if by in FREE else {"stats": stats}
                 show(f"{count} dropped by {by}", apply(plan, "drop-experts", count=count, by=by, **known))
+        for width in given.width:
+            for by in get_args(NeuronCriterion):
+                show(f"{width} by {by}", apply(plan, _SLIM, width=width, by=by, stats=stats))
+                cache = CalibrationCache(Path(place, f"{width}-{by}"), calibration, False, SILENT)
+                fit = cache.neuron_fit(find_operation(_SLIM).text.neurons(plan, {"width": width, "by": by}), None)
+                solved = apply(plan, _SLIM, width=width, fit=fit)
+                show(f"{width} by {by}, solved", solved)
+                if given.refit:
+                    repair = cache.repair(solved, RepairOptions("down"))
+                    show(f"{width} by {by}, solved, down", apply(solved, "refit", repair=repair))
 
 
 if __name__ == "__main__":

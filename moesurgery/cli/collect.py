@@ -63,7 +63,7 @@ def collect_command(
     """Run a model over calibration text once, and keep what says which expert does what.
 
     The file is small, and everything that chooses or scales experts by data takes it as a parameter: `rescale`,
-    `drop-experts`, `merge-experts`. The table says how far two halves of the text agree on who matters.
+    `drop-experts`, `merge-experts`, `slim-experts`. The table says how far two halves of the text agree on who matters.
     """
     console.quiet = quiet
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)

@@ -6,7 +6,7 @@ ones reuses the files; where some differ, OutputError names them, and nothing is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,24 +20,26 @@ from moesurgery.recipe.text_needs import NeededStatistics
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
+    from moesurgery.stats.repair_file import RepairWriter
     from moesurgery.surgery.choose_neurons import NeuronChoice
     from moesurgery.surgery.group_experts import Merger
 
 _SHOWN = (
-    "apart",
-    "assistant_only",
-    "kind",
-    "ridge",
-    "sweeps",
-    "width",
-    "shared",
-    "dense",
-    "by",
-    "text",
-    "tokens",
-    "window",
-    "seed",
-    "dtype",
+    *(
+        "apart",
+        "assistant_only",
+        "kind",
+        "ridge",
+        "sweeps",
+        "width",
+        "shared",
+        "dense",
+        "by",
+        "text",
+        "tokens",
+        "window",
+    ),
+    *("seed", "dtype"),
 )
 _DIGESTS = {
     "fingerprint": "another model",
@@ -102,42 +104,42 @@ class CalibrationCache:
 
     def neuron_fit(self, choice: NeuronChoice, ridge: float | None) -> str:
         """Return the folder with the neurons that each FFN keeps, and their down-projections."""
-        from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.fitting.neuron_fit import fit_neurons
-        from moesurgery.stats.repair_file import RepairWriter, open_repair
 
-        folder, what = self._beside(".fit"), "which neurons stay"
-        about = self.run.about | {**choice.described, "ridge": "auto" if ridge is None else ridge}
-        if (folder / REPAIR_INDEX).exists() and not self.force:
-            _check_same(folder, "a fit", about_differences(open_repair(folder).about, about), "fit again,")
-            self.reporter.note(f"{what} is used again from {folder}")
-        else:
+        def fit(writer: RepairWriter) -> None:
             engine = self.run.settings.engine(self.run.plan)
-            writer = RepairWriter(folder, force=self.force)
             with self.reporter.progress("fitting neurons", engine.work(self.run.windows)) as progress:
                 fit_neurons(engine, self.run.windows, choice, ridge, writer.add, progress)
-            writer.close(about)
-            self.reporter.note(f"{what} is in {folder}")
-        return str(folder)
+
+        about = self.run.about | {**choice.described, "ridge": "auto" if ridge is None else ridge}
+        return self._fitted(".fit", "fit", about, fit)
 
     def repair(self, edited: Plan, options: RepairOptions) -> str:
         """Return the folder of the repair of `edited`."""
-        from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.fitting.layer_fit import fit_layers
-        from moesurgery.stats.repair_file import RepairWriter, open_repair
 
-        folder = self._beside(".refit")
-        about = self.run.about | {"edited": fingerprint(edited), **options.described()}
-        if (folder / REPAIR_INDEX).exists() and not self.force:
-            _check_same(folder, "a repair", about_differences(open_repair(folder).about, about), "fit again,")
-            self.reporter.note(f"the repair in {folder} is used again")
-        else:
+        def fit(writer: RepairWriter) -> None:
             original, other = (self.run.settings.engine(plan) for plan in (self.run.plan, edited))
-            writer = RepairWriter(folder, force=self.force)
             with self.reporter.progress("refitting", 2 * original.work(self.run.windows)) as progress:
                 fit_layers(original, other, self.run.windows, options, writer.add, progress)
+
+        about = self.run.about | {"edited": fingerprint(edited), **options.described()}
+        return self._fitted(".refit", "repair", about, fit)
+
+    def _fitted(self, ending: str, what: str, about: Mapping[str, Any], fit: Callable[[RepairWriter], None]) -> str:
+        """Return the folder that `fit` writes, now or in an earlier run with the same provenance `about`."""
+        from moesurgery.checkpoint.filenames import REPAIR_INDEX
+        from moesurgery.stats.repair_file import RepairWriter, open_repair
+
+        folder = self._beside(ending)
+        if (folder / REPAIR_INDEX).exists() and not self.force:
+            _check_same(folder, f"a {what}", about_differences(open_repair(folder).about, about), "fit again,")
+            self.reporter.note(f"the {what} in {folder} is used again")
+        else:
+            writer = RepairWriter(folder, force=self.force)
+            fit(writer)
             writer.close(about)
-            self.reporter.note(f"the repair is in {folder}")
+            self.reporter.note(f"the {what} is in {folder}")
         return str(folder)
 
     def _beside(self, ending: str) -> Path:

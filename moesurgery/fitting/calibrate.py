@@ -84,10 +84,13 @@ class CalibrationOptions:
         kind: Any = (self.refit or usual) if self.text else "none"
         return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps)
 
-    def run_settings(self, seed: int, usual: str) -> RunSettings:
-        """Return how the model is run, `usual` being the kind of repair where none is asked for."""
+    def run_settings(self, seed: int, usual: str, *, fits: bool = False) -> RunSettings:
+        """Return how the model is run, `usual` being the kind of repair where none is asked for.
+
+        `fits`: weights are fitted, whether or not there is a repair.
+        """
         # The fitted changes are small relative to rounding errors, so "auto" is float32 for a repair, also on a GPU.
-        dtype = "float32" if self.dtype == AUTO and self.repair(usual) is not None else self.dtype
+        dtype = "float32" if self.dtype == AUTO and (fits or self.repair(usual) is not None) else self.dtype
         memory, apart = self.memory, self.apart
         return RunSettings(self.window, None, seed, self.device, dtype, memory, apart, self.assistant_only)
 
@@ -140,7 +143,8 @@ def calibrate(
         return Calibrated(apply(plan, operation, **values), (RecipeStep(operation, values),))
     if not declared.takes_statistics:
         raise RecipeError(f"{operation} has no parameter `stats`, so no text says anything of it", "leave text out")
-    settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair)
+    fits = declared.text.neurons is not None
+    settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair, fits=fits)
     settings.check()
     for name in _own_texts(declared, values):
         declared.text.statistics(plan, values)  # raises for an impossible edit before the model runs

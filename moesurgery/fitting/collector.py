@@ -27,6 +27,7 @@ from moesurgery.forward.paired_run import PairedRun
 from moesurgery.forward.scratch import Scratch
 from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.expert_counts import check_remaining
+from moesurgery.moe.neuron_axis import neurons_together
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.registry import apply
 from moesurgery.stats.statistics_file import BlockStats, Stats, as_numpy, empty_sums
@@ -72,6 +73,8 @@ def collect(
         return sums[where]
 
     seen: dict[str, ExpertsCall] = {}
+    for block_of_experts in blocks if neurons else ():
+        neurons_together(block_of_experts.block, engine.plan.tensors)  # raises before anything is run
     moments = NeuronMoments(engine) if neurons else None
     routings: dict[str, dict[str, RoutingTensors]] = {}
 
@@ -174,7 +177,7 @@ def collect_over(
             scratch=scratch[0],
         )
     if neurons:
-        raise RefusedError("collect: the order of neurons needs all tokens of an expert on one device", "name one")
+        raise RefusedError("collect: --neurons needs all tokens of an expert on one device", "name one with --device")
     parts = shared_out(tokens, len(engines))
 
     def one(number: int) -> Stats:

@@ -1,4 +1,4 @@
-"""Shared experts and dense FFNs, seen as MoE blocks of one expert: what is done with neurons is done with all of them."""
+"""Shared experts and dense FFNs as MoE blocks of one expert: what is done with neurons is done with all of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from moesurgery.families.tensor_names import containers_of, find_layer
 _ROLES: Mapping[str, ExpertRole] = {
     **dict.fromkeys(("gate_proj", "w1", "gate"), "gate"),
     **dict.fromkeys(("up_proj", "w3", "up", "fc1", "wi"), "up"),
-    **dict.fromkeys(("down_proj", "w2", "down", "fc2", "wo", "output_linear"), "down"),
-    **dict.fromkeys(("gate_up_proj", "input_linear"), "gate_up"),
+    **dict.fromkeys(("down_proj", "w2", "down", "fc2", "wo", "output_linear", "w2_weight"), "down"),
+    **dict.fromkeys(("gate_up_proj", "input_linear", "w13_weight"), "gate_up"),
 }
 
 
@@ -47,9 +47,15 @@ def _ffns(anatomy: Anatomy, tensors: Mapping[str, Expr], names: Iterable[str]) -
             continue
         prefix, layer, _ = at
         root, _, container = prefix.removesuffix(".").rpartition(".")
-        block = blocks.setdefault(module, MoeBlock(f"{root}." if root else "", layer, container, experts=1))
-        part = Projection(f"{module.removeprefix(f'{block.layer_path}.')}.{leaf}", _ROLES[leaf])
-        block.members.append(BlockTensor(name, part.role, stem, part, None, 0, None))
+        # Inkling has several side by side, stacked and with gate and up alternating as its experts' are.
+        shape = tensors[name].shape
+        stacked = stem.suffix == "" and len(shape) == 3
+        experts = shape[0] if stacked else 1
+        block = blocks.setdefault(module, MoeBlock(f"{root}." if root else "", layer, container, experts=experts))
+        path = f"{module.removeprefix(f'{block.layer_path}.')}.{leaf}"
+        part = Projection(path, _ROLES[leaf], interleaved=leaf == "w13_weight")
+        member = (None, 0) if stacked else (0, None)
+        block.members.append(BlockTensor(name, part.role, stem, part, None, *member))
     whole = {module: block for module, block in blocks.items() if {"down"} < {m.role for m in block.members}}
     for block in whole.values():
         block.layout = Layout("per-expert", tuple({m.part.path: m.part for m in block.members if m.part}.values()))

@@ -34,6 +34,9 @@ class _Axis(NamedTuple):
 
 def neuron_count(block: MoeBlock, tensors: Mapping[str, Expr]) -> int:
     """Return the number of neurons I of each expert of a block. Raises RefusedError where it cannot be told."""
+    for member in block.members:
+        if member.part is not None and member.stem.companion is not None and member.stem.suffix.startswith(".weight."):
+            raise _unknown(member, "belongs to a matrix that is stored as one column of bytes")
     for member, parts in _by_expert(block, tensors):
         if member.stem.main and member.role != "down" and parts and len(parts[0].shape) > 1:
             if member.stem.suffix == ".qweight":
@@ -121,8 +124,8 @@ def _axis(member: BlockTensor, expr: Expr, width: int) -> _Axis:
     inputs = member.role == "down"
     if expr.numel <= 1 or stem.suffix == _SHAPE:
         return _Axis(None)
-    if stem.companion is not None and (stem.companion.kind == "input" or stem.suffix.startswith(".weight.")):
-        raise _unknown(member, "belongs to a form of which it is not known what is whose")
+    if stem.companion is not None and stem.companion.kind == "input":
+        raise _unknown(member, "has several numbers for the inputs of a linear map")
     if stem.companion is not None and stem.companion.kind == "meta" and stem.suffix != ".biases":
         raise _unknown(member, "gives neurons numbers or packs them in another order")
     if len(shape) == 1:

@@ -2,8 +2,8 @@
 
 A folder with `refit.json` (what was fitted, on what, and how well) and, where weights were fitted, a safetensors file
 per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others, and "e.kept" [I] the
-neurons that it keeps where the repair is that of `slim-experts`. Blocks are written one
-by one, so that none stays in memory; `refit.json` comes last, so a folder without it is an incomplete repair.
+neurons that it keeps where the repair is that of `slim-experts`. Blocks are written one by one, so that none stays in
+memory; `refit.json` comes last, so a folder without it is an incomplete repair.
 """
 
 from __future__ import annotations

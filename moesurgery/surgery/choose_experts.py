@@ -57,13 +57,16 @@ def per_block(anatomy: Anatomy, operation: str, value: Any) -> dict[str, Any]:
     return by_block
 
 
-def share_of(text: str, total: int) -> int:
-    """Return how many of `total` experts a percentage is, `25%`: rounded, at least one. Raises RecipeError."""
+def share_of(text: str, total: int, name: str = "keep", what: str = "experts") -> int:
+    """Return how many of `total` a percentage is, `25%`: rounded, at least one. Raises RecipeError.
+
+    `name` is the parameter, `what` is counted.
+    """
     matched = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text)
     if matched is None or not 0 < float(matched[1]) <= 100:
         raise RecipeError(
-            f"keep is {text!r}, expected how many experts, a share of them, or which",
-            "as 6, as 25%, or as 0-6,9",
+            f"{name} is {text!r}, expected how many {what}, a share of them" + (", or which" if name == "keep" else ""),
+            "as 6, as 25%, or as 0-6,9" if name == "keep" else "as 512, or as 75%",
         )
     return max(1, math.floor(total * float(matched[1]) / 100 + 0.5))
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.expr.evaluate import finite_values
-from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.expr.nodes import Expr
+from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.moe.neurons import neuron_rows, tensors_by_expert
 from moesurgery.plan.dequantise import plain_values
 from moesurgery.plan.plan import Plan

@@ -8,22 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 from moesurgery.errors import RefusedError
-from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.config_keys import Settings, section, with_value
 from moesurgery.moe.ffn_blocks import dense_ffns, shared_experts
 from moesurgery.moe.neuron_axis import neuron_count, neurons_together
 from moesurgery.plan.plan import Plan
+from moesurgery.surgery.choose_experts import share_of
 from moesurgery.surgery.choose_neurons import Slimmed
 
 _NAME = "slim-experts"
+Count = int | str | None  # of neurons: a number, or a share as "75%"
 
 
-def slimmed_blocks(
-    plan: Plan, width: int | None, shared: int | None, dense: int | None
-) -> tuple[dict[str, Slimmed], dict[str, Any]]:
+def slimmed_blocks(plan: Plan, width: Count, shared: Count, dense: Count) -> tuple[dict[str, Slimmed], dict[str, Any]]:
     """Return the blocks that lose neurons, by name, and the config with the new widths.
 
-    `width`, `shared` and `dense` are how many neurons routed experts, shared experts and dense FFNs keep, None for all
+    `width`, `shared` and `dense` are how many neurons routed experts, shared experts and dense FFNs keep; None for all
     where they do not follow the others. Raises RefusedError where config.json cannot say so.
     """
     anatomy = plan.anatomy
@@ -31,6 +31,7 @@ def slimmed_blocks(
     routed = {block.where: block for block in anatomy.blocks if block.of is None}
     beside, apart = shared_experts(anatomy, plan.tensors), dense_ffns(anatomy, plan.tensors)
     old = _common_width(plan, routed, "experts")
+    width = _counted(width, old, "width")
     slimmed: dict[str, Slimmed] = {}
     if width is not None and width != old:
         config = _with_width(anatomy.settings, family.width_keys, old, width, "--width")
@@ -41,7 +42,7 @@ def slimmed_blocks(
                 raise RefusedError(
                     f"{_NAME}: the shared experts are {count:g} times as wide as an expert, no whole number"
                 )
-            if shared not in (None, int(count) * width):
+            if _counted(shared, int(count) * old, "shared") not in (None, int(count) * width):
                 raise RefusedError(
                     f"{_NAME}: the shared experts of {family.name} are {int(count)} times as wide as a routed one",
                     "leave --shared out",
@@ -56,6 +57,7 @@ def slimmed_blocks(
                 f"{_NAME}: {family.name} has no shared experts with a width of their own", "leave --shared out"
             )
         of_shared = _common_width(plan, beside, "shared experts")
+        shared = _counted(shared, of_shared, "shared")
         slimmed |= _slimmed(plan, beside, of_shared, shared)
         config = _with_width(settings, (family.shared_width,), of_shared, shared, "--shared")
     elif shared is not None and not (slimmed.keys() & beside.keys()):
@@ -66,9 +68,15 @@ def slimmed_blocks(
                 f"{_NAME}: {family.name} has no dense FFNs with a width of their own", "leave --dense out"
             )
         of_dense = _common_width(plan, apart, "dense FFNs")
+        dense = _counted(dense, of_dense, "dense")
         slimmed |= _slimmed(plan, apart, of_dense, dense)
         config = _with_width(replace(settings, config=config), (family.dense_width,), of_dense, dense, "--dense")
     return slimmed, config
+
+
+def _counted(count: Any, total: int, name: str) -> Any:
+    """Return a number of neurons, where it is given as a share of `total`."""
+    return share_of(count, total, name, "neurons") if isinstance(count, str) else count
 
 
 def _common_width(plan: Plan, blocks: Mapping[str, MoeBlock], what: str) -> int:
@@ -85,7 +93,7 @@ def _common_width(plan: Plan, blocks: Mapping[str, MoeBlock], what: str) -> int:
 
 
 def _slimmed(plan: Plan, blocks: Mapping[str, MoeBlock], old: int, width: int) -> dict[str, Slimmed]:
-    """Return how `blocks` are slimmed. Raises RefusedError where the width cannot be made of whole blocks of neurons."""
+    """Return how `blocks` are slimmed. Raises RefusedError where whole blocks of neurons do not make the width."""
     if width > old:
         raise RefusedError(f"{_NAME}: there are {old} neurons, fewer than {width}", f"choose {old} or fewer")
     if width == old:
@@ -93,10 +101,10 @@ def _slimmed(plan: Plan, blocks: Mapping[str, MoeBlock], old: int, width: int) -
     slimmed = {}
     for where, block in blocks.items():
         size = neurons_together(block, plan.tensors)
-        if width % size:
+        if width % size or old % size:
             raise RefusedError(
-                f"{_NAME}: {where}: {size} neighbouring neurons share a scale or a word, so they go together: {width} is"
-                f" no multiple of {size}",
+                f"{_NAME}: {where}: {size} neighbouring neurons share a scale or a word, so they go together:"
+                f" {width if width % size else old} is no multiple of {size}",
                 f"choose {max(size, width - width % size)}, or dequantise first with `moesurgery convert --dequantize`",
             )
         slimmed[where] = Slimmed(block, width, size)

@@ -60,13 +60,15 @@ def _neurons_to_fit(plan: Plan, values: Values) -> NeuronChoice | None:
 def slim_experts(
     plan: Plan,
     *,
-    width: Annotated[int | None, Param("how many neurons each routed expert keeps", minimum=1)] = None,
+    width: Annotated[
+        int | str | None, Param("how many neurons each routed expert keeps, as 512 or 75%", minimum=1)
+    ] = None,
     shared: Annotated[
-        int | None,
+        int | str | None,
         Param("how many neurons the shared experts keep, where they have a width of their own", minimum=1),
     ] = None,
     dense: Annotated[
-        int | None,
+        int | str | None,
         Param("how many neurons the FFNs of layers without experts keep, likewise", minimum=1),
     ] = None,
     by: Annotated[
@@ -100,7 +102,7 @@ def slim_experts(
     fitted = open_repair(fit) if fit is not None else None
     if fitted is not None and fitted.about["kind"] != "neurons":
         raise RefusedError(f"{_NAME}: {fit} is a repair, no choice of neurons", "apply it with `moesurgery refit`")
-    by = by or (fitted.about["by"] if fitted else DEFAULT if statistics else "weights")
+    by = by or (fitted.about.get("by", DEFAULT) if fitted else DEFAULT if statistics else "weights")
     if by != "weights" and statistics is None and fitted is None:
         raise RecipeError(
             f"{_NAME}: --by {by} needs to see the model run",
@@ -175,7 +177,7 @@ def _kept_by_fit(where: str, slimmed: Slimmed, plan: Plan, matrices: Mapping[int
             or not 0 <= own[0] <= own[-1] < neurons
         ):
             raise RefusedError(
-                f"{_NAME}: {where}: expert {expert} is to keep {width} of {neurons} neurons, which is not what the fit says",
+                f"{_NAME}: {where}: expert {expert} is to keep {width} of {neurons}, the fit says otherwise",
                 "the fit is that of another edit: make it again with --text",
             )
         kept.append(own)

@@ -282,6 +282,7 @@ RUNS: dict[str, str] = {
     "drop-quarter": "mixtral",
     "merge-experts": "mixtral",
     "merge-experts-data": "mixtral",
+    "slim-experts": "qwen3_moe",
     "to-dense": "mixtral",
     "upcycle-8x": "llama",
     "upcycle-virtual-groups": "llama",
