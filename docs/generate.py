@@ -205,6 +205,7 @@ def merge_methods() -> str:
 
 def clients() -> str:
     """Return docs/clients.md: what each client reads, and what the last `make clients` found."""
+    from moesurgery.families.client_limits import RULES
     from moesurgery.families.clients import CLIENTS
 
     found = client_results()
@@ -221,7 +222,7 @@ def clients() -> str:
         "* `upcycle` and `to-dense` say before they write which clients do not run the result, and why; with",
         "  `--for CLIENT` they choose a type that it runs, or refuse.",
         "* `convert --for CLIENT` writes any checkpoint in the form that the client reads.",
-        "* `validate --for CLIENT` says what stands in the way: codes K01 to K06 of [codes.md](codes.md).",
+        "* `validate --for CLIENT` says what stands in the way: codes K01 to K07 of [codes.md](codes.md).",
         "",
         "## What each of them reads",
         "",
@@ -246,6 +247,15 @@ def clients() -> str:
             shown = ", ".join(f"`{token}`" for token in tokens)
             lines.append(f"* {client.name}: its converter asks the tokenizer of {model_type} for {shown}")
     lines += [
+        "",
+        "## Numbers that their kernels take badly",
+        "",
+        "Of the routed experts; `drop-experts` says so of the number that is left, `validate --for` of the checkpoint",
+        "(K07). Read in their sources and issues, run where that is said.",
+        "",
+        "| client | wants | otherwise | from |",
+        "| --- | --- | --- | --- |",
+        *(f"| {rule.client} | {rule.wants} | {rule.otherwise} | {rule.source} |" for rule in RULES),
         "",
         "## What was run",
         "",

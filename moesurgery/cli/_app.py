@@ -25,6 +25,7 @@ _OTHERS = {
     "diff": "diff",
     "collect": "collect",
     "probe": "probe",
+    "keep-list": "keep_list",
     "schema": "recipes",
     "recipes": "recipes",
 }

@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Several models": ("merge", "extract-lora"),
     "Measure": ("perplexity", "compare", "collect", "probe"),
     "Check": ("validate", "diff"),
-    "Recipes": ("run", "recipes", "schema"),
+    "Recipes and plans": ("run", "recipes", "schema", "keep-list"),
 }
 _OTHERS = "Others"
 
@@ -31,7 +31,18 @@ _PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Repair": ("refit", "ridge", "sweeps"),
     "Output": (
-        *("output", "force", "dry_run", "print_recipe", "max_shard_size", "link", "card", "no_fsync", "checksums"),
+        *(
+            "output",
+            "force",
+            "dry_run",
+            "plan_only",
+            "print_recipe",
+            "max_shard_size",
+            "link",
+            "card",
+            "no_fsync",
+            "checksums",
+        ),
         *("validate", "jobs", "as_json", "quiet", "picture", "report", "reports", "report_format"),
     ),
 }

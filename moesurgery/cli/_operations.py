@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
@@ -18,10 +19,13 @@ from moesurgery.cli._console import console
 from moesurgery.cli._help import completed
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.calibrate import CalibrationOptions, needs_run
+from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.parameters import Parameter, from_text, kinds_of, literals_of, words_of
 from moesurgery.recipe.reader import Recipe, RecipeStep, load_recipe
 from moesurgery.recipe.registry import Operation, problems
 
+_PLAN_FILE = "plan_file"  # the parameter of operations that choose, as `--plan`
+_PlanOnly = Annotated[bool, typer.Option("--plan-only", help="Write the plan that --plan names, and no checkpoint.")]
 _TYPES = get_type_hints(_writing.WriterFlags, include_extras=True)
 WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
     field.name: (_TYPES[field.name], field.default) for field in fields(_writing.WriterFlags)
@@ -31,19 +35,26 @@ WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
 def command_for(operation: Operation) -> Callable[..., None]:
     """Return a Typer command that runs one operation."""
     text_options = OPTIONS if operation.takes_statistics else {}
+    plan_options = {"plan_only": (_PlanOnly, False)} if operation.chooses else {}
 
     def command(**given: Any) -> None:
         flags = _writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
         options = CalibrationOptions(**{key: given.pop(key) for key in text_options})
+        plan_only = given.pop("plan_only", False)
         model = given.pop("model")
         values = {}
         for name, text in given.items():
             if text is not None:
                 values[name] = _value(operation.parameters[name], text)
+        plan_to_write = values.pop(_PLAN_FILE, None) if _chosen(operation, model, values) else None
+        if plan_only and plan_to_write is None:
+            raise RecipeError("--plan-only writes a plan, and none is named", "add --plan FILE beside what chooses")
         recipe = recipe_from_command(operation, model, values)
         console.quiet = flags.quiet
-        if not flags.print_recipe:
+        if not flags.print_recipe and not plan_only:
             _writing.check_early(flags)
+        if len(recipe.steps) > 1 and plan_to_write is not None:
+            raise RecipeError("a plan is written for a model or a recipe of one step", f"{model} has more steps")
         if len(recipe.steps) > 1 and options != CalibrationOptions():
             raise RecipeError("text is measured for a model or a recipe of one step", f"{model} has more steps")
         options.check()
@@ -54,10 +65,37 @@ def command_for(operation: Operation) -> Callable[..., None]:
         plan, measured = None, None
         if len(recipe.steps) == 1 and needs_run(operation, recipe.steps[0].parameters, options):
             recipe, plan, measured = calibrated(recipe, options, flags)
+        if plan_to_write is not None and not flags.print_recipe:
+            plan = plan or recipe.plan()
+            _write_plan_file(operation, plan, Path(plan_to_write), flags)
+            if plan_only:
+                _writing.report_steps(plan, flags)
+                return
         _writing.carry_out(recipe, flags, measured, plan)
 
-    with_signature(command, operation, text_options)
+    with_signature(command, operation, {**plan_options, **text_options})
     return command
+
+
+def _chosen(operation: Operation, model: str, values: Mapping[str, Any]) -> bool:
+    """Whether the command line, or the recipe that it names, says what to choose: then `--plan` is written."""
+    if _PLAN_FILE not in values:
+        return False
+    recipe = recipe_from_command(operation, model, {key: v for key, v in values.items() if key != _PLAN_FILE})
+    stated = [step.parameters for step in recipe.steps if step.operation == operation.name]
+    return any(name in parameters for parameters in stated for name in operation.chooses)
+
+
+def _write_plan_file(operation: Operation, plan: Plan, path: Path, flags: _writing.WriterFlags) -> None:
+    """Write what was chosen as a plan file, unless nothing is to be written."""
+    from moesurgery.write.plan_document import plan_document, save_plan_document
+
+    if flags.dry_run:
+        console.note(f"would write the plan {path}")
+        return
+    step = next(step for step in plan.steps if step.operation == operation.name)
+    written = save_plan_document(plan_document(plan_of(plan.checkpoint), step), path, force=flags.force)
+    console.note(f"wrote the plan {path}" if written else f"the plan {path} is there already")
 
 
 def recipe_from_command(found: Operation, model: str, values: dict[str, Any]) -> Recipe:

@@ -18,6 +18,7 @@ from moesurgery.errors import RecipeError
 from moesurgery.merge.merge_recipe import load_any_recipe
 from moesurgery.recipe.reader import load_recipe, recipe_schema
 from moesurgery.recipe.registry import did_you_mean
+from moesurgery.stats.plan_file import plan_file_schema
 
 recipes_app = typer.Typer(
     help="List and show the recipes that ship with moesurgery; check your own.",
@@ -42,9 +43,11 @@ def run_command(
     _writing.carry_out(loaded, flags)
 
 
-def schema_command() -> None:
-    """Print the JSON schema of recipes, for editors and CI."""
-    console.json(recipe_schema())
+def schema_command(
+    plan: Annotated[bool, typer.Option("--plan", help="The schema of plan files instead.")] = False,
+) -> None:
+    """Print the JSON schema of recipes, or of plan files, for editors and CI."""
+    console.json(plan_file_schema() if plan else recipe_schema())
 
 
 @recipes_app.command("ls")

@@ -46,11 +46,15 @@ _PACKAGES = frozenset(("rescale", "upcycle", "tie-blocks"))  # those that are mo
 
 @dataclass(frozen=True)
 class Operation:
-    """A named operation, what its signature says of it, and what it needs of text."""
+    """A named operation, what its signature says of it, and what it needs of text.
+
+    `chooses`: parameters of which each is a choice that a plan file can hold; the parameter `plan_file` reads one.
+    """
 
     name: str
     function: Callable[..., Plan]
     text: TextNeeds = USUAL_NEEDS
+    chooses: tuple[str, ...] = ()
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -80,11 +84,13 @@ _registered: dict[str, Operation] = {}
 _loaded = False
 
 
-def operation(name: str, *, text: TextNeeds = USUAL_NEEDS) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
-    """Register a function as the operation `name`, with what it needs of calibration text."""
+def operation(
+    name: str, *, text: TextNeeds = USUAL_NEEDS, chooses: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
+    """Register a function as the operation `name`, with what it needs of calibration text and what chooses in it."""
 
     def register(function: Callable[..., Plan]) -> Callable[..., Plan]:
-        _registered[name] = Operation(name, function, text)
+        _registered[name] = Operation(name, function, text, chooses)
         return function
 
     return register

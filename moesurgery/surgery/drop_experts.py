@@ -8,10 +8,13 @@ docs/surgery.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.client_limits import awkward_numbers, moe_shape
+from moesurgery.families.clients import CLIENTS
 from moesurgery.moe.expert_axis import renamed_modules, selected
 from moesurgery.moe.expert_counts import (
     check_blocks,
@@ -25,6 +28,8 @@ from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
+from moesurgery.stats.expert_budget import best_allocation, lost_shares, uniform_allocation
+from moesurgery.stats.plan_file import load_plan_file
 from moesurgery.surgery.choose_experts import (
     CANDIDATES,
     FREE_DEFAULT,
@@ -38,6 +43,7 @@ from moesurgery.surgery.choose_experts import (
     share_of,
     with_protection,
 )
+from moesurgery.surgery.planned_experts import PlanOption, planned_experts
 
 ExpertsByLayer = list[int] | dict[LayerKey, list[int]] | None
 _NAME = "drop-experts"
@@ -46,7 +52,7 @@ PROTECTED_SHARE = 0.1
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics | None:
     """Return what text is asked for, unless experts are named. What is impossible whichever go is refused first."""
-    if "stats" in values or "experts" in values or not isinstance(values.get("keep", 0), int | str):
+    if {"stats", "experts", "plan_file"} & values.keys() or not isinstance(values.get("keep", 0), int | str):
         return None
     drop_experts(plan, **{name: values[name] for name in ("keep", "count") if name in values}, by="random")
     kept = values.get("keep", plan.anatomy.experts - values.get("count", 0))
@@ -62,7 +68,11 @@ def _candidates(plan: Plan, values: Values) -> list[Variant]:
     return [Variant(by, _NAME, {**values, "by": by}, f"--by {by}") for by in CANDIDATES]
 
 
-@operation(_NAME, text=TextNeeds(_needed_statistics, candidates=_candidates, own_text=("protect",)))
+@operation(
+    _NAME,
+    text=TextNeeds(_needed_statistics, candidates=_candidates, own_text=("protect",)),
+    chooses=("experts", "keep", "count"),
+)
 def drop_experts(
     plan: Plan,
     *,
@@ -107,20 +117,24 @@ def drop_experts(
     protect_share: Annotated[
         float, Param("how many experts of each layer --protect keeps, as a share of all", minimum=0, maximum=1)
     ] = PROTECTED_SHARE,
+    plan_file: PlanOption = None,
+    per_layer: Annotated[
+        bool, Param("say what as many experts in all would cost with a number for each layer; no stock loader has that")
+    ] = False,
 ) -> Plan:
     """Leave experts out of every MoE layer, with their router rows.
 
-    Give one of `experts`, `keep` and `count`. Every layer loses the same number, since config.json has one
+    Give one of `experts`, `keep`, `count` and a plan. Every layer loses the same number, since config.json has one
     number for all, and group-limited routers lose as many in each group. Only byte ranges are copied.
     """
     anatomy = plan.anatomy
     family = anatomy.require_family(_NAME)
     total = check_blocks(anatomy, _NAME)
-    given = {"experts": experts, "keep": keep, "count": count}
+    given = {"experts": experts, "keep": keep, "count": count, "plan_file": plan_file}
     stated = [name for name, choice in given.items() if choice is not None]
     if len(stated) != 1:
         raise RecipeError(
-            f"{_NAME} needs one of experts, keep and count"
+            f"{_NAME} needs one of experts, keep, count and plan_file"
             + (f"; {' and '.join(stated)} are given" if stated else ": which experts, or how many"),
             f"as in `moesurgery {_NAME} MODEL --experts 3`, or `--count 2`, or `--keep 25%`",
         )
@@ -133,6 +147,11 @@ def drop_experts(
             )
         count, keep = total - keep, None
     ranked: Ranking | None = None
+    warnings: tuple[str, ...] = ()
+    if per_layer and count is None:
+        raise RecipeError(f"{_NAME}: per_layer shares out a number of experts, and experts are named", "leave it out")
+    if protect is not None and count is None:
+        raise RecipeError(f"{_NAME}: protect is for a choice by a criterion, and experts are named", "leave it out")
     if count is not None:
         check_remaining(anatomy, _NAME, total - count)
         if by is None or by == "auto":
@@ -140,10 +159,14 @@ def drop_experts(
         ranked = ranking(plan, _NAME, by, seed, stats, count, protect_super)
         if protect is not None:
             ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)
+        if per_layer:
+            _refuse_per_layer(anatomy, ranked, by, count)
         dropped = {where: ranked.lowest(anatomy, where, count) for where in ranked.scores}
+    elif plan_file is not None:
+        planned = planned_experts(plan, _NAME, load_plan_file(plan_file))
+        dropped = {where: [e for e in range(total) if e not in stay] for where, stay in planned.kept.items()}
+        warnings = planned.warnings
     else:
-        if protect is not None:
-            raise RecipeError(f"{_NAME}: protect is for a choice by a criterion, and experts are named", "leave it out")
         dropped = _named(anatomy, experts, keep)
     kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
     try:
@@ -181,12 +204,13 @@ def drop_experts(
         if ranked:
             entry["scores"] = ranked.scores[block.where]
         layers.append(entry)
-    notes = list(ranked.notes) if ranked else []
+    notes = list(ranked.notes) if ranked else list(planned.notes) if plan_file is not None else []
     if total - remaining > total / 4:
         notes.append(
             "more than a quarter of the experts: published results collapse from here on, the more so the fewer"
             " experts there are (Moonlight-16B, 64 experts: GSM8K .833, .664 at a quarter, .141 at a half)"
         )
+    notes += _awkward_notes(anatomy, remaining)
     if total != remaining and not anatomy.settings.renormalised and anatomy.settings.score == "softmax":
         notes.append(
             f"{family.name} uses raw softmax weights: without the dropped experts those of the others grow, by"
@@ -199,12 +223,48 @@ def drop_experts(
         parameters,
         f"{total - remaining} of {total} experts dropped in each of {len(anatomy.blocks)} layers{which}",
         report={"experts": remaining, "old_experts": total, "layers": layers}
-        | ({"statistics": ranked.statistics} if ranked and ranked.statistics else {}),
+        | ({"statistics": ranked.statistics} if ranked and ranked.statistics else {})
+        | ({"plan": planned.about} if plan_file is not None else {}),
         notes=tuple(notes),
+        warnings=warnings,
         tables=() if same else (_table(dropped),),
     )
     files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files)
+
+
+def _refuse_per_layer(anatomy: Anatomy, ranked: Ranking, by: str, count: int) -> None:
+    """Raise RefusedError with what a number for each layer would save, and why no checkpoint can have it."""
+    reason = (
+        f"no stock loader takes a number of experts for each layer of {anatomy.model_type}: transformers (5.23, 5.24)"
+        " reads one number for all MoE layers, and refuses another in `per_layer_config` or a list"
+    )
+    groups, top_k = anatomy.settings.groups, anatomy.settings.top_k or 1
+    if by in ("gram", "hope", "aimer", "random", "recon", "router-norm"):
+        hint = "--by reap-sum, ean, frequency or soft-frequency with --text or --stats says what it would save"
+        raise RefusedError(f"{_NAME}: {reason}", hint)
+    costs = {where: lost_shares(scores) for where, scores in ranked.scores.items()}
+    best = best_allocation(costs, count * len(costs), anatomy.experts - top_k, groups[0] if groups else 1)
+    uniform, layers = uniform_allocation(costs, count), len(costs)
+    kept = ", ".join(str(anatomy.experts - dropped) for dropped in best.dropped.values())
+    raise RefusedError(
+        f"{_NAME}: {reason}. As many experts in all, shared out by {by} ({kept}), would lose"
+        f" {100 * best.cost / layers:.2f} % of {by} instead of {100 * uniform.cost / layers:.2f} %",
+        "leave --per-layer out",
+    )
+
+
+def _awkward_notes(anatomy: Anatomy, remaining: int) -> list[str]:
+    """Return what clients make of the number of experts that is left, where they made nothing of the number before."""
+    before = moe_shape(anatomy)
+    after = replace(before, experts=remaining)
+    rules = [r for c in CLIENTS.values() if c.has_code(anatomy.model_type) for r in awkward_numbers(c.name, after)]
+    # What a rule says begins with the number of experts, if it is about that.
+    return [
+        rule.said_of(after)
+        for rule in rules
+        if rule.misses(after).removeprefix(f"{remaining} ") != rule.misses(before).removeprefix(f"{before.experts} ")
+    ]
 
 
 def _named(anatomy: Anatomy, experts: ExpertsByLayer, keep: ExpertsByLayer) -> dict[str, list[int]]:

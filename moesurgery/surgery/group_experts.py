@@ -16,6 +16,7 @@ from moesurgery.moe.clustering import around_centroids, clusters
 from moesurgery.moe.expert_counts import check_blocks, check_groups, check_remaining, equal_count
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.criteria import MeasuredCriterion
+from moesurgery.stats.plan_file import LayerPlan, load_plan_file
 from moesurgery.stats.statistics_file import BlockStats, Stats
 from moesurgery.surgery.choose_experts import (
     LayerKey,
@@ -26,6 +27,7 @@ from moesurgery.surgery.choose_experts import (
     protected_note,
     router_rows,
 )
+from moesurgery.surgery.planned_experts import planned_layers
 
 Groups = list[list[int]] | dict[LayerKey, list[list[int]]] | None
 Grouping = Literal["router-rows", "msmoe", "reap-centroid", "hc"]
@@ -59,6 +61,7 @@ class Merger:
     router: Router
     notes: tuple[str, ...] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def dominant(self) -> dict[str, list[int]]:
@@ -87,6 +90,7 @@ def merger(
     router: Router | None = None,
     stats: str | None = None,
     protect_super: bool = True,
+    plan_file: str | None = None,
     fitted: bool = False,
 ) -> Merger:
     """Decide on a merge. Parameters are those of `merge-experts`; `fitted` says that there is, or will be, a fit.
@@ -97,8 +101,15 @@ def merger(
     anatomy = plan.anatomy
     anatomy.require_family(NAME)
     total = check_blocks(anatomy, NAME)
-    if (groups is None) == (to is None):
-        raise RecipeError(f"{NAME} needs one of groups and to", f"as in `moesurgery {NAME} MODEL --to {total // 2}`")
+    if sum(choice is not None for choice in (groups, to, plan_file)) != 1:
+        raise RecipeError(
+            f"{NAME} needs one of groups, to and plan_file", f"as in `moesurgery {NAME} MODEL --to {total // 2}`"
+        )
+    planned: Mapping[str, LayerPlan] = {}
+    warnings: tuple[str, ...] = ()
+    if plan_file is not None:
+        planned, warnings = planned_layers(plan, NAME, load_plan_file(plan_file), "groups")
+        groups = {where: entry.groups or [] for where, entry in planned.items()}
     seen = _statistics(anatomy, stats)
     group, by = _way(groups is not None, group, by, seen)
     weights = weights or ("equal" if seen is None else "usage")
@@ -124,6 +135,9 @@ def merger(
         _check_softmax(anatomy)
     shares = {}
     for block in anatomy.blocks:
+        if block.where in planned and (of_plan := planned[block.where].shares) is not None:
+            chosen[block.where], shares[block.where] = planned[block.where].groups or [], of_plan
+            continue
         numbers = _numbers(plan, block, weights, _seen(seen, block))
         shares[block.where] = [_shares(block, members, numbers) for members in chosen[block.where]]
     return Merger(
@@ -136,6 +150,7 @@ def merger(
         router or "dominant",
         _notes(anatomy, by, to, seen, protected),
         {} if seen is None else seen.about,
+        warnings,
     )
 
 

@@ -41,11 +41,12 @@ from moesurgery.surgery.group_experts import (
     Router,
     merger,
 )
+from moesurgery.surgery.planned_experts import PlanOption
 
 
 def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics:
     """Return what text is asked for. What is refused whatever the text says is refused first."""
-    given = {name: value for name, value in values.items() if name in ("groups", "to", "router")}
+    given = {name: value for name, value in values.items() if name in ("groups", "to", "router", "plan_file")}
     merge_experts(plan, **{name: value for name, value in given.items() if name != "router"})
     merger(plan, **given)
     return NeededStatistics(every_expert="to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT)
@@ -69,7 +70,9 @@ def _merge_and_drop(plan: Plan, values: Values) -> list[Variant]:
 
 
 # A merge costs more than a drop: it is repaired unless told not to be.
-@operation(NAME, text=TextNeeds(_needed_statistics, _groups_to_fit, _merge_and_drop, repair="down"))
+@operation(
+    NAME, text=TextNeeds(_needed_statistics, _groups_to_fit, _merge_and_drop, repair="down"), chooses=("groups", "to")
+)
 def merge_experts(
     plan: Plan,
     *,
@@ -127,12 +130,13 @@ def merge_experts(
     protect_super: Annotated[
         bool, Param("leave an expert alone whose output is far above all others' (needs statistics)")
     ] = True,
+    plan_file: PlanOption = None,
 ) -> Plan:
     """Merge experts into fewer: the mean of their weights, one router row for each group.
 
-    Give `groups` or `to`. The dominant member of a group is the one with the largest share, the first named where
-    shares are equal; where groups are made, the one that they are made around, or else the one with the longest router
-    row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
+    Give `groups`, `to` or a plan. The dominant member of a group is the one with the largest share, the first named
+    where shares are equal; where groups are made, the one that they are made around, or else the one with the longest
+    router row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
     measure what it costs before you use the result.
     """
     choice = merger(
@@ -146,6 +150,7 @@ def merge_experts(
         router=router,
         stats=stats,
         protect_super=protect_super,
+        plan_file=plan_file,
         fitted=fit is not None,
     )
     fits = _fits(choice, fit)
@@ -159,7 +164,7 @@ def merge_experts(
         modules.update(renamed_modules(block, merge.dominant))
     tensors, shard_of = plan.substituted(entries)
     config = plan.config if remaining == total else with_expert_count(anatomy, remaining, modules)
-    given = {"groups": groups, "to": to, "stats": stats, "fit": fit}
+    given = {"groups": groups, "to": to, "plan_file": plan_file, "stats": stats, "fit": fit}
     parameters: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     how: dict[str, Any] = {"group": choice.group} if choice.group else {}
     how |= {"by": choice.by} if choice.by else {}
@@ -178,6 +183,7 @@ def merge_experts(
         | ({"statistics": dict(choice.statistics)} if choice.statistics else {})
         | ({"fit": dict(fits.about)} if fits else {}),
         notes=(*choice.notes, *_notes(anatomy, choice, remaining)),
+        warnings=choice.warnings,
         tables=(_table(choice.groups),),
     )
     files = renamed_files(plan.checkpoint, plan.files, modules if remaining != total else {})

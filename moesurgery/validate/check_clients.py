@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesurgery.checkpoint.filenames import CONFIG
+from moesurgery.families.client_limits import awkward_numbers, moe_shape
 from moesurgery.families.clients import CLIENTS, Wants, language_part
 from moesurgery.plan.plan import plan_of
 from moesurgery.surgery.client_form import lacks_head, obstacles, zero_gates
@@ -10,7 +11,7 @@ from moesurgery.surgery.convert import unread_layout
 from moesurgery.validate.check import NotChecked, Outcome, and_more, check, finding
 from moesurgery.validate.context import Context
 
-_CODES = ("K01", "K02", "K03", "K04", "K05", "K06")
+_CODES = ("K01", "K02", "K03", "K04", "K05", "K06", "K07")
 
 
 @check(*_CODES)
@@ -29,6 +30,10 @@ def read_by_client(subject: Context) -> Outcome:
         yield finding("K01", f"{client.name} ({client.version}): {reason}", CONFIG)
     if wrong:
         return  # its other wishes concern a form that it reads
+    if subject.anatomy.blocks and subject.anatomy.family is not None:
+        shape = moe_shape(subject.anatomy)
+        for rule in awkward_numbers(client.name, shape):
+            yield finding("K07", rule.said_of(shape), CONFIG, hint=rule.source)
     wants = Wants(subject.config, (client,))
     if subject.anatomy.blocks and client.name in unread_layout(plan):
         name = subject.anatomy.blocks[0].members[0].name

@@ -94,6 +94,7 @@ _TABLE: tuple[tuple[str, Level, Severity, str], ...] = (
     ("K04", "client", "error", "with --for: config keys that the program needs are missing"),
     ("K05", "client", "error", "with --for: a tied head, which the program does not make of the embedding"),
     ("K06", "client", "error", "with --for: a shared expert's gate of zeros, of which the program makes NaN"),
+    ("K07", "client", "note", "with --for: a number of experts, or a width, that the program's kernels take badly"),
     ("T01", "config", "error", "the tokenizer cannot be parsed, or gives ids beyond the embedding"),
     ("T02", "config", "error", "special tokens that the tokenizer does not have, or a chat template that is none"),
     ("V01", "values", "error", "NaN or infinity in a weight"),

@@ -45,7 +45,7 @@ def converted(model: Path, out: Path, client: str) -> Path:
 
 def codes_for(model: Path, client: str) -> set[str]:
     report = validate_checkpoint(model, level="config", client=client)
-    return {finding.code for finding in report.findings if finding.code.startswith("K")}
+    return {finding.code for finding in report.findings if finding.code.startswith("K") and finding.severity == "error"}
 
 
 def edit_config(model: Path, *without: str, **changes: Any) -> None:

@@ -91,11 +91,16 @@ def a_tied_head_that_the_client_does_not_make(p: BrokenCheckpoint) -> None:
     pass
 
 
-@case("K06", "V02?", base="qwen2_moe", client="llama.cpp")
+@case("K06", "K07", "V02?", base="qwen2_moe", client="llama.cpp")
 def a_gate_of_zeros_that_the_client_divides_by(p: BrokenCheckpoint) -> None:
     p.config(norm_topk_prob=False)
     gates = {name: t for name, t in p.tensors().items() if name.endswith("shared_expert_gate.weight")}
     p.update({name: torch.zeros_like(t) for name, t in gates.items()})
+
+
+@case("K07", base="mixtral", client="llama.cpp")
+def a_width_that_k_quants_do_not_take(p: BrokenCheckpoint) -> None:
+    pass
 
 
 def older_rope(p: BrokenCheckpoint) -> None:
@@ -1119,7 +1124,7 @@ def bases(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 
 def spell(code: str, severity: str) -> str:
     usual = CODES[code].severity
-    return code + {"error": "!", "warning": "?"}[severity] * (severity != usual)
+    return code + {"error": "!", "warning": "?", "note": "-"}[severity] * (severity != usual)
 
 
 @pytest.mark.parametrize("base", sorted({c.base for c in CASES} | {"mxfp4"}))
