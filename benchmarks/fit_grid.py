@@ -1,6 +1,6 @@
-"""How near `moesurgery fit` comes to the best of an exhaustive grid of experts x width x top-k: the table of docs/fit.md.
+"""How near `moesurgery fit` comes to the best of a grid of experts x width x top-k: the table of docs/fit.md.
 
-    python benchmarks/fit_grid.py MODEL --text CALIBRATION… --heldout OTHER… --share 0.75 0.5 [--jobs 4] [--device cuda]
+    python benchmarks/fit_grid.py MODEL --text CALIBRATION… --heldout OTHER… [--share 0.75 0.5] [--jobs 4]
 
 For each share of the model's bytes, `fit` searches on --text alone. Then every shape of a grid that fits is edited,
 repaired on the same text and measured on the first `--limit` windows of each held-out file, which the search has not

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moesurgery.budget.candidates import Choices, choices, fitting_shapes
+from moesurgery.budget.candidates import Choices, choices, fitting_shapes, taken_well
 from moesurgery.budget.costs import Cost, ShapeCosts
 from moesurgery.budget.limits import Limits
 from moesurgery.budget.shape import USUAL_FORMS, Shape, narrower_forms
@@ -13,6 +13,7 @@ from moesurgery.count.accelerators import Accelerator
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.client_limits import moe_shape
 from moesurgery.moe.neuron_axis import neurons_together
 
 
@@ -74,10 +75,14 @@ def budget_of(
     accelerator: Accelerator | None = None,
     axes: Collection[str],
     forms: Sequence[str] = USUAL_FORMS,
+    engine: str | None = None,
     header_bytes: int = 0,
 ) -> Budget:
-    """Return a model beside a machine. Raises RecipeError for a speed without an accelerator, RefusedError where the
-    model has no experts or is of an unknown family."""
+    """Return a model beside a machine; with `engine`, only with numbers that its kernels take well.
+
+    Raises RecipeError for a speed without an accelerator and for an engine of which nothing is known, RefusedError
+    where the model has no experts or is of an unknown family.
+    """
     if limits.speed is not None and accelerator is None:
         raise RecipeError("--speed needs to know of which machine", "give --accelerator")
     costs = ShapeCosts(
@@ -87,7 +92,10 @@ def budget_of(
         raise RefusedError(f"fit: {anatomy.settings.family.name}: its width stays: {reason}", "give --keep width")
     together = neurons_together(anatomy.main_blocks[0], tensors) if "width" in axes else 1
     narrower = narrower_forms(anatomy, tensors, forms)
-    return Budget(costs, limits, choices(anatomy, costs.shape, axes, narrower, together))
+    chosen = choices(anatomy, costs.shape, axes, narrower, together)
+    if engine is not None:
+        chosen = taken_well(chosen, replace(moe_shape(anatomy), width=costs.shape.width), engine)
+    return Budget(costs, limits, chosen)
 
 
 def _bytes(count: float) -> str:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from moesurgery.budget.costs import Cost, ShapeCosts
 from moesurgery.budget.limits import Limits
 from moesurgery.budget.shape import AS_STORED, Shape
-from moesurgery.errors import RefusedError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.client_limits import RULES, MoeShape, awkward_numbers
 from moesurgery.moe.expert_counts import check_remaining
 
 Axis = Literal["experts", "width", "top-k", "form"]
@@ -58,6 +59,19 @@ def choices(anatomy: Anatomy, shape: Shape, axes: Collection[str], forms: Sequen
         least = -(-shape.width // (4 * step)) * step
         width = [*range(least, shape.width, step), shape.width]
     return Choices(experts, width, top_ks, (AS_STORED, *forms) if "form" in axes else (AS_STORED,))
+
+
+def taken_well(choice: Choices, own: MoeShape, client: str) -> Choices:
+    """Return the numbers of experts and widths that a client's kernels take as well as those of the model as it is.
+
+    Raises RecipeError for a client of which nothing is known.
+    """
+    if client not in (known := {rule.client for rule in RULES}):
+        raise RecipeError(f"--engine is {client!r}", f"known: {', '.join(sorted(known))}")
+    before = set(awkward_numbers(client, own))
+    experts = [e for e in choice.experts if before.issuperset(awkward_numbers(client, replace(own, experts=e)))]
+    widths = [w for w in choice.width if before.issuperset(awkward_numbers(client, replace(own, width=w)))]
+    return replace(choice, experts=experts, width=widths)
 
 
 def _top_ks(trained: int, experts: int) -> list[int]:

@@ -1,6 +1,7 @@
 """What a model of another shape would take: bytes, active parameters, decoding speed. From headers alone.
 
-Every tensor grows with the experts (routers), with experts and neurons (routed experts), or with neither. Bytes are
+Every tensor grows with the experts (routers), with their width (FFNs that the class builds from the same number), with
+both (routed experts), or with neither. Bytes are
 those of the weight files, headers included; a KV cache is 2 bytes per value (`count.kv_cache`). The speed is the
 roofline's (`count.roofline`): per step of a batch the larger of FLOPs / peak and bytes / bandwidth.
 """
@@ -17,11 +18,13 @@ from moesurgery.count.accelerators import Accelerator
 from moesurgery.count.kv_cache import kv_bytes, kv_layers
 from moesurgery.count.params import count_params
 from moesurgery.count.roofline import decode_seconds, streamed_weights
+from moesurgery.expr.nodes import Expr
 from moesurgery.families import components as parts
-from moesurgery.families.anatomy import Anatomy, BlockTensor, HasShape
+from moesurgery.families.anatomy import Anatomy, BlockTensor
+from moesurgery.moe.ffn_blocks import dense_ffns, shared_experts
 from moesurgery.moe.neurons import has_neurons
 
-_FIXED, _EXPERTS, _NEURONS = "fixed", "experts", "neurons"
+_FIXED, _EXPERTS, _WIDTH, _BOTH = "fixed", "experts", "width", "both"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class ShapeCosts:
     def __init__(
         self,
         anatomy: Anatomy,
-        tensors: Mapping[str, HasShape],
+        tensors: Mapping[str, Expr],
         *,
         context: int,
         batch: int,
@@ -58,7 +61,7 @@ class ShapeCosts:
         self.shape = shape_of(anatomy)
         self._header_bytes = header_bytes
         self._batch, self._accelerator = batch, accelerator
-        grows = _growth(anatomy)
+        grows = _growth(anatomy, tensors)
         kept = {name for name, count in anatomy.parameters.items() if count == 0}
         kept |= {m.name for block in anatomy.blocks for m in block.members if m.role == "correction_bias"}
         self._elements: Counter[tuple[str, int]] = Counter()  # of plain weights, by growth and bits
@@ -76,18 +79,22 @@ class ShapeCosts:
         for name in main:
             sizes[grows[name]] += anatomy.parameters[name]
         share = self.shape.top_k / self.shape.experts
-        self._routed_active = sizes[_NEURONS] * share
-        self._router = sizes[_EXPERTS]
-        self._fixed_active = counts.active["all"] - self._routed_active - self._router
+        self._active: dict[str, float] = {how: sizes[how] for how in (_EXPERTS, _WIDTH)}
+        self._active[_BOTH] = sizes[_BOTH] * share
+        self._active[_FIXED] = counts.active["all"] - sum(self._active.values())
         self._streamed = streamed_weights(anatomy, tensors, tied_embeddings=counts.tied_embeddings)
         layers = kv_layers(anatomy, tensors)
         self.kv_known = layers is not None
         self._kv = 0 if layers is None else kv_bytes(layers, context)
         self._attention = 0 if layers is None else sum(2 * w * min(context, limit or context) for _, w, limit in layers)
 
-    def weight_bytes(self, shape: Shape) -> int:
+    def _growth_to(self, shape: Shape) -> dict[str, float]:
+        """Return by what each kind of tensor is multiplied."""
         experts, width = shape.experts / self.shape.experts, shape.width / self.shape.width
-        growth = {_FIXED: 1.0, _EXPERTS: experts, _NEURONS: experts * width}
+        return {_FIXED: 1.0, _EXPERTS: experts, _WIDTH: width, _BOTH: experts * width}
+
+    def weight_bytes(self, shape: Shape) -> int:
+        growth = self._growth_to(shape)
         limit = FORMS[shape.form].bits if shape.form != AS_STORED else max(BITS.values())
         total = sum(growth[how] * count for how, count in self._bytes.items())
         total += sum(growth[how] * n * min(bits, limit) / 8 for (how, bits), n in self._elements.items())
@@ -95,16 +102,16 @@ class ShapeCosts:
 
     def of(self, shape: Shape) -> Cost:
         """Return what a model of `shape` takes."""
-        experts, width = shape.experts / self.shape.experts, shape.width / self.shape.width
-        routed = width * shape.top_k / self.shape.top_k
-        active = round(self._fixed_active + self._router * experts + self._routed_active * routed)
+        growth = self._growth_to(shape)
+        routed = growth[_WIDTH] * shape.top_k / self.shape.top_k  # whatever their number
+        active = round(sum(count * (routed if how == _BOTH else growth[how]) for how, count in self._active.items()))
         weights = self.weight_bytes(shape)
         speed = None
         if self._accelerator is not None:
             as_stored = self.weight_bytes(Shape(shape.experts, shape.width, shape.top_k)) - self._header_bytes
             narrowing = (weights - self._header_bytes) / as_stored
             seconds = decode_seconds(
-                self._streamed.resized(experts, width),
+                self._streamed.resized(growth[_EXPERTS], growth[_WIDTH]),
                 shape.experts,
                 shape.top_k,
                 self._batch,
@@ -117,12 +124,18 @@ class ShapeCosts:
         return Cost(weights, self._kv * self._batch, active, speed)
 
 
-def _growth(anatomy: Anatomy) -> dict[str, str]:
-    """Return of every tensor of a block what it grows with."""
+def _growth(anatomy: Anatomy, tensors: Mapping[str, Expr]) -> dict[str, str]:
+    """Return what each tensor grows with, of those that do."""
 
     def of(member: BlockTensor) -> str:
         if member.part is not None:
-            return _NEURONS if has_neurons(member) else _EXPERTS
+            return _BOTH if has_neurons(member) else _EXPERTS
         return _EXPERTS if member.axis is not None else _FIXED
 
-    return {member.name: of(member) for block in anatomy.blocks for member in block.members}
+    grows = {member.name: of(member) for block in anatomy.blocks for member in block.members}
+    family = anatomy.settings.family
+    following = shared_experts(anatomy, tensors) if family.shared_width == "" else {}
+    if family.dense_width in family.width_keys:
+        following |= dense_ffns(anatomy, tensors)
+    members = (member for block in following.values() for member in block.members)
+    return grows | {member.name: _WIDTH for member in members if has_neurons(member)}

@@ -58,7 +58,7 @@ class Shape:
         return f"e{self.experts}-w{self.width}-k{self.top_k}" + ("" if self.form == AS_STORED else f"-{self.form}")
 
     def within(self, other: Shape, trained: int) -> bool:
-        """Whether the other shape has at least as much of everything in the same form: it can only be as good or better.
+        """Whether the other shape has at least as much of everything, in the same form: it is as good or better.
 
         Of two numbers of active experts the larger is better up to the `trained` one; above, neither is.
         """

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.budget.allocation import Allocation, best_allocation
 from moesurgery.budget.budget import Budget
 from moesurgery.budget.costs import Cost
 from moesurgery.budget.shape import Shape
 from moesurgery.cli._console import console, human_bytes, human_count
 from moesurgery.cli._pictures import write_picture
 from moesurgery.cli._points import Points
+from moesurgery.stats.expert_budget import best_allocation, uniform_allocation
 
 if TYPE_CHECKING:
     from moesurgery.fitting.fit_search import Fitted
@@ -62,11 +62,11 @@ def show_fitted(budget: Budget, found: Fitted) -> None:
             f"10 % more memory ({human_bytes(_MORE_MEMORY * budget.limits.memory)}) would buy {shape.name}:"
             f" {human_bytes(cost.memory)}, predicted {predicted:+.4f}"
         )
-    for axis, allocation in _allocations(found).items():
+    for axis, (uniform, best) in _by_layer(budget, found).items():
+        less = f"{100 * (1 - best / uniform):.0f} % less" if uniform else "the same"
         console.result(
-            f"one number of {axis} for all layers loses {allocation.uniform_error:.4f} of the routed output, summed"
-            f" over layers; the best number for each, of the same bytes, {allocation.error:.4f}"
-            f" ({100 * allocation.saving:.0f} % less; {min(allocation.kept)} to {max(allocation.kept)} stay)"
+            f"one number of {axis} for all layers loses {uniform:.4f} of the routed output, summed over layers;"
+            f" the best number for each, in the same bytes, {best:.4f}: {less}"
         )
     console.result()
 
@@ -109,15 +109,21 @@ def _with_more(budget: Budget, found: Fitted) -> tuple[Shape, Cost, float] | Non
     return None if best == budget.original else (best, shapes[best], found.prediction.of(best))
 
 
-def _allocations(found: Fitted) -> dict[str, Allocation]:
-    """Return what numbers by layer would spare, for each axis that the winner makes smaller."""
-    curves, shape = found.prediction.curves, found.winner.shape
-    allocations = {}
-    if shape.experts < curves.experts.shape[1] - 1:
-        allocations["experts"] = best_allocation(curves.experts, shape.experts, shape.top_k)
-    if curves.width is not None and shape.width < curves.width.shape[1] - 1:
-        allocations["neurons"] = best_allocation(curves.width, shape.width, 1)
-    return allocations
+def _by_layer(budget: Budget, found: Fitted) -> dict[str, tuple[float, float]]:
+    """Return for each axis that the winner makes smaller the error summed over layers, with one number for all and with
+    the best number for each that has the same sum. Neurons go in the steps of the search."""
+    curves, shape, own = found.prediction.curves, found.winner.shape, budget.original
+    by_layer = {}
+    axes = [("experts", curves.experts, shape.experts, own.experts, shape.top_k, 1)]
+    if curves.width is not None and len(widths := budget.choices.width) > 1:
+        axes.append(("neurons", curves.width, shape.width, own.width, widths[0], widths[-1] - widths[-2]))
+    for name, errors, kept, whole, least, step in axes:
+        if kept < whole:
+            costs = {str(layer): row[::-1][::step].tolist() for layer, row in enumerate(errors)}
+            gone, most = (whole - kept) // step, (whole - least) // step
+            best = best_allocation(costs, gone * len(costs), most)
+            by_layer[name] = (uniform_allocation(costs, gone).cost, best.cost)
+    return by_layer
 
 
 def _front(budget: Budget, found: Fitted) -> list[tuple[Shape, Cost, float]]:
@@ -192,7 +198,7 @@ def document_of(budget: Budget, found: Fitted) -> dict[str, Any]:
             ],
             "with_10_percent_more": None if more is None else {**_entry(more[0], more[1]), "predicted": more[2]},
             "front": [{**_entry(s, c), "predicted": p} for s, c, p in _front(budget, found)],
-            "by_layer": {axis: {**asdict(a), "saving": a.saving} for axis, a in _allocations(found).items()},
+            "by_layer": {axis: {"uniform": a, "best": b} for axis, (a, b) in _by_layer(budget, found).items()},
         },
         "heldout": asdict(found.heldout),
     }

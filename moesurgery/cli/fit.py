@@ -51,6 +51,10 @@ def fit_command(
     accelerator: Annotated[
         str | None, typer.Option("--accelerator", help="What it runs on: " + ", ".join(ACCELERATORS) + ".")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="Only numbers that its kernels take well: vllm, sglang, llama.cpp, mlx."),
+    ] = None,
     only: Annotated[str | None, typer.Option("--only", help=f"What may change, of {_AXES}. [default: all]")] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="What stays as it is, as top-k.")] = None,
     forms: Annotated[
@@ -96,6 +100,7 @@ def fit_command(
         batch=batch,
         accelerator=ACCELERATORS[accelerator] if accelerator else None,
         axes=axes,
+        engine="transformers5" if engine == "transformers" else engine,
         forms=_words("--forms", forms, FORMS),
         # A header is padded to a place in a block of 4096 bytes, and has no more tensors than its source's.
         header_bytes=sum(header.data_start + 4096 for header in checkpoint.headers),

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
 
-
 KV_BYTES_PER_VALUE = 2
 
 

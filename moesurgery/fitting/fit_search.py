@@ -2,8 +2,8 @@
 
 One pass over text gives a curve of errors for each axis (`budget.damage`). Dropping experts alone and taking neurons
 alone are measured first, on held-out windows, unwritten; the prices of the errors are fitted to that, the shape with
-the least predicted loss is measured next, and so on. A repair (`layer_fit`) changes the prices: the best single axes are
-repaired and measured again, the prices are fitted to that, and the shapes with the least predicted loss follow.
+the least predicted loss is measured next, and so on. A repair (`layer_fit`) changes the prices: the best single axes
+are repaired and measured again, the prices are fitted to that, and the shapes with the least predicted loss follow.
 """
 
 from __future__ import annotations
