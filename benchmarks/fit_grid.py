@@ -22,7 +22,7 @@ from pathlib import Path
 from moesurgery import open_checkpoint, plan_of
 from moesurgery.budget.budget import Budget, budget_of
 from moesurgery.budget.candidates import AXES
-from moesurgery.budget.damage import Prediction, damage_curves
+from moesurgery.budget.damage import PRICED, Prediction, damage_curves
 from moesurgery.budget.limits import Limits
 from moesurgery.budget.shape import Shape
 from moesurgery.fitting.cache import CalibrationCache
@@ -122,7 +122,7 @@ def _search(given: argparse.Namespace, folder: Path, share: float) -> tuple[Shap
     print(
         {name: [None if x is None else round(x, 4) for x in figures] for name, figures in measured.items()}, flush=True
     )
-    return found.winner.shape, dict(zip(AXES, found.prediction.prices, strict=True))
+    return found.winner.shape, dict(zip(PRICED, found.prediction.prices, strict=True))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.client_limits import RULES, MoeShape, awkward_numbers
 from moesurgery.moe.expert_counts import check_remaining
 
-Axis = Literal["experts", "width", "top-k", "form"]
+Axis = Literal["experts", "width", "top-k", "form", "merging"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 MOST_COUNTS = 64  # numbers of experts that are looked at
 SMALL_WIDTH = 256  # neurons: narrower experts go in steps of 8, wider ones of 16
@@ -34,6 +34,7 @@ class Choices:
     width: Sequence[int]
     top_k: Sequence[int]
     form: Sequence[str] = (AS_STORED,)
+    merging: bool = False  # whether experts may be merged instead of dropped
 
     @property
     def smallest(self) -> Shape:
@@ -58,7 +59,8 @@ def choices(anatomy: Anatomy, shape: Shape, axes: Collection[str], forms: Sequen
         step = math.lcm(8 if shape.width < SMALL_WIDTH else 16, together)
         least = -(-shape.width // (4 * step)) * step
         width = [*range(least, shape.width, step), shape.width]
-    return Choices(experts, width, top_ks, (AS_STORED, *forms) if "form" in axes else (AS_STORED,))
+    merging = "merging" in axes and "merge-experts" not in anatomy.settings.family.refuses
+    return Choices(experts, width, top_ks, (AS_STORED, *forms) if "form" in axes else (AS_STORED,), merging)
 
 
 def taken_well(choice: Choices, own: MoeShape, client: str) -> Choices:

@@ -20,14 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moesurgery.budget.candidates import AXES
 from moesurgery.budget.shape import AS_STORED, FORMS, Shape
 from moesurgery.stats.statistics_file import BlockStats, Stats
 
 if TYPE_CHECKING:
     import numpy as np
 
-Parts = tuple[float, float, float, float]  # errors by axis, in the order of `AXES`
+PRICED = ("experts", "width", "top-k", "form")  # the axes that errors are added over
+Parts = tuple[float, float, float, float]  # by axis, in that order
 _PULL = 0.1  # of every number towards their common value, in units of one measurement
 
 
@@ -124,8 +124,8 @@ class Prediction:
         floor = max(max(known.values()) / 100, 1e-6)
         increases = np.array([max(increase, floor) for increase in known.values()])
         common = float(np.median(increases / errors.sum(axis=1)))
-        rows = np.concatenate([errors / increases[:, None], _PULL / common * np.eye(len(AXES))])
-        wanted = np.concatenate([np.ones(len(known)), np.full(len(AXES), _PULL)])
+        rows = np.concatenate([errors / increases[:, None], _PULL / common * np.eye(len(PRICED))])
+        wanted = np.concatenate([np.ones(len(known)), np.full(len(PRICED), _PULL)])
         a, b, c, d = (float(price * x) for price, x in zip(self.prices, _least_squares(rows, wanted), strict=True))
         return Prediction(self.curves, (a, b, c, d))
 

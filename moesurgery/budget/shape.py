@@ -45,17 +45,23 @@ USUAL_FORMS = ("bfloat16",)  # tried where none are named: float16 overflows abo
 
 @dataclass(frozen=True)
 class Shape:
-    """Experts in each MoE layer, neurons in each expert, experts that a token is routed to, the stored form."""
+    """Experts in each MoE layer, neurons in each expert, experts that a token is routed to, the stored form.
+
+    `merged`: the experts that go are merged into others instead of dropped.
+    """
 
     experts: int
     width: int
     top_k: int
     form: str = AS_STORED
+    merged: bool = False
 
     @property
     def name(self) -> str:
         """A name for tables and files, as `e48-w56-k8`."""
-        return f"e{self.experts}-w{self.width}-k{self.top_k}" + ("" if self.form == AS_STORED else f"-{self.form}")
+        parts = [f"e{self.experts}-w{self.width}-k{self.top_k}"]
+        parts += ["merged"] if self.merged else []
+        return "-".join(parts if self.form == AS_STORED else [*parts, self.form])
 
     def within(self, other: Shape, trained: int) -> bool:
         """Whether the other shape has at least as much of everything, in the same form: it is as good or better.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.budget.budget import Budget
 from moesurgery.budget.costs import Cost
+from moesurgery.budget.damage import PRICED
 from moesurgery.budget.shape import Shape
 from moesurgery.cli._console import console, human_bytes, human_count
 from moesurgery.cli._pictures import write_picture
@@ -186,7 +187,7 @@ def document_of(budget: Budget, found: Fitted) -> dict[str, Any]:
             "original": _entry(budget.original, budget.costs.of(budget.original)),
             "taken": found.winner.shape.name,
             "by": found.by,
-            "prices": dict(zip(("experts", "width", "top-k", "form"), found.prediction.prices, strict=True)),
+            "prices": dict(zip(PRICED, found.prediction.prices, strict=True)),
             "candidates": [
                 {
                     **_entry(c.shape, c.cost),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 ORIGINAL = "original"
 REPAIR = "down"  # where none is named
+_WORTH_MERGING = 1.5  # times the least loss: above, dropping alone is too far from the best for a merge to reach it
 _NEAR = 1 / 16  # of experts and of width: shapes nearer than that to one that was measured are not
 
 
@@ -123,7 +125,7 @@ def fit(
         plan,
         budget,
         dict(shapes),
-        ShapeSteps(plan, budget.original, statistics, stats),
+        ShapeSteps(plan, budget.original, statistics, stats, cache),
         HeldOutLosses(settings, held_out or run.held_out, reporter),
         Prediction(damage_curves(stats)),
         cache,
@@ -172,6 +174,15 @@ class _Search:
     repaired: dict[Shape, str] = field(default_factory=dict)
     folders: dict[Shape, Path] = field(default_factory=dict)
 
+    @cached_property
+    def alone(self) -> list[Shape]:
+        """For each axis the best shape that changes it alone; the one predicted best of all where there is none."""
+        by_axis: dict[str, Shape] = {}
+        for shape in sorted(self.shapes, key=self.prediction.of):
+            if len(axes := _changed(shape, self.budget.original)) == 1:
+                by_axis.setdefault(axes[0], shape)
+        return list(by_axis.values()) or [min(self.shapes, key=self.prediction.of)]
+
     def increase(self, name: str) -> float:
         return self.losses.found[name].nats - self.losses.found[ORIGINAL].nats
 
@@ -180,7 +191,7 @@ class _Search:
         self.losses.add({ORIGINAL: self.plan})
         if wanted.by is None:
             self._choose_criterion()
-        for shape in self.alone():
+        for shape in self.alone:
             self._measure(shape)
         while len(self.edited) < wanted.measured and (shape := self._next(self.edited)):
             self._measure(shape)
@@ -188,20 +199,24 @@ class _Search:
 
     def measure_repaired(self, count: int) -> None:
         """Repair and measure the single axes that cost least, then the shapes that are predicted best."""
-        first = sorted(self.alone(), key=lambda shape: self.increase(self.edited[shape]))
+        first = sorted(self.alone, key=lambda shape: self.increase(self.edited[shape]))
         for shape in first[: max(1, min(2, count - 1))]:
             self._repair(shape)
         while len(self.repaired) < count and (shape := self._next(self.repaired)):
             self._repair(shape)
+        self._try_merging()
         self.prediction = self._fitted(self.repaired)
 
-    def alone(self) -> list[Shape]:
-        """Return for each axis the best shape that changes it alone; the best of all where there is none."""
-        by_axis: dict[str, Shape] = {}
-        for shape in sorted(self.shapes, key=self.prediction.of):
-            if len(axes := _changed(shape, self.budget.original)) == 1:
-                by_axis.setdefault(axes[0], shape)
-        return list(by_axis.values()) or [min(self.shapes, key=self.prediction.of)]
+    def _try_merging(self) -> None:
+        """Merge experts instead of dropping them, where dropping alone cost nearly as little as anything."""
+        if not self.budget.choices.merging:
+            return
+        least = min(map(self.increase, self.repaired.values()))
+        for shape in [s for s in self.repaired if _changed(s, self.budget.original) == ["experts"]]:
+            if self.increase(self.repaired[shape]) <= _WORTH_MERGING * least:
+                merged = replace(shape, merged=True)
+                self.shapes[merged] = self.shapes[shape]
+                self._repair(merged)
 
     def _next(self, known: dict[Shape, str]) -> Shape | None:
         """Return the shape that is predicted best of those that are not near a known one; None where all are."""
@@ -209,12 +224,12 @@ class _Search:
         return min(left, key=self._fitted(known).of) if left else None
 
     def _fitted(self, known: dict[Shape, str]) -> Prediction:
-        return self.prediction.fitted({shape: self.increase(name) for shape, name in known.items()})
+        return self.prediction.fitted({s: self.increase(name) for s, name in known.items() if not s.merged})
 
     def _choose_criterion(self) -> None:
         """Measure the criteria on one shape that drops experts, and keep the best."""
         total = self.budget.original.experts
-        dropping = [s for s in (*self.alone(), *sorted(self.shapes, key=self.prediction.of)) if s.experts < total]
+        dropping = [s for s in (*self.alone, *sorted(self.shapes, key=self.prediction.of)) if s.experts < total]
         if not dropping:
             return
         first = dropping[0]
@@ -244,6 +259,9 @@ class _Search:
         best = min(final, key=lambda shape: self.increase(final[shape]))
         if best in self.folders:
             _keep_one(self.folders, best, self.refit_folder)
+        for shape in self.edited:
+            if shape.merged and shape != best:
+                Path(self.steps.merge_parameters(shape.experts)["fit"]).unlink()
         return FitRecord(
             best.name,
             self.by,
@@ -261,13 +279,14 @@ class _Search:
         """Return the winner of a search, by its record, and its plan."""
         a, b, c, d = record.prices
         prediction = replace(self.prediction, prices=(a, b, c, d))
+        self.shapes |= {
+            merged: cost
+            for shape, cost in self.shapes.items()
+            if (merged := replace(shape, merged=True)).name in record.repaired
+        }
         candidates = [
             Candidate(
-                shape,
-                cost,
-                prediction.of(shape),
-                record.measured.get(shape.name),
-                record.repaired.get(shape.name),
+                shape, cost, prediction.of(shape), record.measured.get(shape.name), record.repaired.get(shape.name)
             )
             for shape, cost in self.shapes.items()
         ]

@@ -1,17 +1,20 @@
 """The steps that make a model of another shape, chosen by statistics of the model as it is.
 
 Everything is chosen on the unedited model, so each step must see what its statistics saw: neurons go first, then top-k
-changes with its factors, then experts go by number, then weights are cast.
+changes with its factors, then experts go by number, then weights are cast. Experts are merged only where nothing else
+changes before: a merge looks at statistics itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moesurgery.budget.shape import AS_STORED, FORMS, Shape
+from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import RecipeStep
-from moesurgery.recipe.registry import apply
+from moesurgery.recipe.registry import apply, find_operation
 from moesurgery.stats.criteria import MeasuredCriterion
 from moesurgery.stats.statistics_file import Stats
 from moesurgery.surgery.choose_experts import ranking
@@ -25,6 +28,8 @@ class ShapeSteps:
     shape: Shape
     statistics: str
     stats: Stats
+    cache: CalibrationCache
+    _merges: dict[int, dict[str, Any]] = field(default_factory=dict)
     _plans: dict[tuple[Shape, str], Plan] = field(default_factory=dict)
 
     def steps(self, shape: Shape, by: MeasuredCriterion) -> tuple[RecipeStep, ...]:
@@ -36,7 +41,9 @@ class ShapeSteps:
             scale = "router" if self.stats.unread else "measured-expert"
             values = {"top_k": shape.top_k, "scale": scale}
             steps.append(RecipeStep("rescale", values | ({} if self.stats.unread else {"stats": self.statistics})))
-        if shape.experts != self.shape.experts:
+        if shape.merged:
+            steps.append(RecipeStep("merge-experts", self.merge_parameters(shape.experts)))
+        elif shape.experts != self.shape.experts:
             steps.append(RecipeStep("drop-experts", {"keep": self._kept(shape.experts, by)}))
         if shape.form != AS_STORED:
             steps.append(RecipeStep("convert", {"dtype": FORMS[shape.form].dtype}))
@@ -47,6 +54,17 @@ class ShapeSteps:
         if (shape, by) not in self._plans:
             self._plans[shape, by] = applied(self.plan, self.steps(shape, by))
         return self._plans[shape, by]
+
+    def merge_parameters(self, experts: int) -> dict[str, Any]:
+        """Return the parameters of a merge down to so many experts, for whose fit the model runs once more."""
+        if experts not in self._merges:
+            values = {"to": experts, "stats": self.statistics}
+            groups = find_operation("merge-experts").text.groups
+            assert groups is not None
+            beside = self.cache.output.with_name(f"{self.cache.output.name}.merged-{experts}")
+            fit = replace(self.cache, output=beside).group_fits(groups(self.plan, values))
+            self._merges[experts] = values | {"fit": fit}
+        return self._merges[experts]
 
     def _kept(self, experts: int, by: MeasuredCriterion) -> dict[str, list[int]]:
         """Return the experts of each block that stay."""
