@@ -22,13 +22,13 @@ from pathlib import Path
 from moesurgery import open_checkpoint, plan_of
 from moesurgery.budget.budget import Budget, budget_of
 from moesurgery.budget.candidates import AXES
-from moesurgery.budget.damage import PRICED, Prediction, damage_curves
+from moesurgery.budget.damage import PRICED, DamagePrediction, damage_curves
 from moesurgery.budget.limits import Limits
-from moesurgery.budget.shape import Shape
+from moesurgery.budget.shape import MixtureShape
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
 from moesurgery.fitting.calibration_run import read_calibration
-from moesurgery.fitting.fit_search import SearchOptions, fit
+from moesurgery.fitting.fit_search import SearchOptions, best_fit
 from moesurgery.fitting.reporter import SILENT
 from moesurgery.fitting.shape_steps import ShapeSteps, applied
 from moesurgery.forward.loss import losses, mean_loss
@@ -77,7 +77,7 @@ class Bench:
     def nats(self, plan: Plan) -> float:
         return mean_loss(losses(self.run.settings.engine(plan), self.held_out)).nats
 
-    def outcome(self, shape: Shape, by: str, stats: str, name: str) -> tuple[float, float]:
+    def outcome(self, shape: MixtureShape, by: str, stats: str, name: str) -> tuple[float, float]:
         """Return the held-out loss of a shape, as edited and repaired."""
         steps = ShapeSteps(self.plan, self.budget(1).original, stats, load_stats(stats))
         edited = steps.planned(shape, by)
@@ -98,11 +98,11 @@ def _begin(given: argparse.Namespace, folder: Path) -> None:
     _bench = Bench(given, folder)
 
 
-def _outcome(task: tuple[Shape, str, str, str]) -> tuple[float, float]:
+def _outcome(task: tuple[MixtureShape, str, str, str]) -> tuple[float, float]:
     return _bench.outcome(*task)
 
 
-def grid(budget: Budget) -> list[Shape]:
+def grid(budget: Budget) -> list[MixtureShape]:
     """Return for each eighth of the experts and each top-k the widest experts that fit."""
     own = budget.original
     experts = sorted({max(1, own.experts * i // 8) for i in range(2, 9)})
@@ -110,12 +110,12 @@ def grid(budget: Budget) -> list[Shape]:
     return [shape for shape, _ in replace(budget, choices=choice).shapes()]
 
 
-def _search(given: argparse.Namespace, folder: Path, share: float) -> tuple[Shape, dict[str, float]]:
+def _search(given: argparse.Namespace, folder: Path, share: float) -> tuple[MixtureShape, dict[str, float]]:
     """Return the shape that `fit` takes, and its price of each axis."""
     given.device = given.search_device or given.device
     bench = Bench(given, folder)
     start = time.perf_counter()
-    found = fit(bench.plan, bench.budget(share), SearchOptions(), bench.options, folder / f"fit-{share}")
+    found = best_fit(bench.plan, bench.budget(share), SearchOptions(), bench.options, folder / f"fit-{share}")
     measured = {c.shape.name: (c.predicted, c.measured, c.repaired) for c in found.candidates if c.measured is not None}
     took = time.perf_counter() - start
     print(f"share {share}: fit takes {found.winner.shape.name} after {took:.0f} s, experts by {found.by}", flush=True)
@@ -150,7 +150,7 @@ def main() -> None:
                     shapes[share].append(taken)
                     outcomes[share].append(pool.submit(_outcome, (taken, given.by, stats, str(share))))
                 found = {s: outcome.result() for s, outcome in zip(shapes[share], outcomes[share], strict=True)}
-                predicted = Prediction(damage_curves(load_stats(stats)), tuple(prices.values()))
+                predicted = DamagePrediction(damage_curves(load_stats(stats)), tuple(prices.values()))
                 results[share] = _show(found, base, taken, predicted)
                 took = time.perf_counter() - start
                 print(f"share {share}: {len(found)} shapes after {took:.0f} s; original {base:.4f}", flush=True)
@@ -158,7 +158,9 @@ def main() -> None:
         given.results.write_text(json.dumps(results, indent=1))
 
 
-def _show(found: dict[Shape, tuple[float, float]], base: float, taken: Shape, predicted: Prediction) -> list[object]:
+def _show(
+    found: dict[MixtureShape, tuple[float, float]], base: float, taken: MixtureShape, predicted: DamagePrediction
+) -> list[object]:
     print("shape                 predicted  edited  repaired")
     rows: list[object] = []
     for shape, (edited, repaired) in sorted(found.items(), key=lambda item: item[1][1]):

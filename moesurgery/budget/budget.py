@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moesurgery.budget.candidates import Choices, choices, fitting_shapes, taken_well
 from moesurgery.budget.costs import Cost, ShapeCosts
 from moesurgery.budget.limits import Limits
-from moesurgery.budget.shape import USUAL_FORMS, Shape, narrower_forms
+from moesurgery.budget.shape import USUAL_FORMS, MixtureShape, narrower_forms
 from moesurgery.count.accelerators import Accelerator
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.nodes import Expr
@@ -26,14 +26,14 @@ class Budget:
     choices: Choices
 
     @property
-    def original(self) -> Shape:
+    def original(self) -> MixtureShape:
         return self.costs.shape
 
     @property
     def fits_already(self) -> bool:
         return self.limits.allow(self.costs.of(self.original))
 
-    def shapes(self, memory: float = 1.0) -> list[tuple[Shape, Cost]]:
+    def shapes(self, memory: float = 1.0) -> list[tuple[MixtureShape, Cost]]:
         """Return the shapes that fit and that no other one contains, in `memory` times the memory."""
         limits = replace(self.limits, memory=int(self.limits.memory * memory))
         return fitting_shapes(self.costs, self.choices, limits, self.costs.of(self.original).active)

@@ -14,14 +14,14 @@ from typing import Literal, get_args
 
 from moesurgery.budget.costs import Cost, ShapeCosts
 from moesurgery.budget.limits import Limits
-from moesurgery.budget.shape import AS_STORED, Shape
+from moesurgery.budget.shape import AS_STORED, MixtureShape
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.client_limits import RULES, MoeShape, awkward_numbers
 from moesurgery.moe.expert_counts import check_remaining
 
-Axis = Literal["experts", "width", "top-k", "form", "merging"]
-AXES: tuple[Axis, ...] = get_args(Axis)
+ShapeAxis = Literal["experts", "width", "top-k", "form", "merging"]
+AXES: tuple[ShapeAxis, ...] = get_args(ShapeAxis)
 MOST_COUNTS = 64  # numbers of experts that are looked at
 SMALL_WIDTH = 256  # neurons: narrower experts go in steps of 8, wider ones of 16
 
@@ -37,11 +37,13 @@ class Choices:
     merging: bool = False  # whether experts may be merged instead of dropped
 
     @property
-    def smallest(self) -> Shape:
-        return Shape(self.experts[0], self.width[0], self.top_k[0], self.form[-1])
+    def smallest(self) -> MixtureShape:
+        return MixtureShape(self.experts[0], self.width[0], self.top_k[0], self.form[-1])
 
 
-def choices(anatomy: Anatomy, shape: Shape, axes: Collection[str], forms: Sequence[str], together: int) -> Choices:
+def choices(
+    anatomy: Anatomy, shape: MixtureShape, axes: Collection[str], forms: Sequence[str], together: int
+) -> Choices:
     """Return what may be chosen on each of `axes`, from a model of `shape`; the others stay as they are.
 
     `together` neurons share a scale or a word, and so stay or go in whole blocks of as many.
@@ -95,26 +97,28 @@ def _possible(anatomy: Anatomy, experts: int) -> bool:
     return True
 
 
-def fitting_shapes(costs: ShapeCosts, choice: Choices, limits: Limits, most_active: int) -> list[tuple[Shape, Cost]]:
+def fitting_shapes(
+    costs: ShapeCosts, choice: Choices, limits: Limits, most_active: int
+) -> list[tuple[MixtureShape, Cost]]:
     """Return the shapes within the limits that no other of them contains, the most experts first.
 
     None has more active parameters than `most_active`.
     """
 
-    def allowed(shape: Shape) -> bool:
+    def allowed(shape: MixtureShape) -> bool:
         cost = costs.of(shape)
         return limits.allow(cost) and cost.active <= most_active
 
-    found: list[Shape] = []
+    found: list[MixtureShape] = []
     for form in choice.form:
         for top_k in choice.top_k:
             widest = len(choice.width)
             for experts in (e for e in choice.experts if e >= top_k):
                 # The more experts, the narrower: the widest that fits is never wider than with fewer experts.
-                widest = _largest(lambda i: allowed(Shape(experts, choice.width[i], top_k, form)), widest)  # noqa: B023
+                widest = _largest(lambda i: allowed(MixtureShape(experts, choice.width[i], top_k, form)), widest)  # noqa: B023
                 if widest == 0:
                     break
-                found.append(Shape(experts, choice.width[widest - 1], top_k, form))
+                found.append(MixtureShape(experts, choice.width[widest - 1], top_k, form))
     maximal = [s for s in found if not any(s != other and s.within(other, costs.shape.top_k) for other in found)]
     return [(s, costs.of(s)) for s in sorted(maximal, key=lambda s: (-s.experts, -s.width, -s.top_k))]
 

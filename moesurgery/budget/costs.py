@@ -8,11 +8,11 @@ roofline's (`count.roofline`): per step of a batch the larger of FLOPs / peak an
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesurgery.budget.shape import AS_STORED, FORMS, Shape, shape_of
+from moesurgery.budget.shape import AS_STORED, FORMS, MixtureShape, mixture_shape
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS
 from moesurgery.count.accelerators import Accelerator
 from moesurgery.count.kv_cache import kv_bytes, kv_layers
@@ -58,7 +58,7 @@ class ShapeCosts:
         accelerator: Accelerator | None = None,
         header_bytes: int = 0,
     ) -> None:
-        self.shape = shape_of(anatomy)
+        self.shape = mixture_shape(anatomy)
         self._header_bytes = header_bytes
         self._batch, self._accelerator = batch, accelerator
         grows = _growth(anatomy, tensors)
@@ -74,41 +74,44 @@ class ShapeCosts:
                 self._bytes[how] += info.nbytes
         counts = count_params(anatomy, tensors)
         assert counts.active is not None  # a family with blocks and a top-k has them
-        main = [name for name in grows if anatomy.component[name] not in (parts.MTP, parts.VISION)]
-        sizes = Counter[str]()
-        for name in main:
-            sizes[grows[name]] += anatomy.parameters[name]
+        routed = {m.name for block in anatomy.main_blocks for m in block.members if m.part is not None}
         share = self.shape.top_k / self.shape.experts
-        self._active: dict[str, float] = {how: sizes[how] for how in (_EXPERTS, _WIDTH)}
-        self._active[_BOTH] = sizes[_BOTH] * share
-        self._active[_FIXED] = counts.active["all"] - sum(self._active.values())
+        self._active: dict[tuple[str, bool], float] = defaultdict(float)  # by growth, and whether of a routed expert
+        for name, how in grows.items():
+            if anatomy.component[name] not in (parts.MTP, parts.VISION):
+                of_one = name in routed
+                self._active[how, of_one] += anatomy.parameters[name] * (share if of_one else 1)
+        self._active[_FIXED, False] += counts.active["all"] - sum(self._active.values())
         self._streamed = streamed_weights(anatomy, tensors, tied_embeddings=counts.tied_embeddings)
         layers = kv_layers(anatomy, tensors)
         self.kv_known = layers is not None
         self._kv = 0 if layers is None else kv_bytes(layers, context)
         self._attention = 0 if layers is None else sum(2 * w * min(context, limit or context) for _, w, limit in layers)
 
-    def _growth_to(self, shape: Shape) -> dict[str, float]:
+    def _growth_to(self, shape: MixtureShape) -> dict[str, float]:
         """Return by what each kind of tensor is multiplied."""
         experts, width = shape.experts / self.shape.experts, shape.width / self.shape.width
         return {_FIXED: 1.0, _EXPERTS: experts, _WIDTH: width, _BOTH: experts * width}
 
-    def weight_bytes(self, shape: Shape) -> int:
+    def weight_bytes(self, shape: MixtureShape) -> int:
         growth = self._growth_to(shape)
         limit = FORMS[shape.form].bits if shape.form != AS_STORED else max(BITS.values())
         total = sum(growth[how] * count for how, count in self._bytes.items())
         total += sum(growth[how] * n * min(bits, limit) / 8 for (how, bits), n in self._elements.items())
         return round(total) + self._header_bytes
 
-    def of(self, shape: Shape) -> Cost:
+    def of(self, shape: MixtureShape) -> Cost:
         """Return what a model of `shape` takes."""
         growth = self._growth_to(shape)
-        routed = growth[_WIDTH] * shape.top_k / self.shape.top_k  # whatever their number
-        active = round(sum(count * (routed if how == _BOTH else growth[how]) for how, count in self._active.items()))
+        chosen = shape.top_k / self.shape.top_k  # of routed experts so many times as many are active, of any number
+        routed = {_BOTH: growth[_WIDTH] * chosen, _EXPERTS: chosen}
+        active = round(
+            sum(count * (routed[how] if of_one else growth[how]) for (how, of_one), count in self._active.items())
+        )
         weights = self.weight_bytes(shape)
         speed = None
         if self._accelerator is not None:
-            as_stored = self.weight_bytes(Shape(shape.experts, shape.width, shape.top_k)) - self._header_bytes
+            as_stored = self.weight_bytes(MixtureShape(shape.experts, shape.width, shape.top_k)) - self._header_bytes
             narrowing = (weights - self._header_bytes) / as_stored
             seconds = decode_seconds(
                 self._streamed.resized(growth[_EXPERTS], growth[_WIDTH]),

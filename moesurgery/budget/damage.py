@@ -9,8 +9,8 @@ A curve gives the squared error of a layer's routed output over its square, at e
     form     the squared rounding error of the weights, for each of the two products
 
 The error of a shape is their sum, mean over layers. What an error costs in loss is another number for each axis:
-neurons that were solved for are repaired already, promoted experts make up for dropped ones. `Prediction` fits those
-numbers to what was measured.
+neurons that were solved for are repaired already, promoted experts make up for dropped ones. `DamagePrediction` fits
+those numbers to what was measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moesurgery.budget.shape import AS_STORED, FORMS, Shape
+from moesurgery.budget.shape import AS_STORED, FORMS, MixtureShape
 from moesurgery.stats.statistics_file import BlockStats, Stats
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class DamageCurves:
     width: np.ndarray | None = None
     top_k: Mapping[int, np.ndarray] = field(default_factory=dict)
 
-    def parts(self, shape: Shape) -> Parts:
+    def parts(self, shape: MixtureShape) -> Parts:
         """Return the error of a shape by axis, mean over layers."""
         experts = self.experts[:, shape.experts]
         width = 0.0 if self.width is None else float((self.width[:, shape.width] * (1 - experts)).mean())
@@ -100,16 +100,16 @@ def missing_mass(gram: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class DamagePrediction:
     """Loss increase of a shape in nats: the sum over axes of a price and the error there."""
 
     curves: DamageCurves
     prices: Parts = (1.0, 1.0, 1.0, 1.0)
 
-    def of(self, shape: Shape) -> float:
+    def of(self, shape: MixtureShape) -> float:
         return sum(price * error for price, error in zip(self.prices, self.curves.parts(shape), strict=True))
 
-    def fitted(self, measured: Mapping[Shape, float]) -> Prediction:
+    def fitted(self, measured: Mapping[MixtureShape, float]) -> DamagePrediction:
         """Return a prediction whose prices fit increases in loss that were measured.
 
         Relative errors are squared and summed, so that small increases count as much as large ones. Prices are not
@@ -127,7 +127,7 @@ class Prediction:
         rows = np.concatenate([errors / increases[:, None], _PULL / common * np.eye(len(PRICED))])
         wanted = np.concatenate([np.ones(len(known)), np.full(len(PRICED), _PULL)])
         a, b, c, d = (float(price * x) for price, x in zip(self.prices, _least_squares(rows, wanted), strict=True))
-        return Prediction(self.curves, (a, b, c, d))
+        return DamagePrediction(self.curves, (a, b, c, d))
 
 
 def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ USUAL_FORMS = ("bfloat16",)  # tried where none are named: float16 overflows abo
 
 
 @dataclass(frozen=True)
-class Shape:
+class MixtureShape:
     """Experts in each MoE layer, neurons in each expert, experts that a token is routed to, the stored form.
 
     `merged`: the experts that go are merged into others instead of dropped.
@@ -63,7 +63,7 @@ class Shape:
         parts += ["merged"] if self.merged else []
         return "-".join(parts if self.form == AS_STORED else [*parts, self.form])
 
-    def within(self, other: Shape, trained: int) -> bool:
+    def within(self, other: MixtureShape, trained: int) -> bool:
         """Whether the other shape has at least as much of everything, in the same form: it is as good or better.
 
         Of two numbers of active experts the larger is better up to the `trained` one; above, neither is.
@@ -72,7 +72,7 @@ class Shape:
         return top_k and self.form == other.form and self.experts <= other.experts and self.width <= other.width
 
 
-def shape_of(anatomy: Anatomy) -> Shape:
+def mixture_shape(anatomy: Anatomy) -> MixtureShape:
     """Return the shape of a model as it is.
 
     Raises RefusedError where its layers have experts of different widths, or config.json has no top-k.
@@ -87,7 +87,7 @@ def shape_of(anatomy: Anatomy) -> Shape:
     top_k = anatomy.settings.top_k
     if top_k is None:
         raise RefusedError("fit: config.json does not say how many experts a token is routed to")
-    return Shape(anatomy.experts, next(iter(widths.values())), top_k)
+    return MixtureShape(anatomy.experts, next(iter(widths.values())), top_k)
 
 
 def width_of(anatomy: Anatomy, block: MoeBlock) -> int:

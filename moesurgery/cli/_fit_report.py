@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.budget.budget import Budget
 from moesurgery.budget.costs import Cost
 from moesurgery.budget.damage import PRICED
-from moesurgery.budget.shape import Shape
+from moesurgery.budget.shape import MixtureShape
 from moesurgery.cli._console import console, human_bytes, human_count
 from moesurgery.cli._pictures import write_picture
 from moesurgery.cli._points import Points
@@ -86,7 +86,7 @@ def _say_budget(budget: Budget) -> None:
     console.result()
 
 
-def _row(shape: Shape, cost: Cost) -> tuple[str, ...]:
+def _row(shape: MixtureShape, cost: Cost) -> tuple[str, ...]:
     speed = "-" if cost.tokens_per_second is None else f"{cost.tokens_per_second:.0f}"
     numbers = (str(shape.experts), str(shape.width), str(shape.top_k))
     return (shape.name, *numbers, shape.form, human_bytes(cost.memory), human_count(cost.active), speed)
@@ -103,7 +103,7 @@ def _thinned(found: Sequence[Any], most: int) -> list[Any]:
     return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
 
 
-def _with_more(budget: Budget, found: Fitted) -> tuple[Shape, Cost, float] | None:
+def _with_more(budget: Budget, found: Fitted) -> tuple[MixtureShape, Cost, float] | None:
     """Return the shape that is predicted best with more memory; None where the model then fits as it is."""
     shapes = dict(budget.shapes(_MORE_MEMORY))
     best = min(shapes, key=found.prediction.of)
@@ -127,10 +127,10 @@ def _by_layer(budget: Budget, found: Fitted) -> dict[str, tuple[float, float]]:
     return by_layer
 
 
-def _front(budget: Budget, found: Fitted) -> list[tuple[Shape, Cost, float]]:
+def _front(budget: Budget, found: Fitted) -> list[tuple[MixtureShape, Cost, float]]:
     """Return the shapes that are predicted best for some amounts of memory, from half to all that the model takes."""
     whole = budget.costs.of(budget.original).memory / budget.limits.memory
-    best: dict[Shape, tuple[Shape, Cost, float]] = {}
+    best: dict[MixtureShape, tuple[MixtureShape, Cost, float]] = {}
     for i in range(_FRONT):
         shapes = dict(budget.shapes(min(1.0, whole) * 0.6 + i * (whole - 0.6 * min(1.0, whole)) / (_FRONT - 1)))
         if shapes:
@@ -205,5 +205,5 @@ def document_of(budget: Budget, found: Fitted) -> dict[str, Any]:
     }
 
 
-def _entry(shape: Shape, cost: Cost) -> dict[str, Any]:
+def _entry(shape: MixtureShape, cost: Cost) -> dict[str, Any]:
     return {"shape": shape.name, **asdict(shape), **asdict(cost), "memory": cost.memory}

@@ -28,8 +28,10 @@ class Points:
     @property
     def ranges(self) -> tuple[float, float, float, float]:
         """The least and the largest x and y of all that is drawn."""
-        xs = [p[0] for p in (*self.points, *self.marked, *self.line)] + ([self.limit] if self.limit is not None else [])
-        ys = [p[1] for p in (*self.points, *self.marked, *self.line)]
+        measured = [*self.points, *self.marked]
+        xs = [x for x, _, _ in measured] + [x for x, _ in self.line]
+        xs += [self.limit] if self.limit is not None else []
+        ys = [y for _, y, _ in measured] + [y for _, y in self.line]
         low, high, bottom, top = min(xs), max(xs), min(0.0, *ys), max(ys)
         return low, high if high > low else low + 1, bottom, top if top > bottom else bottom + 1
 

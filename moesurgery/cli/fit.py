@@ -130,11 +130,11 @@ def _search(
     flags: _writing.WriterFlags,
 ) -> None:
     """Search, show what was found, and write the winner as the flags say."""
-    from moesurgery.fitting.fit_search import SearchOptions, fit
+    from moesurgery.fitting.fit_search import SearchOptions, best_fit
 
     by, measured, repaired = how
     output = flags.output or Path(f"{default_name(plan)}-fit")
-    found = fit(
+    found = best_fit(
         plan,
         budget,
         SearchOptions(measured, repaired, None if by == "auto" else by),

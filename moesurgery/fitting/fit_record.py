@@ -49,7 +49,7 @@ class FitRecord:
             new.write_text(write_json(document))
 
 
-def read_record(path: Path, asked: Mapping[str, Any]) -> FitRecord | None:
+def read_fit_record(path: Path, asked: Mapping[str, Any]) -> FitRecord | None:
     """Return the record of the same search; None where there is none.
 
     Raises OutputError where the file is none, or that of another search.

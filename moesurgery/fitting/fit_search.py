@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.budget.budget import Budget
 from moesurgery.budget.costs import Cost
-from moesurgery.budget.damage import Prediction, damage_curves
-from moesurgery.budget.shape import Shape
+from moesurgery.budget.damage import DamagePrediction, damage_curves
+from moesurgery.budget.shape import MixtureShape
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
 from moesurgery.fitting.calibration_run import read_calibration
-from moesurgery.fitting.fit_record import FitRecord, read_record
+from moesurgery.fitting.fit_record import FitRecord, read_fit_record
 from moesurgery.fitting.heldout import HeldOut, HeldOutLosses
 from moesurgery.fitting.reporter import SILENT, Reporter
 from moesurgery.fitting.shape_steps import ShapeSteps, applied
@@ -65,7 +65,7 @@ class Candidate:
     """A shape that fits: its cost, the loss increase predicted of the outcome, and those measured without and with
     repair, in nats per token."""
 
-    shape: Shape
+    shape: MixtureShape
     cost: Cost
     predicted: float
     measured: float | None = None
@@ -84,12 +84,12 @@ class Fitted:
     winner: Candidate
     candidates: Sequence[Candidate]
     heldout: HeldOut
-    prediction: Prediction
+    prediction: DamagePrediction
     by: MeasuredCriterion | None
     repair: RepairOptions | None
 
 
-def fit(
+def best_fit(
     plan: Plan,
     budget: Budget,
     wanted: SearchOptions,
@@ -127,7 +127,7 @@ def fit(
         dict(shapes),
         ShapeSteps(plan, budget.original, statistics, stats, cache),
         HeldOutLosses(settings, held_out or run.held_out, reporter),
-        Prediction(damage_curves(stats)),
+        DamagePrediction(damage_curves(stats)),
         cache,
         options.repair(REPAIR),
         wanted.by or CANDIDATES[0],
@@ -140,7 +140,7 @@ def fit(
         "search": [wanted.measured, wanted.repaired, wanted.by],
     }
     kept = output.with_name(f"{output.name}.fit.json")
-    record = None if force else read_record(kept, asked)
+    record = None if force else read_fit_record(kept, asked)
     if record is None:
         if search.refit_folder.exists() and not force:
             raise OutputError(
@@ -163,21 +163,21 @@ class _Search:
 
     plan: Plan
     budget: Budget
-    shapes: dict[Shape, Cost]
+    shapes: dict[MixtureShape, Cost]
     steps: ShapeSteps
     losses: HeldOutLosses
-    prediction: Prediction
+    prediction: DamagePrediction
     cache: CalibrationCache
     repair: RepairOptions | None
     by: MeasuredCriterion
-    edited: dict[Shape, str] = field(default_factory=dict)
-    repaired: dict[Shape, str] = field(default_factory=dict)
-    folders: dict[Shape, Path] = field(default_factory=dict)
+    edited: dict[MixtureShape, str] = field(default_factory=dict)
+    repaired: dict[MixtureShape, str] = field(default_factory=dict)
+    folders: dict[MixtureShape, Path] = field(default_factory=dict)
 
     @cached_property
-    def alone(self) -> list[Shape]:
+    def alone(self) -> list[MixtureShape]:
         """For each axis the best shape that changes it alone; the one predicted best of all where there is none."""
-        by_axis: dict[str, Shape] = {}
+        by_axis: dict[str, MixtureShape] = {}
         for shape in sorted(self.shapes, key=self.prediction.of):
             if len(axes := _changed(shape, self.budget.original)) == 1:
                 by_axis.setdefault(axes[0], shape)
@@ -218,12 +218,12 @@ class _Search:
                 self.shapes[merged] = self.shapes[shape]
                 self._repair(merged)
 
-    def _next(self, known: dict[Shape, str]) -> Shape | None:
+    def _next(self, known: dict[MixtureShape, str]) -> MixtureShape | None:
         """Return the shape that is predicted best of those that are not near a known one; None where all are."""
         left = [s for s in self.shapes if not any(_near(s, other, self.budget.original) for other in known)]
         return min(left, key=self._fitted(known).of) if left else None
 
-    def _fitted(self, known: dict[Shape, str]) -> Prediction:
+    def _fitted(self, known: dict[MixtureShape, str]) -> DamagePrediction:
         return self.prediction.fitted({s: self.increase(name) for s, name in known.items() if not s.merged})
 
     def _choose_criterion(self) -> None:
@@ -238,12 +238,12 @@ class _Search:
         best = self.losses.cheapest(names)
         self.by, self.edited[first] = names[best], best
 
-    def _measure(self, shape: Shape) -> None:
+    def _measure(self, shape: MixtureShape) -> None:
         if shape not in self.edited:
             self.losses.add({shape.name: self.steps.planned(shape, self.by)})
             self.edited[shape] = shape.name
 
-    def _repair(self, shape: Shape) -> None:
+    def _repair(self, shape: MixtureShape) -> None:
         assert self.repair is not None
         self._measure(shape)
         edited = self.steps.planned(shape, self.by)
@@ -302,12 +302,12 @@ class _Search:
         return Fitted(plan, steps, winner, candidates, record.heldout, prediction, by if dropped else None, self.repair)
 
 
-def _changed(shape: Shape, original: Shape) -> list[str]:
+def _changed(shape: MixtureShape, original: MixtureShape) -> list[str]:
     names = ("experts", "width", "top_k", "form")
     return [name for name in names if getattr(shape, name) != getattr(original, name)]
 
 
-def _near(shape: Shape, other: Shape, original: Shape) -> bool:
+def _near(shape: MixtureShape, other: MixtureShape, original: MixtureShape) -> bool:
     """Whether two shapes are so near that measuring one says what the other costs."""
     return (
         (shape.top_k, shape.form) == (other.top_k, other.form)
@@ -320,7 +320,7 @@ def _refit(folder: Path) -> RecipeStep:
     return RecipeStep("refit", {"repair": str(folder)})
 
 
-def _keep_one(folders: dict[Shape, Path], best: Shape, target: Path) -> None:
+def _keep_one(folders: dict[MixtureShape, Path], best: MixtureShape, target: Path) -> None:
     """Give the best repair the usual name, and delete the others."""
     if target.exists():
         shutil.rmtree(target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moesurgery.budget.shape import AS_STORED, FORMS, Shape
+from moesurgery.budget.shape import AS_STORED, FORMS, MixtureShape
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import RecipeStep
@@ -25,14 +25,14 @@ class ShapeSteps:
     """Steps and plans of the shapes of one model. `statistics` is the path of what was collected of it."""
 
     plan: Plan
-    shape: Shape
+    shape: MixtureShape
     statistics: str
     stats: Stats
     cache: CalibrationCache
     _merges: dict[int, dict[str, Any]] = field(default_factory=dict)
-    _plans: dict[tuple[Shape, str], Plan] = field(default_factory=dict)
+    _plans: dict[tuple[MixtureShape, str], Plan] = field(default_factory=dict)
 
-    def steps(self, shape: Shape, by: MeasuredCriterion) -> tuple[RecipeStep, ...]:
+    def steps(self, shape: MixtureShape, by: MeasuredCriterion) -> tuple[RecipeStep, ...]:
         """Return the steps that give the model `shape`, experts being dropped by `by`."""
         steps = []
         if shape.width != self.shape.width:
@@ -49,7 +49,7 @@ class ShapeSteps:
             steps.append(RecipeStep("convert", {"dtype": FORMS[shape.form].dtype}))
         return tuple(steps)
 
-    def planned(self, shape: Shape, by: MeasuredCriterion) -> Plan:
+    def planned(self, shape: MixtureShape, by: MeasuredCriterion) -> Plan:
         """Return the plan of the model in `shape`."""
         if (shape, by) not in self._plans:
             self._plans[shape, by] = applied(self.plan, self.steps(shape, by))

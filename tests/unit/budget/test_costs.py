@@ -13,7 +13,7 @@ from moesurgery.budget.budget import budget_of
 from moesurgery.budget.candidates import AXES, Choices, fitting_shapes, pareto
 from moesurgery.budget.costs import ShapeCosts
 from moesurgery.budget.limits import Limits, parse_parameters, parse_speed, parse_tokens
-from moesurgery.budget.shape import Shape
+from moesurgery.budget.shape import MixtureShape
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.count.kv_cache import kv_bytes, kv_layers
 from moesurgery.count.params import count_params
@@ -35,7 +35,7 @@ def test_costs_are_those_of_the_edited_plan(models: Models, family: str, fused: 
     plan = plan_of(open_checkpoint(models(family, fused=fused or family == "gpt_oss", dtype="float32")))
     costs = costs_of(plan)
     own = costs.shape
-    shape = Shape(own.experts // 2, own.width // 2, max(1, own.top_k // 2), "bfloat16")
+    shape = MixtureShape(own.experts // 2, own.width // 2, max(1, own.top_k // 2), "bfloat16")
     edited = apply(plan, "rescale", top_k=shape.top_k, scale="none")
     edited = apply(edited, "slim-experts", width=shape.width, by="weights")
     edited = apply(edited, "drop-experts", keep=shape.experts, by="random")
@@ -68,15 +68,15 @@ def test_what_fits_is_what_a_search_of_all_shapes_finds(models: Models) -> None:
     choice = Choices(range(1, own.experts + 1), range(4, own.width + 1, 4), [1, 2, 3])
     limits = Limits(int(0.6 * whole.memory))
     found = {shape for shape, _ in fitting_shapes(costs, choice, limits, whole.active)}
-    every = [Shape(*numbers) for numbers in itertools.product(choice.experts, choice.width, choice.top_k)]
+    every = [MixtureShape(*numbers) for numbers in itertools.product(choice.experts, choice.width, choice.top_k)]
     fits = [
         s
         for s in every
         if s.experts >= s.top_k and costs.of(s).memory <= limits.memory and costs.of(s).active <= whole.active
     ]
 
-    def contained(shape: Shape) -> bool:
-        def in_it(other: Shape) -> bool:
+    def contained(shape: MixtureShape) -> bool:
+        def in_it(other: MixtureShape) -> bool:
             top_k = other.top_k == shape.top_k or shape.top_k < other.top_k <= own.top_k
             return top_k and other.experts >= shape.experts and other.width >= shape.width and other != shape
 
