@@ -15,8 +15,8 @@ from moesurgery.families.tensor_names import containers_of, find_layer
 _ROLES: Mapping[str, ExpertRole] = {
     **dict.fromkeys(("gate_proj", "w1", "gate"), "gate"),
     **dict.fromkeys(("up_proj", "w3", "up", "fc1", "wi"), "up"),
-    **dict.fromkeys(("down_proj", "w2", "down", "fc2", "wo", "output_linear", "w2_weight"), "down"),
-    **dict.fromkeys(("gate_up_proj", "input_linear", "w13_weight"), "gate_up"),
+    **dict.fromkeys(("down_proj", "w2", "down", "fc2", "wo", "output_linear", "shared_w2_weight"), "down"),
+    **dict.fromkeys(("gate_up_proj", "input_linear", "shared_w13_weight"), "gate_up"),
 }
 
 
@@ -53,7 +53,7 @@ def _ffns(anatomy: Anatomy, tensors: Mapping[str, Expr], names: Iterable[str]) -
         experts = shape[0] if stacked else 1
         block = blocks.setdefault(module, MoeBlock(f"{root}." if root else "", layer, container, experts=experts))
         path = f"{module.removeprefix(f'{block.layer_path}.')}.{leaf}"
-        part = Projection(path, _ROLES[leaf], interleaved=leaf == "w13_weight")
+        part = Projection(path, _ROLES[leaf], interleaved=leaf == "shared_w13_weight")
         member = (None, 0) if stacked else (0, None)
         block.members.append(BlockTensor(name, part.role, stem, part, None, *member))
     whole = {module: block for module, block in blocks.items() if {"down"} < {m.role for m in block.members}}

@@ -112,9 +112,11 @@ def slim_experts(
     kept = {where: _kept_by_fit(where, slimmed[where], plan, matrices) for where, matrices in read.items()}
     left = {where: entry for where, entry in slimmed.items() if where not in kept}
     kept |= _chosen(plan, left, by, statistics)
+    known = {m.name for block in (*plan.anatomy.blocks, *(s.block for s in slimmed.values())) for m in block.members}
+    others = {name: expr for name, expr in plan.tensors.items() if name not in known}
     changed: dict[str, Expr] = {}
     for where, (block, _, _) in slimmed.items():
-        refuse_strays(block, plan.tensors, renumbered=False)
+        refuse_strays(block, others, renumbered=False)
         mine = with_neurons(block, plan.tensors, kept[where])
         solved = {expert: {"down": m["down"]} for expert, m in read.get(where, {}).items() if "down" in m}
         changed |= mine | (with_matrices(block, {**plan.tensors, **mine}, solved) if solved else {})
