@@ -205,7 +205,7 @@ def merge_methods() -> str:
 
 def clients() -> str:
     """Return docs/clients.md: what each client reads, and what the last `make clients` found."""
-    from moesurgery.families.client_limits import RULES
+    from moesurgery.families.client_limits import NUMBER_RULES
     from moesurgery.families.clients import CLIENTS
 
     found = client_results()
@@ -255,7 +255,7 @@ def clients() -> str:
         "",
         "| client | wants | otherwise | from |",
         "| --- | --- | --- | --- |",
-        *(f"| {rule.client} | {rule.wants} | {rule.otherwise} | {rule.source} |" for rule in RULES),
+        *(f"| {rule.client} | {rule.wants} | {rule.otherwise} | {rule.source} |" for rule in NUMBER_RULES),
         "",
         "## What was run",
         "",

@@ -13,7 +13,7 @@ from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.config_keys import Settings
 from moesurgery.families.quantised import quantisation_config
 
-SIZES = (2, 4, 8)  # of tensor and expert parallelism, as machines have them
+RANK_COUNTS = (2, 4, 8)  # of tensor and expert parallelism, as machines have them
 WIDTH_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size", "ffn_dim")
 _FUSED_TOP_K = frozenset((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 192, 320, 384, 448, 576))
 
@@ -62,7 +62,7 @@ def moe_shape(anatomy: Anatomy) -> MoeShape:
 
 def awkward_numbers(client: str, shape: MoeShape) -> list[NumberRule]:
     """Return the rules of a client that a model's numbers do not keep."""
-    return [rule for rule in RULES if rule.client == client and rule.misses(shape)]
+    return [rule for rule in NUMBER_RULES if rule.client == client and rule.misses(shape)]
 
 
 def _width(settings: Settings) -> int | None:
@@ -80,14 +80,14 @@ def _listed(sizes: list[int]) -> str:
 
 
 def _experts_over_ranks(shape: MoeShape) -> str:
-    sizes = [size for size in SIZES if shape.experts % size]
+    sizes = [size for size in RANK_COUNTS if shape.experts % size]
     return f"{shape.experts} experts over {_listed(sizes)} ranks" if sizes else ""
 
 
 def _width_over_ranks(shape: MoeShape) -> str:
     if shape.width is None:
         return ""
-    sizes = [size for size in SIZES if shape.width % size or (shape.block and shape.width // size % shape.block)]
+    sizes = [size for size in RANK_COUNTS if shape.width % size or (shape.block and shape.width // size % shape.block)]
     blocks = f" in blocks of {shape.block}" if shape.block else ""
     return f"width {shape.width}{blocks} over {_listed(sizes)} ranks" if sizes else ""
 
@@ -111,7 +111,7 @@ def _width_multiple(multiple: int) -> Callable[[MoeShape], str]:
 
 
 _SHARDED = "a width that tensor parallelism divides, each part in whole blocks of FP8 scales"
-RULES: tuple[NumberRule, ...] = (
+NUMBER_RULES: tuple[NumberRule, ...] = (
     NumberRule(
         "vllm",
         "a power of two up to 512, or 192, 320, 384, 448 or 576 experts",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.families.client_limits import RULES, MoeShape, awkward_numbers, moe_shape
+from moesurgery.families.client_limits import NUMBER_RULES, MoeShape, awkward_numbers, moe_shape
 from moesurgery.families.clients import CLIENTS
 
 GOOD = MoeShape(128, 2048, "softmax")
@@ -23,7 +23,7 @@ def test_round_numbers_are_taken_by_all() -> None:
     for client in CLIENTS:
         assert said(client, GOOD) == []
         assert said(client, replace(GOOD, groups=8)) == []
-    assert {rule.client for rule in RULES} <= CLIENTS.keys()
+    assert {rule.client for rule in NUMBER_RULES} <= CLIENTS.keys()
 
 
 @pytest.mark.parametrize(
