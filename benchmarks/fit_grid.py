@@ -29,9 +29,9 @@ from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.fit_search import SearchOptions, best_fit
+from moesurgery.fitting.heldout import HeldOutLosses
 from moesurgery.fitting.reporter import SILENT
 from moesurgery.fitting.shape_steps import ShapeSteps, applied
-from moesurgery.forward.loss import losses, mean_loss
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import RecipeStep
 from moesurgery.recipe.text_needs import NeededStatistics
@@ -75,7 +75,9 @@ class Bench:
         return budget_of(self.plan.anatomy, checkpoint.tensors, limits, context=1, batch=1, axes=AXES, header_bytes=0)
 
     def nats(self, plan: Plan) -> float:
-        return mean_loss(losses(self.run.settings.engine(plan), self.held_out)).nats
+        measured = HeldOutLosses(self.run.settings, self.held_out, SILENT)
+        measured.add({"": plan})
+        return measured.found[""].nats
 
     def outcome(self, shape: MixtureShape, by: str, stats: str, name: str) -> tuple[float, float]:
         """Return the held-out loss of a shape, as edited and repaired."""

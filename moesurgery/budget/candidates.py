@@ -17,7 +17,7 @@ from moesurgery.budget.limits import Limits
 from moesurgery.budget.shape import AS_STORED, MixtureShape
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
-from moesurgery.families.client_limits import RULES, MoeShape, awkward_numbers
+from moesurgery.families.client_limits import NUMBER_RULES, MoeShape, awkward_numbers
 from moesurgery.moe.expert_counts import check_remaining
 
 ShapeAxis = Literal["experts", "width", "top-k", "form", "merging"]
@@ -70,7 +70,7 @@ def taken_well(choice: Choices, own: MoeShape, client: str) -> Choices:
 
     Raises RecipeError for a client of which nothing is known.
     """
-    if client not in (known := {rule.client for rule in RULES}):
+    if client not in (known := {rule.client for rule in NUMBER_RULES}):
         raise RecipeError(f"--engine is {client!r}", f"known: {', '.join(sorted(known))}")
     before = set(awkward_numbers(client, own))
     experts = [e for e in choice.experts if before.issuperset(awkward_numbers(client, replace(own, experts=e)))]

@@ -19,6 +19,8 @@ _OTHERS = {
     "merge": "merge",
     "extract-lora": "extract_lora",
     "run": "recipes",
+    "finish": "finish",
+    "pack": "pack",
     "perplexity": "perplexity",
     "compare": "compare",
     "validate": "validate",

@@ -11,6 +11,14 @@ Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+SchedulerAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Use the workers of a Dask cluster, tcp://HOST:8786; or local:N processes.",
+    ),
+]
 Picture = Annotated[
     Path | None,
     typer.Option(

@@ -64,6 +64,11 @@ def command_for(operation: Operation) -> Callable[..., None]:
             recipe = replace(recipe, max_shard_size=flags.shard_bytes)
         plan, measured = None, None
         if len(recipe.steps) == 1 and needs_run(operation, recipe.steps[0].parameters, options):
+            if flags.part is not None:
+                raise RecipeError(
+                    "a part runs no model: each of them would, over the same text",
+                    "measure first, in one process: moesurgery collect, then give the parts its file with --stats",
+                )
             recipe, plan, measured = calibrated(recipe, options, flags)
         if plan_to_write is not None and not flags.print_recipe:
             plan = plan or recipe.plan()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from moesurgery.checkpoint.strict_json import ascii_json
-from moesurgery.cli._common_options import Force, Json, Picture, Quiet
+from moesurgery.cli._common_options import Force, Json, Picture, Quiet, SchedulerAddress
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
@@ -20,10 +21,13 @@ from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import parse_size
+from moesurgery.scheduler import MakeExecutor, Scheduler
 from moesurgery.write.card import config_changes
+from moesurgery.write.expected_output import Promise
 from moesurgery.write.output_folder import check_output, check_place
+from moesurgery.write.parts import Part, write_part
 from moesurgery.write.publish import recover
-from moesurgery.write.shard_layout import companion_tasks, shard_tasks
+from moesurgery.write.shard_layout import output_tasks
 from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
 
 if TYPE_CHECKING:
@@ -49,6 +53,17 @@ Validate = Annotated[bool, typer.Option("--validate", help="Validate the output;
 Jobs = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Threads; as many as there are cores by default.")
 ]
+PartOption = Annotated[
+    str | None,
+    typer.Option("--part", metavar="I/N", help="Write part I of N of the shards; other processes write the rest."),
+]
+Finish = Annotated[
+    bool, typer.Option("--finish", help="With --part: publish the output where this part is the last to end.")
+]
+ShareWith = Annotated[
+    str | None,
+    typer.Option("--share-with", metavar="GROUP", help="Unix group whose members write parts, too, and are trusted."),
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,10 @@ class WriterFlags:
     checksums: Checksums = False
     validate: Validate = False
     jobs: Jobs = None
+    part: PartOption = None
+    finish: Finish = False
+    share_with: ShareWith = None
+    scheduler: SchedulerAddress = None
     picture: Picture = None
     as_json: Json = False
     quiet: Quiet = False
@@ -80,27 +99,35 @@ class WriterFlags:
             raise RecipeError(f"--max-shard-size: {error}") from None
 
 
-class Plannable(Protocol):
+class Printable(Protocol):
+    def to_yaml(self) -> str: ...
+
+
+class Plannable(Printable, Protocol):
     """What a writer carries out: a recipe of operations, or of a merge."""
 
     def plan(self) -> Plan: ...
 
-    def to_yaml(self) -> str: ...
-
 
 def carry_out(
-    recipe: Plannable, flags: WriterFlags, more: Mapping[str, Any] | None = None, plan: Plan | None = None
+    recipe: Plannable | None,
+    flags: WriterFlags,
+    more: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    promise: Promise | None = None,
 ) -> None:
-    """Plan a recipe, unless `plan` is given, then print, weigh or write it, as the flags say.
+    """Plan a recipe, unless there is a `plan` already, then print, weigh or write it, as the flags say.
 
-    `more` joins the JSON answer.
+    `more` joins the JSON answer. `promise`: what the output must be to the byte.
     """
     console.quiet = flags.quiet
-    if flags.print_recipe:
+    if flags.print_recipe and recipe is not None:
         print_recipe(recipe, as_json=flags.as_json)
         return
     check_early(flags)
-    plan = plan or recipe.plan()
+    if plan is None:
+        assert recipe is not None
+        plan = recipe.plan()
     for step in plan.steps:
         for warning in step.warnings:
             console.warning(warning)
@@ -128,9 +155,14 @@ def carry_out(
         durable=not flags.no_fsync,
         checksums=flags.checksums,
     )
+    if flags.part is not None:
+        _write_part(plan, output, options, flags)
+        return
     with console.progress(f"writing {output.name}", plan.nbytes + plan.companion_nbytes) as watch:
         try:
-            written = write_plan(plan, output, options, watch=watch)
+            written = write_plan(
+                plan, output, options, watch=watch, make_executor=_make_executor(flags), promise=promise
+            )
         except KeyboardInterrupt:
             partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
             if partial.exists():
@@ -166,6 +198,58 @@ def carry_out(
         raise typer.Exit(ANSWER_IS_NO)
 
 
+def _write_part(plan: Plan, output: Path, options: WriteOptions, flags: WriterFlags) -> None:
+    assert flags.part is not None
+    part = Part.parse(flags.part)
+    group = None if flags.share_with is None else group_id(flags.share_with)
+    total = sum(task.data_bytes for task in part.of(output_tasks(plan)))
+    with console.progress(f"writing part {flags.part} of {output.name}", total) as watch:
+        written = write_part(plan, output, part, options, finish=flags.finish, group=group, watch=watch)
+    if flags.as_json:
+        document = asdict(written) | {"path": str(written.path), "part": flags.part}
+        console.json({"schema_version": 1, **document})
+        return
+    resumed = f", {written.resumed} of them were there" if written.resumed else ""
+    console.result(f"wrote part {flags.part}: {human_bytes(written.nbytes)} in {written.shards} shards{resumed}")
+    if written.published:
+        console.result(f"all parts are there: {output} is published")
+    elif written.missing:
+        console.result(f"{written.missing} shards of {output} are still to be written by other parts")
+    elif not flags.finish:
+        console.result(f"all shards are there; publish them: moesurgery finish {shlex.quote(str(output))}")
+
+
+def group_id(name: str) -> int:
+    """Return the id of a Unix group. Raises RecipeError where there is none of that name."""
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise RecipeError(f"--share-with: there is no group {name!r}", "list your groups: id -Gn") from None
+
+
+def _check_parts(flags: WriterFlags) -> None:
+    """Refuse options that mean nothing together, or that a part cannot carry out."""
+    if flags.part is None:
+        alone = [option for option, given in (("--finish", flags.finish), ("--share-with", flags.share_with)) if given]
+        if alone:
+            raise RecipeError(f"{alone[0]} goes with --part I/N", "add --part, or leave it out")
+        return
+    Part.parse(flags.part)
+    if flags.output is None:
+        raise RecipeError("--part needs the output's name, which all parts share", "give it with -o")
+    others = {"--no-fsync": flags.no_fsync, "--validate": flags.validate, "--scheduler": flags.scheduler}
+    refused = [option for option, given in others.items() if given]
+    if refused:
+        raise RecipeError(f"{refused[0]} is not for one part of a job", "leave it out; validate the published output")
+
+
+def _make_executor(flags: WriterFlags) -> MakeExecutor | None:
+    """Return what gives the workers that write; None for threads of this process."""
+    return None if flags.scheduler is None else Scheduler(flags.scheduler).executor
+
+
 def _changes_nothing(plan: Plan) -> bool:
     """Whether the output would be the input under another name; of merges their own warnings say it."""
     if any(step.operation == "merge" for step in plan.steps):
@@ -175,7 +259,7 @@ def _changes_nothing(plan: Plan) -> bool:
     return sum(1 for _ in plan.untouched()) == len(plan.tensors) == len(plan.checkpoint.tensors)
 
 
-def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
+def print_recipe(recipe: Printable, *, as_json: bool) -> None:
     """Print a recipe as YAML, or what the YAML says as JSON."""
     text = recipe.to_yaml()
     if not as_json:
@@ -190,6 +274,8 @@ def print_recipe(recipe: Plannable, *, as_json: bool) -> None:
 def check_early(flags: WriterFlags) -> None:
     """Refuse an output that cannot be, before anything is planned or measured: that may take hours."""
     check_picture(flags.picture)
+    _check_parts(flags)
+    _make_executor(flags)
     if flags.output is not None:
         if not flags.dry_run:
             recover(Path(os.path.abspath(flags.output)))
@@ -243,7 +329,7 @@ def report_steps(plan: Plan, flags: WriterFlags) -> None:
 
 def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any]) -> None:
     """Print what writing would do: tensors by kind, config changes, bytes, memory, free space."""
-    tasks = [*shard_tasks(plan), *companion_tasks(plan)]
+    tasks = output_tasks(plan)
     unchanged = set(plan.untouched())
     kinds = {"unchanged": len(unchanged), "byte ranges": 0, "computed": 0}
     computed_bytes = 0

@@ -10,13 +10,14 @@ import typer
 
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli import _run_options
-from moesurgery.cli._common_options import Force, Json, Picture, Quiet
+from moesurgery.cli._common_options import Force, Json, Picture, Quiet, SchedulerAddress
 from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
 from moesurgery.errors import OutputError
 from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.scheduler import Scheduler
 from moesurgery.stats.statistics_file import SUFFIX
 from moesurgery.whole_file import whole_file
 
@@ -52,6 +53,7 @@ def collect_command(
     apart: _run_options.Apart = False,
     assistant_only: _run_options.AssistantOnly = False,
     scratch: _run_options.ScratchFolder = None,
+    scheduler: SchedulerAddress = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time the first layer, and say what all of them will take.")
     ] = False,
@@ -70,6 +72,7 @@ def collect_command(
     if target.exists() and not force:
         raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
     check_picture(picture)
+    workers = Scheduler(scheduler) if scheduler is not None else None
     plan = _run_options.subject(model)
     settings = RunSettings(window, None, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
@@ -79,7 +82,10 @@ def collect_command(
         _show_forecast(run, scratch, as_json=as_json)
         return
     needed = NeededStatistics(top_k or (), recon or (), every_expert, neurons)
-    stats = run.statistics(needed, _run_options.reporter, scratch)
+    if workers is not None:
+        stats = run.statistics_of_workers(needed, _run_options.reporter, workers.executor)
+    else:
+        stats = run.statistics(needed, _run_options.reporter, scratch)
     stats.save(target)
     document = _document(stats, target)
     with whole_file(target.with_suffix(".json")) as new:
@@ -108,7 +114,8 @@ def _show_forecast(run: CalibrationRun, scratch: Path, *, as_json: bool) -> None
     from moesurgery.fitting.forecast import forecast
 
     devices, count = run.settings.devices, run.windows.count
-    expected = forecast(run.settings.engine(run.plan), run.windows, len(devices))
+    engines = run.settings.engines(run.plan, run.windows)
+    expected = forecast(engines[0], run.windows, len(engines))
     if as_json:
         console.json({"schema_version": 1, "tokens": count, "scratch": str(scratch), **asdict(expected)})
         return

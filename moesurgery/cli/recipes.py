@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,7 @@ from moesurgery.cli._operations import taking_flags
 from moesurgery.cli._shipped_recipes import check_recipe_file, shipped_recipes
 from moesurgery.errors import RecipeError
 from moesurgery.merge.merge_recipe import load_any_recipe
+from moesurgery.patch.patch_file import PATCH
 from moesurgery.recipe.reader import load_recipe, recipe_schema
 from moesurgery.recipe.registry import did_you_mean
 from moesurgery.stats.plan_file import plan_file_schema
@@ -29,18 +32,55 @@ recipes_app = typer.Typer(
 
 @taking_flags
 def run_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file (see `moesurgery recipes ls`).")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file (see `moesurgery recipes ls`), or a patch.")],
     flags: _writing.WriterFlags,
-    model: Annotated[str | None, typer.Option("--model", help="Use this model instead of the recipe's.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="[NAME=]MODEL",
+            help="Use this model instead of the recipe's; repeat for a patch of a merge.",
+        ),
+    ] = None,
 ) -> None:
-    """Carry out a recipe: several operations, one pass, one output."""
-    check_recipe_file(recipe)
+    """Carry out a recipe: several operations, one pass, one output. Or a patch, and get its publisher's bytes."""
+    if "://" in recipe or os.path.exists(os.path.join(recipe, PATCH)):
+        _run_patch(recipe, model or [], flags)
+        return
+    check_recipe_file(Path(recipe))
     loaded = load_recipe(recipe)
-    if model is not None:
-        loaded = replace(loaded, model=model, model_line=0)
+    if model:
+        if len(model) > 1:
+            raise RecipeError("a recipe edits one model", "give --model once; merges have a command of their own")
+        loaded = replace(loaded, model=model[0], model_line=0)
     if flags.shard_bytes is not None:
         loaded = replace(loaded, max_shard_size=flags.shard_bytes)
     _writing.carry_out(loaded, flags)
+
+
+def _run_patch(reference: str, models: list[str], flags: _writing.WriterFlags) -> None:
+    """Write what a patch makes of the user's models, and nothing else."""
+    from moesurgery.patch.run_patch import open_patch
+
+    refused = {"--max-shard-size": flags.max_shard_size, "--card": flags.card, "--part": flags.part}
+    for option, given in refused.items():
+        if given:
+            raise RecipeError(f"{option} is not for a patch, which gives its publisher's bytes", "leave it out")
+    if flags.print_recipe:
+        _writing.print_recipe(open_patch(reference), as_json=flags.as_json)
+        return
+    if not models:
+        raise RecipeError(f"{reference} is a patch, and needs the model that it was made from", "give it with --model")
+    console.quiet = flags.quiet
+    _writing.check_early(flags)
+    opened = open_patch(reference)
+    output = flags.output or Path(f"{Path(reference.rstrip('/')).name}-applied")
+    folder = Path(f"{output}.patch-files")
+    with console.progress(f"checking {', '.join(models)}", opened.bytes_checked) as watch:
+        plan = opened.plan_on(models, folder, watch.progress)
+    _writing.carry_out(None, replace(flags, output=output), plan=plan, promise=opened.promise)
+    if folder.exists() and not flags.dry_run:
+        shutil.rmtree(folder)
 
 
 def schema_command(

@@ -15,6 +15,7 @@ from moesurgery.forward.text_documents import Text, text_of
 from moesurgery.plan.fingerprint import fingerprint
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.text_needs import NeededStatistics
+from moesurgery.scheduler import MakeExecutor
 
 if TYPE_CHECKING:
     from moesurgery.forward.text_windows import Domain
@@ -49,6 +50,14 @@ class CalibrationRun:
             **({"assistant_only": True} if settings.assistant_only else {}),
         }
 
+    def statistics_of_workers(self, needed: NeededStatistics, reporter: Reporter, make_executor: MakeExecutor) -> Stats:
+        """Return the statistics of the model's experts, collected by the workers of an executor."""
+        from moesurgery.fitting.collect_parts import collect_in_parts
+
+        stats = collect_in_parts(make_executor, self.plan, self.settings, self.windows, needed, reporter)
+        stats.about |= self.about
+        return stats
+
     def statistics(self, needed: NeededStatistics, reporter: Reporter, scratch: Path | None = None) -> Stats:
         """Run the model once, on all devices, and return the statistics of its experts.
 
@@ -57,7 +66,7 @@ class CalibrationRun:
         from moesurgery.fitting.collector import collect_over
         from moesurgery.forward.scratch import Scratch, each_part
 
-        engines = self.settings.engines(self.plan)
+        engines = self.settings.engines(self.plan, self.windows)
         kept: list[Scratch | None] = [None] * len(engines)
         if scratch is not None:
             about = self.about | {

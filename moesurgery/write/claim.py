@@ -30,13 +30,21 @@ _MOST_RECORD = 1 << 16
 _KEPT = re.compile(r"/(plan|plan\.new|lock|.+\.json|.+\.tmp)\Z")  # plan.new: of earlier versions
 
 
-class WorkFolder(OpenFolder):
-    """A claimed `OUT.partial`, in the open folder `parent`, with a lock that keeps other jobs out until `release`."""
+class BusyError(OutputError):
+    """Another process has locked the working folder."""
 
-    def __init__(self, parent: OpenFolder, name: str, plan_id: str) -> None:
-        super().__init__(parent.path / name, parent.descriptor_of(name, OPEN_FOLDER))
+
+class WorkFolder(OpenFolder):
+    """A claimed `OUT.partial`, in the open folder `parent`, with a lock that keeps other jobs out until `release`.
+
+    `in_parts`: the job is written by several processes, which share the lock.
+    """
+
+    def __init__(self, parent: OpenFolder, name: str, plan_id: str, *, in_parts: bool = False) -> None:
+        super().__init__(parent.path / name, parent.descriptor_of(name, OPEN_FOLDER), parent.group)
         self.parent = parent
         self.plan_id = plan_id
+        self.in_parts = in_parts
         self.lock = -1
 
     def unlock(self) -> None:
@@ -51,7 +59,7 @@ class WorkFolder(OpenFolder):
 
     def record(self, *, replaces: int | None = None, durable: bool = False) -> None:
         """Write down what this job is; `replaces` is the inode of the old output while this is put in its place."""
-        content = {"plan": self.plan_id, "lock": mark(self.lock), "replaces": replaces}
+        content = {"plan": self.plan_id, "lock": mark(self.lock), "replaces": replaces, "in_parts": self.in_parts}
         self.write(_NEW_RECORD, [json.dumps(content).encode()], durable=durable)
         self.replace(_NEW_RECORD, RECORD)
         if durable:
@@ -72,17 +80,19 @@ class WorkFolder(OpenFolder):
             self.parent.remove_folder(self.path.name)
 
 
-def claim(partial: Path, plan_id: str, *, force: bool) -> WorkFolder:
+def claim(partial: Path, plan_id: str, *, force: bool, in_parts: bool = False, group: int | None = None) -> WorkFolder:
     """Make or take over the working folder, and lock it.
 
-    Raises OutputError where it is no unfinished job of this user, or one of another plan and not `force`.
+    `in_parts`: other processes will write into it, too. `group`: id of the Unix group whose members may do so and are
+    trusted. Raises OutputError where it is no unfinished job of this user, or one of another plan and not `force`.
     """
     try:
         for _ in range(3):
-            parent = OpenFolder.open(partial.parent)
-            parent.make_folder(partial.name, 0o700)  # nobody else may change anything in it
+            parent = _open_parent(partial, group)
+            if parent.make_folder(partial.name, 0o700) and group is not None:  # otherwise nobody else may change it
+                _give_to_group(parent, partial, group)
             _check_folder(parent, partial.name)
-            work = WorkFolder(parent, partial.name, plan_id)
+            work = WorkFolder(parent, partial.name, plan_id, in_parts=in_parts)
             try:
                 _take(work)
                 if parent.is_folder(partial.name, work.inode):
@@ -94,7 +104,87 @@ def claim(partial: Path, plan_id: str, *, force: bool) -> WorkFolder:
             work.release()  # its job has published or deleted it in the meantime
     except OSError as error:
         raise disk_error(error, partial) from error
-    raise _busy(partial)
+    raise busy(partial)
+
+
+def share(work: WorkFolder) -> None:
+    """Let other parts of the same job have the lock, too."""
+    fcntl.flock(work.lock, fcntl.LOCK_SH)
+
+
+def join(partial: Path, plan_id: str, *, group: int | None = None) -> WorkFolder | None:
+    """Return the working folder of a job that other processes are writing in parts, with the lock that they share.
+
+    None where there is no such folder, or where its first process is still making it. Raises OutputError where it is
+    written by a job of another plan, or of one process.
+    """
+    try:
+        parent = _open_parent(partial, group)
+        if not parent.exists(f"{partial.name}/{LOCK}"):
+            return None
+        _check_folder(parent, partial.name)
+        work = WorkFolder(parent, partial.name, plan_id, in_parts=True)
+        lock = lock_of(work, shared=True)
+        if lock is None:
+            if (read_record(work) or {}).get("in_parts", True):
+                return None
+            raise busy(partial)
+        work.lock = lock
+        record = _record_of_lock(work)
+        if record is None or not parent.is_folder(partial.name, work.inode):
+            work.release()
+            return None
+        if record.get("plan") != plan_id:
+            work.release()
+            raise _other_plan(partial)
+        return work
+    except OSError as error:
+        raise disk_error(error, partial) from error
+
+
+def reopen(partial: Path, *, group: int | None = None) -> WorkFolder:
+    """Return the working folder of an unfinished job, whatever its plan, with the lock for this process alone.
+
+    Raises OutputError where there is none, or where parts of it are being written.
+    """
+    try:
+        parent = _open_parent(partial, group)
+        if not parent.exists(f"{partial.name}/{LOCK}"):
+            raise OutputError(f"there is no unfinished job {partial}", "write its parts first, with --part I/N")
+        _check_folder(parent, partial.name)
+        work = WorkFolder(parent, partial.name, "", in_parts=True)
+        try:
+            _take(work)
+            record = _record_of_lock(work)
+            if record is None or not parent.is_folder(partial.name, work.inode):
+                raise _foreign(partial, f"its record, {RECORD}, is of another folder")
+            work.plan_id = str(record.get("plan"))
+        except BaseException:
+            work.release()
+            raise
+        return work
+    except OSError as error:
+        raise disk_error(error, partial) from error
+
+
+def _open_parent(partial: Path, group: int | None) -> OpenFolder:
+    parent = OpenFolder.open(partial.parent)
+    parent.group = group
+    return parent
+
+
+def _give_to_group(parent: OpenFolder, partial: Path, group: int) -> None:
+    descriptor = parent.descriptor_of(partial.name, OPEN_FOLDER)
+    try:
+        os.fchown(descriptor, -1, group)
+        os.fchmod(descriptor, 0o2770)
+    except PermissionError as error:
+        parent.remove_folder(partial.name)
+        raise OutputError(
+            f"{partial} cannot be given to group {group}: {error.strerror}", "give a group that you are in: `id`"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _check_folder(parent: OpenFolder, name: str) -> None:
@@ -111,8 +201,9 @@ def _take(work: WorkFolder) -> None:
     status = os.fstat(work.descriptor)
     if not is_ours(work, status):  # looked at again: another folder may have got this name
         raise _foreign(work.path, f"it belongs to {owner(status)}")
+    closed, opened = (0o077, stat.S_IRWXU) if work.group is None else (0o007, 0o2770)
     with suppress(OSError):  # where the filesystem has no such rights
-        os.fchmod(work.descriptor, stat.S_IMODE(status.st_mode) & ~0o077 | stat.S_IRWXU)
+        os.fchmod(work.descriptor, stat.S_IMODE(status.st_mode) & ~closed | opened)
     running = work.is_folder(WORK) and work.is_file(LOCK)
     if running:
         work.lock = _locked(work)
@@ -127,15 +218,15 @@ def _take(work: WorkFolder) -> None:
 def _locked(work: WorkFolder) -> int:
     lock = lock_of(work)
     if lock is None:
-        raise _busy(work.path)
+        raise busy(work.path)
     return lock
 
 
-def lock_of(folder: OpenFolder) -> int | None:
+def lock_of(folder: OpenFolder, *, shared: bool = False) -> int | None:
     """Return a descriptor of a working folder's lock file, locked; None where another process has locked it."""
     lock = folder.descriptor_of(LOCK, os.O_RDWR)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
         return None
@@ -146,10 +237,7 @@ def _begin(work: WorkFolder, *, force: bool) -> None:
     """Empty the folder of all that is not of this very job, and write the record."""
     record = read_record(work)
     if record is not None and record.get("plan") != work.plan_id and not force:
-        raise OutputError(
-            f"{work.path} holds an unfinished job of another recipe or of changed inputs",
-            "finish that job, delete the folder, or start over with --force",
-        )
+        raise _other_plan(work.path)
     same = record is not None and (record.get("plan"), record.get("lock")) == (work.plan_id, mark(work.lock))
     for name, _ in reversed(list(work.entries())):
         # The record stays until the new one takes its place: without one, a folder is taken for somebody else's.
@@ -171,9 +259,15 @@ def read_record(folder: OpenFolder) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else {}
 
 
+def _record_of_lock(work: WorkFolder) -> dict[str, Any] | None:
+    """Return the record where it names the very lock file that lies beside it."""
+    record = read_record(work)
+    return record if record and record.get("lock") == mark(work.lock) else None
+
+
 def is_ours(folder: OpenFolder, status: os.stat_result) -> bool:
-    """Whether something in `folder` belongs to the user who runs this."""
-    if status.st_uid == os.geteuid():
+    """Whether something in `folder` belongs to the user who runs this, or to the group that shares the folder."""
+    if status.st_uid == os.geteuid() or (folder.group is not None and status.st_gid == folder.group):
         return True
     # On some network filesystems what we make is not ours by number: then that number is the one to look for.
     probe = f"moesurgery-{secrets.token_hex(8)}.tmp"
@@ -236,5 +330,12 @@ def _foreign(partial: Path, why: str) -> OutputError:
     )
 
 
-def _busy(partial: Path) -> OutputError:
-    return OutputError(f"another process is writing {partial}", "wait for it, or choose another folder")
+def _other_plan(partial: Path) -> OutputError:
+    return OutputError(
+        f"{partial} holds an unfinished job of another recipe or of changed inputs",
+        "finish that job, delete the folder, or start over with --force",
+    )
+
+
+def busy(partial: Path) -> BusyError:
+    return BusyError(f"another process is writing {partial}", "wait for it, or choose another folder")

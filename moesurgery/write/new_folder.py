@@ -1,9 +1,9 @@
-"""A folder of a few files that fit in memory, such as an adapter: there whole or not at all."""
+"""A folder of a few files, such as an adapter or a patch: there whole or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from moesurgery.write.publish import publish, recover
 
 
 @contextmanager
-def new_folder(output: Path, kind: str) -> Iterator[dict[str, bytes]]:
+def new_folder(output: Path, kind: str) -> Iterator[dict[str, bytes | Iterable[bytes]]]:
     """Claim `output`, which must not exist, and publish it with the files that are put into what is yielded.
 
     Nothing stays where the block raises. `kind` names the job in the claimed folder. Raises OutputError where the
@@ -29,12 +29,12 @@ def new_folder(output: Path, kind: str) -> Iterator[dict[str, bytes]]:
         raise OutputError(f"{output} cannot be written: {error.strerror}") from None
     work = claim(output.with_name(output.name + ".partial"), kind, force=False)
     try:
-        files: dict[str, bytes] = {}
+        files: dict[str, bytes | Iterable[bytes]] = {}
         yield files
         try:
             work.keep(set())
             for name, content in files.items():
-                work.write(name, [content], durable=True)
+                work.write(name, [content] if isinstance(content, bytes) else content, durable=True)
             publish(work, output, force=False, durable=True)
         except OSError as error:
             raise OutputError(f"{output} cannot be written: {error.strerror}") from None

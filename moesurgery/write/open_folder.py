@@ -27,11 +27,13 @@ class OpenFolder:
     """An open folder; names in it are relative and '/'-separated. `path` is for messages.
 
     It may be sent to another process or machine, which opens the folder again and refuses another one of that name.
-    Methods raise OSError with the whole path as its file name.
+    Methods raise OSError with the whole path as its file name. `group`: id of the Unix group whose members may read
+    and write what is made in it; None for what the umask says.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, group: int | None = None) -> None:
         self.path = path
+        self.group = group
         self.descriptor = descriptor
         self.inode = os.fstat(descriptor).st_ino
         self.close = weakref.finalize(self, os.close, descriptor)
@@ -41,8 +43,8 @@ class OpenFolder:
         """Open a folder that a user names: links on the way to it are theirs, and are followed."""
         return cls(path, os.open(path, OPEN_FOLDER | os.O_CLOEXEC))
 
-    def __reduce__(self) -> tuple[object, tuple[Path, int]]:
-        return _open_again, (self.path, self.inode)
+    def __reduce__(self) -> tuple[object, tuple[Path, int, int | None]]:
+        return _open_again, (self.path, self.inode, self.group)
 
     @property
     def source(self) -> LocalSource:
@@ -86,15 +88,23 @@ class OpenFolder:
         """Make a folder; return False where something of that name is there."""
         with self._within(name) as (at, last):
             try:
-                os.mkdir(last, mode, dir_fd=at)
+                self._make(last, at, mode)
             except FileExistsError:
                 return False
         return True
 
+    def _make(self, name: str, at: int, mode: int = 0o777) -> None:
+        os.mkdir(name, mode, dir_fd=at)
+        if self.group is not None:
+            os.chmod(name, 0o2770, dir_fd=at)  # new files in it belong to the group, too
+
     def create(self, name: str) -> int:
         """Make a file and the folders that it lies in, and return its descriptor. The name must be free."""
         with self._within(name, make=True) as (at, last):
-            return os.open(last, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=at)
+            descriptor = os.open(last, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=at)
+        if self.group is not None:
+            os.fchmod(descriptor, 0o660)
+        return descriptor
 
     def read(self, name: str, limit: int) -> bytes:
         """Return a small regular file, or its first `limit` bytes."""
@@ -190,7 +200,7 @@ class OpenFolder:
                 for folder in folders:
                     if make:
                         with suppress(FileExistsError):
-                            os.mkdir(folder, dir_fd=at)
+                            self._make(folder, at)
                     inner = os.open(folder, OPEN_FOLDER | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
                     if at != self.descriptor:
                         os.close(at)
@@ -211,8 +221,9 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def _open_again(path: Path, inode: int) -> OpenFolder:
+def _open_again(path: Path, inode: int, group: int | None) -> OpenFolder:
     folder = OpenFolder.open(path.parent).folder(path.name)
+    folder.group = group
     if folder.inode != inode:
         raise replaced_meanwhile(path)
     return folder

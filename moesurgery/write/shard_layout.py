@@ -11,6 +11,11 @@ from moesurgery.write.shard import ShardTask
 SHARD_BYTES = 5_000_000_000  # where experts make shards grow: none larger than this, or than the source's largest
 
 
+def output_tasks(plan: Plan) -> list[ShardTask]:
+    """Return all shards of an output, those beside the model last."""
+    return [*shard_tasks(plan), *companion_tasks(plan)]
+
+
 def shard_tasks(plan: Plan) -> list[ShardTask]:
     """Divide a plan into shards.
 

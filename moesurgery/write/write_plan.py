@@ -10,32 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moesurgery._version import __version__
-from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.checkpoint.digest import sampled_digest, whole_digest
-from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, SINGLE, WORK
-from moesurgery.checkpoint.header import header_digest, read_header
+from moesurgery.checkpoint.filenames import CONFIG, INDEX, WORK
 from moesurgery.checkpoint.source import Source
-from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
 from moesurgery.expr.nodes import Compute
 from moesurgery.plan.plan import Plan
+from moesurgery.scheduler import MakeExecutor, results_of
 from moesurgery.write import copy_bytes
-from moesurgery.write.card import card_text, provenance
 from moesurgery.write.claim import WorkFolder, claim
+from moesurgery.write.expected_output import Promise, check_and_index, expected_output, keep_promise, write_side_files
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
 from moesurgery.write.shard import Manner, ShardTask, disk_error, done, write_shard
-from moesurgery.write.shard_layout import companion_tasks, shard_tasks
+from moesurgery.write.shard_layout import output_tasks
 
 
 @dataclass(frozen=True)
@@ -72,41 +67,78 @@ def write_plan(
     options: WriteOptions = WriteOptions(),
     *,
     watch: JobControl | None = None,
-    make_executor: Callable[[int], AbstractContextManager[Executor]] | None = None,
+    make_executor: MakeExecutor | None = None,
+    promise: Promise | None = None,
 ) -> Written:
     """Write `plan` to the directory `output`.
 
-    `make_executor(workers)` gives any `concurrent.futures.Executor` that sees the same directories; threads by
-    default. Raises OutputError where the output exists, equals an input, or does not fit.
+    `make_executor()` gives any `concurrent.futures.Executor` of processes that see the same directories, and is asked
+    again where its workers died; threads of this process by default. `promise`: what the output must be to the byte.
+    Raises OutputError where the output exists, equals an input, does not fit, or is not what was promised.
     """
     output = Path(os.path.abspath(output))
-    recover(output)
-    check_output(plan, output, force=options.force)
-    for file in plan.checkpoint.side_files:
-        plan.checkpoint.source.local(file)  # a link out of the checkpoint is an error now, not after hours
-    tasks = [*shard_tasks(plan), *companion_tasks(plan)]
-    identity = plan_id(plan, tasks)
-    partial = output.with_name(output.name + ".partial")
+    tasks, identity = begin_output(plan, output, force=options.force)
+    partial = partial_of(output)
     work = claim(partial, identity, force=options.force)
     try:
         todo = [task for task in tasks if not done(work, task.name, identity)]
-        workers, threads = _workers(options, todo)
-        manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, work), durable=options.durable)
-        _check_space(todo, work, manner)
         watch = watch or JobControl()
         for task in tasks:
             if task not in todo:
                 watch.progress(task.data_bytes)
-        _run(todo, work, manner, watch, workers, make_executor)
+        write_tasks(plan, todo, work, options, watch, make_executor)
         try:
-            nbytes = _finish(plan, tasks, work, options)
-            _check_sources(plan, tasks)
+            write_side_files(plan, tasks, work, card=options.card, durable=options.durable)
+            check_and_index(
+                expected_output(plan, tasks), work, options.jobs, durable=options.durable, checksums=options.checksums
+            )
+            if promise is not None:
+                keep_promise(promise, work, options.jobs)
+            check_sources(plan, tasks)
             publish(work, output, force=options.force, durable=options.durable)
         except OSError as error:
             raise disk_error(error, partial) from error
     finally:
         work.release()
-    return Written(output, len(tasks), nbytes, len(tasks) - len(todo))
+    return Written(output, len(tasks), sum(task.data_bytes for task in tasks), len(tasks) - len(todo))
+
+
+def partial_of(output: Path) -> Path:
+    """Return the folder in which an output is made."""
+    return output.with_name(output.name + ".partial")
+
+
+def begin_output(plan: Plan, output: Path, *, force: bool) -> tuple[list[ShardTask], str]:
+    """Check that a plan may be written to `output`, and return its shards and its digest.
+
+    Raises OutputError where it may not, CheckpointError where a side file leads out of the checkpoint.
+    """
+    recover(output)
+    check_output(plan, output, force=force)
+    for file in plan.checkpoint.side_files:
+        plan.checkpoint.source.local(file)  # a link out of the checkpoint is an error now, not after hours
+    tasks = output_tasks(plan)
+    return tasks, plan_id(plan, tasks)
+
+
+def write_tasks(
+    plan: Plan,
+    todo: list[ShardTask],
+    work: WorkFolder,
+    options: WriteOptions,
+    watch: JobControl,
+    make_executor: MakeExecutor | None = None,
+) -> None:
+    """Write shards into the working folder, several at once. Raises OutputError where they do not fit."""
+    workers, threads = _workers(options, todo) if make_executor is None else (0, 1)
+    manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, work), durable=options.durable)
+    _check_space(todo, work, manner)
+    if make_executor is None:
+        _run(todo, work, manner, watch, workers)
+    else:
+        arguments = {task.name: (task, work, work.plan_id, manner) for task in todo}
+        for name, _ in results_of(make_executor, write_shard, arguments, f"writing {work.path}"):
+            watch.progress(arguments[name][0].data_bytes)
 
 
 def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
@@ -141,7 +173,7 @@ def files_read(plan: Plan, tasks: Iterable[ShardTask]) -> list[tuple[Source, str
     return list(dict.fromkeys((*of_models, *beside)))
 
 
-def _check_sources(plan: Plan, tasks: Iterable[ShardTask]) -> None:
+def check_sources(plan: Plan, tasks: Iterable[ShardTask]) -> None:
     """Raise CheckpointError where an input is not what it was when it was opened."""
     for source, file in files_read(plan, tasks):
         source.check(file)
@@ -207,39 +239,22 @@ def bytes_needed(task: ShardTask, *, linked: bool) -> int:
     return min(task.whole[2], path.stat().st_blocks * 512) if path is not None else task.whole[2]
 
 
-def _run(
-    todo: list[ShardTask],
-    work: WorkFolder,
-    manner: Manner,
-    watch: JobControl,
-    workers: int,
-    make_executor: Callable[[int], AbstractContextManager[Executor]] | None,
-) -> None:
+def _run(todo: list[ShardTask], work: WorkFolder, manner: Manner, watch: JobControl, workers: int) -> None:
+    """Write shards on threads of this process."""
     if not todo:
         return
-    local = make_executor is None
     previous_threads = _limit_torch_threads(todo)
-    executor = ThreadPoolExecutor(workers) if make_executor is None else make_executor(workers)
     futures: list[Future[int]] = []
     try:
-        with executor as pool:
+        with ThreadPoolExecutor(workers) as pool:
             try:
-                futures = [
-                    pool.submit(write_shard, task, work, work.plan_id, manner, watch if local else None)
-                    for task in todo
-                ]
+                futures = [pool.submit(write_shard, task, work, work.plan_id, manner, watch) for task in todo]
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
             except BaseException:
                 watch.stop.set()
-                for future in futures:
-                    future.cancel()
                 raise
-    except BrokenExecutor as error:
-        raise OutputError(
-            f"a worker died while writing {work.path}: {error}", "run the same command again to resume"
-        ) from None
     finally:
         if previous_threads is not None:
             import torch
@@ -258,85 +273,3 @@ def _limit_torch_threads(todo: list[ShardTask]) -> int | None:
     previous = torch.get_num_threads()
     torch.set_num_threads(1)
     return previous
-
-
-def _finish(plan: Plan, tasks: list[ShardTask], work: WorkFolder, options: WriteOptions) -> int:
-    """Check every shard, then write side files, config, card, provenance, and last the index."""
-    total = sum(task.data_bytes for task in tasks)
-    known = {(c.source, header.file): header.digest for c in plan.sources for header in c.headers}
-    with ThreadPoolExecutor(options.jobs or min(cores(), 8)) as pool:
-        outputs = list(pool.map(lambda task: _check_shard(work, task, known, checksum=options.checksums), tasks))
-    work.keep({task.name for task in tasks})  # the input may have lost files since an earlier, interrupted attempt
-    source = plan.checkpoint
-
-    def write(file: str, content: bytes | Iterator[bytes]) -> None:
-        work.write(file, [content] if isinstance(content, bytes) else content, durable=options.durable)
-
-    for file in source.side_files:
-        # The last is what some uploaded with a checkpoint: the working folder of a job that was killed.
-        if (file == CARD and options.card) or file in plan.files or file.startswith(f"{WORK}/"):
-            continue
-        write(file, _side_file(source, file))
-    for file, content in plan.files.items():
-        if content is not None:
-            write(file, content)
-    config = b"".join(_side_file(source, CONFIG)) if plan.config == source.config else write_json(plan.config).encode()
-    write(CONFIG, config)
-    if options.card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
-        write(CARD, card_text(plan).encode())
-    outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
-    write(PROVENANCE, write_json(provenance(plan, outputs)).encode())
-    shards = [task for task in tasks if task.name not in plan.companions]
-    if shards[0].name != SINGLE or len(shards) > 1:
-        write(INDEX, write_json(_index(plan, shards)).encode())
-    if options.durable:
-        for task in tasks:  # shards of an earlier attempt that did not wait among them
-            work.sync_file(task.name)
-        work.sync()
-    return total
-
-
-def _check_shard(
-    work: WorkFolder, task: ShardTask, known: Mapping[tuple[Source, str], str], *, checksum: bool
-) -> dict[str, Any]:
-    """Read back the header of a shard and return its digests; raise OutputError where it is not what was planned.
-
-    `known` has the digests of the source shards' headers: a whole copy is known by its header's, unread.
-    """
-    source = work.source
-    size = work.status(task.name).st_size
-
-    def read(start: int, length: int) -> bytes:
-        return source.read(task.name, start, length)
-
-    if task.whole is not None:
-        digest = header_digest(size, read)
-        same = digest == known.get(task.whole[:2]) and size == task.whole[2]
-    else:
-        header = read_header(task.name, size, read)
-        digest = header.digest
-        written = [(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
-        same = written == [(name, expr.dtype, expr.shape, expr.nbytes) for name, expr in task.entries]
-    if not same:
-        raise OutputError(
-            f"{work.path / task.name} is not what was planned", "delete the .partial folder and start again"
-        )
-    digests = {"header_sha256": digest, "sampled_sha256": sampled_digest(source, task.name, size)}
-    if checksum:
-        digests["sha256"] = whole_digest(source, task.name, size)
-    return {"file": task.name, "size": size, **digests}
-
-
-def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
-    kept = {
-        k: v for k, v in (plan.checkpoint.index_metadata or {}).items() if k not in ("total_size", "total_parameters")
-    }
-    metadata = {**kept, "total_size": plan.nbytes}
-    weight_map = {name: task.name for task in tasks for name, _ in task.entries}
-    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _side_file(checkpoint: Checkpoint, file: str) -> Iterator[bytes]:
-    size = checkpoint.file_sizes[file]
-    for start in range(0, size, 8 << 20):
-        yield checkpoint.source.read(file, start, min(8 << 20, size - start))

@@ -238,7 +238,7 @@ def test_threads_and_processes_give_the_same_bytes(models: Any, tmp_path: Path) 
     plan = apply(plan_of(open_checkpoint(models("mixtral"))), "merge-experts", to=3, align="weights", router="mean")
     write_plan(plan, tmp_path / "a", WriteOptions(jobs=1))
     write_plan(plan, tmp_path / "b", WriteOptions(jobs=8))
-    write_plan(plan, tmp_path / "c", make_executor=lambda n: ProcessPoolExecutor(2, get_context("spawn")))
+    write_plan(plan, tmp_path / "c", make_executor=lambda: ProcessPoolExecutor(2, get_context("spawn")))
     assert digest(tmp_path / "a") == digest(tmp_path / "b") == digest(tmp_path / "c")
 
 

@@ -205,8 +205,8 @@ def test_a_job_in_other_processes(model: Path, tmp_path: Path, change: Callable[
     plan = apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale=1.5)
     change(model / SHARDS[1])
 
-    def executor(workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    def executor() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(2, mp_context=get_context("spawn"))
 
     with pytest.raises(CheckpointError) as caught:
         write_plan(plan, tmp_path / "out", WriteOptions(jobs=2), make_executor=executor)
