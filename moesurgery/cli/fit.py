@@ -88,7 +88,7 @@ def fit_command(
     options = replace(options, memory=device_memory)
     options.check()
     looking = flags.dry_run and not options.text
-    if not looking:
+    if not looking and not flags.print_recipe:
         _writing.check_early(flags)
     plan = None if looking and not model.endswith((".yaml", ".yml")) else _run_options.subject(model)
     checkpoint = open_checkpoint(model, headers_only=True) if plan is None else plan.checkpoint

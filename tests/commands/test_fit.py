@@ -38,7 +38,7 @@ def test_the_budget_is_kept_and_the_recipe_gives_the_same_bytes(demo: Path, tmp_
     assert sum(map(len, written.values())) <= taken["weight_bytes"]
     assert record["taken"] in picture.read_text()
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(ok(*command, "--print-recipe", "--force").out)
+    recipe.write_text(ok(*command, "--print-recipe").out)
     ok("run", recipe, "-o", tmp_path / "again")
     assert weights(tmp_path / "again") == written
     assert ok("validate", out).code == 0
