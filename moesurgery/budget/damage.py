@@ -75,7 +75,8 @@ def neuron_loss(block: BlockStats) -> np.ndarray:
 
     lost = block.sums["neuron_error"].sum(axis=0, dtype=np.float64)  # after 1, 2, ... neurons of each expert
     whole = block.total("gram").sum()
-    return np.clip(np.append(lost[::-1] / whole if whole > 0 else 0 * lost, 0.0), 0, 1)
+    shares: np.ndarray = np.clip(np.append(lost[::-1] / whole if whole > 0 else 0 * lost, 0.0), 0, 1)
+    return shares
 
 
 def missing_mass(gram: np.ndarray) -> np.ndarray:
