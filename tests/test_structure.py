@@ -13,8 +13,8 @@ PACKAGE = ROOT / "moesurgery"
 # From the ground up: a module imports from its own entry and from those before it. docs/design.md says what each owns.
 ORDER = (
     *("_version", "errors", "escape", "cpu_count", "whole_file", "scheduler", "tied"),
-    *("checkpoint", "expr", "families", "plan", "moe", "decoders", "recipe", "count", "stats", "forward", "lora"),
-    *("surgery", "merge", "fitting", "write", "validate", "patch", "cli", "__main__"),
+    *("checkpoint", "expr", "families", "plan", "moe", "decoders", "recipe", "count", "stats", "budget", "forward"),
+    *("lora", "surgery", "merge", "fitting", "write", "validate", "patch", "cli", "__main__"),
 )
 
 

@@ -15,6 +15,7 @@ from moesurgery.recipe.registry import BUILT_IN, find_operation, operations
 # The module of this package where each command is; the operations stand between the two.
 _LOOKING = {"count-params": "count_params", "inspect": "inspect", "families": "families"}
 _OTHERS = {
+    "fit": "fit",
     "merge": "merge",
     "extract-lora": "extract_lora",
     "run": "recipes",

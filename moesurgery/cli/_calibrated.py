@@ -14,7 +14,8 @@ from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._evidence import Evidence, evidence_of_edit
 from moesurgery.cli._writing import WriterFlags
-from moesurgery.fitting.calibrate import CalibrationOptions, HeldOut, calibrate
+from moesurgery.fitting.calibrate import CalibrationOptions, calibrate
+from moesurgery.fitting.heldout import HeldOut
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import Recipe
 from moesurgery.recipe.registry import find_operation

@@ -21,7 +21,7 @@ from moesurgery.errors import RecipeError
 from moesurgery.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from moesurgery.fitting.calibrate import HeldOut
+    from moesurgery.fitting.heldout import HeldOut
     from moesurgery.plan.plan import Plan
 
 REPORT_KINDS = ("card", "html", "json")

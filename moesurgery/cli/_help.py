@@ -13,6 +13,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Look at a model": ("count-params", "inspect", "families"),
+    "Fit a machine": ("fit",),
     "Edit experts": ("rescale", "drop-experts", "merge-experts", "slim-experts", "add-expert", "refit"),
     "Change the kind of model": ("upcycle", "to-dense", "tie-blocks", "convert"),
     "Several models": ("merge", "extract-lora"),
@@ -26,7 +27,7 @@ _OTHERS = "Others"
 _PANELS: dict[str, tuple[str, ...]] = {
     "Text": (
         *("text", "apart", "assistant_only", "tokens", "window", "heldout", "no_heldout", "limit", "seed"),
-        *("dtype", "device", "memory", "scratch"),
+        *("dtype", "device", "memory", "device_memory", "scratch"),
     ),
     "Repair": ("refit", "ridge", "sweeps"),
     "Output": (
@@ -44,7 +45,8 @@ _METAVARS = {
     **dict.fromkeys(("files", "reports"), "FILE"),
     "output": "PATH",
     "max_shard_size": "SIZE",
-    "memory": "SIZE",
+    **dict.fromkeys(("memory", "device_memory", "memory_limit"), "SIZE"),
+    **dict.fromkeys(("only", "keep", "forms"), "LIST"),
     "ridge": "NUMBER|auto",
     "dtype": "TYPE",
     "refit": "KIND",

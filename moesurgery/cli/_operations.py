@@ -120,12 +120,25 @@ def recipe_from_command(found: Operation, model: str, values: dict[str, Any]) ->
 
 def taking_flags(function: Callable[..., None]) -> Callable[..., None]:
     """Return a Typer command of a function with a parameter `flags`, which stands for the options of all writers."""
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "flags"]
+    return _standing_for(function, {})
+
+
+def taking_text_and_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a Typer command of a function with parameters `flags`, as in `taking_flags`, and `options`, which stands
+    for the options of text and repair but for `--memory`."""
+    return _standing_for(function, {name: option for name, option in OPTIONS.items() if name != "memory"})
+
+
+def _standing_for(function: Callable[..., None], text: Mapping[str, tuple[Any, Any]]) -> Callable[..., None]:
+    stands = ("flags", "options") if text else ("flags",)
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in stands]
 
     def command(**given: Any) -> None:
+        if text:
+            given["options"] = CalibrationOptions(**{key: given.pop(key) for key in text})
         function(flags=_writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS}), **given)
 
-    _declare(command, [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own], {})
+    _declare(command, [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own], text)
     command.__doc__ = function.__doc__
     command.__name__ = function.__name__
     return command

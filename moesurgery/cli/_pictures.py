@@ -1,4 +1,4 @@
-"""The pictures that commands write: heat maps and bars, as SVG, as PNG (by matplotlib), or on an HTML page.
+"""The pictures that commands write: heat maps, bars and points, as SVG, as PNG (by matplotlib), or on an HTML page.
 
 A colour is a hue whose opacity says how large a value is: so a picture reads on light and on dark paper alike.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesurgery.cli._drawing import GREY, INK, LESS, MORE, PAPER, drawn_text
+from moesurgery.cli._points import Points, points_png, points_svg
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.whole_file import whole_file
 
-MORE, LESS, GREY = "#c2410c", "#2563b0", "#7d8894"
-INK, PAPER = "#22262b", "#ffffff"
 SUFFIXES = (".svg", ".png", ".html")
 _NUMBERED = 20  # columns: with more, numbers in the cells would not be legible
 _ROW, _CHAR, _BOLD = 24, 6.6, 8.2  # pixels: of a row, of a character
@@ -73,7 +73,7 @@ class Bars:
     unit: str = ""
 
 
-Panel = Heatmap | Bars
+Panel = Heatmap | Bars | Points
 
 
 def largest_bars(title: str, values: Mapping[str, float], unit: str = "") -> Bars:
@@ -131,7 +131,7 @@ def write_picture(path: Path, title: str, about: str, panels: Sequence[Panel]) -
 def svg(title: str, about: str, panels: Sequence[Panel]) -> str:
     """Return an SVG document."""
     wide = 20 + max(_BOLD * len(title), _CHAR * len(about))
-    return _drawing(panels, 58.0, wide, title, [_text(10, 22, title, "h"), _text(10, 40, about)]) + "\n"
+    return _drawing(panels, 58.0, wide, title, [drawn_text(10, 22, title, "h"), drawn_text(10, 40, about)]) + "\n"
 
 
 def figure(panel: Panel) -> str:
@@ -142,7 +142,10 @@ def figure(panel: Panel) -> str:
 def _drawing(panels: Sequence[Panel], at: float, wide: float, label: str, parts: list[str]) -> str:
     """Return an SVG of `parts` and of panels from the height `at` on, at least `wide`."""
     for panel in panels:
-        drawn, width, height = _heatmap(panel, at) if isinstance(panel, Heatmap) else _bars(panel, at)
+        if isinstance(panel, Points):
+            drawn, width, height = points_svg(panel, at)
+        else:
+            drawn, width, height = _heatmap(panel, at) if isinstance(panel, Heatmap) else _bars(panel, at)
         parts = parts + drawn
         at, wide = at + height + 26, max(wide, width, 20 + _CHAR * len(panel.title))
     hatch = (
@@ -162,23 +165,18 @@ def _drawing(panels: Sequence[Panel], at: float, wide: float, label: str, parts:
     )
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    named = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{named}>{html.escape(text)}</text>'
-
-
 def _heatmap(panel: Heatmap, top: float) -> tuple[list[str], float, float]:
     cell, left = panel.cell, _left(panel.rows)
-    parts = [_text(10, top + 12, panel.title, "h")]
+    parts = [drawn_text(10, top + 12, panel.title, "h")]
     grid = top + 38
     numbered = len(panel.columns) <= _NUMBERED
     every = 1 if numbered else math.ceil(_CHAR * 4 / cell)
     for x, label in enumerate(panel.columns):
         if x % every == 0:
-            parts.append(_text(left + (x + 0.5) * cell, grid - 5, label[:8], anchor="middle"))
-    parts.append(_text(10, grid - 5, panel.across))
+            parts.append(drawn_text(left + (x + 0.5) * cell, grid - 5, label[:8], anchor="middle"))
+    parts.append(drawn_text(10, grid - 5, panel.across))
     for y, (row, values) in enumerate(zip(panel.rows, panel.values, strict=True)):
-        parts.append(_text(left - 8, grid + y * _ROW + 16, row[-_LONGEST:], anchor="end"))
+        parts.append(drawn_text(left - 8, grid + y * _ROW + 16, row[-_LONGEST:], anchor="end"))
         for x, value in enumerate(values):
             place = f'x="{left + x * cell:.1f}" y="{grid + y * _ROW}" width="{cell - 1:.1f}" height="{_ROW - 1}"'
             said = f"<title>{html.escape(f'{row}, {panel.across} {panel.columns[x]}: ')}"
@@ -190,7 +188,9 @@ def _heatmap(panel: Heatmap, top: float) -> tuple[list[str], float, float]:
             parts.append(f'<rect {place} fill="{hue}" fill-opacity="{opacity:.3f}">{said}{says}</title></rect>')
             if numbered:
                 kind = "w" if opacity > 0.6 else ""
-                parts.append(_text(left + (x + 0.5) * cell, grid + y * _ROW + 16, panel.shown(value), kind, "middle"))
+                parts.append(
+                    drawn_text(left + (x + 0.5) * cell, grid + y * _ROW + 16, panel.shown(value), kind, "middle")
+                )
     for y, x in panel.framed:
         place = f'x="{left + x * cell:.1f}" y="{grid + y * _ROW}" width="{cell - 1:.1f}" height="{_ROW - 1}"'
         parts.append(f'<rect class="f" {place}/>')
@@ -209,37 +209,40 @@ def _legend(panel: Heatmap, top: float) -> tuple[list[str], float]:
     parts, x = [], _left(panel.rows)
     if seen := panel.seen:
         low, high = min(seen), max(seen)
-        parts.append(_text(x - 8, top + 11, panel.shown(low), anchor="end"))
+        parts.append(drawn_text(x - 8, top + 11, panel.shown(low), anchor="end"))
         for i in range(40):
             hue, opacity = panel.shade(low + (high - low) * i / 39)
             parts.append(
                 f'<rect x="{x + 4 * i}" y="{top}" width="4" height="14" fill="{hue}" fill-opacity="{opacity:.3f}"/>'
             )
         label = f"{panel.shown(high)} {panel.unit}".strip()
-        parts.append(_text(x + 168, top + 11, label))
+        parts.append(drawn_text(x + 168, top + 11, label))
         x += 188 + _CHAR * len(label)
     if any(value is None or not math.isfinite(value) for row in panel.values for value in row):
         parts += [
             f'<rect class="n" x="{x}" y="{top}" width="14" height="14"/>',
-            _text(x + 20, top + 11, "not measured"),
+            drawn_text(x + 20, top + 11, "not measured"),
         ]
         x += 40 + _CHAR * len("not measured")
     if panel.framed:
-        parts += [f'<rect class="f" x="{x}" y="{top}" width="14" height="14"/>', _text(x + 20, top + 11, panel.frame)]
+        parts += [
+            f'<rect class="f" x="{x}" y="{top}" width="14" height="14"/>',
+            drawn_text(x + 20, top + 11, panel.frame),
+        ]
         x += 40 + _CHAR * len(panel.frame)
     return parts, x
 
 
 def _bars(panel: Bars, top: float) -> tuple[list[str], float, float]:
     left = _left(panel.labels)
-    parts = [_text(10, top + 12, f"{panel.title}{f', {panel.unit}' if panel.unit else ''}", "h")]
+    parts = [drawn_text(10, top + 12, f"{panel.title}{f', {panel.unit}' if panel.unit else ''}", "h")]
     largest = max((abs(v) for v in panel.values), default=0) or 1
     for y, (label, value) in enumerate(zip(panel.labels, panel.values, strict=True)):
         at, long = top + 24 + y * 20, 360 * abs(value) / largest
         hue = MORE if value >= 0 else LESS
-        parts.append(_text(left - 8, at + 12, label[-_LONGEST:], anchor="end"))
+        parts.append(drawn_text(left - 8, at + 12, label[-_LONGEST:], anchor="end"))
         parts.append(f'<rect x="{left:.1f}" y="{at}" width="{long:.1f}" height="15" fill="{hue}"/>')
-        parts.append(_text(left + long + 6, at + 12, shown_number(value)))
+        parts.append(drawn_text(left + long + 6, at + 12, shown_number(value)))
     return parts, left + 360 + 80, 24 + 20 * len(panel.labels)
 
 
@@ -261,7 +264,7 @@ def _png(path: Path, title: str, about: str, panels: Sequence[Panel]) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
-    heights = [(len(p.rows) * 0.26 + 1.1) if isinstance(p, Heatmap) else (len(p.labels) * 0.22 + 0.7) for p in panels]
+    heights = [_inches(panel) for panel in panels]
     wide = max(7.0, *((p.cell * len(p.columns) + 150) / 90 if isinstance(p, Heatmap) else 6.0 for p in panels))
     figure, every = plt.subplots(
         len(panels), 1, figsize=(wide, sum(heights) + 0.8), height_ratios=heights, layout="constrained", squeeze=False
@@ -269,6 +272,9 @@ def _png(path: Path, title: str, about: str, panels: Sequence[Panel]) -> None:
     figure.suptitle(f"{title}\n{about}", fontsize=10, color=INK, x=0.01, ha="left")
     for panel, axes in zip(panels, every[:, 0], strict=True):
         axes.set_title(panel.title, fontsize=9, loc="left", color=INK)
+        if isinstance(panel, Points):
+            points_png(panel, axes)
+            continue
         if isinstance(panel, Bars):
             axes.barh(
                 range(len(panel.values)), list(panel.values), color=[MORE if v >= 0 else LESS for v in panel.values]
@@ -298,6 +304,13 @@ def _png(path: Path, title: str, about: str, panels: Sequence[Panel]) -> None:
         axes.set_xlabel(_png_key(panel), fontsize=8)
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
+
+
+def _inches(panel: Panel) -> float:
+    """Return the height of a panel drawn by matplotlib."""
+    if isinstance(panel, Points):
+        return 3.6
+    return len(panel.rows) * 0.26 + 1.1 if isinstance(panel, Heatmap) else len(panel.labels) * 0.22 + 0.7
 
 
 def _png_key(panel: Heatmap) -> str:

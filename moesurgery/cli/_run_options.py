@@ -37,9 +37,9 @@ Apart = Annotated[
 AssistantOnly = Annotated[
     bool, typer.Option("--assistant-only", help="Only the assistant's tokens count in what is measured.")
 ]
-Memory = Annotated[
-    str, typer.Option("--memory", help="What to take of the device's memory: 40GB. By default what is free on a GPU.")
-]
+_OF_THE_DEVICE = "What to take of the device's memory: 40GB. By default what is free on a GPU."
+Memory = Annotated[str, typer.Option("--memory", help=_OF_THE_DEVICE)]
+DeviceMemory = Annotated[str, typer.Option("--device-memory", help=_OF_THE_DEVICE)]  # where --memory is a limit
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Windows per file at most.")]
 Seed = Annotated[

@@ -117,13 +117,14 @@ def carry_out(
     measured: Evidence | None = None,
     kinds: Sequence[str] = (),
     promise: Promise | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Plan a recipe, unless there is a `plan` already, then print, weigh or write it, as the flags say.
 
-    What was `measured` joins the JSON answer, and is reported in these `kinds` too. `promise`: what the output must be
+    What was `measured` and `more` join the JSON answer; the former is reported in these `kinds` too. `promise`: what the output must be
     to the byte.
     """
-    more = {} if measured is None else {"heldout": measured.figures["heldout"]}
+    more = {**(more or {}), **({} if measured is None else {"heldout": measured.figures["heldout"]})}
     console.quiet = flags.quiet
     if flags.print_recipe and recipe is not None:
         print_recipe(recipe, as_json=flags.as_json)

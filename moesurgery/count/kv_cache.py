@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
+
+KV_BYTES_PER_VALUE = 2
+
+
+def kv_bytes(layers: Sequence[tuple[int, int, int | None]], context: int) -> int:
+    """Return the bytes of cache that one sequence of `context` tokens takes, of what `kv_layers` returns."""
+    return sum(width * KV_BYTES_PER_VALUE * min(context, window or context) for width, _, window in layers)
 
 
 def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[int, int, int | None]] | None:

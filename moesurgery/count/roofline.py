@@ -15,17 +15,16 @@ position that runs them: a block is too large for any cache but a very small mod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moesurgery.count.accelerators import Accelerator
-from moesurgery.count.kv_cache import kv_layers
+from moesurgery.count.kv_cache import KV_BYTES_PER_VALUE, kv_bytes, kv_layers
 from moesurgery.count.params import Counts
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
 from moesurgery.families.layer_stack import runs_of
 
-KV_BYTES_PER_VALUE = 2
 BATCHES = (1, 8, 32, 128, 512)
 MAX_BATCH = 1 << 20
 
@@ -66,19 +65,29 @@ class Roofline:
         }
 
 
-def roofline(
-    anatomy: Anatomy, tensors: Mapping[str, HasShape], counts: Counts, context: int, accelerator: Accelerator
-) -> Roofline | None:
-    """Return the costs per token; None where the active parameters are not known."""
-    if counts.active is None:
-        return None
+@dataclass(frozen=True)
+class StreamedWeights:
+    """Bytes read and matrix weights executed in a step that uses all experts: of the routed experts, and the rest."""
+
+    fixed_bytes: float
+    routed_bytes: float
+    fixed_weights: float
+    routed_weights: float
+
+    def resized(self, experts: float, width: float) -> StreamedWeights:
+        """Return those of a model with these shares of its experts and of their neurons."""
+        share = experts * width
+        return replace(self, routed_bytes=self.routed_bytes * share, routed_weights=self.routed_weights * share)
+
+
+def streamed_weights(anatomy: Anatomy, tensors: Mapping[str, HasShape], *, tied_embeddings: bool) -> StreamedWeights:
+    """Return what a step of decoding streams: neither image encoders, prediction layers nor an embedding of its own."""
     routed = {m.name for block in anatomy.main_blocks for m in block.members if m.part}
     fixed_bytes = routed_bytes = fixed_weights = routed_weights = 0
-    tied = counts.tied_embeddings
     runs = runs_of(anatomy)
     for name, info in tensors.items():
         component = anatomy.component[name]
-        if component in (parts.VISION, parts.MTP) or (component == parts.EMBEDDING and not tied):
+        if component in (parts.VISION, parts.MTP) or (component == parts.EMBEDDING and not tied_embeddings):
             continue
         times = runs.get(name, 1)  # a tied block is computed, and read, for each position that runs it
         matrix = times * anatomy.parameters[name] if len(info.shape) > 1 else 0
@@ -88,21 +97,56 @@ def roofline(
         else:
             fixed_bytes += times * info.nbytes
             fixed_weights += matrix
+    return StreamedWeights(fixed_bytes, routed_bytes, fixed_weights, routed_weights)
+
+
+def experts_hit(experts: int, top_k: int, batch: int) -> float:
+    """Return how many distinct experts of a layer a batch of tokens is routed to, with even routing."""
+    return experts * (1 - (1 - top_k / experts) ** batch) if experts else 0.0
+
+
+def decode_seconds(
+    weights: StreamedWeights,
+    experts: int,
+    top_k: int,
+    batch: int,
+    *,
+    kv_read: int,
+    attention: int,
+    accelerator: Accelerator,
+    narrowing: float = 1.0,
+) -> float:
+    """Return the seconds of one decoding step of `batch` sequences: the larger of those of FLOPs and of bytes.
+
+    `kv_read` and `attention` are bytes of cache and FLOPs of attention per token; `narrowing` multiplies the bytes of
+    the weights, where they are stored in another form.
+    """
+    flops = batch * (2 * (weights.fixed_weights + weights.routed_weights * top_k / experts) + attention)
+    hit = experts_hit(experts, top_k, batch) / experts
+    nbytes = narrowing * (weights.fixed_bytes + weights.routed_bytes * hit) + batch * kv_read
+    return max(flops / (accelerator.tflops * 1e12), nbytes / (accelerator.terabytes_per_second * 1e12))
+
+
+def roofline(
+    anatomy: Anatomy, tensors: Mapping[str, HasShape], counts: Counts, context: int, accelerator: Accelerator
+) -> Roofline | None:
+    """Return the costs per token; None where the active parameters are not known."""
+    if counts.active is None:
+        return None
+    weights = streamed_weights(anatomy, tensors, tied_embeddings=counts.tied_embeddings)
     experts, k = counts.num_experts or 0, counts.top_k or 0
     share = k / experts if experts else 0.0
-    flops = round(2 * (fixed_weights + routed_weights * share))
-
-    def hit(batch: int) -> float:
-        return experts * (1 - (1 - share) ** batch) if experts else 0.0
+    flops = round(2 * (weights.fixed_weights + weights.routed_weights * share))
 
     def streamed(batch: int) -> float:
-        return fixed_bytes + (routed_bytes * hit(batch) / experts if experts else 0.0)
+        hit = experts_hit(experts, k, batch) / experts if experts else 0.0
+        return weights.fixed_bytes + weights.routed_bytes * hit
 
     kv = kv_layers(anatomy, tensors)
     kv_token = sum(width for width, _, _ in kv) * KV_BYTES_PER_VALUE if kv is not None else None
     kv_read, flops_attention = 0, None
     if kv is not None:
-        kv_read = sum(width * KV_BYTES_PER_VALUE * min(context, window or context) for width, _, window in kv)
+        kv_read = kv_bytes(kv, context)
         flops_attention = sum(2 * per_position * min(context, window or context) for _, per_position, window in kv)
     work = flops + (flops_attention or 0)
 
@@ -113,7 +157,7 @@ def roofline(
         flops_weights=flops,
         flops_attention=flops_attention,
         weight_bytes={b: streamed(b) for b in BATCHES},
-        experts_hit={b: hit(b) for b in BATCHES},
+        experts_hit={b: experts_hit(experts, k, b) for b in BATCHES},
         kv_bytes_per_token=kv_token,
         density=flops / (2 * counts.total) if counts.total else 0.0,
         context=context,

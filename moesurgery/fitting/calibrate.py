@@ -9,8 +9,8 @@ collected, whether the model runs a second time, and what else is measured, the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.errors import RecipeError, SurgeryError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibration_run import read_calibration
+from moesurgery.fitting.heldout import HeldOut, HeldOutLosses
 from moesurgery.fitting.reporter import SILENT, Reporter
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.plan.plan import Plan, plan_of
@@ -28,7 +29,6 @@ from moesurgery.stats.statistics_file import SUFFIX
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
-    from moesurgery.forward.loss import Loss
     from moesurgery.forward.text_windows import Domain
 
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
@@ -105,22 +105,6 @@ def _number(value: float | str) -> float | None:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired.
-
-    `intervals` has for all but the original the 95 % bootstrap interval, over windows, of the increase in loss over
-    the original. `domains` has the loss on each text by name of the edit, `chosen` the name of the edit with the least
-    loss, where there was a choice.
-    """
-
-    tokens: int
-    nats: Mapping[str, float]
-    intervals: Mapping[str, tuple[float, float]]
-    domains: Mapping[str, Mapping[str, float]]
-    chosen: str | None = None
-
-
-@dataclass(frozen=True)
 class Calibrated:
     """The edited plan, ready to be written; the steps that make it again from the files beside the output, as a recipe
     has them; and what was measured, where it was."""
@@ -177,7 +161,7 @@ def calibrate(
         held_out = held_out or run.held_out
         cache = CalibrationCache(Path(output or f"{plan.checkpoint.name}-{operation}"), run, force, reporter)
         values = _with_measured(values, declared.text, cache, _number(options.ridge))
-    measured = _Measured(settings, held_out, reporter)
+    measured = HeldOutLosses(settings, held_out, reporter)
     plans = {"original": plan}
     chosen: str | None = None
     if held_out and declared.text.candidates is not None:
@@ -260,44 +244,3 @@ def _with_choice(edited: Plan, measured: HeldOut) -> Plan:
     note = f"{measured.chosen} costs least on {measured.tokens:,} held-out tokens, in nats with 95 % intervals: {costs}"
     step = replace(step, report={**step.report, "candidates": asdict(measured)}, notes=(*step.notes, note))
     return replace(edited, steps=(*edited.steps[:-1], step))
-
-
-@dataclass
-class _Measured:
-    """The held-out loss of plans by name, each measured once; none of them is written."""
-
-    settings: RunSettings
-    domains: list[Domain]
-    reporter: Reporter
-    found: dict[str, Loss] = field(default_factory=dict)
-    by_text: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def add(self, plans: Mapping[str, Plan]) -> None:
-        """Measure the plans that were not measured yet."""
-        from moesurgery.forward.loss import losses_over, mean_loss
-        from moesurgery.forward.tokens import joined
-
-        new = {name: plan for name, plan in plans.items() if name not in self.found}
-        windows = sum(d.windows.numel() for d in self.domains)
-        with self.reporter.progress("measuring", windows * len(new)) as progress:
-            for name, plan in new.items():
-                engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
-                each = losses_over(engines, self.domains)
-                self.found[name], self.by_text[name] = mean_loss(each), {loss.domain: loss.nats for loss in each}
-                progress(windows)
-
-    def cheapest(self, names: Iterable[str]) -> str:
-        return min(names, key=lambda name: self.found[name].nats)
-
-    def outcome(self, chosen: str | None) -> HeldOut:
-        from moesurgery.forward.bootstrap import interval
-
-        by_window = {name: loss.by_window for name, loss in self.found.items()}
-        base, tokens = by_window["original"], self.found["original"].window_tokens
-        return HeldOut(
-            self.found["original"].tokens,
-            {name: loss.nats for name, loss in self.found.items()},
-            {name: interval(values - base, tokens) for name, values in by_window.items() if name != "original"},
-            dict(self.by_text),
-            chosen,
-        )

@@ -1,0 +1,142 @@
+"""Which shapes to consider for a budget: those that fit and that no other fitting shape contains.
+
+Numbers of experts are those that the router takes (`moe.expert_counts`), spread over what there is; for each, the
+widest expert that fits, in steps that kernels like; top-k from half the trained one to as many as leave the active
+parameters no more than they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from moesurgery.budget.costs import Cost, ShapeCosts
+from moesurgery.budget.limits import Limits
+from moesurgery.budget.shape import AS_STORED, MixtureShape
+from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.client_limits import NUMBER_RULES, MoeShape, awkward_numbers
+from moesurgery.moe.expert_counts import check_remaining
+
+ShapeAxis = Literal["experts", "width", "top-k", "form", "merging"]
+AXES: tuple[ShapeAxis, ...] = get_args(ShapeAxis)
+MOST_COUNTS = 64  # numbers of experts that are looked at
+SMALL_WIDTH = 256  # neurons: narrower experts go in steps of 8, wider ones of 16
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The numbers that each axis may take, each in ascending order."""
+
+    experts: Sequence[int]
+    width: Sequence[int]
+    top_k: Sequence[int]
+    form: Sequence[str] = (AS_STORED,)
+    merging: bool = False  # whether experts may be merged instead of dropped
+
+    @property
+    def smallest(self) -> MixtureShape:
+        return MixtureShape(self.experts[0], self.width[0], self.top_k[0], self.form[-1])
+
+
+def choices(
+    anatomy: Anatomy, shape: MixtureShape, axes: Collection[str], forms: Sequence[str], together: int
+) -> Choices:
+    """Return what may be chosen on each of `axes`, from a model of `shape`; the others stay as they are.
+
+    `together` neurons share a scale or a word, and so stay or go in whole blocks of as many.
+    """
+    top_ks = [shape.top_k]
+    if "top-k" in axes and anatomy.settings.family.routing.fixed_top_k is None:
+        top_ks = _top_ks(shape.top_k, shape.experts)
+    experts = [shape.experts]
+    if "experts" in axes:
+        experts = [e for e in range(min(top_ks), shape.experts + 1) if _possible(anatomy, e)]
+        step = -(-len(experts) // MOST_COUNTS)
+        experts = sorted(experts[::-1][::step])
+    width = [shape.width]
+    if "width" in axes:
+        step = math.lcm(8 if shape.width < SMALL_WIDTH else 16, together)
+        least = -(-shape.width // (4 * step)) * step
+        width = [*range(least, shape.width, step), shape.width]
+    merging = "merging" in axes and "merge-experts" not in anatomy.settings.family.refuses
+    return Choices(experts, width, top_ks, (AS_STORED, *forms) if "form" in axes else (AS_STORED,), merging)
+
+
+def taken_well(choice: Choices, own: MoeShape, client: str) -> Choices:
+    """Return the numbers of experts and widths that a client's kernels take as well as those of the model as it is.
+
+    Raises RecipeError for a client of which nothing is known.
+    """
+    if client not in (known := {rule.client for rule in NUMBER_RULES}):
+        raise RecipeError(f"--engine is {client!r}", f"known: {', '.join(sorted(known))}")
+    before = set(awkward_numbers(client, own))
+    experts = [e for e in choice.experts if before.issuperset(awkward_numbers(client, replace(own, experts=e)))]
+    widths = [w for w in choice.width if before.issuperset(awkward_numbers(client, replace(own, width=w)))]
+    return replace(choice, experts=experts, width=widths)
+
+
+def _top_ks(trained: int, experts: int) -> list[int]:
+    """Return half the trained top-k to twice of it, in at most nine steps."""
+    low, high = max(1, trained // 2), min(experts, 2 * trained)
+    step = max(1, trained // 4)
+    return sorted({trained, *range(trained, low - 1, -step), *range(trained, high + 1, step)})
+
+
+def _possible(anatomy: Anatomy, experts: int) -> bool:
+    """Whether the router's groups divide into so many experts; top-k is looked at apart."""
+    groups = anatomy.settings.groups
+    if groups is None:
+        return True
+    try:
+        check_remaining(anatomy, "fit", experts)
+    except RefusedError:
+        return False
+    return True
+
+
+def fitting_shapes(
+    costs: ShapeCosts, choice: Choices, limits: Limits, most_active: int
+) -> list[tuple[MixtureShape, Cost]]:
+    """Return the shapes within the limits that no other of them contains, the most experts first.
+
+    None has more active parameters than `most_active`.
+    """
+
+    def allowed(shape: MixtureShape) -> bool:
+        cost = costs.of(shape)
+        return limits.allow(cost) and cost.active <= most_active
+
+    found: list[MixtureShape] = []
+    for form in choice.form:
+        for top_k in choice.top_k:
+            widest = len(choice.width)
+            for experts in (e for e in choice.experts if e >= top_k):
+                # The more experts, the narrower: the widest that fits is never wider than with fewer experts.
+                widest = _largest(lambda i: allowed(MixtureShape(experts, choice.width[i], top_k, form)), widest)  # noqa: B023
+                if widest == 0:
+                    break
+                found.append(MixtureShape(experts, choice.width[widest - 1], top_k, form))
+    maximal = [s for s in found if not any(s != other and s.within(other, costs.shape.top_k) for other in found)]
+    return [(s, costs.of(s)) for s in sorted(maximal, key=lambda s: (-s.experts, -s.width, -s.top_k))]
+
+
+def _largest(holds: Callable[[int], bool], end: int) -> int:
+    """Return how many of the numbers from 0 to `end` hold, those that hold being the first ones."""
+    low, high = 0, end
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if holds(middle) else (low, middle)
+    return low
+
+
+def pareto(points: Iterable[tuple[float, ...]]) -> list[int]:
+    """Return the places of the points that no other is at or below in every number, and below in one."""
+    known = list(points)
+    return [
+        i
+        for i, point in enumerate(known)
+        if not any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in known)
+    ]

@@ -1,0 +1,72 @@
+"""The loss of models on held-out text, written or not: each measured once, with intervals against the original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moesurgery.fitting.reporter import Reporter
+from moesurgery.fitting.run_settings import RunSettings
+from moesurgery.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from moesurgery.forward.loss import Loss
+    from moesurgery.forward.text_windows import Domain
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired.
+
+    `intervals` has for all but the original the 95 % bootstrap interval, over windows, of the increase in loss over
+    the original. `domains` has the loss on each text by name of the edit, `chosen` the name of the edit with the least
+    loss, where there was a choice.
+    """
+
+    tokens: int
+    nats: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    domains: Mapping[str, Mapping[str, float]]
+    chosen: str | None = None
+
+
+@dataclass
+class HeldOutLosses:
+    """The held-out loss of plans by name, each measured once; none of them is written."""
+
+    settings: RunSettings
+    domains: list[Domain]
+    reporter: Reporter
+    found: dict[str, Loss] = field(default_factory=dict)
+    by_text: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, plans: Mapping[str, Plan]) -> None:
+        """Measure the plans that were not measured yet."""
+        from moesurgery.forward.loss import losses_over, mean_loss
+        from moesurgery.forward.tokens import joined
+
+        new = {name: plan for name, plan in plans.items() if name not in self.found}
+        windows = sum(d.windows.numel() for d in self.domains)
+        with self.reporter.progress("measuring", windows * len(new)) as progress:
+            for name, plan in new.items():
+                engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
+                each = losses_over(engines, self.domains)
+                self.found[name], self.by_text[name] = mean_loss(each), {loss.domain: loss.nats for loss in each}
+                progress(windows)
+
+    def cheapest(self, names: Iterable[str]) -> str:
+        return min(names, key=lambda name: self.found[name].nats)
+
+    def outcome(self, chosen: str | None) -> HeldOut:
+        from moesurgery.forward.bootstrap import interval
+
+        by_window = {name: loss.by_window for name, loss in self.found.items()}
+        base, tokens = by_window["original"], self.found["original"].window_tokens
+        return HeldOut(
+            self.found["original"].tokens,
+            {name: loss.nats for name, loss in self.found.items()},
+            {name: interval(values - base, tokens) for name, values in by_window.items() if name != "original"},
+            dict(self.by_text),
+            chosen,
+        )

@@ -1,0 +1,84 @@
+"""The steps that make a model of another shape, chosen by statistics of the model as it is.
+
+Everything is chosen on the unedited model, so each step must see what its statistics saw: neurons go first, then top-k
+changes with its factors, then experts go by number, then weights are cast. Experts are merged only where nothing else
+changes before: a merge looks at statistics itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moesurgery.budget.shape import AS_STORED, FORMS, MixtureShape
+from moesurgery.fitting.cache import CalibrationCache
+from moesurgery.plan.plan import Plan
+from moesurgery.recipe.reader import RecipeStep
+from moesurgery.recipe.registry import apply, find_operation
+from moesurgery.stats.criteria import MeasuredCriterion
+from moesurgery.stats.statistics_file import Stats
+from moesurgery.surgery.choose_experts import ranking
+
+
+@dataclass
+class ShapeSteps:
+    """Steps and plans of the shapes of one model. `statistics` is the path of what was collected of it."""
+
+    plan: Plan
+    shape: MixtureShape
+    statistics: str
+    stats: Stats
+    cache: CalibrationCache
+    _merges: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _plans: dict[tuple[MixtureShape, str], Plan] = field(default_factory=dict)
+
+    def steps(self, shape: MixtureShape, by: MeasuredCriterion) -> tuple[RecipeStep, ...]:
+        """Return the steps that give the model `shape`, experts being dropped by `by`."""
+        steps = []
+        if shape.width != self.shape.width:
+            steps.append(RecipeStep("slim-experts", {"width": shape.width, "by": "obs", "stats": self.statistics}))
+        if shape.top_k != self.shape.top_k:
+            scale = "router" if self.stats.unread else "measured-expert"
+            values = {"top_k": shape.top_k, "scale": scale}
+            steps.append(RecipeStep("rescale", values | ({} if self.stats.unread else {"stats": self.statistics})))
+        if shape.merged:
+            steps.append(RecipeStep("merge-experts", self.merge_parameters(shape.experts)))
+        elif shape.experts != self.shape.experts:
+            steps.append(RecipeStep("drop-experts", {"keep": self._kept(shape.experts, by)}))
+        if shape.form != AS_STORED:
+            steps.append(RecipeStep("convert", {"dtype": FORMS[shape.form].dtype}))
+        return tuple(steps)
+
+    def planned(self, shape: MixtureShape, by: MeasuredCriterion) -> Plan:
+        """Return the plan of the model in `shape`."""
+        if (shape, by) not in self._plans:
+            self._plans[shape, by] = applied(self.plan, self.steps(shape, by))
+        return self._plans[shape, by]
+
+    def merge_parameters(self, experts: int) -> dict[str, Any]:
+        """Return the parameters of a merge down to so many experts, for whose fit the model runs once more."""
+        if experts not in self._merges:
+            values = {"to": experts, "stats": self.statistics}
+            groups = find_operation("merge-experts").text.groups
+            assert groups is not None
+            beside = self.cache.output.with_name(f"{self.cache.output.name}.merged-{experts}")
+            fit = replace(self.cache, output=beside).group_fits(groups(self.plan, values))
+            self._merges[experts] = values | {"fit": fit}
+        return self._merges[experts]
+
+    def _kept(self, experts: int, by: MeasuredCriterion) -> dict[str, list[int]]:
+        """Return the experts of each block that stay."""
+        count = self.shape.experts - experts
+        ranked = ranking(self.plan, "drop-experts", by, 0, self.statistics, count, True)
+        kept = {}
+        for block in self.plan.anatomy.blocks:
+            gone = set(ranked.lowest(self.plan.anatomy, block.where, count))
+            kept[block.where] = [e for e in range(self.shape.experts) if e not in gone]
+        return kept
+
+
+def applied(plan: Plan, steps: tuple[RecipeStep, ...]) -> Plan:
+    """Return a plan after some steps."""
+    for step in steps:
+        plan = apply(plan, step.operation, **step.parameters)
+    return plan

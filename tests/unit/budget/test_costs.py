@@ -1,0 +1,112 @@
+"""The costs of a shape are those of the plan that has it; what fits is what a search of all shapes finds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moesurgery import apply, open_checkpoint, plan_of
+from moesurgery.budget.budget import budget_of
+from moesurgery.budget.candidates import AXES, Choices, fitting_shapes, pareto
+from moesurgery.budget.costs import ShapeCosts
+from moesurgery.budget.limits import Limits, parse_parameters, parse_speed, parse_tokens
+from moesurgery.budget.shape import MixtureShape
+from moesurgery.count.accelerators import ACCELERATORS
+from moesurgery.count.kv_cache import kv_bytes, kv_layers
+from moesurgery.count.params import count_params
+from moesurgery.count.roofline import roofline
+from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.plan.plan import Plan
+
+Models = Callable[..., Path]
+CONTEXT = 1000
+
+
+def costs_of(plan: Plan) -> ShapeCosts:
+    return ShapeCosts(plan.anatomy, plan.tensors, context=CONTEXT, batch=1, accelerator=ACCELERATORS["h100"])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_costs_are_those_of_the_edited_plan(models: Models, family: str, fused: bool) -> None:
+    plan = plan_of(open_checkpoint(models(family, fused=fused or family == "gpt_oss", dtype="float32")))
+    costs = costs_of(plan)
+    own = costs.shape
+    shape = MixtureShape(own.experts // 2, own.width // 2, max(1, own.top_k // 2), "bfloat16")
+    edited = apply(plan, "rescale", top_k=shape.top_k, scale="none")
+    edited = apply(edited, "slim-experts", width=shape.width, by="weights")
+    edited = apply(edited, "drop-experts", keep=shape.experts, by="random")
+    edited = apply(edited, "convert", dtype="bfloat16")
+    cost = costs.of(shape)
+    assert cost.weight_bytes == edited.nbytes
+    counts = count_params(edited.anatomy, edited.tensors)
+    assert counts.active is not None
+    assert cost.active == pytest.approx(counts.active["all"], abs=2)
+    layers = kv_layers(edited.anatomy, edited.tensors)
+    assert layers is not None
+    assert cost.kv_bytes == kv_bytes(layers, CONTEXT)
+
+
+def test_the_speed_is_that_of_the_roofline(models: Models) -> None:
+    plan = plan_of(open_checkpoint(models("mixtral")))
+    costs, card = costs_of(plan), ACCELERATORS["h100"]
+    found = roofline(plan.anatomy, plan.tensors, count_params(plan.anatomy, plan.tensors), CONTEXT, card)
+    assert found is not None
+    assert found.kv_bytes_per_token is not None
+    read = found.weight_bytes[1] + found.kv_bytes_per_token * CONTEXT
+    assert costs.of(costs.shape).tokens_per_second == pytest.approx(card.terabytes_per_second * 1e12 / read)
+
+
+def test_what_fits_is_what_a_search_of_all_shapes_finds(models: Models) -> None:
+    plan = plan_of(open_checkpoint(models("mixtral")))
+    costs = costs_of(plan)
+    own = costs.shape
+    whole = costs.of(own)
+    choice = Choices(range(1, own.experts + 1), range(4, own.width + 1, 4), [1, 2, 3])
+    limits = Limits(int(0.6 * whole.memory))
+    found = {shape for shape, _ in fitting_shapes(costs, choice, limits, whole.active)}
+    every = [MixtureShape(*numbers) for numbers in itertools.product(choice.experts, choice.width, choice.top_k)]
+    fits = [
+        s
+        for s in every
+        if s.experts >= s.top_k and costs.of(s).memory <= limits.memory and costs.of(s).active <= whole.active
+    ]
+
+    def contained(shape: MixtureShape) -> bool:
+        def in_it(other: MixtureShape) -> bool:
+            top_k = other.top_k == shape.top_k or shape.top_k < other.top_k <= own.top_k
+            return top_k and other.experts >= shape.experts and other.width >= shape.width and other != shape
+
+        return any(in_it(other) for other in fits)
+
+    assert found == {shape for shape in fits if not contained(shape)}
+    assert len(found) > 3
+
+
+def test_pareto_points() -> None:
+    assert pareto([(1, 3), (2, 2), (3, 3), (2, 2), (0, 9)]) == [0, 1, 3, 4]
+
+
+def test_nothing_fits_and_what_would(models: Models) -> None:
+    plan = plan_of(open_checkpoint(models("mixtral")))
+    budget = budget_of(plan.anatomy, plan.tensors, Limits(1000), context=16, batch=1, axes=AXES)
+    with pytest.raises(RefusedError, match="no shape of this model fits: the smallest takes") as refused:
+        budget.check()
+    asked = str(refused.value.hint).split()[1].rstrip(",")
+    assert asked.endswith("MB")
+    enough = Limits(int(float(asked[:-2]) * 1e6))
+    budget_of(plan.anatomy, plan.tensors, enough, context=16, batch=1, axes=AXES).check()
+    with pytest.raises(RecipeError, match="--speed"):
+        budget_of(plan.anatomy, plan.tensors, Limits(1000, speed=1.0), context=16, batch=1, axes=AXES)
+
+
+def test_numbers_with_units() -> None:
+    assert parse_tokens("32k") == 32 * 1024
+    assert parse_parameters("3B") == 3_000_000_000
+    assert parse_speed("40tok/s") == parse_speed("40") == 40
+    for wrong in ("", "many", "0", "3x"):
+        with pytest.raises(RecipeError):
+            parse_parameters(wrong)
