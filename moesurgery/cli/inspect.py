@@ -10,6 +10,7 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.cli._common_options import Json, Model
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.count.prediction import prediction_part
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present
@@ -38,8 +39,10 @@ def inspect_command(model: Model = ".", as_json: Json = False) -> None:
         return
     console.result(checkpoint.source.identity)
     for key, value in facts.items():
-        if value not in (None, [], {}):
+        if value not in (None, [], {}) and key != "prediction":
             console.result(f"{key.replace('_', ' '):<15} {_words(value)}")
+    if (predicting := prediction_part(anatomy, checkpoint.tensors)) is not None:
+        console.result(f"{'prediction':<15} {predicting.sentence(human_bytes(predicting.nbytes))}")
     console.result()
     rows = [(str(g.count), g.name, g.dtype, g.shapes, g.component.replace("_", " ")) for g in groups]
     console.table(("", "tensors", "dtype", "shape", "part"), rows, right=(0,))
@@ -105,6 +108,7 @@ def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, Any
     for info in tensors.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
     kind = "dense" if not anatomy.is_moe else "unknown: see docs/families.md"
+    predicting = prediction_part(anatomy, tensors)
     letter = routing_class(settings) if family and main else None
     return {
         "model_type": anatomy.model_type,
@@ -113,6 +117,7 @@ def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, Any
         "layers": settings.layers,
         "moe_layers": _layers(main),
         "prediction_layers": _layers([block for block in anatomy.blocks if block.mtp]),
+        "prediction": predicting.as_json() if predicting else None,
         "experts": _said(lambda: f"{anatomy.experts} per layer ({keys_present(settings, EXPERTS_KEYS)})")
         if main
         else None,
