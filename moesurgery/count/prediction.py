@@ -34,8 +34,8 @@ class PredictionPart:
             return f"config.json names {self.declared}, and no tensor belongs to one"
         named = "" if self.declared == self.layers else f", {self.declared} of them named by config.json"
         return (
-            f"{self.layers}{named}: {self.parameters:,} parameters, {100 * self.share:.2f} % of all, {size}; a step of"
-            f" decoding that drafts with them gives 1 token and those of up to {self.layers} drafted that are accepted"
+            f"{self.layers}{named}: {self.parameters:,} parameters, {100 * self.share:.2f} % of all, {size}; with them"
+            " a step of decoding gives 1 token and the drafted ones that are accepted: how many, only running says"
         )
 
 

@@ -65,7 +65,7 @@ def mtp_extract(plan: Plan) -> Plan:
     """Take the prediction (MTP) layers out as a draft model, with the embedding, the last norm and the head.
 
     config.json stays as it is: by its number of layers loaders find those for prediction. vLLM takes the folder as
-    `model` of its speculative config (method mtp), llama.cpp by `convert_hf_to_gguf.py --mtp`; and `mtp graft` takes it.
+    `model` of its speculative config (method mtp), llama.cpp by `convert_hf_to_gguf.py --mtp`, `mtp graft` as --from.
     """
     anatomy = plan.anatomy
     _required(anatomy, "mtp extract")
@@ -116,7 +116,7 @@ def mtp_graft(
     anatomy, other = plan.anatomy, plan_of(open_checkpoint(source))
     if _prediction_names(anatomy):
         raise RefusedError("mtp graft: this model has prediction layers", "leave them out first with `mtp drop`")
-    names = _required(other.anatomy, "mtp graft: --from")
+    names = _required(other.anatomy, "mtp graft --from")
     _check_fit(anatomy, other.anatomy)
     _check_form(plan, other, names)
     entries, notes = _with_experts(plan, other, plan_file)
@@ -161,9 +161,7 @@ def _required(anatomy: Anatomy, who: str) -> list[str]:
     if not names:
         declared = prediction_layers(anatomy.settings)
         more = f", though config.json names {declared}" if declared else ""
-        raise RefusedError(
-            f"{who}: this model has no prediction layers{more}", "`moesurgery inspect` shows what it has"
-        )
+        raise RefusedError(f"{who}: the model has no prediction layers{more}", "`moesurgery inspect` shows what it has")
     return names
 
 
@@ -232,50 +230,49 @@ def _with_experts(plan: Plan, other: Plan, plan_file: str | None) -> tuple[Entri
                 other.anatomy, expert_scores(other, block, "router-norm", 0), block.experts - plan.anatomy.experts
             )
             stay = [e for e in range(block.experts) if e not in gone]
-        if len(stay) != plan.anatomy.experts or max(stay, default=0) >= block.experts:
+        if not len(stay) == plan.anatomy.experts == len(set(stay) & set(range(block.experts))):
             raise RefusedError(
                 f"mtp graft: {origin} keeps {len(stay)} of the {block.experts} experts of {block.where}, and this model"
                 f" has {plan.anatomy.experts}"
             )
         entries.update(selected(block, other.tensors, stay))
-    notes = [f"experts as {origin} keeps them"]
     if ranked:
-        notes = [
-            f"{', '.join(ranked)}: {origin} says nothing of it, so as many experts were chosen by their router rows"
-        ]
-    return entries, tuple(notes)
+        note = f"{', '.join(ranked)}: not in {origin}, so as many experts were chosen by their router rows"
+        return entries, (note,)
+    return entries, (f"experts as {origin} keeps them",)
 
 
 def _kept_experts(plan: Plan, plan_file: str | None, blocks: Sequence[MoeBlock]) -> tuple[Mapping[str, list[int]], str]:
     """Return which experts of the prediction layers were kept, as far as that is said, and where it is said."""
     if plan_file is not None:
         layers = load_plan_file(plan_file).layers
-        found = {b.where: layers.get(b.where) or layers.get(str(b.layer)) for b in blocks}
-        chosen = {where: (entry.keep, entry.drop) for where, entry in found.items() if entry is not None}
-        experts = {b.where: b.experts for b in blocks}
-        return {
-            where: sorted(keep) if keep is not None else [e for e in range(experts[where]) if e not in (drop or ())]
-            for where, (keep, drop) in chosen.items()
-            if keep is not None or drop is not None
-        }, plan_file
-    kept: dict[str, list[int]] = {}
-    drops = 0
-    for name, report in _recorded(plan):
-        if name == "merge-experts":
-            raise RefusedError(
-                "mtp graft: the experts of this model were merged, and nothing says how those of prediction layers were",
-                "graft first, then merge",
-            )
-        drops += name == "drop-experts"
-        for layer in report.get("layers", ()) if name == "drop-experts" else ():
-            where, stay = layer.get("layer"), layer.get("kept")
-            kept[where] = [kept[where][e] for e in stay] if where in kept else list(stay)
+        entries = [layers.get(b.where) or layers.get(str(b.layer)) for b in blocks]
+        found = {b.where: entry.kept(b.experts) for b, entry in zip(blocks, entries, strict=True) if entry is not None}
+        return {where: stay for where, stay in found.items() if stay is not None}, plan_file
+    steps = _recorded(plan)
+    if any(name == "merge-experts" for name, _ in steps):
+        raise RefusedError(
+            "mtp graft: the experts of this model were merged, and those of prediction layers were not there to follow",
+            "graft first, then merge",
+        )
+    drops = [report for name, report in steps if name == "drop-experts"]
     if not drops:
         raise RefusedError(
-            f"mtp graft: --from has {blocks[0].experts} experts in {blocks[0].where}, this model {plan.anatomy.experts},"
-            f" and no {PROVENANCE} says which were kept",
+            f"mtp graft: --from has {blocks[0].experts} experts in {blocks[0].where}, this model"
+            f" {plan.anatomy.experts}, and no {PROVENANCE} says which were kept",
             "give the plan of the drop with --plan FILE",
         )
+    kept: dict[str, list[int]] = {}
+    try:
+        for report in drops:
+            for layer in report["layers"]:
+                where, stay = str(layer["layer"]), [int(expert) for expert in layer["kept"]]
+                kept[where] = [kept[where][expert] for expert in stay] if where in kept else stay
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise RefusedError(
+            f"mtp graft: {PROVENANCE} does not say in its own form which experts were kept",
+            "remove it, and give the plan of the drop with --plan FILE",
+        ) from None
     return kept, PROVENANCE
 
 
@@ -305,12 +302,7 @@ def _placed(name: str, anatomy: Anatomy, other: Anatomy) -> str:
     if place is None:
         return name
     root, layer, inside = place
-    ours = next(
-        (
-            at[0]
-            for n in anatomy.layer
-            if anatomy.component[n] != VISION and (at := find_layer(n, containers_of(anatomy.family)))
-        ),
-        root,
-    )
+    containers = containers_of(anatomy.family)
+    places = (find_layer(n, containers) for n in anatomy.layer if anatomy.component[n] != VISION)
+    ours = next((at[0] for at in places if at is not None), root)
     return f"{ours}{layer - (other.settings.layers or 0) + (anatomy.settings.layers or 0)}.{inside}"
