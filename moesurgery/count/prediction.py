@@ -54,7 +54,7 @@ def prediction_part(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> Predic
     parameters = sum(anatomy.parameters[name] for name in names)
     every = sum(anatomy.parameters.values())
     return PredictionPart(
-        len(layers) or bool(names),
+        max(len(layers), 1 if names else 0),
         declared,
         parameters,
         sum(tensors[name].nbytes for name in names),

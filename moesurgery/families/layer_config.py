@@ -294,7 +294,8 @@ def without_prediction(settings: Settings) -> dict[str, Any]:
                     kept = [number + first for number in sorted(numbers) if number < depth]
                     place[key] = ",".join(map(str, kept)) if isinstance(value, str) else kept
         part.update({key: 0 for key in (*PREDICTION_KEYS, _MODULES) if part.get(key)})
-        part.update({key: False for key in (_USED,) if part.get(key)})
+        if part.get(_USED):
+            part[_USED] = False
     return config
 
 
