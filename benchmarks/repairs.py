@@ -77,7 +77,7 @@ def main() -> None:
     held_out = RunSettings(given.window, given.limit, None, given.device).domains(plan.checkpoint, given.heldout)
 
     def loss(variant: Plan) -> list[float]:
-        found = losses(run.engine(variant), held_out)
+        found = losses(run.engine(variant, windows), held_out)
         return [mean_loss(found).nats, *(f.nats for f in found)]
 
     base = loss(plan)
@@ -100,11 +100,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         recon = [plan.anatomy.experts - given.count] if "recon" in choices else []
         other = [given.top_k] if given.top_k else []
-        stats = collect(run.engine(plan), windows, other, recon, every_expert=given.to is not None)
+        stats = collect(run.engine(plan, windows), windows, other, recon, every_expert=given.to is not None)
         file = str(stats.save(Path(place, "stats")))
         for choice in choices:
             if given.to:
-                edited = merged(plan, run.engine(plan), windows, choice, given.to, Path(place), file)
+                edited = merged(plan, run.engine(plan, windows), windows, choice, given.to, Path(place), file)
             elif given.top_k:
                 edited = apply(plan, "rescale", top_k=given.top_k, scale=choice, stats=file)
             else:
@@ -115,7 +115,7 @@ def main() -> None:
                 writer = RepairWriter(folder)
                 start = time.monotonic()
                 options = RepairOptions(kind, given.ridge, given.sweeps)
-                fit_layers(run.engine(plan), run.engine(edited), windows, options, writer.add)
+                fit_layers(*run.pair(plan, edited, windows), windows, options, writer.add)
                 seconds = time.monotonic() - start
                 writer.close({"kind": kind, "tokens": windows.count})
                 show(choice, kind, apply(edited, "refit", repair=str(folder)), seconds)

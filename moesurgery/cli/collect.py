@@ -114,7 +114,8 @@ def _show_forecast(run: CalibrationRun, scratch: Path, *, as_json: bool) -> None
     from moesurgery.fitting.forecast import forecast
 
     devices, count = run.settings.devices, run.windows.count
-    expected = forecast(run.settings.engine(run.plan), run.windows, len(devices))
+    engines = run.settings.engines(run.plan, run.windows)
+    expected = forecast(engines[0], run.windows, len(engines))
     if as_json:
         console.json({"schema_version": 1, "tokens": count, "scratch": str(scratch), **asdict(expected)})
         return

@@ -79,13 +79,14 @@ def compare_command(
     domains = settings.domains(plans[0].checkpoint, text)
 
     from moesurgery.forward.comparison import targets, worst_windows
-    from moesurgery.forward.loss import compared, mean_loss
+    from moesurgery.forward.loss import compared_over, mean_loss
     from moesurgery.forward.token_classes import token_classes
+    from moesurgery.forward.tokens import joined
 
-    engines = [settings.engine(plan) for plan in plans]
-    work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in engines)
+    groups = settings.groups(plans, joined([domain.as_tokens for domain in domains]))
+    work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in groups[0])
     with console.progress("evaluating", work, of_bytes=False) as watch:
-        by_model = [[*losses, mean_loss(losses)] for losses in compared(engines, domains, watch.progress)]
+        by_model = [[*losses, mean_loss(losses)] for losses in compared_over(groups, domains, watch.progress)]
     names = _names(models)
     classes = token_classes(plans[0].checkpoint, targets(domains))
     worst = [worst_windows(domains, by_model[0], losses, _WORST) for losses in by_model]

@@ -271,13 +271,15 @@ class _Measured:
 
     def add(self, plans: Mapping[str, Plan]) -> None:
         """Measure the plans that were not measured yet."""
-        from moesurgery.forward.loss import losses, mean_loss
+        from moesurgery.forward.loss import losses_over, mean_loss
+        from moesurgery.forward.tokens import joined
 
         new = {name: plan for name, plan in plans.items() if name not in self.found}
         windows = sum(d.windows.numel() for d in self.domains)
         with self.reporter.progress("measuring", windows * len(new)) as progress:
             for name, plan in new.items():
-                self.found[name] = mean_loss(losses(self.settings.engine(plan), self.domains))
+                engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
+                self.found[name] = mean_loss(losses_over(engines, self.domains))
                 progress(windows)
 
     def cheapest(self, names: Iterable[str]) -> str:

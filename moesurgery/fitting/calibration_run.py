@@ -66,7 +66,7 @@ class CalibrationRun:
         from moesurgery.fitting.collector import collect_over
         from moesurgery.forward.scratch import Scratch, each_part
 
-        engines = self.settings.engines(self.plan)
+        engines = self.settings.engines(self.plan, self.windows)
         kept: list[Scratch | None] = [None] * len(engines)
         if scratch is not None:
             about = self.about | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from moesurgery.errors import RefusedError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.keep_search import best_kept
 from moesurgery.fitting.neuron_moments import NeuronMoments, neuron_sums
-from moesurgery.forward.engine import Engine, Progress, Streams
+from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.expert_outputs import (
     ExpertOutputs,
     by_expert,
@@ -25,7 +25,7 @@ from moesurgery.forward.experts_module import ExpertsModule, RoutingTensors
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
 from moesurgery.forward.paired_run import PairedRun
 from moesurgery.forward.scratch import Scratch
-from moesurgery.forward.tokens import Tokens
+from moesurgery.forward.tokens import Tokens, shared_out
 from moesurgery.moe.expert_counts import check_remaining
 from moesurgery.moe.neuron_axis import neurons_together
 from moesurgery.plan.plan import Plan
@@ -63,7 +63,7 @@ def collect(
     settings = engine.plan.anatomy.settings
     top_k = settings.top_k
     others = [k for k in dict.fromkeys(other_top_k) if k != top_k]
-    twins = {k: PairedRun(engine, plan_with_top_k(engine, k)) for k in others}
+    paired_runs = {k: PairedRun(engine, plan_with_top_k(engine, k)) for k in others}
     sums: dict[str, dict[str, Any]] = {}
 
     def sums_of(call: ExpertsCall) -> dict[str, Any]:
@@ -81,16 +81,16 @@ def collect(
     def experts(call: ExpertsCall) -> torch.Tensor | None:
         where = call.block.where
         seen[where] = call
-        said = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
+        routed = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
         if every_expert:
             add_every_expert(sums_of(call), call, settings)
         if moments is not None:
             moments.see(call)
-        return said
+        return routed
 
     def block(around: BlockCall) -> Any:
         where = around.block.where
-        routings[where] = {f"@{k}": twin.routing(around) for k, twin in twins.items()}
+        routings[where] = {f"@{k}": paired.routing(around) for k, paired in paired_runs.items()}
         result = around.run()
         call = seen.pop(where)
         if call.first == 0:
@@ -102,32 +102,34 @@ def collect(
         return result
 
     batch, resume = engine.windows_per_batch(tokens, False), None
-    if scratch is not None and (left := scratch.load(engine.device)) is not None:
-        resume, batch, sums = left
-        progress(resume.layer * tokens.count)
-    streams: Streams | None = None
+    if scratch is not None and (state := scratch.load([engine])) is not None:
+        resume, batch, sums = state.resume(0), state.batch, state.sums
+        progress(state.layer * tokens.count)
+    passes: BatchPasses | None = None
     try:
-        watch = Hooks(experts=experts, block=block, router_logits=True)
-        streams = engine.start(tokens, watch, resume=resume, batch=batch)
-        while streams.unit is not None and streams.passed < len(engine.layers):
-            unit = streams.unit
-            with engine.loaded(unit, pin=neurons):
-                streams.step(progress)
-                for found in moments.of_layer(unit, streams) if moments is not None else ():
+        hooks = Hooks(experts=experts, block=block, router_logits=True)
+        passes = engine.start(tokens, hooks, resume=resume, batch=batch)
+        if scratch is None and moments is None:
+            passes.to_layer(len(engine.layers), progress)
+        while passes.unit is not None and passes.passed < len(engine.layers):
+            unit = passes.unit
+            with engine.weights.loaded(unit, pin=neurons):
+                passes.step(progress)
+                for found in moments.of_layer(unit, passes) if moments is not None else ():
                     for name, values in neuron_sums(engine, found).items():
                         own = sums.setdefault(found.where, {})
                         own[name] = torch.cat([own[name], values[None]]) if name in own else values[None]
             if neurons:
-                engine.unpin()
+                engine.weights.unpin()
             if scratch is not None:
-                scratch.keep(streams, batch, sums)
+                scratch.keep([passes], batch, sums)
     finally:
         if moments is not None:
             moments.close()
-        for twin in twins.values():
-            twin.close()
-        if streams is not None:
-            streams.close()
+        for paired in paired_runs.values():
+            paired.close()
+        if passes is not None:
+            passes.close()
     about = {
         "model": engine.plan.checkpoint.source.identity,
         "model_type": engine.plan.anatomy.model_type,
@@ -196,13 +198,6 @@ def collect_over(
     return added(collected)
 
 
-def shared_out(tokens: Tokens, count: int) -> list[Tokens]:
-    """Return windows in up to `count` parts, each of an even number of windows, so that the halves are unchanged."""
-    pairs = -(-len(tokens) // 2)
-    cuts = [2 * (pairs * i // count) for i in range(count)] + [len(tokens)]
-    return [tokens.rows(a, b) for a, b in itertools.pairwise(cuts) if b > a]
-
-
 def added(parts: Sequence[Stats]) -> Stats:
     """Return the statistics of all windows from those of parts of them."""
     import numpy as np
@@ -248,14 +243,14 @@ def add(
         sums["tokens"][half] += count
     if call.logits is not None:
         _add_logits(sums, call, call.logits[:, :experts], settings.score)
-    said = torch.empty_like(call.hidden) if is_grouped(call.module) else None
+    routed = torch.empty_like(call.hidden) if is_grouped(call.module) else None
     for part in expert_outputs(call, experts, routings):
         half, index, weights, chosen = part.half, part.index, part.weights[""], part.chosen[""]
-        if said is not None:
+        if routed is not None:
             # The module's own arithmetic, for experts of its own routing.
             own, mine = (values[part.rows] for values in (call.index, call.weights))
             outputs = part.outputs if len(routings) == 1 else _outputs_of(part, own)
-            said[part.rows] = (outputs * mine[..., None]).sum(dim=1).to(said.dtype)
+            routed[part.rows] = (outputs * mine[..., None]).sum(dim=1).to(routed.dtype)
         norm = torch.linalg.vector_norm(part.outputs, dim=-1, dtype=torch.float32)
         values = torch.stack([chosen.float(), weights, norm * chosen, weights * norm], dim=-1)
         totals = by_expert(index, values, experts).sum(0, dtype=torch.float64)
@@ -275,7 +270,7 @@ def add(
             if target is not None and name:
                 along = part.along(target) * part.weights[name]
                 sums["cross" + name][half] += by_expert(part.index, along, experts).sum(0, dtype=torch.float64)
-    return said
+    return routed
 
 
 def _outputs_of(part: ExpertOutputs, index: torch.Tensor) -> torch.Tensor:

@@ -119,8 +119,8 @@ def _fit_down(
     width = weight.shape[1]
     gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
-    said = weighted_activations(module, expert, mine)
-    for part, h, residual in zip(mine, said, residuals, strict=True):
+    scaled = weighted_activations(module, expert, mine)
+    for part, h, residual in zip(mine, scaled, residuals, strict=True):
         for half, rows in enumerate((~part.odd, part.odd)):
             add_products(gram[half], h[rows], h[rows])
             add_products(cross[half], residual[part.token[rows]], h[rows])
@@ -131,7 +131,7 @@ def _fit_down(
     stored: torch.Tensor = (weight.double() + solution.change).to(dtype)
     change = stored.to(weight.dtype) - weight  # the change after rounding
     weight += change
-    for part, h, residual in zip(mine, said, residuals, strict=True):
+    for part, h, residual in zip(mine, scaled, residuals, strict=True):
         residual[part.token] -= h @ change.float().T
     return {"down": stored}, solution
 

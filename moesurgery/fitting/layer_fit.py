@@ -26,6 +26,7 @@ below 192 MB. Fitted matrices are held until their block is done, as they are st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,10 +36,12 @@ from moesurgery.expr.nodes import torch_dtype
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
 from moesurgery.fitting.ridge import RidgeSolution, solve
 from moesurgery.forward.activations import check_form, down
-from moesurgery.forward.engine import Engine, Progress, Streams
+from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.expert_outputs import by_expert, expert_outputs, gram_by_expert
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
+from moesurgery.forward.scratch import Scratch, ScratchState
 from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.repair_file import FittedBlock
@@ -75,12 +78,20 @@ def fit_layers(
     options: RepairOptions,
     done: Callable[[FittedBlock], None],
     progress: Progress = lambda count: None,
+    *,
+    scratch: Scratch | None = None,
+    state: ScratchState | None = None,
 ) -> None:
     """Fit every MoE block of `edited` in turn, and call `done` with each. The plan is not changed.
+
+    With `scratch`, state is saved between layers; with the `state` that was loaded from there, layers that are done are
+    not run again. Where the two engines have a GPU each, the original is run one layer ahead.
 
     Raises RefusedError where the two models have other layers, an experts module has another form, or `down` would
     have to change quantised weights.
     """
+    import torch
+
     where = {b.where for b in original.blocks}
     if where != {b.where for b in edited.blocks} or len(original.layers) != len(edited.layers):
         raise RefusedError("refit: the edited model has other MoE layers than the original")
@@ -90,12 +101,13 @@ def fit_layers(
     if options.kind in MATRICES:
         _refuse_quantised(edited, options.kind)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
-    said: dict[str, list[torch.Tensor]] = {}
-    factors: dict[str, torch.Tensor] = {}
+    size = state.batch if state else size
+    routed: dict[str, list[torch.Tensor]] = {}  # the original's routed outputs, by block
+    factors: dict[str, torch.Tensor] = {w: named["factors"] for w, named in state.sums.items()} if state else {}
 
-    def listen(call: ExpertsCall) -> torch.Tensor:
+    def original_output(call: ExpertsCall) -> torch.Tensor:
         out = call.run()
-        said.setdefault(call.block.where, []).append(out.reshape(-1, out.shape[-1]))
+        routed.setdefault(call.block.where, []).append(out.reshape(-1, out.shape[-1]))
         return out
 
     def repaired_output(call: ExpertsCall) -> Any:
@@ -103,36 +115,54 @@ def fit_layers(
             return None
         return call.run(call.hidden, call.index, call.weights * _each(factors[call.block.where], call.index))
 
-    def repair(block: ExpertsModule, outputs: Sequence[Any]) -> None:
+    def next_layer(layer: int) -> tuple[list[Any], dict[str, list[torch.Tensor]]]:
+        """Run the original through a layer; return the layer's outputs, and the routed outputs of its blocks."""
+        assert reference is not None
+        reference.to_layer(layer)
+        reference.step(progress)
+        return reference.outputs, {where: routed.pop(where) for where in list(routed)}
+
+    def repair(block: ExpertsModule, outputs: Sequence[Any], originals: Sequence[torch.Tensor]) -> None:
         """Fit one block, in a function of its own so that its memory is freed before the next."""
         assert repaired is not None
-        originals = said.pop(block.where)
+        device = edited.skeleton.devices[edited.skeleton.units[block.unit].stage]
+        originals = [y.to(device) for y in originals]
         calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
         total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
         fitted = _fit(edited.plan, block, calls, missing, total, options)
         if fitted.factors is not None:
-            factors[block.where] = _tensor(fitted.factors, edited)
+            factors[block.where] = torch.tensor([*fitted.factors, 1.0])
         done(fitted)
 
-    reference: Streams | None = None
-    repaired: Streams | None = None
+    reference: BatchPasses | None = None
+    repaired: BatchPasses | None = None
+    ahead = ThreadPoolExecutor(1, "original") if original.on_gpu and original.device != edited.device else None
+    first, resumes = (state.layer, [state.resume(0), state.resume(1)]) if state else (0, [None, None])
+    if state:
+        progress(2 * first * tokens.count)
     try:
-        reference = original.start(tokens, Hooks(experts=listen), batch=size)
-        repaired = edited.start(tokens, Hooks(experts=repaired_output), batch=size)
-        for layer, unit in enumerate(edited.layers):
-            reference.to_layer(layer)
+        reference = original.start(tokens, Hooks(experts=original_output), batch=size, resume=resumes[0])
+        repaired = edited.start(tokens, Hooks(experts=repaired_output), batch=size, resume=resumes[1])
+        pending = ahead.submit(next_layer, first) if ahead else None
+        for layer, unit in enumerate(edited.layers[first:], first):
+            outputs, originals = pending.result() if pending else next_layer(layer)
+            if ahead and layer + 1 < len(edited.layers):
+                pending = ahead.submit(next_layer, layer + 1)
             repaired.to_layer(layer)
-            reference.step(progress)
-            outputs = [stream.last for stream in reference.streams]
-            with edited.loaded(unit, pin=True):
+            with edited.weights.loaded(unit, pin=True):
                 for block in (b for b in edited.blocks if b.unit == unit.path):
-                    repair(block, outputs)
+                    repair(block, outputs, originals[block.where])
                 repaired.step(progress)
-            edited.forget(unit)
+            edited.weights.forget(unit)
+            if scratch is not None:
+                sums = {where: {"factors": values} for where, values in factors.items()}
+                scratch.keep([reference, repaired], size, sums, [outputs, repaired.outputs])
     finally:
-        for streams in (reference, repaired):
-            if streams is not None:
-                streams.close()
+        if ahead is not None:
+            ahead.shutdown()
+        for passes in (reference, repaired):
+            if passes is not None:
+                passes.close()
 
 
 def _refuse_quantised(edited: Engine, kind: RepairKind) -> None:
@@ -146,19 +176,13 @@ def _refuse_quantised(edited: Engine, kind: RepairKind) -> None:
                 )
 
 
-def _tensor(factors: Sequence[float], engine: Engine) -> torch.Tensor:
-    import torch
-
-    return torch.tensor([*factors, 1.0], device=engine.device)
-
-
 def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the factor of each chosen expert; 1 for numbers past the last (identity experts)."""
-    return factors[index.clamp(max=len(factors) - 1)]
+    return factors.to(index.device)[index.clamp(max=len(factors) - 1)]
 
 
 def _missing(
-    streams: Streams,
+    passes: BatchPasses,
     block: ExpertsModule,
     others: Callable[[ExpertsCall], Any],
     originals: Sequence[torch.Tensor],
@@ -169,23 +193,24 @@ def _missing(
     `originals` are the original block's routed outputs, `outputs` the original layer's outputs. Padding is zero.
     """
     calls: list[ExpertsCall] = []
-    said: list[torch.Tensor] = []
+    routed: list[torch.Tensor] = []
 
-    def listen(call: ExpertsCall) -> Any:
+    def edited_output(call: ExpertsCall) -> Any:
         if call.block.where != block.where:
             return others(call)
         calls.append(call)
-        said.append(call.run())
-        return said[-1]
+        routed.append(call.run())
+        return routed[-1]
 
-    rehearsed = streams.rehearse(Hooks(experts=listen))
-    share = _share(streams, block, said[0], rehearsed[0])
+    layer_outputs = passes.peek(Hooks(experts=edited_output))
+    share = _share(passes, block, routed[0], layer_outputs[0])
     missing = []
     for i, call in enumerate(calls):
         if share is None:
-            left = (originals[i] - said[i].view_as(originals[i])).float()
+            left = (originals[i] - routed[i].view_as(originals[i])).float()
         else:
-            left = (_hidden(outputs[i]).float() - _hidden(rehearsed[i]).float()).view_as(originals[i]) / share
+            output = _hidden(layer_outputs[i]).float()
+            left = (_hidden(outputs[i]).to(output.device).float() - output).view_as(originals[i]) / share
         if call.real is not None:
             left[~call.real] = 0
         missing.append(left)
@@ -198,18 +223,18 @@ def _hidden(output: Any) -> torch.Tensor:
     return hidden
 
 
-def _share(streams: Streams, block: ExpertsModule, said: torch.Tensor, output: Any) -> float | None:
+def _share(passes: BatchPasses, block: ExpertsModule, routed: torch.Tensor, output: Any) -> float | None:
     """Return the factor with which a block's routed output is added to the layer's output; None where it is not simply
     added. Found by doubling the routed output on the first batch."""
 
     def twice(call: ExpertsCall) -> Any:
         return 2 * call.run() if call.block.where == block.where else None
 
-    (changed,) = streams.rehearse(Hooks(experts=twice), 1)
-    if _hidden(output).numel() != said.numel():
+    (changed,) = passes.peek(Hooks(experts=twice), 1)
+    if _hidden(output).numel() != routed.numel():
         return None
     change = (_hidden(changed).float() - _hidden(output).float()).flatten()
-    added = said.float().flatten()
+    added = routed.float().flatten()
     share = float(change @ added / added.pow(2).sum().clamp(min=1e-30))
     return share if share > 0 and (change - share * added).norm() <= 0.1 * change.norm() else None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,12 +77,13 @@ class FittedBlock:
 
 
 class RepairWriter:
-    """Writes a repair, block by block. An incomplete repair is started again, a complete one with `force`.
+    """Writes a repair, block by block. An incomplete repair is started again, a complete one with `force`; with `kept`,
+    the entries in `layers` of an incomplete one, it goes on after those.
 
     Raises OutputError where the folder holds anything else.
     """
 
-    def __init__(self, folder: Path, *, force: bool = False) -> None:
+    def __init__(self, folder: Path, *, force: bool = False, kept: Sequence[dict[str, Any]] = ()) -> None:
         if folder.is_symlink():
             raise OutputError(f"{folder} is a symbolic link, and no repair", "move it away, or use another -o")
         if folder.exists():
@@ -92,11 +93,11 @@ class RepairWriter:
                 raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
             if ours[0].exists() and not force:
                 raise OutputError(f"{folder} exists", "use --force to replace a repair, or another -o")
-            for file in ours:
+            for file in set(ours) - {folder / str(entry["file"]) for entry in kept}:
                 file.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.layers: list[dict[str, Any]] = []
+        self.layers: list[dict[str, Any]] = list(kept)
 
     def add(self, fitted: FittedBlock) -> None:
         """Write the fit of a block. Raises RefusedError where it is not finite."""

@@ -1,6 +1,6 @@
 """The family table. A new family is an entry here and a row in tests/families.py: docs/families.md.
 
-Sources: transformers 5.23 modeling files and published checkpoints; `tests/unit/families/test_families.py` checks every
+Sources: transformers 5.24 modeling files and published checkpoints; `tests/unit/families/test_families.py` checks every
 entry against a model that transformers builds, in every layout.
 """
 
