@@ -303,6 +303,6 @@ def _placed(name: str, anatomy: Anatomy, other: Anatomy) -> str:
         return name
     root, layer, inside = place
     containers = containers_of(anatomy.family)
-    places = (find_layer(n, containers) for n in anatomy.layer if anatomy.component[n] != VISION)
+    places = (find_layer(n, containers) for n in anatomy.layer if anatomy.component[n] not in (MTP, VISION))
     ours = next((at[0] for at in places if at is not None), root)
     return f"{ours}{layer - (other.settings.layers or 0) + (anatomy.settings.layers or 0)}.{inside}"

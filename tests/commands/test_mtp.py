@@ -113,6 +113,34 @@ def test_a_fine_tune_with_fewer_experts_gets_those_that_its_drop_kept(
     assert "--plan FILE" in refused.err
 
 
+def test_published_deepseek_v4(models: Models, tmp_path: Path) -> None:
+    """Names without a prefix, the layers in a list `mtp` of their own: their experts follow a drop, and come back."""
+    tensors = {n.removeprefix("model."): t for n, t in read_tensors(models("deepseek_v4")).items()}
+    extra = {n.replace("layers.1.", "mtp.0."): t + 1 for n, t in tensors.items() if n.startswith("layers.1.")}
+    extra |= {"mtp.0.e_proj.weight": torch.randn(32, 32), "mtp.0.enorm.weight": torch.randn(32)}
+    whole = tmp_path / "whole"
+    rewrite(models("deepseek_v4"), whole, {**tensors, **extra}, {"num_nextn_predict_layers": 1})
+    plan = plan_of(open_checkpoint(whole))
+    assert [(b.where, b.mtp) for b in plan.anatomy.blocks] == [
+        *((f"layers.{layer}", False) for layer in range(3)),
+        ("mtp.0", True),
+    ]
+    kept = [0, 2, 3, 5, 6, 7]
+    write_plan(apply(plan, "drop-experts", keep=kept), tmp_path / "small")
+    small = read_tensors(tmp_path / "small")
+    assert same_bits(small["mtp.0.ffn.gate.weight"], extra["mtp.0.ffn.gate.weight"][kept])
+    assert same_bits(small["mtp.0.ffn.experts.5.w1.weight"], extra["mtp.0.ffn.experts.7.w1.weight"])
+    assert "mtp.0.ffn.experts.6.w1.weight" not in small
+    for model in (whole, tmp_path / "small"):
+        lost, draft, back = (tmp_path / f"{model.name}-{name}" for name in ("lost", "draft", "back"))
+        plan = apply(plan_of(open_checkpoint(model)), "mtp-drop")
+        assert not any(name.startswith("mtp.") for name in plan.tensors)
+        write_plan(plan, lost)
+        write_plan(apply(plan_of(open_checkpoint(model)), "mtp-extract"), draft)
+        write_plan(apply(plan_of(open_checkpoint(lost)), "mtp-graft", source=str(draft)), back)
+        assert equal(back, model)
+
+
 def test_what_does_not_fit_is_refused(predicting: Path, models: Models, tmp_path: Path) -> None:
     plain = plan_of(open_checkpoint(models("deepseek_v3")))
     with pytest.raises(RefusedError, match="mtp extract: the model has no prediction layers"):
@@ -147,7 +175,7 @@ def test_quantised_layers_go_onto_models_of_their_form(predicting: Path, tmp_pat
 
 def test_a_deeper_model_gets_them_behind_its_own_stack(predicting: Path, models: Models, tmp_path: Path) -> None:
     tensors = read_tensors(models("deepseek_v3"))
-    more = {n.replace(".layers.1.", ".layers.2."): t for n, t in tensors.items() if ".layers.1." in n}
+    more = {n.replace(".layers.1.", ".layers.2."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
     rewrite(models("deepseek_v3"), tmp_path / "deep", {**tensors, **more}, {"num_hidden_layers": 3})
     plan = apply(plan_of(open_checkpoint(tmp_path / "deep")), "mtp-graft", source=str(predicting))
     write_plan(plan, tmp_path / "out")

@@ -121,6 +121,7 @@ DEEPSEEK: tuple[Family, ...] = (
         shared=("ffn.shared_experts", "mlp.shared_experts"),
         routing=RouterRule(score="sqrt-softplus", routed_scale_key="routed_scaling_factor", routed_scale_default=1.5),
         experts_key="n_routed_experts",
+        also_layers=("mtp",),
         norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
         note="its first layers choose experts by a table (tid2eid) of numbers per token, which follows every edit",
     ),
