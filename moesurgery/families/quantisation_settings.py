@@ -113,16 +113,19 @@ def without_entries(settings: Any, gone: Callable[[str], bool]) -> Any:
     return copy.deepcopy(settings)
 
 
-def with_left_out(settings: Any, theirs: Any, added: Callable[[str], bool]) -> Any:
-    """Return quantisation settings whose lists of modules left out also have those entries of `theirs` that are about
-    modules that were added."""
+def with_left_out(settings: Any, theirs: Any, added: Callable[[str], str | None]) -> Any:
+    """Return quantisation settings whose lists of modules left out also have entries of another model's, `theirs`.
+
+    `added` returns what such an entry is called here, None for one about no module that was added.
+    """
     changed = copy.deepcopy(settings)
     if not isinstance(changed, dict) or not isinstance(theirs, Mapping):
         return changed
     for key in _LEFT_OUT:
         source, mine = theirs.get(key), changed.get(key) or []
         if isinstance(source, list) and isinstance(mine, list):
-            more = [entry for entry in source if isinstance(entry, str) and added(entry) and entry not in mine]
+            named = [added(entry) for entry in source if isinstance(entry, str)]
+            more = [entry for entry in named if entry is not None and entry not in mine]
             changed |= {key: [*mine, *more]} if more else {}
     if "quantization" in changed:
         changed["quantization"] = with_left_out(changed["quantization"], theirs.get("quantization"), added)

@@ -128,10 +128,14 @@ def mtp_graft(
         raise RefusedError(f"mtp graft: this model has a tensor {twice[0]} already")
     config = with_prediction(anatomy.settings, other.anatomy.settings)
     settings, about = quantisation_config(other.config), _about_prediction(other.anatomy)
-    config = with_changed_settings(config, lambda of, _: with_left_out(of, settings, about))
+
+    def left_out(entry: str) -> str | None:
+        return _placed(entry, anatomy, other.anatomy) if about(entry) else None
+
+    config = with_changed_settings(config, lambda of, _: with_left_out(of, settings, left_out))
     described = dict(quantisation_files(other.checkpoint, other.files))
     files = changed_files(
-        plan.checkpoint, plan.files, lambda content, file: with_left_out(content, described.get(file), about)
+        plan.checkpoint, plan.files, lambda content, file: with_left_out(content, described.get(file), left_out)
     )
     parameters = {"source": source} | ({"plan_file": plan_file} if plan_file is not None else {})
     step = Step(
@@ -297,12 +301,15 @@ def _recorded(plan: Plan) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _placed(name: str, anatomy: Anatomy, other: Anatomy) -> str:
-    """Return the name of a tensor of a prediction layer behind this model's stack; in its own module it has one."""
-    place = None if is_mtp(name) else find_layer(name, containers_of(other.family))
+    """Return the name of a tensor, or module, of a prediction layer behind this model's stack.
+
+    In a module of its own it keeps its name.
+    """
+    place = None if is_mtp(name) else find_layer(f"{name}.", containers_of(other.family))
     if place is None:
         return name
     root, layer, inside = place
     containers = containers_of(anatomy.family)
     places = (find_layer(n, containers) for n in anatomy.layer if anatomy.component[n] not in (MTP, VISION))
     ours = next((at[0] for at in places if at is not None), root)
-    return f"{ours}{layer - (other.settings.layers or 0) + (anatomy.settings.layers or 0)}.{inside}"
+    return f"{ours}{layer - (other.settings.layers or 0) + (anatomy.settings.layers or 0)}.{inside}".rstrip(".")

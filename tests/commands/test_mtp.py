@@ -176,8 +176,14 @@ def test_quantised_layers_go_onto_models_of_their_form(predicting: Path, tmp_pat
 def test_a_deeper_model_gets_them_behind_its_own_stack(predicting: Path, models: Models, tmp_path: Path) -> None:
     tensors = read_tensors(models("deepseek_v3"))
     more = {n.replace(".layers.1.", ".layers.2."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
-    rewrite(models("deepseek_v3"), tmp_path / "deep", {**tensors, **more}, {"num_hidden_layers": 3})
-    plan = apply(plan_of(open_checkpoint(tmp_path / "deep")), "mtp-graft", source=str(predicting))
+    settings: dict[str, Any] = {
+        "quantization_config": {"quant_method": "fp8", "ignored_layers": ["model.layers.2.eh_proj"]}
+    }
+    rewrite(predicting, tmp_path / "base", read_tensors(predicting), settings)
+    settings["quantization_config"]["ignored_layers"] = ["lm_head"]
+    rewrite(models("deepseek_v3"), tmp_path / "deep", {**tensors, **more}, {"num_hidden_layers": 3, **settings})
+    plan = apply(plan_of(open_checkpoint(tmp_path / "deep")), "mtp-graft", source=str(tmp_path / "base"))
+    assert plan.config["quantization_config"]["ignored_layers"] == ["lm_head", "model.layers.3.eh_proj"]
     write_plan(plan, tmp_path / "out")
     after, before = read_tensors(tmp_path / "out"), read_tensors(predicting)
     grafted = {n for n in after if n.startswith("model.layers.3.")}
