@@ -57,6 +57,7 @@ $(CLIENTS)/llama.cpp-source:
 
 clients: $(READY) $(READERS:%=$(CLIENTS)/%/.ready) $(CLIENTS)/llama.cpp-source
 	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS) --clients $(READERS)
+	OMP_NUM_THREADS=1 MOESURGERY_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients
 	$(BIN)/python docs/generate.py
 
 lint: $(READY)

@@ -1,4 +1,4 @@
-"""Which experts to drop, which of their neurons to keep, and which factor to take without text: for docs/measure.md.
+"""Which experts to drop, which of their neurons to keep, which factor to take without text: docs/measure-tables.md.
 
     python benchmarks/choices.py MODEL --text CALIBRATION… --heldout OTHER… --count 16 32 [--by gram hope…]
     python benchmarks/choices.py MODEL --text CALIBRATION… --heldout OTHER… --width 48 32 [--refit]

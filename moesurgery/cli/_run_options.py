@@ -86,4 +86,6 @@ def subject(reference: str) -> Plan:
         for step in plan.steps:
             console.note(f"{reference}: {step.operation}: {step.summary}")
         return plan
-    return plan_of(open_checkpoint(reference))
+    plan = plan_of(open_checkpoint(reference))
+    plan.checkpoint.refuse_gguf("llama.cpp runs those, transformers does not")
+    return plan

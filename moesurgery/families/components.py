@@ -37,6 +37,7 @@ _EMBEDDING_NAMES = frozenset(
     (
         *("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings", "embed", "embed_in"),
         *("token_embedding", "shared", "ngram_embedding", "embed_positions", "wpe", "embed_tokens_per_layer"),
+        *("token_embd", "position_embd", "token_types", "per_layer_token_embd"),  # GGUF
     )
 )
 _HEAD_NAMES = frozenset(("lm_head", "output", "embed_out", "output_layer", "head", "unembed", "score"))

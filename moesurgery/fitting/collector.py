@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.errors import RefusedError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.config_keys import Settings
+from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.keep_search import best_kept
 from moesurgery.fitting.neuron_moments import NeuronMoments, neuron_sums
 from moesurgery.forward.batch_passes import BatchPasses, Progress
@@ -46,14 +48,16 @@ def collect(
     every_expert: bool = False,
     neurons: bool = False,
     scratch: Scratch | None = None,
+    imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
     With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `neurons`, also which
     neurons of each expert matter: the inputs of one layer's experts are held for all tokens, and one expert's moments.
-    With `scratch`, resumes from the state saved there by a killed run. Raises RefusedError for a family whose routing
-    cannot be read, or for `neurons` whose activations cannot.
+    With `scratch`, resumes from the state saved there by a killed run. What llama-imatrix would see is added to
+    `imatrix`. Raises RefusedError for a family whose routing cannot be read, or for `neurons` or `imatrix` whose
+    activations cannot.
     """
     import torch
 
@@ -81,6 +85,8 @@ def collect(
     def experts(call: ExpertsCall) -> torch.Tensor | None:
         where = call.block.where
         seen[where] = call
+        if imatrix is not None:
+            imatrix.add_experts(call)
         routed = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
         if every_expert:
             add_every_expert(sums_of(call), call, settings)
@@ -109,20 +115,21 @@ def collect(
     try:
         hooks = Hooks(experts=experts, block=block, router_logits=True)
         passes = engine.start(tokens, hooks, resume=resume, batch=batch)
-        if scratch is None and moments is None:
-            passes.to_layer(len(engine.layers), progress)
-        while passes.unit is not None and passes.passed < len(engine.layers):
-            unit = passes.unit
-            with engine.weights.loaded(unit, pin=neurons):
-                passes.step(progress)
-                for found in moments.of_layer(unit, passes) if moments is not None else ():
-                    for name, values in neuron_sums(engine, found).items():
-                        own = sums.setdefault(found.where, {})
-                        own[name] = torch.cat([own[name], values[None]]) if name in own else values[None]
-            if neurons:
-                engine.weights.unpin()
-            if scratch is not None:
-                scratch.keep([passes], batch, sums)
+        with imatrix.watching(engine, tokens) if imatrix is not None else nullcontext():
+            if scratch is None and moments is None:
+                passes.to_layer(len(engine.layers), progress)
+            while passes.unit is not None and passes.passed < len(engine.layers):
+                unit = passes.unit
+                with engine.weights.loaded(unit, pin=neurons):
+                    passes.step(progress)
+                    for found in moments.of_layer(unit, passes) if moments is not None else ():
+                        for name, values in neuron_sums(engine, found).items():
+                            own = sums.setdefault(found.where, {})
+                            own[name] = torch.cat([own[name], values[None]]) if name in own else values[None]
+                if neurons:
+                    engine.weights.unpin()
+                if scratch is not None:
+                    scratch.keep([passes], batch, sums)
     finally:
         if moments is not None:
             moments.close()
@@ -130,6 +137,7 @@ def collect(
             paired.close()
         if passes is not None:
             passes.close()
+    ffns = [where for where in sums if all(block.where != where for block in blocks)]
     about = {
         "model": engine.plan.checkpoint.source.identity,
         "model_type": engine.plan.anatomy.model_type,
@@ -140,14 +148,12 @@ def collect(
         "recon": list(keep),
         "every_expert": every_expert,
         "neurons": neurons,
-        "ffns": [where for where in sums if all(block.where != where for block in blocks)],
+        "ffns": ffns,
         "tokens": tokens.count,
         "windows": len(tokens),
     }
     by_where = {where: BlockStats(where, as_numpy(values)) for where, values in sums.items()}
-    return Stats(
-        {b.where: by_where[b.where] for b in blocks}, about, ffns={where: by_where[where] for where in about["ffns"]}
-    )
+    return Stats({b.where: by_where[b.where] for b in blocks}, about, ffns={w: by_where[w] for w in ffns})
 
 
 def collect_over(
@@ -160,6 +166,7 @@ def collect_over(
     every_expert: bool = False,
     neurons: bool = False,
     scratch: Sequence[Scratch | None] = (None,),
+    imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return what `collect` returns, with the windows split among engines on several devices.
 
@@ -176,10 +183,13 @@ def collect_over(
             progress,
             every_expert=every_expert,
             neurons=neurons,
-            scratch=scratch[0],
+            scratch=scratch[0] if imatrix is None else None,  # its sums are not in there
+            imatrix=imatrix,
         )
     if neurons:
         raise RefusedError("collect: --neurons needs all tokens of an expert on one device", "name one with --device")
+    if imatrix is not None:
+        raise RecipeError("--imatrix is collected on one device", "use --device cpu or --device cuda:0")
     parts = shared_out(tokens, len(engines))
 
     def one(number: int) -> Stats:

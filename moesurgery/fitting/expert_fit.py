@@ -49,7 +49,7 @@ def check_names(plan: Plan, call: ExpertsCall) -> None:
     """Raise RefusedError unless gate, up and down of the plan are what a block's module computes with."""
     import torch
 
-    block, module = call.block.block, call.module
+    block, module = plan.anatomy.block(call.block.where), call.module
     stored = matrices_of([(m, expr) for m, expr in expert_tensors(block, plan.tensors, 0) if not m.stem.bias])
     matrices = gauss_newton.matrices(module, 0)
     same = stored.keys() == matrices.keys() and all(

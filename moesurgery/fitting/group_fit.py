@@ -35,6 +35,7 @@ from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.neuron_matching import neuron_features, optimal_assignment, products
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import opened, quantised_experts
 from moesurgery.stats.group_fit_file import GroupFit
 from moesurgery.surgery.choose_experts import router_rows
 from moesurgery.surgery.group_experts import NAME, Merger
@@ -58,6 +59,7 @@ def fit_groups(
     import torch
 
     check_routing(engine, NAME)
+    plan = opened(engine.plan, quantised_experts(engine.plan))
     seen: dict[str, list[ExpertsCall]] = {}
     hooks = Hooks(experts=lambda call: seen.setdefault(call.block.where, []).append(call), router_logits=True)
     passes = engine.start(tokens, hooks, batch=engine.windows_per_batch(tokens, False))
@@ -67,7 +69,7 @@ def fit_groups(
             passes.to_layer(layer)
             with engine.weights.loaded(unit, pin=True), torch.no_grad():
                 passes.step(progress)
-                fits += [_fit(engine.plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
+                fits += [_fit(plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
             engine.weights.unpin()
     finally:
         passes.close()
@@ -97,7 +99,8 @@ def _order(plan: Plan, calls: Sequence[ExpertsCall], reference: int, other: int)
     """Return the neurons [I] of expert `other` that match those of `reference`."""
     import torch
 
-    features = (_features(plan, calls[0].block.block, expert) for expert in (reference, other))
+    block = plan.anatomy.block(calls[0].block.where)
+    features = (_features(plan, block, expert) for expert in (reference, other))
     first, second = (torch.nn.functional.normalize(rows, dim=-1, eps=1e-30) for rows in features)
     similarity = products(first, second)
     cross: Any = 0

@@ -5,17 +5,18 @@ edited model's own hidden states, with all layers before it already repaired. Th
 which the layer's output would equal the original's, so it also corrects errors left by the layers before. Where a model
 does not simply add the routed output to the residual stream, y is the output of the original block.
 
-Four kinds, each containing the one before it:
+Five kinds; scalar, expert, down and all each contain the one before:
 
     scalar   one factor on the block's output
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
+    router   the router's rows, for the block's linearised output (`router_fit`)
     down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
     all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
 
 Each solution is regularised towards no change, by a ridge chosen on windows it was not fitted on (`ridge`), so that a
 change that does not generalise to other text is not made. There is no training and no gradient of a loss.
-docs/measure.md shows where it helps and where it does not.
+docs/measure-tables.md shows where it helps and where it does not.
 
 Memory beside the two models' hidden states and one layer: the hidden states of all tokens four times. For `down`
 also the activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all`
@@ -30,11 +31,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
 from moesurgery.fitting.ridge import RidgeSolution, solve
+from moesurgery.fitting.router_fit import fit_router, router_of
 from moesurgery.forward.activations import check_form, down
 from moesurgery.forward.batch_passes import BatchPasses, Progress
 from moesurgery.forward.engine import Engine
@@ -44,12 +45,13 @@ from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.scratch import Scratch, ScratchState
 from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import opened, quantised_experts
 from moesurgery.stats.repair_file import FittedBlock
 
 if TYPE_CHECKING:
     import torch
 
-RepairKind = Literal["scalar", "expert", "down", "all"]
+RepairKind = Literal["scalar", "expert", "router", "down", "all"]
 MATRICES = ("down", "all")
 
 
@@ -87,8 +89,7 @@ def fit_layers(
     With `scratch`, state is saved between layers; with the `state` that was loaded from there, layers that are done are
     not run again. Where the two engines have a GPU each, the original is run one layer ahead.
 
-    Raises RefusedError where the two models have other layers, an experts module has another form, or `down` would
-    have to change quantised weights.
+    Raises RefusedError where the two models have other layers, or an experts module has another form.
     """
     import torch
 
@@ -98,9 +99,11 @@ def fit_layers(
     for block in (*original.blocks, *edited.blocks):
         if block.experts is None:
             raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
-    if options.kind in MATRICES:
-        _refuse_quantised(edited, options.kind)
+    if options.kind == "router":
+        for block in edited.blocks:
+            router_of(edited.plan, block)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
+    plan = opened(edited.plan, quantised_experts(edited.plan)) if options.kind in MATRICES else edited.plan
     size = state.batch if state else size
     routed: dict[str, list[torch.Tensor]] = {}  # the original's routed outputs, by block
     factors: dict[str, torch.Tensor] = {w: named["factors"] for w, named in state.sums.items()} if state else {}
@@ -127,9 +130,15 @@ def fit_layers(
         assert repaired is not None
         device = edited.skeleton.devices[edited.skeleton.units[block.unit].stage]
         originals = [y.to(device) for y in originals]
-        calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+        wants_logits = options.kind == "router"
+
+        def now() -> tuple[list[ExpertsCall], list[torch.Tensor]]:
+            assert repaired is not None
+            return _missing(repaired, block, repaired_output, originals, outputs, wants_logits)
+
+        calls, missing = now()
         total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
-        fitted = _fit(edited.plan, block, calls, missing, total, options)
+        fitted = _fit(edited, plan, block, calls, missing, total, options, now)
         if fitted.factors is not None:
             factors[block.where] = torch.tensor([*fitted.factors, 1.0])
         done(fitted)
@@ -165,17 +174,6 @@ def fit_layers(
                 passes.close()
 
 
-def _refuse_quantised(edited: Engine, kind: RepairKind) -> None:
-    for block in edited.blocks:
-        roles = ("down",) if kind == "down" else ("down", "gate", "up", "gate_up")
-        for member in (member for role in roles for member in block.block.named(role)):
-            if edited.plan.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
-                raise RefusedError(
-                    f"refit: {member.name} is quantised: a fitted weight has no scale",
-                    "use --refit expert, or dequantise first with `moesurgery convert --dequantize`",
-                )
-
-
 def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the factor of each chosen expert; 1 for numbers past the last (identity experts)."""
     return factors.to(index.device)[index.clamp(max=len(factors) - 1)]
@@ -187,6 +185,7 @@ def _missing(
     others: Callable[[ExpertsCall], Any],
     originals: Sequence[torch.Tensor],
     outputs: Sequence[Any],
+    router_logits: bool,
 ) -> tuple[list[ExpertsCall], list[torch.Tensor]]:
     """Return a block's calls on the edited model's hidden states, and the residual [T, H]: target minus routed output.
 
@@ -202,7 +201,7 @@ def _missing(
         routed.append(call.run())
         return routed[-1]
 
-    layer_outputs = passes.peek(Hooks(experts=edited_output))
+    layer_outputs = passes.peek(Hooks(experts=edited_output, router_logits=router_logits))
     share = _share(passes, block, routed[0], layer_outputs[0])
     missing = []
     for i, call in enumerate(calls):
@@ -240,21 +239,35 @@ def _share(passes: BatchPasses, block: ExpertsModule, routed: torch.Tensor, outp
 
 
 def _fit(
+    edited: Engine,
     plan: Plan,
     block: ExpertsModule,
     calls: Sequence[ExpertsCall],
     missing: Sequence[torch.Tensor],
     total: float,
     options: RepairOptions,
+    now: Callable[[], tuple[list[ExpertsCall], list[torch.Tensor]]],
 ) -> FittedBlock:
-    """Fit one block for its calls. `missing` is updated where matrices are fitted."""
+    """Fit one block for its calls. `missing` is updated where matrices are fitted; `now` computes both again.
+
+    `plan` is the edited one, with quantised experts opened where matrices are fitted.
+    """
     import torch
 
     experts = block.block.experts
     index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
     fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
-    if options.kind in MATRICES:
+    if options.kind == "router":
+        router = router_of(plan, block)
+        assert block.router is not None
+        weight, dtype = edited.skeleton.tensor(block.router), torch_dtype(plan.tensors[router.name].dtype)
+        settings = plan.anatomy.settings
+        fitted.router, change, calls, missing = fit_router(
+            settings, weight, router.axis or 0, calls, missing, options.ridge, dtype, now
+        )
+        changes, fitted.error_after = [change], _energy(missing) / total
+    elif options.kind in MATRICES:
         changes = _fit_matrices(plan, calls, missing, options, fitted)
         fitted.error_after = _energy(missing) / total
     else:
@@ -310,7 +323,7 @@ def _fit_matrices(
     check_form(calls[0])
     if options.kind == "all":
         check_names(plan, calls[0])
-    dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
+    dtype = torch_dtype(plan.tensors[plan.anatomy.block(block.where).named("down")[0].name].dtype)
     changes = []
     module, routed = calls[0].module, RoutedTokens(calls, block.experts)
     for _ in range(options.sweeps):

@@ -82,7 +82,8 @@ class NeuronMoments:
             path, _, leaf = engine.skeleton.target.get(name, "").rpartition(".")
             if leaf != "weight" or block.members[0].expert is None:
                 continue  # not run, as in a prediction layer, or no linear module of its own
-            linear, read = engine.skeleton.model.get_submodule(path), []
+            linear = engine.skeleton.model.get_submodule(path)
+            read: list[torch.Tensor] = []
             handle = linear.register_forward_pre_hook(lambda module, args, read=read: read.append(args[0]))
             self._ffns[module] = _Ffn(block, engine.skeleton.unit_of(f"{path}.{leaf}").path, linear, handle, read)
 

@@ -22,7 +22,7 @@ def use_by_expert(model: Any) -> None:
 
     ALL_EXPERTS_FUNCTIONS.register(BY_EXPERT, by_expert_forward)
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(module, "has_post_expert_norm") and getattr(config, "_experts_implementation", "") == "grouped_mm":
             config._experts_implementation = BY_EXPERT
 
@@ -62,7 +62,7 @@ def _output(module: Any, expert: int, read: torch.Tensor) -> torch.Tensor:
     outputs = _linear(
         module, "down_proj", expert, module._apply_gate(first) if module.has_gate else module.act_fn(first)
     )
-    return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs  # type: ignore[no-any-return]
+    return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
 
 
 def _linear(module: Any, name: str, expert: int, read: torch.Tensor) -> torch.Tensor:

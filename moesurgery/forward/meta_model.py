@@ -38,6 +38,7 @@ class MetaModel:
     def __init__(self, plan: Plan, devices: Sequence[str], dtype: str) -> None:
         import torch
 
+        plan.checkpoint.refuse_gguf("llama.cpp runs those, transformers does not")
         self.plan = plan
         self.donor: MetaModel | None = None  # a model whose loaded weights are reused where they are the same
         self.tensors, renamed = dequantised(plan)

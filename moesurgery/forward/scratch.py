@@ -127,7 +127,7 @@ class Scratch:
             before = json.loads((self.folder / STATE).read_text())
         new = {f"{w}/{n}": v for w, named in sums.items() if w not in self._blocks for n, v in named.items()}
         files = [*before["sums"], self._save(f"sums-{layer:03}.safetensors", new)]
-        shapes = []
+        shapes: list[Any] = []
         for number, of_pass in enumerate(outputs):
             shapes.append([])
             for i, output in enumerate(of_pass):
