@@ -82,7 +82,7 @@ def _remapped(
         new[again.any(1), slot] = GONE
     nearest = _nearest(before, after, name)[:, :width]  # a token has at most width - 1 others
     for slot in range(width):
-        for rows in (new[:, slot] == GONE).nonzero().flatten().split(_ROWS):
+        for rows in torch.split((new[:, slot] == GONE).nonzero().flatten(), _ROWS):
             candidates = nearest[wanted[rows, slot]]
             taken = (candidates[:, :, None] == new[rows][:, None, :]).any(2)
             first_free = taken.int().cumprod(1).sum(1)
@@ -103,4 +103,4 @@ def _nearest(before: torch.Tensor, after: torch.Tensor, name: str) -> torch.Tens
                 "`moesurgery validate --level values` finds all such tensors",
             )
         units.append(rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
-    return (units[0] @ units[1].T).argsort(dim=1, descending=True, stable=True)
+    return torch.argsort(units[0] @ units[1].T, dim=1, descending=True, stable=True)

@@ -81,7 +81,7 @@ def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int, 
         f"{left_out:,} of {left_out + len(sample):,} sampled embedding rows hold NaN, infinity or numbers too large to"
         " square, and the estimate is without them: `moesurgery validate --level values` finds such numbers"
     )
-    notes = (note,) if left_out else ()
+    notes: tuple[str, ...] = (note,) if left_out else ()
     if by_table:
         notes += (f"{', '.join(by_table)}: a table chooses there, not the router: the mean of the other factors",)
     return RouterEstimate(factors, notes)
