@@ -32,6 +32,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
     from moesurgery.cli import main
+    from tests.commands.test_drop_experts import with_prediction_layer
+    from tests.tiny import save_tiny
 
     folder = tmp_path_factory.mktemp("docs")
 
@@ -53,6 +55,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     transformers.MixtralForCausalLM(config).save_pretrained(folder / "two-layers", save_original_format=True)
+    save_tiny("deepseek_v3", folder / "lost", fused=False, dtype="float32")
+    with_prediction_layer(folder / "lost", folder / "predicting")
     (folder / "text.txt").write_text((ROOT / "examples/demo/heldout-code.txt").read_text()[:40_000])
     (folder / "merge.yaml").write_text(
         f"merge_method: linear\nmodels:\n- model: {folder}/base\n  parameters: {{weight: 0.5}}\n"
@@ -73,10 +77,17 @@ def words_of(page: str, line: str) -> list[str]:
     words = shlex.split(line, comments=True)[1:]
     dense = words[0] == "upcycle"
     names = {
-        "MODEL": "dense" if dense else "two-layers" if "{0: [3], 1: [6]}" in words else "MODEL",
+        "MODEL": "dense"
+        if dense
+        else "predicting"
+        if words[0] == "mtp"
+        else "two-layers"
+        if "{0: [3], 1: [6]}" in words
+        else "MODEL",
         "F": "text.txt",
         "FILE": "text.txt",
         "BASE": "base",
+        "FINETUNE": "lost",
         "TUNED": "math",
         "OTHER": "math",
         "STOCK": "stock",
@@ -84,12 +95,13 @@ def words_of(page: str, line: str) -> list[str]:
         **dict.fromkeys(("mine.jsonl", "other.jsonl"), "text.txt"),
         **({"48": "6"} if words[0] == "drop-experts" else {}),
         **({"OUT": "math", "50": "1"} if words[0] == "compare" else {}),
+        **(dict.fromkeys(("MODEL", "BASE"), "predicting") if words[0] == "mtp" else {}),
     }
     words = ["Mixtral-8x7B-v0.1" if word.startswith("hf://") else names.get(word, word.rstrip("/")) for word in words]
     if "checkpoint-500=./math/final" in words:  # as in docs/validate.md, with folders that are here
         words = ["validate", "merged", *(w for n in ("base", "code", "lora") for w in ("--against", f"./{n}"))]
         words += ["--against", "math=./math"]
-    if words[0] in BUILT_IN or words[0] == "run":
+    if words[0] in BUILT_IN or words[0] in ("run", "mtp"):
         words.append("--dry-run")
     if "--text" not in words:
         return words

@@ -10,7 +10,7 @@ import typer
 
 from moesurgery._version import __version__
 from moesurgery.cli._help import GroupedCommands, command_class, in_words
-from moesurgery.recipe.registry import BUILT_IN, find_operation, operations
+from moesurgery.recipe.registry import BUILT_IN, MTP_VERBS, find_operation, operations
 
 # The module of this package where each command is; the operations stand between the two.
 _LOOKING = {"count-params": "count_params", "inspect": "inspect", "families": "families"}
@@ -30,7 +30,9 @@ _OTHERS = {
     "keep-list": "keep_list",
     "schema": "recipes",
     "recipes": "recipes",
+    "mtp": "mtp",
 }
+_WITH_COMMANDS = ("recipes", "mtp")  # of commands of their own
 _MODULES = {**_LOOKING, **_OTHERS}
 
 
@@ -49,9 +51,10 @@ def app(first: str = "") -> typer.Typer:
     )
     made.callback()(_root)
     known = first in BUILT_IN or first in _MODULES
-    for name in [first] if known else [*_LOOKING, *operations(), *_OTHERS]:
-        if name == "recipes":
-            made.add_typer(import_module("moesurgery.cli.recipes").recipes_app, name=name)
+    named = (name for name in operations() if not name.startswith(MTP_VERBS))
+    for name in [first] if known else [*_LOOKING, *named, *_OTHERS]:
+        if name in _WITH_COMMANDS:
+            made.add_typer(getattr(import_module(f"moesurgery.cli.{name}"), f"{name}_app"), name=name)
         else:
             own = find_operation(name).parameters if name not in _MODULES else ()
             made.command(name, cls=command_class(own))(in_words(_function(name)))

@@ -15,7 +15,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Look at a model": ("count-params", "inspect", "families"),
     "Fit a machine": ("fit",),
     "Edit experts": ("rescale", "drop-experts", "merge-experts", "slim-experts", "add-expert", "refit"),
-    "Change the kind of model": ("upcycle", "to-dense", "tie-blocks", "convert"),
+    "Change the kind of model": ("upcycle", "to-dense", "tie-blocks", "mtp", "convert"),
     "Several models": ("merge", "extract-lora"),
     "Measure": ("perplexity", "compare", "collect", "probe"),
     "Check": ("validate", "diff"),

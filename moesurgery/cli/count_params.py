@@ -12,6 +12,7 @@ from moesurgery.cli._console import console, human_bytes, human_count
 from moesurgery.cli._pictures import Bars, Heatmap, Panel, check_picture, write_picture
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.count.params import Counts, count_params
+from moesurgery.count.prediction import prediction_part
 from moesurgery.count.roofline import Roofline, roofline
 from moesurgery.errors import RecipeError
 from moesurgery.families.components import MAIN_COMPONENTS, VISION
@@ -50,6 +51,7 @@ def count_params_command(
     checkpoint = open_checkpoint(model, headers_only=True)
     anatomy = recognise(checkpoint.config, checkpoint.tensors)
     counts = count_params(anatomy, checkpoint.tensors, top_k)
+    predicting = prediction_part(anatomy, checkpoint.tensors)
     cost = roofline(anatomy, checkpoint.tensors, counts, context, ACCELERATORS[accelerator])
     if picture is not None:
         about = f"{counts.total:,} parameters in all"
@@ -58,6 +60,7 @@ def count_params_command(
         document = counts.as_json()
         document["model"] = checkpoint.source.identity
         document["headers_only"] = checkpoint.headers_only
+        document["prediction"] = predicting.as_json() if predicting else None
         document["notes"] = anatomy.notes
         document["roofline"] = cost.as_json() if cost else None
         if by_layer:
@@ -65,6 +68,8 @@ def count_params_command(
         console.json(document)
         return
     _show(checkpoint.source.identity, counts, anatomy.unknown_experts, headers_only=checkpoint.headers_only)
+    if predicting is not None:
+        console.result(f"prediction layers: {predicting.sentence(human_bytes(predicting.nbytes))}")
     for note in anatomy.notes:
         console.result(note)
     if by_layer:

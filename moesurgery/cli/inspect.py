@@ -10,6 +10,7 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.cli._common_options import Json, Model
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.count.prediction import PredictionPart, prediction_part
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present
@@ -31,15 +32,18 @@ def inspect_command(model: Model = ".", as_json: Json = False) -> None:
     anatomy = recognise(checkpoint.config, checkpoint.tensors, broken)
     anatomy.notes.extend(error.message for _, error in broken)
     groups = tensor_groups(anatomy, checkpoint.tensors)
-    facts = _facts(anatomy, checkpoint.tensors)
+    predicting = prediction_part(anatomy, checkpoint.tensors)
+    facts = _facts(anatomy, checkpoint.tensors, predicting)
     if as_json:
         document = {"schema_version": 1, "model": checkpoint.source.identity, **facts}
         console.json(document | {"tensors": [group.as_json() for group in groups]})
         return
     console.result(checkpoint.source.identity)
     for key, value in facts.items():
-        if value not in (None, [], {}):
+        if value not in (None, [], {}) and key != "prediction":
             console.result(f"{key.replace('_', ' '):<15} {_words(value)}")
+    if predicting is not None:
+        console.result(f"{'prediction':<15} {predicting.sentence(human_bytes(predicting.nbytes))}")
     console.result()
     rows = [(str(g.count), g.name, g.dtype, g.shapes, g.component.replace("_", " ")) for g in groups]
     console.table(("", "tensors", "dtype", "shape", "part"), rows, right=(0,))
@@ -96,7 +100,7 @@ def tensor_groups(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> list[T
     return list(groups.values())
 
 
-def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo], predicting: PredictionPart | None) -> dict[str, Any]:
     family, settings = anatomy.family, anatomy.settings
     main = anatomy.main_blocks
     shown = overview(family) if family else None
@@ -113,6 +117,7 @@ def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> dict[str, Any
         "layers": settings.layers,
         "moe_layers": _layers(main),
         "prediction_layers": _layers([block for block in anatomy.blocks if block.mtp]),
+        "prediction": predicting.as_json() if predicting else None,
         "experts": _said(lambda: f"{anatomy.experts} per layer ({keys_present(settings, EXPERTS_KEYS)})")
         if main
         else None,

@@ -52,7 +52,7 @@ _FFN = re.compile(r"mlp|feed_forward|ffn|moe|linear_[12]|fc[12]|experts|share|de
 
 def is_mtp(name: str) -> bool:
     """Whether a tensor stands in a multi-token-prediction module of its own (others are extra layers)."""
-    return "mtp" in name.split(".")
+    return any(part == "mtp" or part.startswith("mtp_") for part in name.split("."))
 
 
 def is_vision(components: list[str]) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moesurgery.errors import RefusedError
-from moesurgery.families.config_keys import LAYERS_KEYS, PREDICTION_KEYS, Settings, section
+from moesurgery.families.config_keys import LAYERS_KEYS, PREDICTION_KEYS, Settings, section, with_value
 from moesurgery.families.layer_keys import (
     ALTERNATING,
     APART,
@@ -42,6 +42,7 @@ from moesurgery.families.quantised import quantisation_config
 
 _SOURCES, _SHARERS = "kv_source_layers", "indexer_types"  # of which one layer speaks of another
 _SHARED = ("shared", "S")
+_MODULES, _USED = "num_mtp_modules", "use_mtp"  # MiniMax-M2's, whose published copies hold no such layers
 _NUMBER = re.compile("[0-9]{1,9}")
 
 
@@ -292,8 +293,41 @@ def without_prediction(settings: Settings) -> dict[str, Any]:
                     first = 1 if key in NUMBERS_FROM_ONE else 0
                     kept = [number + first for number in sorted(numbers) if number < depth]
                     place[key] = ",".join(map(str, kept)) if isinstance(value, str) else kept
-        part.update({key: 0 for key in PREDICTION_KEYS if part.get(key)})
+        part.update({key: 0 for key in (*PREDICTION_KEYS, _MODULES) if part.get(key)})
+        if part.get(_USED):
+            part[_USED] = False
     return config
+
+
+def with_prediction(settings: Settings, theirs: Settings) -> dict[str, Any]:
+    """Return the config with the layers for multi-token prediction that another model's names, and entries for them.
+
+    The inverse of `without_prediction`: what `theirs` says of layers behind its stack is said behind this one.
+    """
+    config: dict[str, Any] = copy.deepcopy(dict(settings.config))
+    depth, other, behind = settings.layers or 0, theirs.layers or 0, prediction_layers(theirs)
+    for path in dict.fromkeys((*settings.family.nested, ())):
+        part, source = section(config, path), section(theirs.config, path)
+        if not isinstance(part, MutableMapping) or source is None:
+            continue
+        places = dict(_places(source))
+        for inside, place in _places(part) if depth else ():
+            for key, value in place.items():
+                more = places.get(inside, {}).get(key)
+                listed = key in LISTS and isinstance(more, (list, str)) and type(value) is type(more)
+                if listed and behind and len(more) == other + behind and len(value) == depth:
+                    place[key] = value + copy.deepcopy(more[other:])
+                elif (numbers := _numbers(key, value)) is not None:
+                    first = 1 if key in NUMBERS_FROM_ONE else 0
+                    added = sorted(n - other + depth for n in _numbers(key, more) or () if n >= other)
+                    held = [number + first for number in [*sorted(numbers), *added]]
+                    if added:
+                        place[key] = ",".join(map(str, held)) if isinstance(value, str) else held
+        part.update({key: source[key] for key in (_MODULES, _USED) if source.get(key)})
+    if not behind:
+        return config
+    name = next(key for part in theirs.sections() for key in PREDICTION_KEYS if part.get(key))
+    return with_value(replace(settings, config=config), PREDICTION_KEYS, behind, name)
 
 
 def _describes_layers(part: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moesurgery.errors import RefusedError
@@ -104,15 +104,48 @@ def _from_layers(name: str) -> str:
     return name[match.start(1) :] if match else name
 
 
+def without_entries(settings: Any, gone: Callable[[str], bool]) -> Any:
+    """Return quantisation settings without the entries about modules that are gone."""
+    if isinstance(settings, Mapping):
+        return {key: without_entries(of, gone) for key, of in settings.items() if not gone(key)}
+    if isinstance(settings, list):
+        return [without_entries(of, gone) for of in settings if not (isinstance(of, str) and gone(of))]
+    return copy.deepcopy(settings)
+
+
+def with_left_out(settings: Any, theirs: Any, added: Callable[[str], str | None]) -> Any:
+    """Return quantisation settings whose lists of modules left out also have entries of another model's, `theirs`.
+
+    `added` returns what such an entry is called here, None for one about no module that was added.
+    """
+    changed = copy.deepcopy(settings)
+    if not isinstance(changed, dict) or not isinstance(theirs, Mapping):
+        return changed
+    for key in _LEFT_OUT:
+        source, mine = theirs.get(key), changed.get(key) or []
+        if isinstance(source, list) and isinstance(mine, list):
+            named = [added(entry) for entry in source if isinstance(entry, str)]
+            more = [entry for entry in named if entry is not None and entry not in mine]
+            changed |= {key: [*mine, *more]} if more else {}
+    if "quantization" in changed:
+        changed["quantization"] = with_left_out(changed["quantization"], theirs.get("quantization"), added)
+    return changed
+
+
 def with_renamed_settings(config: Mapping[str, Any], modules: Mapping[str, str | None]) -> dict[str, Any]:
     """Return a copy of the config whose quantisation settings have modules under their new names."""
+    return with_changed_settings(config, lambda settings, where: with_renamed_modules(settings, modules, where))
+
+
+def with_changed_settings(config: Mapping[str, Any], change: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """Return a copy of the config with what `change` makes of its quantisation settings and the name of their place."""
     renamed: dict[str, Any] = copy.deepcopy(dict(config))
     for place in (renamed, renamed.get("text_config"), renamed.get("llm_config")):
         if not isinstance(place, dict):
             continue
         for key in QUANTISATION_KEYS:
             if isinstance(place.get(key), Mapping):
-                place[key] = with_renamed_modules(place[key], modules, f"config.json: {key}")
+                place[key] = change(place[key], f"config.json: {key}")
     return renamed
 
 

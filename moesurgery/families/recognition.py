@@ -116,7 +116,8 @@ def _collect(anatomy: Anatomy, place: TensorRole, found: _Found, blocks: _Blocks
         for number in numbers[: place.layer_at]:
             root = root.replace("#", str(number), 1)
         layer = numbers[place.layer_at]
-        key = (root, layer, place.of.name if place.of else None)
+        # Two lists of layers may begin alike: `layers.0` and `mtp.0`.
+        key = (f"{root}{place.container}", layer, place.of.name if place.of else None)
         block = blocks.get(key)
         if block is None:
             block = blocks[key] = MoeBlock(root, layer, place.container, of=place.of)
@@ -132,11 +133,11 @@ def _divide(anatomy: Anatomy, family: Family, blocks: _Blocks) -> None:
     stated = anatomy.settings.experts
     if following is None or not stated:
         return
-    for (root, layer, name), block in list(blocks.items()):
+    for (container, layer, name), block in list(blocks.items()):
         over = [m for m in block.members if m.expert is not None and m.expert >= stated]
         if name is None and over:
-            key = (root, layer, following.name)
-            other = blocks.setdefault(key, MoeBlock(root, layer, block.container, mtp=block.mtp, of=following))
+            key = (container, layer, following.name)
+            other = blocks.setdefault(key, MoeBlock(block.root, layer, block.container, mtp=block.mtp, of=following))
             other.members.extend(m._replace(expert=m.expert - stated) for m in over if m.expert is not None)
             block.members = [m for m in block.members if m.expert is None or m.expert < stated]
 

@@ -15,6 +15,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
 from moesurgery.expr.tensors import Full, concat_last, slice_last
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
+from moesurgery.moe.expert_table import GONE, is_expert_table, remapped_table
 from moesurgery.plan.select_packed import PackedEntries
 
 _PLAIN = "dequantise first: `moesurgery convert --dequantize` where it knows the form, else the tool that made it"
@@ -31,7 +32,13 @@ def selected(block: MoeBlock, tensors: Mapping[str, Expr], kept: Sequence[int]) 
     entries: Entries = {}
     for member in block.members:
         expr = tensors[member.name]
-        if member.expert is None:
+        if is_expert_table(member):
+            place = [kept.index(e) if e in kept else GONE for e in range(block.experts)]
+            table = remapped_table(
+                block, member, tensors, lambda m: along_experts(block, m, tensors[m.name], kept), place
+            )
+            entries[member.name] = [(member.name, table)]
+        elif member.expert is None:
             entries[member.name] = [(member.name, along_experts(block, member, expr, kept))]
         else:
             padding = [member.expert] if member.expert >= block.experts else []  # tensors of identity experts
@@ -107,14 +114,9 @@ def _up_to_the_expert(path: str) -> list[str]:
     return [*pieces[:-1], ""] if len(pieces) > 1 else pieces
 
 
-def refuse_strays(block: MoeBlock, tensors: Mapping[str, Expr], *, renumbered: bool = True) -> None:
-    """Raise RefusedError for a tensor that must change with the experts and is not in the family table.
-
-    Where experts get other numbers (`renumbered`), also for a table that holds their numbers.
-    """
+def refuse_strays(block: MoeBlock, tensors: Mapping[str, Expr]) -> None:
+    """Raise RefusedError for a tensor that must change with the experts and is not in the family table."""
     known = {member.name for member in block.members}
-    if renumbered and (table := next((m for m in block.members if m.along and m.along.role == "expert_table"), None)):
-        raise RefusedError(f"{table.name} assigns experts to tokens by number: it cannot follow other experts")
     paths = [part.path for part in block.layout.parts] if block.layout else []
     heads = sorted({"[0-9]+".join(map(re.escape, _up_to_the_expert(path))) for path in paths})
     beside = re.compile(rf"{re.escape(block.where)}\.(?:{'|'.join(heads)})[._].*")

@@ -23,7 +23,7 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
 
     All take the position of the block's first tensor. Raises RefusedError for biases and quantised weights.
     """
-    refuse_strays(block, tensors, renumbered=False)
+    refuse_strays(block, tensors)
     members = [m for m in block.members if m.part is not None]
     if _keeps_projections(block, target) and any(not m.stem.main for m in members):
         return _carried(block, tensors, target, operation)

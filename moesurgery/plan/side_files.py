@@ -6,7 +6,7 @@ ones, or look for modules under old names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
@@ -50,11 +50,20 @@ def renamed_files(checkpoint: Checkpoint, files: Files, modules: Mapping[str, st
 
     Raises RefusedError where one matches expert numbers by a regular expression.
     """
+    if not modules:
+        return {}
+    return changed_files(checkpoint, files, lambda content, file: with_renamed_modules(content, modules, file))
+
+
+def changed_files(
+    checkpoint: Checkpoint, files: Files, change: Callable[[Mapping[str, Any], str], Any]
+) -> dict[str, bytes | None]:
+    """Return the files that describe quantisation that `change`, given content and name, makes others of."""
     changed: dict[str, bytes | None] = {}
-    for file, content in quantisation_files(checkpoint, files) if modules else ():
-        renamed = with_renamed_modules(content, modules, file)
-        if renamed != content:
-            changed[file] = write_json(renamed).encode()
+    for file, content in quantisation_files(checkpoint, files):
+        new = change(content, file)
+        if new != content:
+            changed[file] = write_json(new).encode()
     return changed
 
 

@@ -38,9 +38,13 @@ BUILT_IN = (
     "tie-blocks",
     "convert",
     "refit",
+    "mtp-drop",
+    "mtp-extract",
+    "mtp-graft",
 )
 
 
+MTP_VERBS = "mtp-"  # the beginning of the names of the operations that are commands under `mtp`
 FOR_GGUF = ("rescale", "drop-experts", "merge-experts")
 _PACKAGES = frozenset(("rescale", "upcycle", "tie-blocks"))  # those that are more than one file
 
@@ -119,7 +123,7 @@ def operations() -> Mapping[str, Operation]:
 
 
 def _load(name: str) -> None:
-    module = name.replace("-", "_")
+    module = "mtp_layers" if name.startswith(MTP_VERBS) else name.replace("-", "_")
     import_module(f"moesurgery.surgery.{module}.{module}" if name in _PACKAGES else f"moesurgery.surgery.{module}")
 
 

@@ -18,6 +18,7 @@ from moesurgery.families.quantised import quantisation_config
 from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
 from moesurgery.moe.expert_axis import Entries, refuse_strays
 from moesurgery.moe.expert_counts import check_blocks, with_expert_count
+from moesurgery.moe.expert_table import is_expert_table
 from moesurgery.plan.plan import Plan, Step, plan_of
 from moesurgery.plan.side_files import quantisation_files
 from moesurgery.recipe.parameters import Param
@@ -121,6 +122,8 @@ class _Joined:
         """Return what takes the place of a tensor: itself with more entries, or with more tensors after it."""
         expr = self.ours.plan.tensors[member.name]
         holder = self.ours.tensors[member.name]
+        if is_expert_table(member):
+            return [(member.name, expr)]
         if member.part is None:
             return [(member.name, self._along(member, expr, holder.layer, holder.paths[0]))]
         if member.expert is None:

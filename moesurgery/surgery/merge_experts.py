@@ -21,6 +21,7 @@ from moesurgery.expr.tensors import Linear
 from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
 from moesurgery.moe.expert_axis import Entries, along_experts, refuse_strays, renamed_modules
 from moesurgery.moe.expert_counts import equal_count, with_expert_count
+from moesurgery.moe.expert_table import is_expert_table, remapped_table
 from moesurgery.moe.neuron_matching import neuron_order
 from moesurgery.moe.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked_experts
 from moesurgery.plan.plan import Plan, Step, Table
@@ -272,6 +273,8 @@ class _Merge:
         if all(len(group) == 1 for group in self.groups):
             return
         for member in self.block.members:
+            if is_expert_table(member):
+                continue
             dtype = self.tensors[member.name].dtype
             if dtype not in PLAIN_FLOATS and dtype not in REQUANTISED:
                 raise RefusedError(
@@ -323,6 +326,10 @@ class _Merge:
     def _along(self, member: BlockTensor) -> Expr:
         """Return a router tensor: the entries of the dominant members, the means of all, or fitted ones."""
         expr = self.tensors[member.name]
+        if is_expert_table(member):
+            place = {expert: number for number, group in enumerate(self.groups) for expert in group}
+            order = [place[expert] for expert in range(self.block.experts)]
+            return remapped_table(self.block, member, self.tensors, self._along, order)
         if self.router == "dominant" or expr.dtype not in PLAIN_FLOATS:
             return along_experts(self.block, member, expr, self.dominant)
         if self.router == "lse" and member.role not in ("router", "router_bias"):

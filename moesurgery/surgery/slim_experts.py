@@ -116,7 +116,7 @@ def slim_experts(
     others = {name: expr for name, expr in plan.tensors.items() if name not in known}
     changed: dict[str, Expr] = {}
     for where, (block, _, _) in slimmed.items():
-        refuse_strays(block, others, renumbered=False)
+        refuse_strays(block, others)
         mine = with_neurons(block, plan.tensors, kept[where])
         solved = {expert: {"down": m["down"]} for expert, m in read.get(where, {}).items() if "down" in m}
         changed |= mine | (with_matrices(block, {**plan.tensors, **mine}, solved) if solved else {})

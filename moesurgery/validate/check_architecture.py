@@ -30,6 +30,9 @@ def check_architecture(subject: Context) -> Outcome:
     reason = too_many(subject.config)
     if reason is None and not isinstance(subject.config.get("model_type"), str):
         reason = "config.json names no model_type"
+    predicting = language_and_prediction_layers(subject)
+    if not predicting.plain and (predicting.numbers or predicting.own_module):
+        reason = "it holds prediction layers and no others, as a draft does, for which transformers has no class"
     if reason is not None:
         yield NotChecked(("C03", "C14"), reason)
         return

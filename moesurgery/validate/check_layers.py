@@ -46,15 +46,18 @@ def layers(subject: Context) -> Outcome:
     if sparse is not None and stored and sparse & plain != stored & plain:
         yield finding("C07", f"config.json makes layers {ranges(sparse)} MoE, the tensors {ranges(stored)}", CONFIG)
     behind = sorted(n for n in mtp if n >= stated)
-    if predicting.declared > 0 and not behind and not predicting.own_module:
-        message = f"names {predicting.declared} layers for multi-token prediction; no tensor belongs to one"
-        yield finding("C07", message, CONFIG, hint="set num_nextn_predict_layers to 0, or bring their weights back")
+    lacking = predicting.declared - len(behind)
+    if lacking > 0 and not predicting.own_module:
+        held = f"the tensors hold {ranges(behind)}" if behind else "no tensor belongs to one"
+        message = f"names {predicting.declared} layers for multi-token prediction; {held}"
+        hint = "`moesurgery mtp drop` makes the config true; `moesurgery mtp graft MODEL --from BASE` brings them back"
+        yield finding("C07", message, CONFIG, hint=hint)
     if leftover := behind[max(predicting.declared, 0) :]:
         message = f"holds layers for multi-token prediction that {CONFIG} does not name: {ranges(leftover)}"
-        yield finding("C11", message, hint="drop them, or set num_nextn_predict_layers")
+        yield finding("C11", message, hint="`moesurgery mtp drop`, or set num_nextn_predict_layers")
     elif predicting.own_module and predicting.declared <= 0:
         message = f"holds a module for multi-token prediction, `mtp`, that {CONFIG} does not name"
-        yield finding("C11", message, hint="drop it, or set num_nextn_predict_layers")
+        yield finding("C11", message, hint="`moesurgery mtp drop`, or set num_nextn_predict_layers")
 
 
 def _described(subject: Context, stated: int) -> Iterator[Finding]:

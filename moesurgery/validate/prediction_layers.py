@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesurgery.families.components import VISION
+from moesurgery.families.components import VISION, is_mtp
 from moesurgery.families.config_keys import PREDICTION_KEYS
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.context import Context
@@ -27,7 +27,7 @@ class PredictionLayers:
 
     def holds(self, name: str) -> bool:
         """Whether a tensor, also under the name that transformers gives it, belongs to such a layer."""
-        if _in_own_module(name):
+        if is_mtp(name):
             return True
         template, numbers = name_template(name)
         return template.partition("#")[0].endswith("layers.") and numbers[0] in self.numbers
@@ -39,7 +39,7 @@ def language_and_prediction_layers(subject: Context) -> PredictionLayers:
     parts: dict[int, set[str]] = {}
     for name, layer in subject.anatomy.layer.items():
         root, _, rest = name.partition(f".{layer}.")
-        if subject.anatomy.component[name] == VISION or _in_own_module(name):
+        if subject.anatomy.component[name] == VISION or is_mtp(name):
             continue
         stacks.setdefault(root, set()).add(layer)
         parts.setdefault(layer, set()).add(rest.split(".")[0])
@@ -49,10 +49,6 @@ def language_and_prediction_layers(subject: Context) -> PredictionLayers:
     return PredictionLayers(
         frozenset(deepest - numbers),
         frozenset(numbers),
-        any(_in_own_module(name) for name in subject.tensors),
+        any(is_mtp(name) for name in subject.tensors),
         declared if type(declared) is int else 0,
     )
-
-
-def _in_own_module(name: str) -> bool:
-    return any(part == "mtp" or part.startswith("mtp_") for part in name.split("."))

@@ -25,8 +25,6 @@ from moesurgery.families.table.common import (
     sigmoid,
 )
 
-HASH_LAYERS = "its first layers route by a table (tid2eid) of expert numbers per token"
-
 
 def _like_v3(
     name: str,
@@ -123,13 +121,9 @@ DEEPSEEK: tuple[Family, ...] = (
         shared=("ffn.shared_experts", "mlp.shared_experts"),
         routing=RouterRule(score="sqrt-softplus", routed_scale_key="routed_scaling_factor", routed_scale_default=1.5),
         experts_key="n_routed_experts",
+        also_layers=("mtp",),
         norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
-        refuses={
-            "rescale": HASH_LAYERS + ", and the table's width is the top-k",
-            "drop-experts": HASH_LAYERS + ", which names experts that would be gone",
-            "merge-experts": HASH_LAYERS + ", which names experts that would be gone",
-            "to-dense": HASH_LAYERS,
-        },
+        note="its first layers choose experts by a table (tid2eid) of numbers per token, which follows every edit",
     ),
     _like_v3("glm4_moe", "glm4_moe_text", routed_scale_key=1.0),
     _like_v3("glm4_moe_lite", routed_scale_key=1.8),

@@ -49,9 +49,11 @@ def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int, 
     """
     import numpy as np
 
-    blocks = anatomy.blocks
     if old == new:
-        return RouterEstimate({block.where: 1.0 for block in blocks})
+        return RouterEstimate({block.where: 1.0 for block in anatomy.blocks})
+    blocks = [block for block in anatomy.blocks if not block.named("expert_table")]
+    if not blocks:
+        raise RefusedError("every layer takes its experts from a table, and the router chooses none")
     if (why_not := anatomy.settings.family.routing.no_estimate) is not None:
         raise RefusedError(why_not)
     sample, left_out = embedding_sample(plan, anatomy, seed, _rows(anatomy))
@@ -72,11 +74,17 @@ def router_factors(plan: Plan, anatomy: Anatomy, old: int, new: int, seed: int, 
 
     with ThreadPoolExecutor(4) as pool:
         factors = dict(zip([b.where for b in blocks], pool.map(factor, blocks), strict=True))
+    by_table = [block.where for block in anatomy.blocks if block.where not in factors]
+    mean = math.exp(sum(map(math.log, factors.values())) / len(factors))
+    factors |= dict.fromkeys(by_table, mean)
     note = (
         f"{left_out:,} of {left_out + len(sample):,} sampled embedding rows hold NaN, infinity or numbers too large to"
         " square, and the estimate is without them: `moesurgery validate --level values` finds such numbers"
     )
-    return RouterEstimate(factors, (note,) if left_out else ())
+    notes: tuple[str, ...] = (note,) if left_out else ()
+    if by_table:
+        notes += (f"{', '.join(by_table)}: a table chooses there, not the router: the mean of the other factors",)
+    return RouterEstimate(factors, notes)
 
 
 def _rows(anatomy: Anatomy) -> int:

@@ -19,6 +19,7 @@ from moesurgery.families.anatomy import Anatomy, check_stated_top_k
 from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present, with_top_k, with_value
 from moesurgery.families.quantised import quantisation_config
 from moesurgery.families.routing import routing_class
+from moesurgery.moe.expert_table import remapped_table
 from moesurgery.moe.scaling import by_scales_or_weights, check_factors, is_quantised, scaled_output
 from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.plan.requantise import with_experts_opened
@@ -151,6 +152,7 @@ def _rescaled(
             Step("rescale", parameters, f"top-k {old} -> {top_k}", report=report, notes=(note,)), config=config
         )
 
+    tables = _expert_tables(plan, top_k)
     table = choose_factors(plan, anatomy, old, top_k, rule, seed, stats, rho)
     if rule == "router":
         parameters["rho"] = table.rho
@@ -159,7 +161,7 @@ def _rescaled(
         check_factors(block_name, spread(factor))
     notes = list(table.notes)
     place: Where | None = _place(anatomy, plan, where, rule)
-    tensors = plan.tensors
+    tensors = plan.with_tensors(tables)
     flat = [f for factor in chosen.values() for f in spread(factor)]
     if kind == "D":
         notes.append(f"{family.name} normalises routed and shared experts together: the factor only moves their ratio")
@@ -185,10 +187,12 @@ def _rescaled(
         changed = {}
         for block in anatomy.blocks:
             changed.update(scaled_output(block, plan.tensors, chosen[block.where]))
-        tensors = plan.with_tensors(changed)
+        tensors = plan.with_tensors({**tables, **changed})
         notes.append(f"{len(changed)} tensors take the factor" + _rounding_note(changed))
         if place == "scales":
             notes += _scale_notes(plan.config, chosen.values())
+    if tables and top_k != old:
+        notes.append(_table_note(tables, old, top_k))
     report = {
         "old_top_k": old,
         "top_k": top_k,
@@ -207,6 +211,28 @@ def _rescaled(
     summary = f"top-k {old} -> {top_k}; routed output x {span(chosen)} by rule {_rule_name(rule)}"
     step = Step("rescale", parameters, summary, (table.reason,), report, tuple(notes), _tables(anatomy, table, rule))
     return plan.edited(step, tensors=tensors, config=config)
+
+
+def _expert_tables(plan: Plan, top_k: int) -> dict[str, Expr]:
+    """Return the tables of expert numbers, as wide as the new top-k."""
+    tables: dict[str, Expr] = {}
+    for block in plan.anatomy.blocks:
+        for member in block.named("expert_table"):
+            tables[member.name] = remapped_table(
+                block, member, plan.tensors, lambda m: plan.tensors[m.name], range(block.experts), top_k
+            )
+    return tables
+
+
+def _table_note(tables: Mapping[str, Expr], old: int, new: int) -> str:
+    """Say what another top-k means in hash layers."""
+    which = f"{len(tables)} layers take each token's experts from a table, by no score"
+    if new < old:
+        return f"{which}: there a token keeps the first {new} of the {old} that it lists"
+    return (
+        f"{which}: there a token keeps the {old} that it lists and takes {new - old} more, those whose router rows are"
+        " nearest to these, which no training chose"
+    )
 
 
 def _tables(anatomy: Anatomy, table: Factors, scale: Rule | float) -> tuple[Table, ...]:

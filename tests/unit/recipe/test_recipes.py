@@ -292,6 +292,7 @@ RUNS: dict[str, str] = {
     "tie-blocks": "mixtral",
     "repeat-blocks": "mixtral",
     "drop-rescale-tie-cast": "mixtral",
+    "mtp-drop": "deepseek_v3",
 }
 DENSE = {"intermediate_size": 64, "sliding_window": None}
 
@@ -300,6 +301,7 @@ DENSE = {"intermediate_size": 64, "sliding_window": None}
 def test_every_shipped_recipe_runs(
     path: Path, models: Any, ok: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tests.commands.test_drop_experts import with_prediction_layer
     from tests.tiny import load, logits
     from tests.tokenizer import save_tokenizer
 
@@ -308,6 +310,9 @@ def test_every_shipped_recipe_runs(
     model = models(RUNS[path.stem], **DENSE) if upcycles else models(RUNS[path.stem])
     if upcycles:
         save_tokenizer(model)
+    if path.stem == "mtp-drop":
+        with_prediction_layer(model, tmp_path / "predicting")
+        model = tmp_path / "predicting"
     if path.stem.endswith("-data"):  # the command that its comment names makes the files
         (tmp_path / "text.jsonl").write_text(json.dumps({"input_ids": list(range(3, 60)) * 12}))
         ok("merge-experts", model, "--to", 6, "--text", "text.jsonl", "--window", 32, "-o", "merge")
