@@ -26,7 +26,10 @@ _MOST_RECORD = 64 << 20
 
 @dataclass(frozen=True)
 class HubUpload:
-    """What is sent: files with their sizes in bytes, README.md as it will be there, what stays here, what was changed."""
+    """What is sent: files with their sizes in bytes, and README.md as it will be there.
+
+    `left_out`: files that stay here. `changes`: what was changed of README.md.
+    """
 
     folder: Path
     files: dict[str, int]
@@ -82,13 +85,13 @@ def push(upload: HubUpload, to: HubRepository, *, private: bool, force: bool) ->
     there; the Hub's history keeps them. Raises OutputError where a checkpoint is there, and for what the Hub refuses.
     """
     present = to.files()
-    stale = [name for name in present if name not in upload.files and is_part_of_checkpoint(name)]
     if not force and (CONFIG in present or any(name.endswith(".safetensors") for name in present)):
         raise OutputError(
             f"{to.url} holds a model already",
             "name another repository or --revision, or replace the model with --force: the Hub's history keeps it",
         )
-    to.create(private=private or None)
+    inherited = to.create(private=private or None)
+    stale = [name for name in (*present, *inherited) if name not in upload.files and is_part_of_checkpoint(name)]
     contents: dict[str, Path | bytes] = {name: upload.folder / name for name in upload.files}
     contents[CARD] = upload.card
     return to.commit(f"Upload {upload.folder.resolve().name}", contents, stale)

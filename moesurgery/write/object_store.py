@@ -149,10 +149,10 @@ class ObjectStore:
         self._delete([marker])
 
     def _delete(self, names: Sequence[str]) -> None:
-        if names:
-            with _store_errors(self.url, "deleted from"):
-                system, root = self._open()
-                system.rm([f"{root}/{name}" for name in names])
+        with _store_errors(self.url, "deleted from"):
+            system, root = self._open()
+            for name in names:
+                system.rm_file(f"{root}/{name}")
 
 
 class HubRepository:
@@ -178,18 +178,24 @@ class HubRepository:
                 return {}
         return {file.path: file.size for file in tree if isinstance(file, RepoFile) and file.path != ".gitattributes"}
 
-    def create(self, *, private: bool | None) -> None:
-        """Make repository and branch where they are not there. `private`: None for what the organisation has set."""
+    def create(self, *, private: bool | None) -> list[str]:
+        """Make repository and branch where they are not there; return the files that a new branch begins with.
+
+        `private`: None for what the organisation has set.
+        """
         from huggingface_hub import HfApi
 
+        before = self.files()
         with _store_errors(self.url, "made"):
             HfApi().create_repo(self.repository, private=private, exist_ok=True)
             if self.revision:
                 HfApi().create_branch(self.repository, branch=self.revision, exist_ok=True)
+        return sorted(self.files().keys() - before.keys())
 
     def begin(self, marker: str, deleted: Sequence[str]) -> None:
-        self.create(private=True)
-        self.commit("Begin an upload by moesurgery", {marker: b"moesurgery has not finished this upload.\n"}, deleted)
+        inherited = self.create(private=True)
+        content = {marker: b"moesurgery has not finished uploading this checkpoint.\n"}
+        self.commit("Begin an upload by moesurgery", content, [*deleted, *inherited])
 
     def upload(self, path: Path, name: str, sha256: str) -> None:
         self.commit(f"Add {name}", {name: path})
