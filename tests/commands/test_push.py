@@ -203,7 +203,7 @@ def test_from_the_hub_to_the_hub_and_an_interruption(hub: dict[str, str], tmp_pa
     assert "run the same command again" in failed.stderr
     assert sum(name.endswith(".safetensors") for name in there()) == 2
     assert not {"config.json", "model.safetensors.index.json"} & there().keys()
-    assert WritableHub.created[0]["private"] is True
+    assert WritableHub.created[0]["visibility"] == "private"
     WritableHub.fail_after = None
     again = command(hub, *output)
     assert again.returncode == 0, again.stderr
@@ -221,21 +221,21 @@ def test_push_sends_a_checkpoint_in_one_commit(hub: dict[str, str], tmp_path: Pa
     out = tmp_path / "out"
     assert command(hub, *EDIT, "-o", out).returncode == 0
     (out / "notes.docx").write_text("mine")
-    dry = command(hub, "push", out, "acme/out", "--dry-run", "--json")
+    dry = command(hub, "push", out, "acme/out", "--dry-run", "--json", "--no-validate")
     assert dry.returncode == 0, dry.stderr
     told = json.loads(dry.stdout)
     assert WritableHub.repositories == {}
     WritableHub.fail_after = 1
-    failed = command(hub, "push", out, "acme/out", "--private", "-q")
+    failed = command(hub, "push", out, "acme/out", "--private", "-q", "--no-validate")
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
     assert there() == {}
     WritableHub.fail_after = None
     sent = len(WritableHub.puts)
-    done = command(hub, "push", out, "acme/out", "--private")
+    done = command(hub, "push", out, "acme/out", "--private", "--no-validate")
     assert done.returncode == 0, done.stderr
     assert "/acme/out/commit/" in done.stdout
-    assert WritableHub.created[0]["private"] is True
+    assert WritableHub.created[0]["visibility"] == "private"
     found, local = there(), contents(out)
     assert found.keys() == local.keys() - {"notes.docx"}
     assert {name: len(data) for name, data in found.items()} == told["files"]
@@ -243,11 +243,11 @@ def test_push_sends_a_checkpoint_in_one_commit(hub: dict[str, str], tmp_path: Pa
     assert len(WritableHub.commits) == 1
     shards = sum(name.endswith(".safetensors") for name in found)
     assert len(WritableHub.puts) - sent == shards - sent  # what had arrived is not sent again
-    refused = command(hub, "push", out, "acme/out")
+    refused = command(hub, "push", out, "acme/out", "--no-validate")
     assert refused.returncode == 2
     assert "--force" in refused.stderr
     WritableHub.repositories["acme/out"]["model-00009-of-00009.safetensors"] = b""
-    assert command(hub, "push", out, "acme/out", "--force", "-q").returncode == 0
+    assert command(hub, "push", out, "acme/out", "--force", "-q", "--no-validate").returncode == 0
     assert there() == found
 
 
