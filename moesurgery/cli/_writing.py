@@ -194,6 +194,8 @@ def carry_out(
     with console.progress(f"writing {output.name}", plan.nbytes + plan.companion_nbytes) as watch:
         try:
             if flags.store is not None:
+                if flags.store.startswith("hf://"):
+                    hide_bars_of_the_hub()
                 written = write_remote(plan, flags.store, options, scratch=flags.scratch, watch=watch)
             else:
                 written = write_plan(
@@ -232,6 +234,13 @@ def carry_out(
             console.result(text(report))
     if report is not None and report.failed():
         raise typer.Exit(ANSWER_IS_NO)
+
+
+def hide_bars_of_the_hub() -> None:
+    """Have huggingface_hub show no progress of its own."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
 
 
 def _write_part(plan: Plan, output: Path, options: WriteOptions, flags: WriterFlags) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from moesurgery.cli._common_options import Json, Quiet
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.cli._writing import hide_bars_of_the_hub
 
 
 def push_command(
@@ -53,9 +54,7 @@ def push_command(
     verb = "would send" if dry_run else "sent"
     if not dry_run:
         if quiet or as_json:
-            from huggingface_hub.utils import disable_progress_bars
-
-            disable_progress_bars()
+            hide_bars_of_the_hub()
         document["commit"] = push(upload, to, private=private, force=force)
     if as_json:
         console.json(document)

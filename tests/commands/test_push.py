@@ -49,7 +49,11 @@ class WritableHub(Hub):
         elif name not in self.repositories:
             self.missing()
         elif "/tree/" in self.path:
-            self.send(json.dumps([self.entry(n, d) for n, d in self.repositories[name].items()]).encode(), head)
+            branch = self.branch(name)
+            if branch in self.repositories:
+                self.send(json.dumps([self.entry(n, d) for n, d in self.repositories[branch].items()]).encode(), head)
+            else:
+                self.json({}, status=404, error="RevisionNotFound")
         else:
             self.send(json.dumps({"id": name, "sha": "1" * 40, "siblings": []}).encode(), head)
 
@@ -59,6 +63,11 @@ class WritableHub(Hub):
         if name.endswith(".safetensors"):
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return entry
+
+    def branch(self, name: str) -> str:
+        """Return the key of the branch whose name ends a request's path."""
+        revision = self.path.split("?")[0].rsplit("/", 1)[-1]
+        return name if revision == "main" else f"{name}@{revision}"
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -113,8 +122,12 @@ class WritableHub(Hub):
             wanted = self.wanted_paths()
             there = self.repositories[name]
             self.json([self.entry(n, there[n]) for n in wanted if n in there])
+        elif "/branch/" in path:
+            self.body()
+            self.repositories[self.branch(name)] = dict(self.repositories[name])
+            self.json({})
         elif "/commit/" in path:
-            self.commit(name)
+            self.commit(self.branch(name))
         else:
             self.missing()
 
@@ -144,9 +157,11 @@ class WritableHub(Hub):
         address = f"http://{self.headers['Host']}/{name}/commit/{oid}"
         self.json({"success": True, "commitOid": oid, "commitUrl": address, "hookOutput": ""})
 
-    def json(self, content: object, status: int = 200) -> None:
+    def json(self, content: object, status: int = 200, error: str = "") -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
+        if error:
+            self.send_header("X-Error-Code", error)
         lfs = "objects/batch" in self.path
         self.send_header("Content-Type", "application/vnd.git-lfs+json" if lfs else "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -249,6 +264,15 @@ def test_push_sends_a_checkpoint_in_one_commit(hub: dict[str, str], tmp_path: Pa
     WritableHub.repositories["acme/out"]["model-00009-of-00009.safetensors"] = b""
     assert command(hub, "push", out, "acme/out", "--force", "-q", "--no-validate").returncode == 0
     assert there() == found
+
+
+def test_a_new_branch_has_nothing_of_the_model_on_the_main_one(hub: dict[str, str], demo: Path) -> None:
+    old = dict.fromkeys((".gitattributes", "config.json", "model-00009-of-00009.safetensors"), b"{}")
+    WritableHub.repositories["acme/out"] = dict(old)
+    done = command(hub, "push", demo, "acme/out", "--revision", "v2", "--no-validate", "-q")
+    assert done.returncode == 0, done.stderr
+    assert WritableHub.repositories["acme/out"] == old
+    assert there("acme/out@v2").keys() == {f.name for f in demo.iterdir()} | {"README.md"}
 
 
 def test_push_refuses_what_is_no_checkpoint(cli: Any, demo: Path, tmp_path: Path) -> None:
