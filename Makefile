@@ -23,19 +23,18 @@ test: lint
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/unit tests/test_structure.py
 
-# The families and the engine with the oldest transformers that pyproject.toml allows.
-OLDEST := $(VENV)-oldest
+# The families and the engine with the oldest transformers that pyproject.toml allows, beside all else as it is.
+OLDEST := out/oldest
 
-$(OLDEST)/.ready: pyproject.toml constraints.txt
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	sed "s/^transformers==.*/transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)/" constraints.txt \
-		> $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+$(OLDEST)/.ready: $(READY)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) \
+		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
 	touch $@
 
 oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/unit/families/test_families.py tests/unit/forward/test_engine.py
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		tests/unit/families/test_families.py tests/unit/forward/test_engine.py
 
 # What people run next, each in an environment of its own (6 GB in all, an hour on two cores): tests/clients/.
 # vLLM's wheel brings builds of torchvision and torchaudio that its own torch refuses; it reads text without them.
@@ -58,6 +57,7 @@ $(CLIENTS)/llama.cpp-source:
 
 clients: $(READY) $(READERS:%=$(CLIENTS)/%/.ready) $(CLIENTS)/llama.cpp-source
 	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS) --clients $(READERS)
+	OMP_NUM_THREADS=1 MOESURGERY_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients
 	$(BIN)/python docs/generate.py
 
 lint: $(READY)

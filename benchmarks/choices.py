@@ -1,4 +1,4 @@
-"""Which experts to drop, which of their neurons to keep, and which factor to take without text: for docs/measure.md.
+"""Which experts to drop, which of their neurons to keep, which factor to take without text: docs/measure-tables.md.
 
     python benchmarks/choices.py MODEL --text CALIBRATION… --heldout OTHER… --count 16 32 [--by gram hope…]
     python benchmarks/choices.py MODEL --text CALIBRATION… --heldout OTHER… --width 48 32 [--refit]
@@ -65,7 +65,7 @@ def main() -> None:
     held_out = RunSettings(given.window, given.limit, None, given.device).domains(plan.checkpoint, given.heldout)
 
     def by_window(variant: Plan) -> np.ndarray:
-        return mean_loss(losses(run.engine(variant), held_out)).by_window
+        return mean_loss(losses(run.engine(variant, held_out[0].as_tokens), held_out)).by_window
 
     base = by_window(plan)
     print(f"{sum(domain.tokens for domain in held_out):,} tokens held out, loss {base.mean():.4f}")
@@ -85,7 +85,7 @@ def main() -> None:
         if (given.count and not stats) or given.width:
             calibration = read_calibration(run, plan, given.text, given.tokens)
         if (given.count or given.width) and not stats:
-            collected = collect(run.engine(plan), calibration.windows, neurons=bool(given.width))
+            collected = collect(run.engine(plan, calibration.windows), calibration.windows, neurons=bool(given.width))
             stats = str(collected.save(Path(place, "stats")))
         for count in given.count:
             for by in given.by:

@@ -1,14 +1,15 @@
 """Our pass over a model against transformers' plain forward, on the same device and tokens, in one run.
 
     python benchmarks/engine.py FOLDER [--device cuda] [--dtype bfloat16] [--tokens 49152] [WHAT…]
-    python benchmarks/engine.py FOLDER --shape tiny forward collect                      # for a processor
+    taskset -c 0,1 python benchmarks/engine.py FOLDER --shape tiny --tokens 8192 parity collect    # for a processor
     python benchmarks/engine.py FOLDER --shape large --layers 8 --device cuda --dtype bfloat16 --tokens 1000000
 
 Writes a random Qwen3-MoE into FOLDER: `small` has 775 M parameters (128 experts, top-8, 10 layers), `tiny` 28 M
 (64 experts), `large` layers of 6 GB (256 experts in FP8 with a scale per 128 x 128 block). Then it times, after a pass
 to warm up: `forward` (weights in memory, and read again in each pass), `load` (a layer's way to the device), `collect`,
-`probe`, `fit_layers` (scalar and down), `devices` (all GPUs against one). transformers is not run on `large`, which
-need not fit into memory.
+`probe`, `fit_layers` (scalar and down), `devices` (all GPUs against one: windows shared), `pipeline` (layers spread
+over all GPUs, `--memory` of each), `parity` (our pass and transformers' in turn, several rounds). transformers is not
+run on `large`, which need not fit into memory.
 docs/performance.md has figures. Read the ratios.
 """
 
@@ -17,9 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ import torch
 from safetensors.torch import save_file
 
 from moesurgery import apply, open_checkpoint, plan_of
-from moesurgery.fitting.ablation import ablate
-from moesurgery.fitting.collector import collect, collect_over, shared_out
+from moesurgery.fitting.ablation import ablate, ablate_over
+from moesurgery.fitting.collector import collect, collect_over
 from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
+from moesurgery.forward import engine as engine_module
 from moesurgery.forward.engine import Engine
+from moesurgery.forward.loss import losses_over
+from moesurgery.forward.memory_budget import parse_bytes
+from moesurgery.forward.text_windows import Domain
 from moesurgery.forward.tokens import Tokens
+from moesurgery.plan.plan import Plan
 
 VOCABULARY, WINDOW, HEAD = 4096, 512, 64
 SHAPES = {
@@ -39,7 +45,8 @@ SHAPES = {
     "small": {"hidden": 768, "width": 256, "experts": 128, "layers": 10, "heads": 12, "kv": 4},
     "large": {"hidden": 5120, "width": 1536, "experts": 256, "layers": 8, "heads": 64, "kv": 8},
 }
-WHAT = ("forward", "load", "collect", "probe", "refit", "devices")
+WHAT = ("forward", "load", "collect", "probe", "refit", "devices", "pipeline", "parity")
+ROUNDS = 5  # of `parity`
 BLOCK = 128
 
 
@@ -132,7 +139,84 @@ class Table:
 
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            for i in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(i)
+
+
+def parity(engine: Engine, model: Path, ids: torch.Tensor, device: str, dtype: str) -> None:
+    """Print the seconds of our pass and of transformers', run in turn, so that other work on the machine hits both."""
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), experts_implementation="grouped_mm"
+    )
+    loaded = loaded.to(device).eval()
+
+    def theirs(windows: int) -> None:
+        with torch.no_grad():
+            for part in ids.split(windows):
+                loaded(input_ids=part.to(device), use_cache=False)
+
+    def ours(windows: int) -> None:
+        engine_module.BATCH_TOKENS = windows * WINDOW
+        engine.run(Tokens(ids), logits=lambda *seen: None)
+
+    jobs = {(name, b): job for b in (1, 2, 4) for name, job in (("transformers", theirs), ("ours", ours))}
+    usual = engine_module.BATCH_TOKENS
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in jobs}
+    for _ in range(ROUNDS + 1):  # the first warms up
+        for (name, windows), job in jobs.items():
+            began = time.perf_counter()
+            job(windows)
+            seconds[name, windows].append(time.perf_counter() - began)
+    engine_module.BATCH_TOKENS = usual
+    for (name, windows), runs in seconds.items():
+        print(f"{name:14} {windows} windows: median {statistics.median(runs[1:]):.3f} s, least {min(runs[1:]):.3f} s")
+
+
+def over_devices(table: Table, plan: Plan, edited: Plan, tokens: Tokens, dtype: str, keep: int | None) -> None:
+    """Time what runs a model on all GPUs, windows shared, against one."""
+    engines = [Engine(plan, device=f"cuda:{i}", dtype=dtype, keep=keep) for i in range(torch.cuda.device_count())]
+    domains, few = [Domain("random", tokens.ids)], Tokens(tokens.ids[:64])
+    wanted = {block.where: list(range(4)) for block in engines[0].routed}
+    options = RepairOptions("scalar", minimum=0.5)
+    none: list[Any] = [None] * len(engines)
+
+    def refit(devices: int) -> None:
+        pair = [Engine(p, device=f"cuda:{i % devices}", dtype=dtype, keep=keep) for i, p in enumerate((plan, edited))]
+        fit_layers(*pair, tokens, options, lambda fitted: None)  # type: ignore[misc]
+
+    jobs: dict[str, Callable[[int], Any]] = {
+        "losses": lambda n: losses_over(engines[:n], domains),
+        "collect": lambda n: collect_over(engines[:n], tokens, scratch=none),
+        "probe": lambda n: ablate_over(engines[:n], few, wanted, ["zero"], kept=none),
+        "refit": lambda n: refit(min(n, 2)),
+    }
+    for name, job in jobs.items():
+        job(1)
+        job(len(engines))
+        alone = table.time(f"{name}, one GPU", lambda job=job: job(1), 2)  # type: ignore[misc]
+        every = table.time(f"{name}, {len(engines)} GPUs", lambda job=job: job(len(engines)), 2)  # type: ignore[misc]
+        print(f"{'':44} {every / alone:9.2f} times one")
+
+
+def pipeline(table: Table, plan: Plan, tokens: Tokens, dtype: str, memory: int) -> None:
+    """Time layers spread over all GPUs against one GPU with as much memory, which reads what it cannot hold."""
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = {1: "one GPU", len(devices): f"layers over {len(devices)} GPUs"}
+    found: dict[int, Any] = {}
+    for count, name in names.items():
+        engine = Engine(plan, device=devices[:count], dtype=dtype, memory=memory)
+        few = Tokens(tokens.ids[:8])
+        found[count] = engine.logits(few)
+        engine.run(tokens)
+        table.time(f"{name}, {memory / 1e9:.0f} GB each", lambda engine=engine: engine.run(tokens), 2)  # type: ignore[misc]
+        held = [engine.weights.held(i) / 1e9 for i in range(count)]
+        print(f"{'':44} held: {', '.join(f'{nbytes:.1f} GB' for nbytes in held)}")
+        del engine
+        torch.cuda.empty_cache()
+    same = torch.equal(found[1], found[len(devices)])
+    print(f"{'':44} logits of {few.ids.numel():,} tokens: {'the same bits' if same else 'other bits'}")
 
 
 def plain_forwards(table: Table, model: Path, ids: torch.Tensor, device: str, dtype: str) -> None:
@@ -170,9 +254,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=49_152)
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--memory", default="", help="of each GPU, for `pipeline`")
     parser.add_argument("--json", type=Path)
     given = parser.parse_intermixed_args()
-    what = given.what or [name for name in WHAT if name != "devices"]
+    what = given.what or [name for name in WHAT if name not in ("devices", "pipeline", "parity")]
     large = given.shape == "large"
     shape = SHAPES[given.shape] | ({"layers": given.layers} if given.layers else {})
     model = given.folder / given.shape
@@ -187,12 +272,21 @@ def main() -> None:
     tokens = Tokens(ids)
     table = Table(ids.numel(), device)
     print(f"{ids.numel():,} tokens in windows of {WINDOW}, {device}, {dtype}")
-    if not large:
+    edited = apply(plan, "drop-experts", experts=list(range(shape["experts"] // 4)))
+    if not large and {"forward", "collect"} & set(what):
         plain_forwards(table, model, ids, device, dtype)
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     keep = 1 << 40 if not large else None
+    if "devices" in what:
+        over_devices(table, plan, edited, tokens, dtype, keep)
+    if "pipeline" in what:
+        pipeline(table, plan, tokens, dtype, parse_bytes(given.memory))
+    if not set(what) - {"devices", "pipeline"}:
+        return
     engine = Engine(plan, device=device, dtype=dtype, keep=keep)
+    if "parity" in what:
+        parity(engine, model, ids, device, dtype)
     if "forward" in what:
         if not large:
             engine.run(tokens)
@@ -201,24 +295,6 @@ def main() -> None:
         streamed = Engine(plan, device=device, dtype=dtype, keep=0)
         streamed.run(tokens)
         table.time("ours, weights read in each pass", lambda: streamed.run(tokens), 2)
-    if "devices" in what:
-        more = range(1, torch.cuda.device_count())
-        engines = [engine, *(Engine(plan, device=f"cuda:{i}", dtype=dtype, keep=keep) for i in more)]
-        parts = shared_out(tokens, len(engines))
-
-        def over_all() -> None:
-            with ThreadPoolExecutor(len(engines)) as pool:
-                list(pool.map(lambda pair: pair[0].run(pair[1]), zip(engines, parts, strict=True)))
-            for i in range(len(engines)):
-                torch.cuda.synchronize(i)
-
-        none = [None] * len(engines)
-        for name, job in (("forward", over_all), ("collect", lambda: collect_over(engines, tokens, scratch=none))):
-            one = (lambda: engine.run(tokens)) if name == "forward" else (lambda: collect(engine, tokens))
-            one()
-            job()
-            alone = table.time(f"{name}, one GPU", one, 2)
-            print(f"{'':44} {table.time(f'{name}, {len(engines)} GPUs', job, 2) / alone:9.2f} times one")
     if "load" in what:
         fresh = Engine(plan, device=device, dtype=dtype, keep=0)
         fresh.skeleton.read(fresh.layers[0])
@@ -239,7 +315,6 @@ def main() -> None:
         few = Tokens(ids[:8])
         table.time("probe, 16 experts a layer, 4,096 tokens", lambda: ablate(engine, few, wanted, ["mask", "zero"]))
     if "refit" in what:
-        edited = apply(plan, "drop-experts", experts=list(range(32)))
         for kind in ("scalar", "down"):
             other = Engine(edited, device=device, dtype=dtype, keep=0)
             options = RepairOptions(kind, minimum=0.5)  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def take(fitted):
 edited = apply(plan, "drop-experts", experts=[1, 6])
 tokens = read_calibration(run, plan, [text], 1 << 20).windows
 try:
-    fit_layers(run.engine(plan), run.engine(edited), tokens, RepairOptions(kind, minimum=0), take)
+    fit_layers(*run.pair(plan, edited, tokens), tokens, RepairOptions(kind, minimum=0), take)
 except Enough:
     code = 0
 """

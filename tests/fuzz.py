@@ -26,6 +26,7 @@ import yaml
 
 from moesurgery.checkpoint.checkpoint import checkpoint_of, open_checkpoint
 from moesurgery.checkpoint.file_reader import FileReader
+from moesurgery.checkpoint.gguf_header import scan_gguf_header
 from moesurgery.checkpoint.header import scan_header
 from moesurgery.checkpoint.scan import scan_checkpoint
 from moesurgery.checkpoint.source import LocalSource
@@ -46,6 +47,7 @@ from moesurgery.moe.canonical_names import CanonicalTensors
 from moesurgery.plan.plan import Plan, plan_of
 from moesurgery.recipe.reader import parse_recipe
 from moesurgery.recipe.registry import apply
+from moesurgery.stats.imatrix_file import load_imatrix
 from moesurgery.validate.check import CHECKS
 from moesurgery.validate.check_architecture import check_architecture
 from moesurgery.validate.pickle_scan import find_pickle
@@ -54,6 +56,8 @@ from moesurgery.validate.run_checks import validate_checkpoint
 from moesurgery.write.card import card_text, provenance
 from moesurgery.write.shard_layout import companion_tasks, shard_tasks
 from tests.fuzz_make import WIDTH, as_json, changed, changed_json, changed_tensors, damaged, safetensors, value
+from tests.gguf_make import KEYS, header_bytes
+from tests.gguf_make import TENSORS as GGUF_TENSORS
 
 LIMIT = 1 << 30  # bytes of memory, the interpreter and its libraries included
 SECONDS = 10
@@ -184,6 +188,32 @@ def header(rng: Rng) -> None:
     if not any(problem.fatal for problem in found.problems):
         assert sum(t.nbytes for t in found.tensors) + found.data_start == len(content)
     find_pickle(len(content), lambda start, n: content[start : start + n])
+
+
+def gguf(rng: Rng) -> None:
+    """A header with wrong numbers, texts and bytes, of a model or of an imatrix; one in eight through everything."""
+    keys = [(k, t, rng.choice([0, 1, 2, 3, 2**31]) if t == 4 and rng.random() < 0.2 else v) for k, t, v in KEYS]
+    if rng.random() < 0.3:
+        keys[rng.randrange(len(keys))] = (rng.choice(["", "x", "general.alignment"]), 4, rng.choice([0, 3, 32, 2**31]))
+    tensors = [list(tensor) for tensor in GGUF_TENSORS]
+    if rng.random() < 0.5:
+        tensor = rng.choice(tensors)
+        at = rng.randrange(4)
+        sizes = [(2**63, 2), (32,), (), (0, 32), (32,) * 9]
+        tensor[at] = rng.choice([["", "x" * 99, tensor[0][:-1]], sizes, [1, 2, 4, 99], [0, 31, 2**40]][at])
+    counts = rng.choice([(None, None)] * 6 + [(2**63, None), (None, 2**32), (9, 9), (0, 0)])
+    content = header_bytes(keys, tensors, counts=counts, version=rng.choice([3, 3, 3, 2, 1, 2**32 - 1]))
+    content = damaged(rng, content) if rng.random() < 0.6 else content
+    found = scan_gguf_header("x.gguf", len(content), lambda start, n: content[start : start + n])
+    if not found.problems:
+        assert all(t.start + t.nbytes <= len(content) for t in found.tensors)
+    if rng.random() < 0.125:
+        write(FOLDER, {"x.gguf": content})
+        for form in FORMATS.values():
+            form(validate_checkpoint(FOLDER / "x.gguf", level="config"))
+        with suppress(SurgeryError):
+            load_imatrix(FOLDER / "x.gguf")
+        shown(apply(plan_of(open_checkpoint(FOLDER / "x.gguf")), "drop-experts", count=1, by="random"))
 
 
 def checkpoint(rng: Rng) -> None:
@@ -498,7 +528,21 @@ def text(rng: Rng) -> None:
 
 TARGETS: dict[str, Callable[[Rng], None]] = {
     made.__name__: made
-    for made in (header, checkpoint, family, recipe, merge, statistics, repair, fit, adapter, record, tokenizer, text)
+    for made in (
+        header,
+        gguf,
+        checkpoint,
+        family,
+        recipe,
+        merge,
+        statistics,
+        repair,
+        fit,
+        adapter,
+        record,
+        tokenizer,
+        text,
+    )
 }
 
 

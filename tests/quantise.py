@@ -370,7 +370,6 @@ FORMS: dict[str, Form] = {
         },
         _gptq_value,
         ".scales",
-        dequantised=False,
         config={"bits": 4, "group_size": 8},
     ),
     "awq": Form(
@@ -382,7 +381,6 @@ FORMS: dict[str, Form] = {
         },
         _awq_value,
         ".scales",
-        dequantised=False,
         config={"bits": 4, "group_size": 16, "version": "gemm"},
     ),
     "bnb-int8": Form(

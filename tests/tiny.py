@@ -14,7 +14,7 @@ import transformers
 from packaging.version import Version
 
 import moesurgery
-from moesurgery.forward.meta_model import mend_llama4
+from moesurgery.forward.model_building import mend_llama4
 from tests.families import BASE, CLASSES, ROWS, TINY
 
 __all__ = ["BASE", "TINY"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.dtypes import CONFIG_NAMES
+from moesurgery.checkpoint.block_values import block_values, quantised_blocks
+from moesurgery.checkpoint.dtypes import BLOCKS, CONFIG_NAMES
 from moesurgery.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def decoded(data: memoryview | bytes, dtype: str) -> np.ndarray:
     """
     import numpy as np
 
+    if dtype in BLOCKS:
+        return block_values(data, dtype)
     if dtype == "F64":
         return np.frombuffer(data, "<f8").copy()
     if dtype == "BF16":
@@ -95,7 +98,7 @@ def numbers(data: bytes | memoryview, dtype: str) -> np.ndarray | None:
         return np.take(_eight_bit_values(dtype), np.frombuffer(data, np.uint8))
     if dtype in _NARROW_INTEGERS:
         return np.frombuffer(data, _NARROW_INTEGERS[dtype]).astype(np.float32)
-    return decoded(data, dtype) if dtype == "BF16" or dtype in _FLOATS else None
+    return decoded(data, dtype) if dtype == "BF16" or dtype in _FLOATS or dtype in BLOCKS else None
 
 
 @cache
@@ -117,6 +120,8 @@ def encoded(values: np.ndarray, dtype: str, *, strict: bool = False) -> memoryvi
     from ml_dtypes import bfloat16
 
     flat = values.reshape(-1)
+    if dtype in BLOCKS:
+        return quantised_blocks(flat, dtype)
     if dtype == "BF16":
         with np.errstate(invalid="ignore"):
             high = flat.max() if len(flat) else 0.0  # one pass over what seldom holds a NaN

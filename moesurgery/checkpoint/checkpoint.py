@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.filenames import CONFIG, INDEX, PROVENANCE
+from moesurgery.checkpoint.gguf_header import GgufHeader
 from moesurgery.checkpoint.header import Header, TensorInfo
 from moesurgery.checkpoint.scan import OTHER_WEIGHTS, Scan, scan_checkpoint
 from moesurgery.checkpoint.source import Source, open_source
+from moesurgery.errors import RefusedError
 
 # What a directory listing adds and no model needs.
 _NEVER_CARRIED = (INDEX, PROVENANCE, CONFIG, ".gitattributes", ".gitignore")
@@ -42,6 +44,20 @@ class Checkpoint:
         return [header.file for header in self.headers]
 
     @property
+    def gguf(self) -> GgufHeader | None:
+        """The header of the first GGUF file, which has the metadata; None for safetensors."""
+        first = self.headers[0] if self.headers else None
+        return first if isinstance(first, GgufHeader) else None
+
+    def refuse_gguf(self, what: str) -> None:
+        """Raise RefusedError where this is a GGUF; `what` cannot be done with one."""
+        if self.gguf is not None:
+            raise RefusedError(
+                f"{self.source.identity} is a GGUF: {what}",
+                "name the safetensors checkpoint that it was made from; docs/gguf.md says what GGUF files go with",
+            )
+
+    @property
     def headers_only(self) -> bool:
         """Whether some shard holds no more than its header."""
         return any(header.data_missing for header in self.headers)
@@ -52,7 +68,9 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> list[str]:
-        """Files to carry over: tokenizer, generation config, chat template, code, licence, README."""
+        """Files to carry over: tokenizer, generation config, chat template, code, licence, README. None of a GGUF."""
+        if self.gguf is not None:
+            return []
         shards = set(self.shards)
         return [
             file
@@ -63,12 +81,14 @@ class Checkpoint:
     @cached_property
     def other_weights(self) -> list[str]:
         """Weight files that are no part of this checkpoint (pickles, GGUF, consolidated copies)."""
+        if self.gguf is not None:
+            return []
         shards = set(self.shards) | {INDEX}
         return [file for file in self.file_sizes if file not in shards and OTHER_WEIGHTS.fullmatch(file)]
 
 
 def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Checkpoint:
-    """Open the checkpoint that `reference` names: a directory, `hf://org/name[@revision]`, a URL.
+    """Open the checkpoint that `reference` names: a directory, a GGUF file, `hf://…`, a URL.
 
     With `headers_only`, shards may end before their data does. Raises CheckpointError at the first finding of the
     scan that makes the checkpoint unusable.
@@ -76,7 +96,8 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     scan = scan_checkpoint(open_source(reference), headers_only=headers_only)
     for problem in scan.problems:
         if problem.fatal:
-            raise problem.as_error(scan.source.identity)
+            identity = scan.source.identity  # of a GGUF the file itself
+            raise problem.as_error(identity.removesuffix(problem.file or "").rstrip("/") or None)
     return checkpoint_of(scan)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
-from moesurgery.checkpoint.dtypes import BITS
+from moesurgery.checkpoint.dtypes import SAFETENSORS_BITS
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.checkpoint.strict_json import parse_json, repeated_keys
 
@@ -169,12 +169,12 @@ def _read_entry(header: Header, name: str, entry: object, bad: Bad) -> TensorInf
         return None
     for key in repeated_keys(entry):
         bad("S03", f"the entry has the key {key!r} twice", name)
-    if wrong := _wrong_name(name):
+    if wrong := wrong_name(name):
         bad("P07", f"the name {wrong}", name)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if len(entry) > 3 or not entry.keys() <= _ENTRY_KEYS:
         bad("S02", f"the entry has unknown keys {reprlib.repr(sorted(entry.keys() - _ENTRY_KEYS))}", name)
-    bits = BITS.get(dtype) if isinstance(dtype, str) else None
+    bits = SAFETENSORS_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         bad("S04", f"unknown dtype {reprlib.repr(dtype)}", name)
         return None
@@ -209,7 +209,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return True
 
 
-def _wrong_name(name: str) -> str | None:
+def wrong_name(name: str) -> str | None:
     """Return why a tensor name is invalid: no model has such a name, and tools may mishandle it."""
     if not name:
         return "is empty"

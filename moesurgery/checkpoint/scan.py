@@ -13,8 +13,10 @@ from typing import Any
 
 from moesurgery.checkpoint.filenames import CONFIG, INDEX, SINGLE
 from moesurgery.checkpoint.finding import Finding, Severity
+from moesurgery.checkpoint.gguf_files import config_of, gguf_models, part_problems
+from moesurgery.checkpoint.gguf_header import GgufHeader, scan_gguf_header
 from moesurgery.checkpoint.header import Header, TensorInfo, scan_header
-from moesurgery.checkpoint.source import GGUF_HINT, LocalSource, Source, is_contained
+from moesurgery.checkpoint.source import LocalSource, Source, gguf_parts, is_contained
 from moesurgery.checkpoint.strict_json import parse_json, repeated_keys
 from moesurgery.cpu_count import cores
 from moesurgery.errors import CheckpointError
@@ -100,6 +102,10 @@ def scan_checkpoint(source: Source, *, headers_only: bool = False) -> Scan:
     `headers_only`: shards may end before their data does.
     """
     scan = Scan(source, source.files(), headers_only)
+    models = gguf_models(scan.sizes)
+    if models and not any(file.endswith(".safetensors") and "/" not in file for file in scan.sizes):
+        _read_gguf(scan, models)
+        return scan
     _read_config(scan)
     files = _read_index(scan) if INDEX in scan.sizes else _find_shards(scan)
     _read_headers(scan, files)
@@ -107,11 +113,29 @@ def scan_checkpoint(source: Source, *, headers_only: bool = False) -> Scan:
     return scan
 
 
+def _read_gguf(scan: Scan, models: list[str]) -> None:
+    """Read the GGUF that a folder or a reference holds."""
+    if len(models) > 1:
+        scan.add(
+            "G12",
+            f"{scan.source.identity} holds {len(models)} GGUF models",
+            hint=f"name one of them: {', '.join(models[:5])}",
+        )
+        return
+    parts = gguf_parts(models[0])
+    if missing := [file for file in parts if file not in scan.sizes]:
+        scan.add(
+            "G11", f"of {len(parts)} parts, {', '.join(missing[:3])} do not exist", hint="download the missing parts"
+        )
+    _read_headers(scan, [file for file in parts if file in scan.sizes and _may_be_read(scan, file)])
+    headers = [header for header in scan.headers if isinstance(header, GgufHeader)]
+    if len(headers) == len(parts) and not scan.problems:
+        scan.problems += part_problems(headers, parts)
+        scan.config = config_of(headers[0])
+
+
 def _read_config(scan: Scan) -> None:
     if CONFIG not in scan.sizes:
-        if any(file.lower().endswith(".gguf") for file in scan.sizes):
-            scan.add("C01", f"{scan.source.identity} holds GGUF files and no {CONFIG}", hint=GGUF_HINT)
-            return
         scan.add("C01", f"{scan.source.identity} has no {CONFIG}", hint=_hint_without_config(scan.source))
         return
     scan.config = scan.read_object(CONFIG, "C01", MAX_CONFIG_BYTES, fatal=True)
@@ -258,7 +282,8 @@ def _read_headers(scan: Scan, files: list[str]) -> None:
 
     def header_of(file: str) -> Header | CheckpointError:
         try:
-            return scan_header(
+            reader = scan_gguf_header if file.lower().endswith(".gguf") else scan_header
+            return reader(
                 file,
                 scan.sizes[file],
                 lambda start, length: scan.source.read(file, start, length),

@@ -28,8 +28,13 @@ from moesurgery.errors import CheckpointError
 MAX_FILES = 20_000  # a checkpoint directory with more is a mistake (a home directory, a data set)
 MAX_FILE_BYTES = 1 << 60  # larger sizes reported by a server are rejected
 _BLOCK = 8 << 20
+_HUB_MODEL = re.compile(
+    r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+(/[^/@]+)*?))?/*"
+    r"((?<=/)(?P<file>[^@]+\.gguf)(@(?P<last>[^@]+))?)?/*"
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-GGUF_HINT = "moesurgery reads safetensors: name the checkpoint that it was made from"
+_GGUF_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+_MOST_PARTS = 9_999
 # The address that a browser shows for a model; `kind` is what else the Hub has.
 _HUB_PAGE = re.compile(
     r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/((?P<kind>datasets|spaces|collections|docs)/)?"
@@ -71,6 +76,20 @@ class Source(Protocol):
 
     def local(self, file: str) -> Path | None:
         """Return a path that the kernel can copy from, or None where there is none."""
+
+
+def gguf_parts(file: str) -> list[str]:
+    """Return the names of all files of the GGUF that `file` is, or is a part of, in order."""
+    if (match := _GGUF_SPLIT.fullmatch(file)) is None or not 0 < int(match["count"]) <= _MOST_PARTS:
+        return [file]
+    count = int(match["count"])
+    return [f"{match['stem']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+
+
+def gguf_stem(file: str) -> str:
+    """Return what a GGUF file is called without its ending and the number of the part."""
+    match = _GGUF_SPLIT.fullmatch(file)
+    return match["stem"] if match is not None else file[: -len(".gguf")]
 
 
 def is_contained(file: str) -> bool:
@@ -115,14 +134,18 @@ def _state(status: os.stat_result) -> _State:
 class LocalSource:
     """A directory, with Hub cache symlinks (`snapshots/<sha>/x -> ../../blobs/<digest>`) allowed.
 
-    `seen`: the state of each file when it was first listed or read.
+    `seen`: the state of each file when it was first listed or read. `chosen`: the GGUF file that was named; of the
+    directory it and the other parts that it is split into are then all there is.
     """
 
     root: Path
     seen: dict[str, _State] = field(default_factory=dict, repr=False, compare=False)
+    chosen: str | None = None
 
     @property
     def name(self) -> str:
+        if self.chosen is not None:
+            return gguf_stem(self.chosen)
         snapshot = self.root.resolve()
         if snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--"):
             return snapshot.parent.parent.name.split("--")[-1]
@@ -130,6 +153,8 @@ class LocalSource:
 
     @property
     def identity(self) -> str:
+        if self.chosen is not None:
+            return self.chosen
         snapshot = self.root.resolve()
         repository = snapshot.parent.parent.name
         if snapshot.parent.name == "snapshots" and repository.startswith("models--"):
@@ -147,6 +172,10 @@ class LocalSource:
 
     def _entries(self) -> Iterator[tuple[str, _State | str]]:
         """Yield (name, state) of regular files and (name, kind) of everything else, in order of names."""
+        if self.chosen is not None:
+            parts = [name for name in gguf_parts(self.chosen) if os.path.lexists(self.root / name)]
+            yield from ((name, _state_or_kind(self.root / name)) for name in parts)
+            return
         waiting = [self.root]
         count = 0
         while waiting:
@@ -176,7 +205,7 @@ class LocalSource:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError):
             raise CheckpointError(f"{path} is missing", "copy or download the checkpoint again") from None
-        if not any(real.is_relative_to(allowed) for allowed in self._allowed()):
+        if file != self.chosen and not any(real.is_relative_to(allowed) for allowed in self._allowed()):
             raise CheckpointError(
                 f"{path} is a link to {real}, outside the checkpoint",
                 "replace the link by the file; only a Hub cache may link to its own blobs",
@@ -281,24 +310,28 @@ class RemoteSource:
 
     `url` is what fsspec opens; for the Hub it names a commit, so that every range is of one version. `sizes` are those
     of the listing. `seen`: an identifier of each file's state when it was first read: its ETag, or other file info.
+    `chosen` as for `LocalSource`.
     """
 
     url: str
     label: str
     sizes: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     seen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    chosen: str | None = None
     _local: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[type[RemoteSource], tuple[Any, ...]]:
-        return type(self), (self.url, self.label, self.sizes, self.seen)
+        return type(self), (self.url, self.label, self.sizes, self.seen, self.chosen)
 
     @property
     def name(self) -> str:
+        if self.chosen is not None:
+            return gguf_stem(self.chosen)
         return self.label.split("@")[0].rstrip("/").rsplit("/", 1)[-1] or "model"
 
     @property
     def identity(self) -> str:
-        return self.label
+        return f"{self.label}/{self.chosen}" if self.chosen is not None else self.label
 
     def _open(self) -> tuple[Any, str]:
         """Return this thread's file system and the root path in it."""
@@ -329,8 +362,13 @@ class RemoteSource:
 
     def _listed(self) -> list[tuple[str, int]]:
         system, root = self._open()
-        with remote_errors(self.label):
-            entries = system.find(root, detail=True)
+        with remote_errors(self.identity):
+            parts = [f"{root.rstrip('/')}/{part}" for part in gguf_parts(self.chosen)] if self.chosen else None
+            if parts is not None and not self._is_hub:  # a folder of a web server need not be listed
+                entries = {part: system.info(part) for part in parts if len(parts) == 1 or system.exists(part)}
+            else:
+                entries = system.find(root, detail=True)
+                entries = entries if parts is None else {part: entries[part] for part in parts if part in entries}
         if len(entries) > MAX_FILES:
             raise CheckpointError(f"{self.label} holds more than {MAX_FILES:,} files", "name the model's own folder")
         prefix = root.rstrip("/") + "/"
@@ -425,7 +463,7 @@ class HubSource(RemoteSource):
     snapshot: LocalSource | None = None
 
     def __reduce__(self) -> tuple[type[RemoteSource], tuple[Any, ...]]:
-        return type(self), (self.url, self.label, self.sizes, self.seen, self.snapshot)
+        return type(self), (self.url, self.label, self.sizes, self.seen, self.chosen, self.snapshot)
 
     def local(self, file: str) -> Path | None:  # type: ignore[override]
         contained(file)
@@ -444,23 +482,29 @@ class HubSource(RemoteSource):
 
 
 def open_hub(reference: str) -> Source:
-    """Resolve `hf://org/name[@revision]` to a commit and return its source.
+    """Resolve `hf://org/name[@revision]`, or `hf://org/name/file.gguf`, to a commit and return its source.
 
     With HF_HUB_OFFLINE=1 that is the snapshot in the Hub's cache, and no request is made.
     """
     from huggingface_hub import HfApi, constants
 
-    repository, _, revision = reference.removeprefix("hf://").strip("/").partition("@")
-    if repository.count("/") != 1:
-        raise CheckpointError(f"{reference} does not name a model", "write hf://org/name or hf://org/name@revision")
+    named = _HUB_MODEL.fullmatch(reference)
+    if named is None:
+        raise CheckpointError(
+            f"{reference} does not name a model",
+            "write hf://org/name or hf://org/name@revision, or hf://org/name/file.gguf for a GGUF",
+        )
+    repository, revision, file = named["repository"], named["revision"] or named["last"] or "", named["file"]
+    folder, _, chosen = contained(file).rpartition("/") if file else ("", "", None)
+    below = f"/{folder}" if folder else ""
     if constants.HF_HUB_OFFLINE:
         snapshot = _cached_snapshot(repository, revision)
         if snapshot is None:
             raise CheckpointError(
                 f"{reference} is not in the Hub's cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set",
-                f"unset HF_HUB_OFFLINE, or download it first: hf download {repository}",
+                f"unset HF_HUB_OFFLINE, or download it first: hf download {repository}{f' {file}' if file else ''}",
             )
-        return snapshot
+        return LocalSource(snapshot.root / folder, chosen=chosen) if chosen else snapshot
     bound_the_hub()
     try:
         with remote_errors(reference):
@@ -471,8 +515,11 @@ def open_hub(reference: str) -> Source:
         raise
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise CheckpointError(f"{reference}: the server names no commit, but {commit!r}", "is it the Hub that answers?")
-    label = f"hf://{repository}@{commit}"
-    return HubSource(url=label, label=label, snapshot=_cached_snapshot(repository, commit))
+    label = f"hf://{repository}@{commit}{below}"
+    snapshot = _cached_snapshot(repository, commit)
+    if snapshot is not None and folder:
+        snapshot = LocalSource(snapshot.root / folder)
+    return HubSource(url=label, label=label, chosen=chosen, snapshot=snapshot)
 
 
 def _cached_snapshot(repository: str, revision: str) -> LocalSource | None:
@@ -488,7 +535,7 @@ def _cached_snapshot(repository: str, revision: str) -> LocalSource | None:
 
 
 def open_source(reference: str | Path) -> Source:
-    """Return the source that `reference` names.
+    """Return the source that `reference` names: a directory, a GGUF file, `hf://…`, a URL.
 
     Raises CheckpointError for a path that does not exist; a bare `org/name` is not looked up on the Hub,
     so that a typing error never reaches the network.
@@ -504,13 +551,16 @@ def open_source(reference: str | Path) -> Source:
             f"{text} is a page of the Hub", f"write hf://{name}{f'@{revision}' if revision else ''} for the model"
         )
     if "://" in text:
+        if text.lower().endswith(".gguf"):
+            folder, _, chosen = text.rpartition("/")
+            return RemoteSource(url=folder, label=folder, chosen=chosen)
         return RemoteSource(url=text, label=text)
     path = Path(text)
     if os.path.isdir(text):  # False for a name that no file can have
         return LocalSource(path)
     if os.path.isfile(text):
         if path.suffix.lower() == ".gguf":
-            raise CheckpointError(f"{text} is a GGUF file", GGUF_HINT)
+            return LocalSource(path.parent, chosen=path.name)
         raise CheckpointError(f"{text} is a file, not a checkpoint directory", f"try {path.parent}")
     hint = None
     if text.startswith("hf:"):

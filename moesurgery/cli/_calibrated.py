@@ -5,13 +5,14 @@ All that they set off is `fitting.calibrate`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
+from moesurgery.cli._evidence import Evidence, evidence_of_edit
 from moesurgery.cli._writing import WriterFlags
 from moesurgery.fitting.calibrate import CalibrationOptions, HeldOut, calibrate
 from moesurgery.plan.plan import Plan
@@ -34,7 +35,7 @@ _Refit = Annotated[
     str | None,
     typer.Option(
         "--refit",
-        help="Repair the outcome by least squares on --text: none, scalar, expert, down or all."
+        help="Repair the outcome by least squares on --text: none, scalar, expert, router, down or all."
         " [default: none; down for merge-experts]",
     ),
 ]
@@ -66,12 +67,10 @@ OPTIONS: dict[str, Any] = {
 OPTIONS = {name: (option, getattr(CalibrationOptions, name)) for name, option in OPTIONS.items()}
 
 
-def calibrated(
-    recipe: Recipe, options: CalibrationOptions, flags: WriterFlags
-) -> tuple[Recipe, Plan, dict[str, Any] | None]:
+def calibrated(recipe: Recipe, options: CalibrationOptions, flags: WriterFlags) -> tuple[Recipe, Plan, Evidence | None]:
     """Do with a recipe of one step what the options ask for, and show what it costs.
 
-    Return the recipe with what was measured, its plan, and what joins the JSON answer.
+    Return the recipe with what was measured, its plan, and a report, where the outcome was measured.
     """
     (step,) = recipe.steps
     model, reporter = recipe.model or ".", _run_options.reporter
@@ -81,9 +80,10 @@ def calibrated(
     recipe = replace(recipe, steps=edited.steps)
     if edited.heldout is None:
         return recipe, recipe.finished(edited.plan), None
+    heading = find_operation(step.operation).text.heading
     if not flags.as_json:
-        _show(edited.heldout, find_operation(step.operation).text.heading)
-    return recipe, recipe.finished(edited.plan), {"heldout": asdict(edited.heldout)}
+        _show(edited.heldout, heading)
+    return recipe, recipe.finished(edited.plan), evidence_of_edit(edited.plan, edited.heldout, heading)
 
 
 def _show(measured: HeldOut, heading: str) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], a URL, or a recipe.")]
+Model = Annotated[
+    str, typer.Argument(help="A checkpoint folder, a GGUF file, hf://org/name[@revision], a URL, or a recipe.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]

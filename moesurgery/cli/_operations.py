@@ -16,6 +16,7 @@ from moesurgery.cli import _writing
 from moesurgery.cli._calibrated import OPTIONS, calibrated
 from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console
+from moesurgery.cli._evidence import ReportKinds, check_reports
 from moesurgery.cli._help import completed
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.calibrate import CalibrationOptions, needs_run
@@ -36,12 +37,14 @@ def command_for(operation: Operation) -> Callable[..., None]:
     """Return a Typer command that runs one operation."""
     text_options = OPTIONS if operation.takes_statistics else {}
     plan_options = {"plan_only": (_PlanOnly, False)} if operation.chooses else {}
+    report_options = {"report": (ReportKinds, None)} if text_options else {}
 
     def command(**given: Any) -> None:
         flags = _writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
         options = CalibrationOptions(**{key: given.pop(key) for key in text_options})
         plan_only = given.pop("plan_only", False)
-        model = given.pop("model")
+        model, kinds = given.pop("model"), given.pop("report", None) or []
+        check_reports(kinds)
         values = {}
         for name, text in given.items():
             if text is not None:
@@ -62,23 +65,25 @@ def command_for(operation: Operation) -> Callable[..., None]:
             recipe = replace(recipe, steps=(replace(recipe.steps[0], line=0),))
         if flags.shard_bytes:
             recipe = replace(recipe, max_shard_size=flags.shard_bytes)
-        plan, measured = None, None
+        plan, report = None, None
         if len(recipe.steps) == 1 and needs_run(operation, recipe.steps[0].parameters, options):
             if flags.part is not None:
                 raise RecipeError(
                     "a part runs no model: each of them would, over the same text",
                     "measure first, in one process: moesurgery collect, then give the parts its file with --stats",
                 )
-            recipe, plan, measured = calibrated(recipe, options, flags)
+            recipe, plan, report = calibrated(recipe, options, flags)
+        if kinds and report is None and not flags.print_recipe:
+            raise RecipeError("--report has nothing to tell: nothing is measured", "give --text FILE or --heldout FILE")
         if plan_to_write is not None and not flags.print_recipe:
             plan = plan or recipe.plan()
             _write_plan_file(operation, plan, Path(plan_to_write), flags)
             if plan_only:
                 _writing.report_steps(plan, flags)
                 return
-        _writing.carry_out(recipe, flags, measured, plan)
+        _writing.carry_out(recipe, flags, plan, report, kinds)
 
-    with_signature(command, operation, {**plan_options, **text_options})
+    with_signature(command, operation, {**plan_options, **text_options, **report_options})
     return command
 
 

@@ -130,10 +130,20 @@ def write_picture(path: Path, title: str, about: str, panels: Sequence[Panel]) -
 
 def svg(title: str, about: str, panels: Sequence[Panel]) -> str:
     """Return an SVG document."""
-    parts, at, wide = [], 58.0, 20 + max(_BOLD * len(title), _CHAR * len(about))
+    wide = 20 + max(_BOLD * len(title), _CHAR * len(about))
+    return _drawing(panels, 58.0, wide, title, [_text(10, 22, title, "h"), _text(10, 40, about)]) + "\n"
+
+
+def figure(panel: Panel) -> str:
+    """Return one panel as SVG to stand in a page, which says all else."""
+    return _drawing([panel], 4.0, 0.0, panel.title, [])
+
+
+def _drawing(panels: Sequence[Panel], at: float, wide: float, label: str, parts: list[str]) -> str:
+    """Return an SVG of `parts` and of panels from the height `at` on, at least `wide`."""
     for panel in panels:
         drawn, width, height = _heatmap(panel, at) if isinstance(panel, Heatmap) else _bars(panel, at)
-        parts += drawn
+        parts = parts + drawn
         at, wide = at + height + 26, max(wide, width, 20 + _CHAR * len(panel.title))
     hatch = (
         '<defs><pattern id="n" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
@@ -143,13 +153,11 @@ def svg(title: str, about: str, panels: Sequence[Panel]) -> str:
     size = f'width="{wide:.0f}" height="{at:.0f}" viewBox="0 0 {wide:.0f} {at:.0f}"'
     return "\n".join(
         (
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{html.escape(title)}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{html.escape(label)}">',
             f"<style>{STYLE}</style>{hatch}",
             f'<rect class="p" width="{wide:.0f}" height="{at:.0f}"/>',
-            _text(10, 22, title, "h"),
-            _text(10, 40, about),
             *parts,
-            "</svg>\n",
+            "</svg>",
         )
     )
 

@@ -16,7 +16,7 @@ from moesurgery.fitting.reporter import Reporter
 from moesurgery.plan.plan import Plan, plan_of
 
 if TYPE_CHECKING:
-    from moesurgery.forward.engine import Progress
+    from moesurgery.forward.batch_passes import Progress
 
 ModelOrRecipe = Annotated[
     str, typer.Argument(help="A checkpoint (folder, hf://, URL), or a recipe of one never written.")
@@ -54,7 +54,7 @@ DtypeOption = Annotated[
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option("--device", help="cpu; cuda:1 for one GPU; cuda for the first, and for statistics all that are seen."),
+    typer.Option("--device", help="cpu; cuda:1 for one GPU; cuda for all that are seen."),
 ]
 ScratchFolder = Annotated[
     Path | None,
@@ -86,4 +86,6 @@ def subject(reference: str) -> Plan:
         for step in plan.steps:
             console.note(f"{reference}: {step.operation}: {step.summary}")
         return plan
-    return plan_of(open_checkpoint(reference))
+    plan = plan_of(open_checkpoint(reference))
+    plan.checkpoint.refuse_gguf("llama.cpp runs those, transformers does not")
+    return plan

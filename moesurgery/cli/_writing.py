@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -14,6 +14,7 @@ import typer
 from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.cli._common_options import Force, Json, Picture, Quiet, SchedulerAddress
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.cli._evidence import Evidence, evidence_markdown, write_evidence
 from moesurgery.cli._exit_codes import ANSWER_IS_NO, FAILED
 from moesurgery.cli._output_name import default_output
 from moesurgery.cli._pictures import Panel, check_picture, factors_of_rules, of_table, write_picture
@@ -144,14 +145,17 @@ class Plannable(Printable, Protocol):
 def carry_out(
     recipe: Plannable | None,
     flags: WriterFlags,
-    more: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
+    measured: Evidence | None = None,
+    kinds: Sequence[str] = (),
     promise: Promise | None = None,
 ) -> None:
     """Plan a recipe, unless there is a `plan` already, then print, weigh or write it, as the flags say.
 
-    `more` joins the JSON answer. `promise`: what the output must be to the byte.
+    What was `measured` joins the JSON answer, and is reported in these `kinds` too. `promise`: what the output must be
+    to the byte.
     """
+    more = {} if measured is None else {"heldout": measured.figures["heldout"]}
     console.quiet = flags.quiet
     if flags.print_recipe and recipe is not None:
         print_recipe(recipe, as_json=flags.as_json)
@@ -173,7 +177,7 @@ def carry_out(
         check_output(plan, Path(os.path.abspath(output)), force=flags.force, dry_run=flags.dry_run)
     _draw(plan, flags.picture)
     if flags.dry_run:
-        dry_run(plan, output, flags, more or {})
+        dry_run(plan, output, flags, more)
         return
     report_steps(plan, flags)
     if plan.checkpoint.other_weights:
@@ -184,7 +188,8 @@ def carry_out(
         jobs=flags.jobs,
         link=flags.link,
         force=flags.force,
-        card=flags.card,
+        card=flags.card or "card" in kinds,
+        evidence=evidence_markdown(measured) if measured is not None and "card" in kinds else "",
         durable=not flags.no_fsync,
         checksums=flags.checksums,
     )
@@ -207,6 +212,9 @@ def carry_out(
                 kept = f"interrupted; {partial} is kept: the same command resumes it, deleting it gives it up"
                 console.if_interrupted = kept
             raise
+    for kind in kinds:
+        if measured is not None and kind != "card":
+            write_evidence(measured, kind, output.with_name(f"{output.name}.report.{kind}"))
     report = _validated(written.path, plan.nbytes) if flags.validate else None
     if flags.as_json:
         document = {
@@ -219,7 +227,7 @@ def carry_out(
                 {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
                 for s in plan.steps
             ],
-            **(more or {}),
+            **more,
         }
         if report is not None:
             from moesurgery.validate.report import as_json

@@ -13,11 +13,13 @@ from moesurgery.cli import _run_options
 from moesurgery.cli._common_options import Force, Json, Picture, Quiet, SchedulerAddress
 from moesurgery.cli._console import console, duration, human_bytes
 from moesurgery.cli._pictures import Heatmap, Panel, check_picture, write_picture
-from moesurgery.errors import OutputError
+from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.calibration_run import CalibrationRun, read_calibration
+from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.recipe.text_needs import NeededStatistics
 from moesurgery.scheduler import Scheduler
+from moesurgery.stats.imatrix_file import save_imatrix
 from moesurgery.stats.statistics_file import SUFFIX
 from moesurgery.whole_file import whole_file
 
@@ -41,6 +43,14 @@ def collect_command(
         bool,
         typer.Option("--every-expert", help="Also run all experts on all tokens: for merge-experts --group hc."),
     ] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            metavar="FILE",
+            help="Also write what llama-imatrix would, as a GGUF that llama-quantize reads.",
+        ),
+    ] = None,
     neurons: Annotated[
         bool, typer.Option("--neurons", help="Also find which neurons of each expert matter: for slim-experts.")
     ] = False,
@@ -69,8 +79,9 @@ def collect_command(
     """
     console.quiet = quiet
     target = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists", "use --force to replace it, or another -o")
+    for file in (target, *([imatrix] if imatrix is not None else ())):
+        if file.exists() and not force:
+            raise OutputError(f"{file} exists", "use --force to replace it, or another name")
     check_picture(picture)
     workers = Scheduler(scheduler) if scheduler is not None else None
     plan = _run_options.subject(model)
@@ -82,11 +93,16 @@ def collect_command(
         _show_forecast(run, scratch, as_json=as_json)
         return
     needed = NeededStatistics(top_k or (), recon or (), every_expert, neurons)
+    sums = ImatrixSums() if imatrix is not None else None
+    if workers is not None and sums is not None:
+        raise RecipeError("--imatrix is collected on one machine", "leave --scheduler out")
     if workers is not None:
         stats = run.statistics_of_workers(needed, _run_options.reporter, workers.executor)
     else:
-        stats = run.statistics(needed, _run_options.reporter, scratch)
+        stats = run.statistics(needed, _run_options.reporter, scratch, sums)
     stats.save(target)
+    if imatrix is not None and sums is not None:
+        save_imatrix(imatrix, sums.arrays(), [file.name for file in run.texts], len(run.windows), window)
     document = _document(stats, target)
     with whole_file(target.with_suffix(".json")) as new:
         new.write_text(write_json(document))
@@ -114,7 +130,8 @@ def _show_forecast(run: CalibrationRun, scratch: Path, *, as_json: bool) -> None
     from moesurgery.fitting.forecast import forecast
 
     devices, count = run.settings.devices, run.windows.count
-    expected = forecast(run.settings.engine(run.plan), run.windows, len(devices))
+    engines = run.settings.engines(run.plan, run.windows)
+    expected = forecast(engines[0], run.windows, len(engines))
     if as_json:
         console.json({"schema_version": 1, "tokens": count, "scratch": str(scratch), **asdict(expected)})
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,8 @@ import typer
 from moesurgery.cli import _run_options
 from moesurgery.cli._common_options import Json, Quiet
 from moesurgery.cli._console import console
+from moesurgery.cli._evidence import Evidence, EvidenceSection, ReportKinds, check_reports, command_line, write_evidence
+from moesurgery.cli._pictures import Bars, Heatmap
 from moesurgery.cli.perplexity import domain_entry
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.run_settings import AUTO, WINDOW, RunSettings
@@ -58,6 +60,7 @@ def compare_command(
     memory: _run_options.Memory = "",
     apart: _run_options.Apart = False,
     assistant_only: _run_options.AssistantOnly = False,
+    report: ReportKinds = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,8 +72,10 @@ def compare_command(
     token, such as end tokens and marks of thinking, which a mean hides; --json has everything.
 
     --generate loads each model whole, so it has to fit: it says how many continuations loop, and how many end.
+    --report html writes EDITED.report.html here, after the second model; card is Markdown for its README.
     """
     console.quiet = quiet
+    check_reports(report or ())
     settings = RunSettings(window, limit, seed, device, dtype, memory, apart, assistant_only)
     settings.check()
     if len(models) < 2:
@@ -79,30 +84,35 @@ def compare_command(
     domains = settings.domains(plans[0].checkpoint, text)
 
     from moesurgery.forward.comparison import targets, worst_windows
-    from moesurgery.forward.loss import compared, mean_loss
+    from moesurgery.forward.loss import compared_over, mean_loss
     from moesurgery.forward.token_classes import token_classes
+    from moesurgery.forward.tokens import joined
 
-    engines = [settings.engine(plan) for plan in plans]
-    work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in engines)
+    groups = settings.groups(plans, joined([domain.as_tokens for domain in domains]))
+    work = sum(d.windows.numel() for d in domains) * sum(len(engine.layers) for engine in groups[0])
     with console.progress("evaluating", work, of_bytes=False) as watch:
-        by_model = [[*losses, mean_loss(losses)] for losses in compared(engines, domains, watch.progress)]
+        by_model = [[*losses, mean_loss(losses)] for losses in compared_over(groups, domains, watch.progress)]
     names = _names(models)
     classes = token_classes(plans[0].checkpoint, targets(domains))
     worst = [worst_windows(domains, by_model[0], losses, _WORST) for losses in by_model]
     spoken = _continuations(plans, domains, settings, generate, new_tokens, temperature) if generate else None
+    entries = []
+    for i, (name, model, losses) in enumerate(zip(names, models, by_model, strict=True)):
+        entry: dict[str, Any] = {"name": name, "reference": model}
+        entry["domains"] = [_entry(base, loss, i) for base, loss in zip(by_model[0], losses, strict=True)]
+        if i:
+            entry["classes"] = [
+                {"name": c, **distance.as_json()} for c, distance in _by_class(by_model[0][-1], losses[-1], classes)
+            ]
+            entry["worst"] = [_window_entry(plans[0].checkpoint, domains, w) for w in worst[i]]
+        if spoken:
+            entry["generated"] = {key: getattr(spoken[i], key) for key in ("prompts", "loops", "ends", "tokens")}
+        entries.append(entry)
+    for kind in report or ():
+        path = Path(f"{names[1]}.report.{'md' if kind == 'card' else kind}".replace("/", "-"))
+        write_evidence(_report(entries), kind, path)
+        console.note(f"the report is in {path}")
     if as_json:
-        entries = []
-        for i, (name, model, losses) in enumerate(zip(names, models, by_model, strict=True)):
-            entry: dict[str, Any] = {"name": name, "reference": model}
-            entry["domains"] = [_entry(base, loss, i) for base, loss in zip(by_model[0], losses, strict=True)]
-            if i:
-                entry["classes"] = [
-                    {"name": c, **distance.as_json()} for c, distance in _by_class(by_model[0][-1], losses[-1], classes)
-                ]
-                entry["worst"] = [_window_entry(plans[0].checkpoint, domains, w) for w in worst[i]]
-            if spoken:
-                entry["generated"] = {key: getattr(spoken[i], key) for key in ("prompts", "loops", "ends", "tokens")}
-            entries.append(entry)
         document = {"schema_version": 1, "window": window, "dtype": settings.computed_in, "reference": names[0]}
         console.json({**document, "models": entries})
         return
@@ -148,6 +158,88 @@ def _entry(reference: Loss, loss: Loss, number: int) -> dict[str, Any]:
         entry |= {"agreement": loss.agreement, "overlap": loss.overlap, "over": loss.nats - reference.nats}
         entry["interval"] = over_interval(reference, loss)
     return entry
+
+
+def _report(entries: Sequence[dict[str, Any]]) -> Evidence:
+    """Return the report of a comparison, from what JSON has of each model."""
+    first, *others = entries
+    texts = [domain["name"] for domain in first["domains"]]
+    sections = [
+        EvidenceSection(
+            "Loss, nats per token",
+            ("model", *texts),
+            [(e["name"], *(f"{d['nats']:.4f}" for d in e["domains"])) for e in entries],
+        ),
+        EvidenceSection(
+            "Loss over the first, by text",
+            ("model", *texts),
+            [
+                (
+                    e["name"],
+                    *(f"{d['over']:+.4f} ({d['interval'][0]:+.4f} to {d['interval'][1]:+.4f})" for d in e["domains"]),
+                )
+                for e in others
+            ],
+            Heatmap(
+                "nats per token over the first",
+                [e["name"] for e in others],
+                texts,
+                [[d["over"] for d in e["domains"]] for e in others],
+                across="text",
+            ),
+        ),
+        EvidenceSection(
+            "How often both have the same likeliest token",
+            ("model", *texts),
+            [(e["name"], *(f"{100 * d['agreement']:.1f} %" for d in e["domains"])) for e in others],
+            Heatmap(
+                "share of tokens",
+                [e["name"] for e in others],
+                texts,
+                [[100 * d["agreement"] for d in e["domains"]] for e in others],
+                "%",
+                across="text",
+            ),
+        ),
+    ]
+    for e in others:
+        sections.append(
+            EvidenceSection(
+                f"{e['name']}: by class of the token that is predicted",
+                ("class", "tokens", "over the first", "KL", "same top-1", "sum min(p, q)"),
+                [
+                    (c["name"], f"{c['tokens']:,}", *_figures(c["over"], c["kl"], c["agreement"], c["overlap"]))
+                    for c in e["classes"]
+                ],
+                Bars(
+                    "nats per token over the first",
+                    [c["name"] for c in e["classes"]],
+                    [c["over"] for c in e["classes"]],
+                ),
+            )
+        )
+        sections.append(
+            EvidenceSection(
+                f"{e['name']}: the windows that lost most",
+                ("text", "window", "over the first", "begins"),
+                [
+                    (w["domain"], str(w["window"]), f"{w['over']:+.4f}", " ".join(w["text"].split())[:_SHOWN])
+                    for w in e["worst"]
+                ],
+            )
+        )
+    if "generated" in first:
+        generated = [(e["name"], e["generated"]) for e in entries]
+        rows = [(n, str(g["prompts"]), f"{100 * g['loops']:.0f} %", f"{100 * g['ends']:.0f} %") for n, g in generated]
+        sections.append(EvidenceSection("Continuations", ("model", "prompts", "that loop", "that end"), rows))
+    about = f"{first['domains'][-1]['tokens']:,} predicted tokens; intervals are 95 % by bootstrap over windows"
+    title = f"{', '.join(e['name'] for e in others)} against {first['name']}"
+    return Evidence(title, about, sections, {"models": list(entries)}, command_line())
+
+
+def _with_interval(domain: Mapping[str, Any]) -> str:
+    low, high = domain["interval"]
+    return f"{domain['over']:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _in_short(reference: Loss, loss: Loss) -> str:

@@ -20,7 +20,7 @@ _SHOWN = 40
 
 
 def diff_command(
-    a: Annotated[str, typer.Argument(help="A checkpoint folder, hf://org/name[@revision], or a URL.")],
+    a: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, hf://org/name[@revision], or a URL.")],
     b: Annotated[str, typer.Argument(help="Another one.")],
     each: Annotated[bool, typer.Option("--each", help="A line for every tensor, not for every kind.")] = False,
     picture: Picture = None,

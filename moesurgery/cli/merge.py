@@ -14,6 +14,7 @@ from moesurgery.cli._shipped_recipes import check_recipe_file
 from moesurgery.fitting.run_settings import check_device
 from moesurgery.merge.compute.method import load_methods
 from moesurgery.merge.merge_recipe import load_merge_recipe
+from moesurgery.plan.requantise import Requantize
 
 
 @taking_flags
@@ -28,6 +29,10 @@ def merge_command(
         str,
         typer.Option("--device", help="Compute with torch, on cuda where there is a GPU, instead of numpy."),
     ] = "",
+    requantize: Annotated[
+        Requantize,
+        typer.Option("--requantize", help="Quantised weights of the base: stored in its form, or as plain weights."),
+    ] = "as-source",
 ) -> None:
     """Merge models of one architecture, dense or MoE, in one streamed pass.
 
@@ -39,4 +44,6 @@ def merge_command(
         check_device(device)
     check_recipe_file(recipe)
     operation = load_merge_recipe(recipe)
-    _writing.carry_out(replace(operation, max_shard_size=flags.shard_bytes, device=device), flags)
+    _writing.carry_out(
+        replace(operation, max_shard_size=flags.shard_bytes, device=device, requantize=requantize), flags
+    )

@@ -40,12 +40,13 @@ def perplexity_command(
     plan = _run_options.subject(model)
     domains = settings.domains(plan.checkpoint, text)
 
-    from moesurgery.forward.loss import losses, mean_loss
+    from moesurgery.forward.loss import losses_over, mean_loss
+    from moesurgery.forward.tokens import joined
 
-    engine = settings.engine(plan)
-    work = sum(d.windows.numel() for d in domains) * len(engine.layers)
+    engines = settings.engines(plan, joined([domain.as_tokens for domain in domains]))
+    work = sum(d.windows.numel() for d in domains) * len(engines[0].layers)
     with console.progress("evaluating", work, of_bytes=False) as watch:
-        domain_losses = losses(engine, domains, watch.progress)
+        domain_losses = losses_over(engines, domains, watch.progress)
     if as_json:
         console.json(
             {

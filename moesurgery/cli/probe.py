@@ -76,15 +76,20 @@ def probe_command(
     run = read_calibration(settings, plan, text, tokens)
     windows = run.windows
 
-    from moesurgery.fitting.ablation import ablate, screened, takers, work
+    from moesurgery.fitting.ablation import ablate_over, screened, takers, work
+    from moesurgery.fitting.kept_losses import KeptLosses
     from moesurgery.stats.criteria import scores
 
-    stats = run.statistics(NeededStatistics(), _run_options.reporter)
-    engine = settings.engine(plan)
-    wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in engine.routed}
+    scratch = None if output is None else output.with_name(f"{output.name}.scratch")
+    stats = run.statistics(NeededStatistics(), _run_options.reporter, scratch)
+    engines = settings.engines(plan, windows)
+    routed = engines[0].routed
+    wanted = {b.where: screened(b, scores(stats.blocks[b.where], "reap-sum").tolist(), every) for b in routed}
     modes: Any = MODES[mode]
-    with console.progress("leaving out", work(engine, windows, wanted, len(modes)), of_bytes=False) as watch:
-        ablations = ablate(engine, windows, wanted, modes, watch.progress)
+    about = {**run.about, "left out": wanted, "devices": settings.devices}
+    kept = [KeptLosses(scratch and scratch / f"losses-{i}.json", about) for i in range(len(engines))]
+    with console.progress("leaving out", work(engines[0], windows, wanted, len(modes)), of_bytes=False) as watch:
+        ablations = ablate_over(engines, windows, wanted, modes, watch.progress, kept)
     from moesurgery.checkpoint.filenames import TOKENIZER
     from moesurgery.forward.text_windows import load_tokenizer
 
@@ -93,7 +98,7 @@ def probe_command(
     shown = load_tokenizer(plan.checkpoint).decode if known else lambda ids: f"token {ids[0]}"
     taken = {
         where: [[{"text": shown([t]), "count": n, "share": share} for t, n, share in expert] for expert in experts]
-        for where, experts in takers(engine, windows).items()
+        for where, experts in takers(engines, windows).items()
     }
     document = _document(plan.checkpoint.name, stats, ablations, taken, modes)
     if output is not None:
@@ -109,6 +114,8 @@ def probe_command(
             write_picture(files[3], title, about_probe(document), drawn)
         elif png:
             console.warning("no PNG without matplotlib: `pip install moesurgery[plot]`; the SVG shows the same")
+    for each in kept:
+        each.remove()
     if as_json:
         console.json(document)
         return

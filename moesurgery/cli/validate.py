@@ -111,7 +111,7 @@ def _bytes_to_read(model: str, level: Level | None, parents: int) -> int:
     if level in ("container", "config") or "://" in model:
         return 0
     sizes = open_source(model).files()
-    weights = sum(size for file, size in sizes.items() if file.endswith(".safetensors"))
+    weights = sum(size for file, size in sizes.items() if file.endswith((".safetensors", ".gguf")))
     return weights * (2 if parents else 1)
 
 

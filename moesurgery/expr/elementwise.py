@@ -1,12 +1,17 @@
-"""Elementwise expressions of one tensor: a factor, another dtype, a shift of exponents. Each rounds once."""
+"""Elementwise expressions of one tensor: a factor, another dtype or GGUF's blocks, a shift of exponents.
+
+Each rounds once.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.arrays import NotFiniteError, beyond, multiplied, rounded
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.arrays import NotFiniteError, beyond, decoded, encoded, multiplied, rounded
+from moesurgery.checkpoint.block_values import REQUANTISED, multiplied_blocks
+from moesurgery.checkpoint.dtypes import BLOCKS, PLAIN_FLOATS, block_elements
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed, torch_dtype
 
@@ -67,13 +72,38 @@ class Exponent(Unary):
         return moved.to(torch.uint8).view(torch_dtype(self.dtype))
 
 
+@dataclass(frozen=True)
+class BlockScale(Unary):
+    """GGUF blocks times `factor`: the factors that each of them holds are multiplied and rounded once."""
+
+    factor: float
+
+    def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.array(start, stop, reader))
+
+    @property
+    def numpy_only(self) -> bool:
+        return True
+
+    def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
+        return decoded(self.raw(start, stop, reader), self.dtype)
+
+    def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
+        return multiplied_blocks(self.of.raw(start, stop, reader), self.dtype, self.factor)
+
+
 def _name(expr: Expr) -> str:
     return next((stored.info.name for stored in expr.stored()), "a tensor")
 
 
 @dataclass(frozen=True)
 class Cast(Unary):
-    """`of` rounded to another floating dtype. Raises NotFiniteError for finite numbers that it cannot hold."""
+    """`of` rounded to another floating dtype, or GGUF's blocks of it: of these, or to them.
+
+    Raises NotFiniteError for finite numbers that it cannot hold.
+    """
 
     to: str
 
@@ -81,7 +111,18 @@ class Cast(Unary):
     def dtype(self) -> str:  # type: ignore[override]
         return self.to
 
+    @property
+    def chunk_multiple(self) -> int:
+        return math.lcm(self.of.chunk_multiple, block_elements(self.to))
+
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
+        if self.to in BLOCKS or self.of.dtype in BLOCKS:
+            import torch
+
+            values = self.of.array(start, stop, reader)
+            if self.to not in BLOCKS:
+                return narrowed(torch.from_numpy(values), self.to)
+            return torch.frombuffer(bytearray(encoded(values, self.to)), dtype=torch.uint8)
         try:
             return narrowed(self.of.evaluate(start, stop, reader), self.to)
         except NotFiniteError:
@@ -102,6 +143,6 @@ def cast(of: Expr, dtype: str) -> Expr:
     """Return `of` in `dtype`; itself where that is its dtype."""
     if of.dtype == dtype:
         return of
-    if not {of.dtype, dtype} <= PLAIN_FLOATS:
+    if not {of.dtype, dtype} <= PLAIN_FLOATS | BLOCKS.keys() or (dtype in BLOCKS and dtype not in REQUANTISED):
         raise ValueError(f"cannot cast {of.dtype} to {dtype}")
     return Cast(of, dtype)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from moesurgery.checkpoint.arrays import LARGEST_FINITE, beyond, decoded, encoded
-from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, byte_count, element_count
+from moesurgery.checkpoint.dtypes import BITS, BLOCKS, PLAIN_FLOATS, block_elements, byte_count, element_count
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.source import Source
 
@@ -44,7 +45,7 @@ class Compute(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return (self.stop - self.start) * BITS[self.expr.dtype] // 8
+        return int((self.stop - self.start) * BITS[self.expr.dtype] // 8)
 
 
 Piece = Copy | Compute
@@ -175,30 +176,34 @@ class Stored(Expr):
     def nbytes(self) -> int:
         return self.info.nbytes
 
+    @property
+    def chunk_multiple(self) -> int:
+        return block_elements(self.dtype)
+
     def pieces(self) -> Iterator[Piece]:
         if self.info.nbytes:
             yield Copy(self.source, self.info.file, self.info.start, self.info.nbytes)
 
+    def _range(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where in the file elements `start:stop` are, and how many bytes they take."""
+        bits = BITS[self.dtype]
+        return self.info.start + int(start * bits // 8), int((stop - start) * bits // 8)
+
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         kind = torch_dtype(self.dtype)
-        size = BITS[self.dtype] // 8
-        data = reader.read(self.source, self.info.file, self.info.start + start * size, (stop - start) * size)
-        return data.view(kind)
+        return reader.read(self.source, self.info.file, *self._range(start, stop)).view(kind)
 
     @property
     def numpy_only(self) -> bool:
-        return self.dtype in PLAIN_FLOATS
+        return self.dtype in PLAIN_FLOATS or self.dtype in BLOCKS
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         if not self.numpy_only:
             return super().array(start, stop, reader)
-        size = BITS[self.dtype] // 8
-        where = self.info.start + start * size
-        return decoded(reader.passing(self.source, self.info.file, where, (stop - start) * size), self.dtype)
+        return decoded(self.raw(start, stop, reader), self.dtype)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
-        size = BITS[self.dtype] // 8
-        return reader.passing(self.source, self.info.file, self.info.start + start * size, (stop - start) * size)
+        return reader.passing(self.source, self.info.file, *self._range(start, stop))
 
     def stored(self) -> Iterator[Stored]:
         yield self
@@ -211,7 +216,7 @@ def _in_multiples(of: Expr, start: int, stop: int) -> tuple[int, int]:
     )
 
 
-def _evaluated(of: Expr, start: int, stop: int, reader: Reader) -> torch.Tensor:
+def evaluated(of: Expr, start: int, stop: int, reader: Reader) -> torch.Tensor:
     """Evaluate any elements: a part of a tensor need not begin where a part of the whole that can be evaluated does."""
     first, last = _in_multiples(of, start, stop)
     return of.evaluate(first, last, reader)[start - first : stop - first]
@@ -225,7 +230,7 @@ def _array(of: Expr, start: int, stop: int, reader: Reader) -> np.ndarray:
 def _raw(of: Expr, start: int, stop: int, reader: Reader) -> memoryview:
     first, last = _in_multiples(of, start, stop)
     bits = BITS[of.dtype]
-    return of.raw(first, last, reader)[(start - first) * bits // 8 : (stop - first) * bits // 8]
+    return of.raw(first, last, reader)[int((start - first) * bits // 8) : int((stop - first) * bits // 8)]
 
 
 @dataclass(frozen=True)
@@ -275,7 +280,7 @@ class Slice(Unary):
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         offset = self.start * self.row
-        return _evaluated(self.of, offset + start, offset + stop, reader)
+        return evaluated(self.of, offset + start, offset + stop, reader)
 
     @property
     def numpy_only(self) -> bool:
@@ -316,7 +321,7 @@ class Concat(Expr):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         import torch
 
-        tensors = [_evaluated(part, first, last, reader) for part, first, last in self._within(start, stop)]
+        tensors = [evaluated(part, first, last, reader) for part, first, last in self.within(start, stop)]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     @property
@@ -326,14 +331,14 @@ class Concat(Expr):
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
 
-        arrays = [_array(part, first, last, reader) for part, first, last in self._within(start, stop)]
+        arrays = [_array(part, first, last, reader) for part, first, last in self.within(start, stop)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         # Joined at once: the bytes of a part are valid only until the next call.
-        return memoryview(b"".join(bytes(_raw(p, first, last, reader)) for p, first, last in self._within(start, stop)))
+        return memoryview(b"".join(bytes(_raw(p, first, last, reader)) for p, first, last in self.within(start, stop)))
 
-    def _within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
+    def within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
         """Yield the parts that elements `start:stop` are in, with the elements of each."""
         at = 0
         for part in self.parts:
@@ -381,17 +386,18 @@ def take(of: Expr, indices: list[int]) -> Expr:
     return concat([Slice(of, first, last) for first, last in runs])
 
 
-def window(pieces: Iterator[Piece], start: int, stop: int, bits: int) -> Iterator[Piece]:
+def window(pieces: Iterator[Piece], start: int, stop: int, bits: int | Fraction) -> Iterator[Piece]:
     """Cut elements `start:stop` out of consecutive pieces of elements of `bits` bits."""
     at = 0
     for piece in pieces:
-        count = piece.nbytes * 8 // bits
+        count = int(piece.nbytes * 8 // bits)
         first, last = max(start - at, 0), min(stop - at, count)
         at += count
         if first >= last:
             continue
         if isinstance(piece, Copy):
-            yield piece._replace(start=piece.start + first * bits // 8, nbytes=(last - first) * bits // 8)
+            offset, length = int(first * bits // 8), int((last - first) * bits // 8)
+            yield piece._replace(start=piece.start + offset, nbytes=length)
             continue
         first, last = piece.start + first, piece.start + last
         if _in_multiples(piece.expr, first, last) == (first, last):

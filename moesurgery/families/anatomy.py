@@ -14,7 +14,7 @@ from moesurgery.families.family import ExpertAxisTensor, ExpertSet, Family, Layo
 from moesurgery.families.quantised import TensorName
 from moesurgery.families.table import by_architecture, by_model_type
 
-_EXPERTS = re.compile(r"expert(?!ise)|switch_mlp|\bmoe\b")
+_EXPERTS = re.compile(r"expert(?!ise)|switch_mlp|\bmoe\b|_exps\b")
 TIED = "tied_"  # before the model_type of a model with tied blocks (`moesurgery tie-blocks`)
 
 
@@ -133,6 +133,10 @@ class Anatomy:
     def main_blocks(self) -> list[MoeBlock]:
         """The MoE blocks of the language model, without multi-token-prediction layers."""
         return [block for block in self.blocks if not block.mtp]
+
+    def block(self, where: str) -> MoeBlock:
+        """Return the MoE block of this name."""
+        return next(block for block in self.blocks if block.where == where)
 
     @property
     def unknown_experts(self) -> str:

@@ -30,20 +30,21 @@ _VISION_NAMES = frozenset(
         *("multimodal_projector", "mm_projector", "embed_vision", "patch_merger", "image_newline", "view_seperator"),
         *("aligner", "sam_model", "audio", "audio_tower", "audio_encoder", "audio_projector", "embed_audio"),
         *("code2wav", "code_predictor", "talker", "token2wav", "projector", "vit_large_projector", "view_separator"),
-        *("patch_merge_mlp", "resampler_model", "qwen2_model"),  # MiniMax-M3, ERNIE-VL, DeepSeek-OCR-2
+        *("patch_merge_mlp", "resampler_model", "qwen2_model", "vit"),  # MiniMax-M3, ERNIE-VL, DeepSeek-OCR-2, HY-V4
     )
 )
 _EMBEDDING_NAMES = frozenset(
     (
         *("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings", "embed", "embed_in"),
         *("token_embedding", "shared", "ngram_embedding", "embed_positions", "wpe", "embed_tokens_per_layer"),
+        *("token_embd", "position_embd", "token_types", "per_layer_token_embd"),  # GGUF
     )
 )
 _HEAD_NAMES = frozenset(("lm_head", "output", "embed_out", "output_layer", "head", "unembed", "score"))
 _NORM = re.compile(r"(^|_)(norm|layernorm|ln|rmsnorm)(_|\d|$)|norm$|layernorm$")
 _RESIDUAL = re.compile(
     r"(^|_)hc(_|$)|hyper_connection|residual(?!_mlp)|layer_scalar|attn_res$"
-    r"|hidden_states_(scale|bias)|(attention|mlp|final)_input$"
+    r"|hidden_states_(scale|bias)|(attention|mlp|final|message)_input$|message_gate$|^controllers$|cross_pass"
 )
 _ATTENTION = re.compile(r"attn|attention|mamba|mixer|conv|ssm|kda|lightning|recurrent|indexer|delta|rnn|rope|rotary")
 _FFN = re.compile(r"mlp|feed_forward|ffn|moe|linear_[12]|fc[12]|experts|share|dense|per_layer|self_conditioning")

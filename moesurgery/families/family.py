@@ -186,6 +186,23 @@ class Family:
     refuses: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def read_layouts(self) -> tuple[Layout, ...]:
+        """All layouts that are recognised: those of `layouts`, and MLX's."""
+        mlx = self.mlx_layout
+        return self.layouts if mlx is None else (*self.layouts, mlx)
+
+    @property
+    def mlx_layout(self) -> Layout | None:
+        """The layout in which mlx-lm saves the experts: stacked in `switch_mlp`, named alike in all families."""
+        parts = []
+        for part in next((layout.parts for layout in self.layouts if layout.kind == "per-expert"), ()):
+            module, found, _ = part.path.partition(".experts.#.")
+            if not found or part.role == "gate_up":
+                return None
+            parts.append(Projection(f"{module}.switch_mlp.{part.role}_proj", part.role))
+        return Layout("fused", tuple(parts)) if parts else None
+
 
 def per_expert_layout(
     experts: str = "mlp.experts.#",

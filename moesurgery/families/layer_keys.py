@@ -76,12 +76,13 @@ ATTENTION_KEYS = frozenset(
         "sparse_attention_config.sparse_attention_freq",
     )
 )
-# Model types of transformers 5.23 whose layers differ in attention by number where config.json has none of these.
+# Model types of transformers 5.24 whose layers differ in attention by number where config.json has none of these.
 ALTERNATING = frozenset(
     (
         *("afmoe", "bailing_hybrid", "beam", "cohere2", "cohere2_moe", "cwm", "deepseek_v4", "dots3_note_text"),
         *("exaone4", "exaone_moe", "flint", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm5_next_text"),
         *("gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "inkling2_text", "inkling_text"),
+        *("hy_v4_vl_text", "inkling2_loop_text", "lara_mini"),
         *("kimi_linear", "kolibri1", "lfm3", "llama4_text", "mimo_v2_flash", "minimax", "mistral_large4_text"),
         *("modernbert-decoder", "muse_glimmer_text", "muse_spark_text", "olmo3", "olmo_hybrid", "qwen3_5_moe_text"),
         *("qwen3_5_text", "qwen3_next", "qwen4_exp_text", "smollm3", "vaultgemma", "zamba"),

@@ -120,7 +120,7 @@ def split_name(name: str, exists: Callable[[str], bool], dtype_of: Callable[[str
 
 
 # Outputs of AWQ in a 32-bit word, the one in the lowest bits first (AutoAWQ, 4 bits).
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PACKED = (".qweight", ".weight_packed")
 
 
@@ -175,9 +175,9 @@ def _outputs_of_words(shape: tuple[int, ...], awq: bool, outputs: int) -> Output
     if shape[-1] == outputs:
         return Outputs(1)
     lanes = outputs // shape[-1] if shape[-1] and outputs % shape[-1] == 0 else 0
-    if lanes not in (4, 8, 16) or (awq and lanes != len(_AWQ_ORDER)):
+    if lanes not in (4, 8, 16) or (awq and lanes != len(AWQ_ORDER)):
         return Outputs(None, stuck=f"{list(shape)} packs {outputs} outputs in an order that is not known")
-    return Outputs(1, _AWQ_ORDER if awq else tuple(range(lanes)))
+    return Outputs(1, AWQ_ORDER if awq else tuple(range(lanes)))
 
 
 QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")

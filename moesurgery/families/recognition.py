@@ -143,7 +143,7 @@ def _divide(anatomy: Anatomy, family: Family, blocks: _Blocks) -> None:
 
 def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
     """Whether a model has experts at all: by its tensors, or by a config that counts some."""
-    if any(re.search(r"\bexperts?\b|\.moe\.|expert_#", t) for t in templates):
+    if any(re.search(r"\bexperts?\b|\.moe\.|expert_#|_exps\b", t) for t in templates):
         return True
     counts = (Settings(Family("unknown", (), (), ()), config).first((k,)) for k in EXPERTS_KEYS)
     return any(isinstance(c, int) and c > 1 for c in counts)
@@ -153,7 +153,7 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
     """Choose the block's layout, count its experts and check that none is missing."""
     weights = [m for m in block.members if m.part and m.stem.main]
     present = {m.part.path for m in weights if m.part}
-    layouts = (block.of or family).layouts
+    layouts = block.of.layouts if block.of else family.read_layouts
     fitting = [la for la in layouts if present == {p.path for p in la.parts}]
     if not fitting:
         wanted = " or ".join("+".join(p.path for p in la.parts) for la in layouts)

@@ -19,7 +19,7 @@ from moesurgery.families.quantised import PACKED, TensorName, packed_bits, split
 _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,6})(?![^.])")
 _NUMBER_OR_EXPERT = re.compile(r"(?:(?<=\.)|(?<=\bexpert_)|^)(0|[1-9][0-9]{0,6})(?=\.|$)")  # takes three times as long
 OWN_MARK = "\0"  # in a template, for a `#` that a name has itself: no header may hold a name with this
-LAYER_CONTAINERS = ("layers", "blocks", "h", "block")  # what models call the list of their layers
+LAYER_CONTAINERS = ("layers", "blocks", "h", "block", "blk")  # what models call the list of their layers
 _ALWAYS_BUFFERS = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
 
 
@@ -106,7 +106,8 @@ def _place(family: Family | None, template: str, dtypes: Mapping[str, str]) -> T
 
 def _in_set(place: TensorRole, of: ExpertSet | Family, base: str, rest: str, dtype: str) -> bool:
     """Whether the tensor `rest` of a layer belongs to a set of experts; then enter its part there."""
-    for part in (p for layout in of.layouts for p in layout.parts):
+    layouts = of.read_layouts if isinstance(of, Family) else of.layouts
+    for part in (p for layout in layouts for p in layout.parts):
         if part.path == base:
             place.component, place.part = parts.ROUTED, part
             return True

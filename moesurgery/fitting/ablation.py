@@ -7,15 +7,19 @@ Two ways to leave one out: `mask` bans it in the router, as dropping it would, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.fitting.collector import check_routing
-from moesurgery.forward.engine import Engine, Progress, Resume, Streams
+from moesurgery.fitting.kept_losses import KeptLosses
+from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.loss import window_losses
-from moesurgery.forward.tokens import Tokens
+from moesurgery.forward.tokens import Tokens, shared_out
+from moesurgery.forward.unit_runner import Resume
 
 if TYPE_CHECKING:
     import torch
@@ -54,44 +58,91 @@ def ablate(
     wanted: Mapping[str, Sequence[int]],
     modes: Sequence[AblationMode],
     progress: Progress = lambda count: None,
+    kept: KeptLosses | None = None,
 ) -> Ablations:
     """Measure the model without each wanted expert, by block, and without each index over all layers.
 
     An index is measured where it is wanted in every block. Where masking would leave a token fewer experts than it
-    is routed to, only `zero` is measured. Raises RefusedError for a family whose routing cannot be read.
+    is routed to, only `zero` is measured. What is in `kept` is not measured again, and it gets the rest. Raises
+    RefusedError for a family whose routing cannot be read.
     """
     blocks = check_routing(engine, "probe")
     top_k = engine.plan.anatomy.settings.top_k or 1
     size = engine.windows_per_batch(tokens, True)
-    abreast = max(1, ABREAST_BYTES // (4 * tokens.count * _width(engine)))
+    abreast = max(1, ABREAST_BYTES // (4 * tokens.count * engine.width))
+    kept = kept or KeptLosses()
     base = engine.start(tokens, batch=size)
+
+    def measured(
+        mode: AblationMode, experts: Sequence[int], where: str | None, resume: Resume | None
+    ) -> dict[int, float]:
+        """Return the loss without each expert of a block, or of all; `abreast` of them at a time."""
+        names = {e: f"{mode} {where} {e}" for e in experts}
+        left = [e for e in experts if names[e] not in kept.losses]
+        progress((len(experts) - len(left)) * tokens.count * (len(engine.layers) - (resume.layer if resume else 0)))
+        for part in _parts(left, abreast):
+            nats = _losses(engine, tokens, [without(mode, e, where) for e in part], size, resume, progress)
+            kept.add(dict(zip((names[e] for e in part), nats, strict=True)))
+        return {e: kept.losses[names[e]] for e in experts}
+
     try:
         ablations = Ablations(0.0, tokens.predicted)
         for mode in modes:
             ablations.single[mode] = {b.where: {} for b in blocks}
             indices = [e for e in range(blocks[0].block.experts) if all(e in wanted[b.where] for b in blocks)]
             indices = [] if mode == "mask" and blocks[0].block.experts <= top_k else indices
-            for part in _parts(indices, abreast):
-                watches = [without(mode, e) for e in part]
-                ablations.index[mode] = ablations.index.get(mode, {}) | dict(
-                    zip(part, _losses(engine, tokens, watches, size, None, progress), strict=True)
-                )
+            if indices:
+                ablations.index[mode] = measured(mode, indices, None, None)
         for layer, unit in enumerate(engine.layers):
             base.to_layer(layer, progress)
-            resume = Resume(layer, [stream.last for stream in base.streams]) if layer else None
+            resume = Resume(layer, base.outputs) if layer else None
             for block in (b for b in blocks if b.unit == unit.path):
                 for mode in modes:
                     if mode == "mask" and block.block.experts <= top_k:
                         continue
-                    for part in _parts(list(wanted[block.where]), abreast):
-                        watches = [without(mode, e, block.where) for e in part]
-                        losses = _losses(engine, tokens, watches, size, resume, progress)
-                        ablations.single[mode][block.where] |= dict(zip(part, losses, strict=True))
+                    losses = measured(mode, wanted[block.where], block.where, resume)
+                    ablations.single[mode][block.where] = losses
         base.to_layer(len(engine.layers), progress)
-        ablations.base = _finished(base)
+        ablations.base = _finished(base, engine.windows_per_head(tokens))
     finally:
         base.close()
     return ablations
+
+
+def ablate_over(
+    engines: Sequence[Engine],
+    tokens: Tokens,
+    wanted: Mapping[str, Sequence[int]],
+    modes: Sequence[AblationMode],
+    progress: Progress = lambda count: None,
+    kept: Sequence[KeptLosses | None] = (None,),
+) -> Ablations:
+    """Return what `ablate` returns, with the windows split among engines on several devices.
+
+    The losses are means of those of the parts, weighted by their tokens: equal to those of one engine up to rounding.
+    """
+    parts = shared_out(tokens, len(engines))
+    if len(parts) == 1:
+        return ablate(engines[0], tokens, wanted, modes, progress, kept[0])
+    with ThreadPoolExecutor(len(parts), "device") as pool:
+        jobs = [
+            pool.submit(ablate, engine, part, wanted, modes, progress, of_part)
+            for engine, part, of_part in zip(engines, parts, kept, strict=False)
+        ]
+        found = [each.result() for each in jobs]
+    first = found[0]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(nats * each.tokens for nats, each in zip(values, found, strict=True)) / tokens.predicted
+
+    whole = Ablations(mean([each.base for each in found]), tokens.predicted)
+    for mode, blocks in first.single.items():
+        whole.single[mode] = {
+            w: {e: mean([f.single[mode][w][e] for f in found]) for e in experts} for w, experts in blocks.items()
+        }
+    for mode, experts in first.index.items():
+        whole.index[mode] = {e: mean([each.index[mode][e] for each in found]) for e in experts}
+    return whole
 
 
 def work(engine: Engine, tokens: Tokens, wanted: Mapping[str, Sequence[int]], modes: int) -> int:
@@ -102,59 +153,62 @@ def work(engine: Engine, tokens: Tokens, wanted: Mapping[str, Sequence[int]], mo
     return tokens.count * (modes * (single + len(indices) * len(engine.layers)) + len(engine.layers))
 
 
-def _width(engine: Engine) -> int:
-    return int(engine.skeleton.model.config.get_text_config().hidden_size)
-
-
 def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _losses(
-    engine: Engine, tokens: Tokens, watches: Sequence[Hooks], size: int, resume: Resume | None, progress: Progress
+    engine: Engine, tokens: Tokens, variants: Sequence[Hooks], size: int, resume: Resume | None, progress: Progress
 ) -> list[float]:
     """Run variants through the rest of the model together, so that each layer is loaded once for all."""
-    runs: list[Streams] = []
+    runs: list[BatchPasses] = []
     try:
-        for watch in watches:
-            runs.append(engine.start(tokens, watch, resume=resume, batch=size))
+        for hooks in variants:
+            runs.append(engine.start(tokens, hooks, resume=resume, batch=size))
         while (unit := runs[0].unit) is not None and runs[0].passed < len(engine.layers):
-            with engine.loaded(unit, pin=True):
+            with engine.weights.loaded(unit, pin=True):
                 for run in runs:
                     run.step(progress)
-            engine.unpin()
-        return [_finished(run) for run in runs]
+            engine.weights.unpin()
+        return [_finished(run, engine.windows_per_head(tokens)) for run in runs]
     finally:
         for run in runs:
             run.close()
 
 
-def _finished(run: Streams) -> float:
+def _finished(run: BatchPasses, windows: int) -> float:
     """Return the loss of a run that is past its layers, in nats per predicted token."""
     nats, count = 0.0, 0
     for number in range(len(run)):
-        for _, part, logits in run.ends(number):
+        for _, part, logits in run.logits(number, windows):
             nats += sum(window_losses(logits, part))
             count += part.predicted
-    return nats / count
+    return nats / max(1, count)  # a part of the windows may have no token that counts
 
 
-def takers(engine: Engine, tokens: Tokens) -> dict[str, list[list[tuple[int, int, float]]]]:
+def takers(engines: Sequence[Engine], tokens: Tokens) -> dict[str, list[list[tuple[int, int, float]]]]:
     """Return, for each block and expert, the tokens that are characteristic of those routed to it.
 
     Each as (token id, times routed to the expert, share of the token's occurrences), those first whose count times
-    the logarithm of how much more often they come here than elsewhere is largest.
+    the logarithm of how much more often they come here than elsewhere is largest. The windows are split among engines
+    of one model.
     """
     import torch
 
-    keys: dict[str, list[torch.Tensor]] = {}
+    engine = engines[0]
+    keys: dict[str, list[torch.Tensor]] = {block.where: [] for block in engine.routed}
 
     def record(call: ExpertsCall) -> None:
         ids = call.tokens.ids.reshape(-1, 1).to(call.index.device)
         index = call.index.reshape(len(ids), -1)
-        keys.setdefault(call.block.where, []).append((index * engine.vocabulary + ids).flatten().cpu())
+        keys[call.block.where].append((index * engine.vocabulary + ids).flatten().cpu())
 
-    engine.run(tokens, Hooks(experts=record))
+    parts = shared_out(tokens, len(engines))
+    if len(parts) == 1:
+        engine.run(tokens, Hooks(experts=record))
+    else:
+        with ThreadPoolExecutor(len(parts), "device") as pool:
+            list(pool.map(lambda pair: pair[0].run(pair[1], Hooks(experts=record)), zip(engines, parts, strict=False)))
     values, counts = torch.unique(tokens.ids, return_counts=True)
     occurs = dict(zip(values.tolist(), counts.tolist(), strict=True))
     by_block: dict[str, list[list[tuple[int, int, float]]]] = {}

@@ -20,6 +20,7 @@ from moesurgery.recipe.text_needs import NeededStatistics
 
 if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
+    from moesurgery.forward.engine import Engine
     from moesurgery.stats.repair_file import RepairWriter
     from moesurgery.surgery.choose_neurons import NeuronChoice
     from moesurgery.surgery.group_experts import Merger
@@ -95,7 +96,7 @@ class CalibrationCache:
             _check_same(target, "a fit", differs, "fit again,")
             self.reporter.note(f"{what} is used again from {target}")
         else:
-            engine = self.run.settings.engine(self.run.plan)
+            engine = self.run.settings.engine(self.run.plan, self.run.windows)
             with self.reporter.progress("fitting groups", engine.work(self.run.windows)) as progress:
                 fitted = fit_groups(engine, self.run.windows, merger, progress)
             save_group_fits(target, fitted, merger, self.run.about)
@@ -107,7 +108,7 @@ class CalibrationCache:
         from moesurgery.fitting.neuron_fit import fit_neurons
 
         def fit(writer: RepairWriter) -> None:
-            engine = self.run.settings.engine(self.run.plan)
+            engine = self.run.settings.engine(self.run.plan, self.run.windows)
             with self.reporter.progress("fitting neurons", engine.work(self.run.windows)) as progress:
                 fit_neurons(engine, self.run.windows, choice, ridge, writer.add, progress)
 
@@ -117,17 +118,41 @@ class CalibrationCache:
     def repair(self, edited: Plan, options: RepairOptions) -> str:
         """Return the folder of the repair of `edited`."""
         from moesurgery.fitting.layer_fit import fit_layers
-
-        def fit(writer: RepairWriter) -> None:
-            original, other = (self.run.settings.engine(plan) for plan in (self.run.plan, edited))
-            with self.reporter.progress("refitting", 2 * original.work(self.run.windows)) as progress:
-                fit_layers(original, other, self.run.windows, options, writer.add, progress)
+        from moesurgery.forward.scratch import Scratch
 
         about = self.run.about | {"edited": fingerprint(edited), **options.described()}
-        return self._fitted(".refit", "repair", about, fit)
+        windows, devices = self.run.windows, {"devices": self.run.settings.devices}
+        scratch = Scratch(self._beside(".refit.scratch"), about | devices, self.reporter.note)
+        pair: list[Engine] = []
 
-    def _fitted(self, ending: str, what: str, about: Mapping[str, Any], fit: Callable[[RepairWriter], None]) -> str:
-        """Return the folder that `fit` writes, now or in an earlier run with the same provenance `about`."""
+        def fit(writer: RepairWriter) -> None:
+            scratch.entries = writer.layers
+            with self.reporter.progress("refitting", 2 * pair[0].work(windows)) as progress:
+                original, other = pair
+                fit_layers(
+                    original, other, windows, options, writer.add, progress, scratch=scratch, state=scratch.state
+                )
+            scratch.remove()
+
+        def kept() -> list[Any]:
+            pair.extend(self.run.settings.pair(self.run.plan, edited, windows))
+            state = scratch.load(pair)
+            return state.entries if state else []
+
+        return self._fitted(".refit", "repair", about, fit, kept)
+
+    def _fitted(
+        self,
+        ending: str,
+        what: str,
+        about: Mapping[str, Any],
+        fit: Callable[[RepairWriter], None],
+        kept: Callable[[], list[Any]] = list,
+    ) -> str:
+        """Return the folder that `fit` writes, now or in an earlier run with the same provenance `about`.
+
+        `kept` returns the entries of an unfinished one that `fit` goes on with.
+        """
         from moesurgery.checkpoint.filenames import REPAIR_INDEX
         from moesurgery.stats.repair_file import RepairWriter, open_repair
 
@@ -136,7 +161,7 @@ class CalibrationCache:
             _check_same(folder, f"a {what}", about_differences(open_repair(folder).about, about), "fit again,")
             self.reporter.note(f"the {what} in {folder} is used again")
         else:
-            writer = RepairWriter(folder, force=self.force)
+            writer = RepairWriter(folder, force=self.force, kept=kept())
             fit(writer)
             writer.close(about)
             self.reporter.note(f"the {what} is in {folder}")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE = 4  # one window in so many of the text is kept for measuring
 HELD_OUT_WINDOWS = 20
-KINDS = ("none", "scalar", "expert", "down", "all")
+KINDS = ("none", "scalar", "expert", "router", "down", "all")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class CalibrationOptions:
 
     `text` are calibration files, FILE or FILE=WEIGHT, of which `tokens` are read in windows of `window`; one window in
     four is kept out to measure the outcome on, or the first `limit` windows of each file of `heldout`, unless
-    `no_heldout`. `refit` is the kind of repair (none, scalar, expert, down, all; None for what is usual with the
-    operation), `ridge` a number, or "auto" to find it on held-out windows, and `sweeps` how often `down` and `all` go
-    over the experts. The rest is as in `RunSettings`.
+    `no_heldout`. `refit` is the kind of repair (none, scalar, expert, router, down, all; None for what is usual with
+    the operation), `ridge` a number, or "auto" to find it on held-out windows, and `sweeps` how often `down` and `all`
+    go over the experts. The rest is as in `RunSettings`.
     """
 
     text: Sequence[str | Path] | None = None
@@ -109,12 +109,14 @@ class HeldOut:
     """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired.
 
     `intervals` has for all but the original the 95 % bootstrap interval, over windows, of the increase in loss over
-    the original. `chosen` names the edit with the least loss, where there was a choice.
+    the original. `domains` has the loss on each text by name of the edit, `chosen` the name of the edit with the least
+    loss, where there was a choice.
     """
 
     tokens: int
     nats: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
+    domains: Mapping[str, Mapping[str, float]]
     chosen: str | None = None
 
 
@@ -268,16 +270,20 @@ class _Measured:
     domains: list[Domain]
     reporter: Reporter
     found: dict[str, Loss] = field(default_factory=dict)
+    by_text: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, plans: Mapping[str, Plan]) -> None:
         """Measure the plans that were not measured yet."""
-        from moesurgery.forward.loss import losses, mean_loss
+        from moesurgery.forward.loss import losses_over, mean_loss
+        from moesurgery.forward.tokens import joined
 
         new = {name: plan for name, plan in plans.items() if name not in self.found}
         windows = sum(d.windows.numel() for d in self.domains)
         with self.reporter.progress("measuring", windows * len(new)) as progress:
             for name, plan in new.items():
-                self.found[name] = mean_loss(losses(self.settings.engine(plan), self.domains))
+                engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
+                each = losses_over(engines, self.domains)
+                self.found[name], self.by_text[name] = mean_loss(each), {loss.domain: loss.nats for loss in each}
                 progress(windows)
 
     def cheapest(self, names: Iterable[str]) -> str:
@@ -292,5 +298,6 @@ class _Measured:
             self.found["original"].tokens,
             {name: loss.nats for name, loss in self.found.items()},
             {name: interval(values - base, tokens) for name, values in by_window.items() if name != "original"},
+            dict(self.by_text),
             chosen,
         )

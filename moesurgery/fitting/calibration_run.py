@@ -18,6 +18,7 @@ from moesurgery.recipe.text_needs import NeededStatistics
 from moesurgery.scheduler import MakeExecutor
 
 if TYPE_CHECKING:
+    from moesurgery.fitting.imatrix_sums import ImatrixSums
     from moesurgery.forward.text_windows import Domain
     from moesurgery.forward.tokens import Tokens
     from moesurgery.stats.statistics_file import Stats
@@ -58,15 +59,22 @@ class CalibrationRun:
         stats.about |= self.about
         return stats
 
-    def statistics(self, needed: NeededStatistics, reporter: Reporter, scratch: Path | None = None) -> Stats:
+    def statistics(
+        self,
+        needed: NeededStatistics,
+        reporter: Reporter,
+        scratch: Path | None = None,
+        imatrix: ImatrixSums | None = None,
+    ) -> Stats:
         """Run the model once, on all devices, and return the statistics of its experts.
 
-        With `scratch`, state is saved in that folder between layers, and the same call resumes from it.
+        With `scratch`, state is saved in that folder between layers, and the same call resumes from it; not with
+        `imatrix`, to which what llama-imatrix would see is added.
         """
         from moesurgery.fitting.collector import collect_over
         from moesurgery.forward.scratch import Scratch, each_part
 
-        engines = self.settings.engines(self.plan)
+        engines = self.settings.engines(self.plan, self.windows)
         kept: list[Scratch | None] = [None] * len(engines)
         if scratch is not None:
             about = self.about | {
@@ -87,6 +95,7 @@ class CalibrationRun:
                 every_expert=needed.every_expert,
                 neurons=needed.neurons,
                 scratch=kept,
+                imatrix=imatrix,
             )
         stats.about |= self.about
         for part in kept:

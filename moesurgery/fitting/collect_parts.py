@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moesurgery.errors import RefusedError
-from moesurgery.fitting.collector import added, collect, shared_out
+from moesurgery.fitting.collector import added, collect
 from moesurgery.fitting.reporter import Reporter
 from moesurgery.fitting.run_settings import RunSettings
 from moesurgery.plan.plan import Plan
@@ -35,6 +35,8 @@ def collect_in_parts(
     """
     if needed.neurons:
         raise RefusedError("collect: --neurons needs all tokens of an expert in one process", "leave out --scheduler")
+    from moesurgery.forward.tokens import shared_out
+
     parts = shared_out(windows, max(1, len(windows) // _WINDOWS))
     tasks = {number: (plan, settings, part, needed, number == 0) for number, part in enumerate(parts)}
     collected: dict[int, Stats] = {}
@@ -47,4 +49,4 @@ def collect_in_parts(
 
 def _collect_part(plan: Plan, settings: RunSettings, windows: Tokens, needed: NeededStatistics, first: bool) -> Stats:
     keep = needed.keep if first else ()  # decided on the first batch, as in one process
-    return collect(settings.engine(plan), windows, needed.top_k, keep, every_expert=needed.every_expert)
+    return collect(settings.engine(plan, windows), windows, needed.top_k, keep, every_expert=needed.every_expert)

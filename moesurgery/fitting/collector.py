@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.errors import RefusedError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.config_keys import Settings
+from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.keep_search import best_kept
 from moesurgery.fitting.neuron_moments import NeuronMoments, neuron_sums
-from moesurgery.forward.engine import Engine, Progress, Streams
+from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.expert_outputs import (
     ExpertOutputs,
     by_expert,
@@ -25,7 +27,7 @@ from moesurgery.forward.experts_module import ExpertsModule, RoutingTensors
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
 from moesurgery.forward.paired_run import PairedRun
 from moesurgery.forward.scratch import Scratch
-from moesurgery.forward.tokens import Tokens
+from moesurgery.forward.tokens import Tokens, shared_out
 from moesurgery.moe.expert_counts import check_remaining
 from moesurgery.moe.neuron_axis import neurons_together
 from moesurgery.plan.plan import Plan
@@ -46,14 +48,16 @@ def collect(
     every_expert: bool = False,
     neurons: bool = False,
     scratch: Scratch | None = None,
+    imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
     With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `neurons`, also which
     neurons of each expert matter: the inputs of one layer's experts are held for all tokens, and one expert's moments.
-    With `scratch`, resumes from the state saved there by a killed run. Raises RefusedError for a family whose routing
-    cannot be read, or for `neurons` whose activations cannot.
+    With `scratch`, resumes from the state saved there by a killed run. What llama-imatrix would see is added to
+    `imatrix`. Raises RefusedError for a family whose routing cannot be read, or for `neurons` or `imatrix` whose
+    activations cannot.
     """
     import torch
 
@@ -63,7 +67,7 @@ def collect(
     settings = engine.plan.anatomy.settings
     top_k = settings.top_k
     others = [k for k in dict.fromkeys(other_top_k) if k != top_k]
-    twins = {k: PairedRun(engine, plan_with_top_k(engine, k)) for k in others}
+    paired_runs = {k: PairedRun(engine, plan_with_top_k(engine, k)) for k in others}
     sums: dict[str, dict[str, Any]] = {}
 
     def sums_of(call: ExpertsCall) -> dict[str, Any]:
@@ -81,16 +85,18 @@ def collect(
     def experts(call: ExpertsCall) -> torch.Tensor | None:
         where = call.block.where
         seen[where] = call
-        said = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
+        if imatrix is not None:
+            imatrix.add_experts(call)
+        routed = add(sums_of(call), call, {"": (call.index, call.weights), **routings.pop(where, {})}, settings)
         if every_expert:
             add_every_expert(sums_of(call), call, settings)
         if moments is not None:
             moments.see(call)
-        return said
+        return routed
 
     def block(around: BlockCall) -> Any:
         where = around.block.where
-        routings[where] = {f"@{k}": twin.routing(around) for k, twin in twins.items()}
+        routings[where] = {f"@{k}": paired.routing(around) for k, paired in paired_runs.items()}
         result = around.run()
         call = seen.pop(where)
         if call.first == 0:
@@ -102,32 +108,36 @@ def collect(
         return result
 
     batch, resume = engine.windows_per_batch(tokens, False), None
-    if scratch is not None and (left := scratch.load(engine.device)) is not None:
-        resume, batch, sums = left
-        progress(resume.layer * tokens.count)
-    streams: Streams | None = None
+    if scratch is not None and (state := scratch.load([engine])) is not None:
+        resume, batch, sums = state.resume(0), state.batch, state.sums
+        progress(state.layer * tokens.count)
+    passes: BatchPasses | None = None
     try:
-        watch = Hooks(experts=experts, block=block, router_logits=True)
-        streams = engine.start(tokens, watch, resume=resume, batch=batch)
-        while streams.unit is not None and streams.passed < len(engine.layers):
-            unit = streams.unit
-            with engine.loaded(unit, pin=neurons):
-                streams.step(progress)
-                for found in moments.of_layer(unit, streams) if moments is not None else ():
-                    for name, values in neuron_sums(engine, found).items():
-                        own = sums.setdefault(found.where, {})
-                        own[name] = torch.cat([own[name], values[None]]) if name in own else values[None]
-            if neurons:
-                engine.unpin()
-            if scratch is not None:
-                scratch.keep(streams, batch, sums)
+        hooks = Hooks(experts=experts, block=block, router_logits=True)
+        passes = engine.start(tokens, hooks, resume=resume, batch=batch)
+        with imatrix.watching(engine, tokens) if imatrix is not None else nullcontext():
+            if scratch is None and moments is None:
+                passes.to_layer(len(engine.layers), progress)
+            while passes.unit is not None and passes.passed < len(engine.layers):
+                unit = passes.unit
+                with engine.weights.loaded(unit, pin=neurons):
+                    passes.step(progress)
+                    for found in moments.of_layer(unit, passes) if moments is not None else ():
+                        for name, values in neuron_sums(engine, found).items():
+                            own = sums.setdefault(found.where, {})
+                            own[name] = torch.cat([own[name], values[None]]) if name in own else values[None]
+                if neurons:
+                    engine.weights.unpin()
+                if scratch is not None:
+                    scratch.keep([passes], batch, sums)
     finally:
         if moments is not None:
             moments.close()
-        for twin in twins.values():
-            twin.close()
-        if streams is not None:
-            streams.close()
+        for paired in paired_runs.values():
+            paired.close()
+        if passes is not None:
+            passes.close()
+    ffns = [where for where in sums if all(block.where != where for block in blocks)]
     about = {
         "model": engine.plan.checkpoint.source.identity,
         "model_type": engine.plan.anatomy.model_type,
@@ -138,14 +148,12 @@ def collect(
         "recon": list(keep),
         "every_expert": every_expert,
         "neurons": neurons,
-        "ffns": [where for where in sums if all(block.where != where for block in blocks)],
+        "ffns": ffns,
         "tokens": tokens.count,
         "windows": len(tokens),
     }
     by_where = {where: BlockStats(where, as_numpy(values)) for where, values in sums.items()}
-    return Stats(
-        {b.where: by_where[b.where] for b in blocks}, about, ffns={where: by_where[where] for where in about["ffns"]}
-    )
+    return Stats({b.where: by_where[b.where] for b in blocks}, about, ffns={w: by_where[w] for w in ffns})
 
 
 def collect_over(
@@ -158,6 +166,7 @@ def collect_over(
     every_expert: bool = False,
     neurons: bool = False,
     scratch: Sequence[Scratch | None] = (None,),
+    imatrix: ImatrixSums | None = None,
 ) -> Stats:
     """Return what `collect` returns, with the windows split among engines on several devices.
 
@@ -174,10 +183,13 @@ def collect_over(
             progress,
             every_expert=every_expert,
             neurons=neurons,
-            scratch=scratch[0],
+            scratch=scratch[0] if imatrix is None else None,  # its sums are not in there
+            imatrix=imatrix,
         )
     if neurons:
         raise RefusedError("collect: --neurons needs all tokens of an expert on one device", "name one with --device")
+    if imatrix is not None:
+        raise RecipeError("--imatrix is collected on one device", "use --device cpu or --device cuda:0")
     parts = shared_out(tokens, len(engines))
 
     def one(number: int) -> Stats:
@@ -194,13 +206,6 @@ def collect_over(
     with ThreadPoolExecutor(len(parts), "device") as pool:
         collected = list(pool.map(one, range(len(parts))))
     return added(collected)
-
-
-def shared_out(tokens: Tokens, count: int) -> list[Tokens]:
-    """Return windows in up to `count` parts, each of an even number of windows, so that the halves are unchanged."""
-    pairs = -(-len(tokens) // 2)
-    cuts = [2 * (pairs * i // count) for i in range(count)] + [len(tokens)]
-    return [tokens.rows(a, b) for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def added(parts: Sequence[Stats]) -> Stats:
@@ -248,14 +253,14 @@ def add(
         sums["tokens"][half] += count
     if call.logits is not None:
         _add_logits(sums, call, call.logits[:, :experts], settings.score)
-    said = torch.empty_like(call.hidden) if is_grouped(call.module) else None
+    routed = torch.empty_like(call.hidden) if is_grouped(call.module) else None
     for part in expert_outputs(call, experts, routings):
         half, index, weights, chosen = part.half, part.index, part.weights[""], part.chosen[""]
-        if said is not None:
+        if routed is not None:
             # The module's own arithmetic, for experts of its own routing.
             own, mine = (values[part.rows] for values in (call.index, call.weights))
             outputs = part.outputs if len(routings) == 1 else _outputs_of(part, own)
-            said[part.rows] = (outputs * mine[..., None]).sum(dim=1).to(said.dtype)
+            routed[part.rows] = (outputs * mine[..., None]).sum(dim=1).to(routed.dtype)
         norm = torch.linalg.vector_norm(part.outputs, dim=-1, dtype=torch.float32)
         values = torch.stack([chosen.float(), weights, norm * chosen, weights * norm], dim=-1)
         totals = by_expert(index, values, experts).sum(0, dtype=torch.float64)
@@ -275,7 +280,7 @@ def add(
             if target is not None and name:
                 along = part.along(target) * part.weights[name]
                 sums["cross" + name][half] += by_expert(part.index, along, experts).sum(0, dtype=torch.float64)
-    return said
+    return routed
 
 
 def _outputs_of(part: ExpertOutputs, index: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def check_names(plan: Plan, call: ExpertsCall) -> None:
     """Raise RefusedError unless gate, up and down of the plan are what a block's module computes with."""
     import torch
 
-    block, module = call.block.block, call.module
+    block, module = plan.anatomy.block(call.block.where), call.module
     stored = matrices_of([(m, expr) for m, expr in expert_tensors(block, plan.tensors, 0) if not m.stem.bias])
     matrices = gauss_newton.matrices(module, 0)
     same = stored.keys() == matrices.keys() and all(
@@ -119,8 +119,8 @@ def _fit_down(
     width = weight.shape[1]
     gram = torch.zeros(2, width, width, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(2, weight.shape[0], width, dtype=torch.float64, device=weight.device)
-    said = weighted_activations(module, expert, mine)
-    for part, h, residual in zip(mine, said, residuals, strict=True):
+    scaled = weighted_activations(module, expert, mine)
+    for part, h, residual in zip(mine, scaled, residuals, strict=True):
         for half, rows in enumerate((~part.odd, part.odd)):
             add_products(gram[half], h[rows], h[rows])
             add_products(cross[half], residual[part.token[rows]], h[rows])
@@ -131,7 +131,7 @@ def _fit_down(
     stored: torch.Tensor = (weight.double() + solution.change).to(dtype)
     change = stored.to(weight.dtype) - weight  # the change after rounding
     weight += change
-    for part, h, residual in zip(mine, said, residuals, strict=True):
+    for part, h, residual in zip(mine, scaled, residuals, strict=True):
         residual[part.token] -= h @ change.float().T
     return {"down": stored}, solution
 

@@ -43,27 +43,27 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
         sums = empty_sums(call.block.block.experts, call.hidden.shape[-1], [], call.hidden.device)
         return add(sums, call, {"": (call.index, call.weights)}, settings)
 
-    streams = engine.start(batch, Hooks(experts=experts, router_logits=True), batch=size)
+    passes = engine.start(batch, Hooks(experts=experts, router_logits=True), batch=size)
     try:
-        streams.to_layer(first.layer)
+        passes.to_layer(first.layer)
         began = time.perf_counter()
         engine.skeleton.read(first)
         load = time.perf_counter() - began
-        with engine.loaded(first, pin=True):
-            streams.rehearse(streams.watch)  # warm-up: kernels, caches
+        with engine.weights.loaded(first, pin=True):
+            passes.peek(passes.hooks)  # warm-up: kernels, caches
             _wait(engine)
             began = time.perf_counter()
-            streams.step()
+            passes.step()
             _wait(engine)
             step = time.perf_counter() - began
     finally:
-        streams.close()
+        passes.close()
     each = step * tokens.count / max(1, batch.count) / devices
     together = max(load, each) if engine.on_gpu else load + each
     sizes = [unit.nbytes for unit in engine.skeleton.units.values()]
     hidden = engine.hidden_bytes(tokens) // devices
     work = engine.batch_bytes(batch)
-    held = min(sum(sizes), engine.keep + (2 if engine.on_gpu else 1) * max(sizes))
+    held = min(sum(sizes), sum(engine.weights.keep) + (2 if engine.on_gpu else 1) * max(sizes))
     stored = {
         part.info: part
         for unit in engine.layers

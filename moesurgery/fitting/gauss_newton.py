@@ -43,8 +43,8 @@ def arrangement(module: Any, expert: int) -> Arrange:
     if rows == width:
         return lambda values: values[..., None, :]
     with torch.enable_grad():
-        said = torch.ones(1, rows, device=down(module, expert).device, requires_grad=True)
-        (slope,) = torch.autograd.grad(gated(module, said)[0, 1], said)
+        projected = torch.ones(1, rows, device=down(module, expert).device, requires_grad=True)
+        (slope,) = torch.autograd.grad(gated(module, projected)[0, 1], projected)
     if slope[0, width + 1] != 0 or width < 3:
         return lambda values: values.reshape(*values.shape[:-1], 2, width)
     return lambda values: values.reshape(*values.shape[:-1], width, 2).transpose(-1, -2)
@@ -73,9 +73,9 @@ class Linearised:
         """Return J change: the first-order change [t, H] of the weighted output."""
         ahead, below = change
         inner = sum((self.read @ part.T).mul_(self.slope[:, i]).mul_(self.scale[0][i]) for i, part in enumerate(ahead))
-        said: torch.Tensor = inner @ self.down.T
-        said += (self.h @ below.T).mul_(self.scale[1])
-        return said.mul_(self.weight)
+        projected: torch.Tensor = inner @ self.down.T
+        projected += (self.h @ below.T).mul_(self.scale[1])
+        return projected.mul_(self.weight)
 
     def pulls(self, missing: torch.Tensor) -> list[torch.Tensor]:
         """Return J^T missing, for the residual `missing` [t, H]."""
@@ -105,9 +105,9 @@ def linearised(module: Any, expert: int, read: torch.Tensor, weight: torch.Tenso
     import torch
 
     with torch.enable_grad():
-        said = before_gate(module, expert, read).float().detach().requires_grad_()
-        h = gated(module, said)
-        (slope,) = torch.autograd.grad(h.sum(), said)
+        projected = before_gate(module, expert, read).float().detach().requires_grad_()
+        h = gated(module, projected)
+        (slope,) = torch.autograd.grad(h.sum(), projected)
     slope, h, below = arrange(slope), h.detach(), down(module, expert).float()
     read, weight = read.float(), weight.float()
     square = weight.pow(2)

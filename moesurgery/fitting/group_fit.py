@@ -28,12 +28,14 @@ from moesurgery.expr.evaluate import finite_values
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.fitting.collector import check_routing
 from moesurgery.forward.activations import activations, check_form
-from moesurgery.forward.engine import Engine, Progress
+from moesurgery.forward.batch_passes import Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.tokens import Tokens
 from moesurgery.moe.neuron_matching import neuron_features, optimal_assignment, products
 from moesurgery.moe.neurons import expert_tensors
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import opened, quantised_experts
 from moesurgery.stats.group_fit_file import GroupFit
 from moesurgery.surgery.choose_experts import router_rows
 from moesurgery.surgery.group_experts import NAME, Merger
@@ -57,19 +59,20 @@ def fit_groups(
     import torch
 
     check_routing(engine, NAME)
+    plan = opened(engine.plan, quantised_experts(engine.plan))
     seen: dict[str, list[ExpertsCall]] = {}
-    watch = Hooks(experts=lambda call: seen.setdefault(call.block.where, []).append(call), router_logits=True)
-    streams = engine.start(tokens, watch, batch=engine.windows_per_batch(tokens, False))
+    hooks = Hooks(experts=lambda call: seen.setdefault(call.block.where, []).append(call), router_logits=True)
+    passes = engine.start(tokens, hooks, batch=engine.windows_per_batch(tokens, False))
     fits = []
     try:
         for layer, unit in enumerate(engine.layers):
-            streams.to_layer(layer)
-            with engine.loaded(unit, pin=True), torch.no_grad():
-                streams.step(progress)
-                fits += [_fit(engine.plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
-            engine.unpin()
+            passes.to_layer(layer)
+            with engine.weights.loaded(unit, pin=True), torch.no_grad():
+                passes.step(progress)
+                fits += [_fit(plan, seen.pop(b.where), merger) for b in engine.blocks if b.unit == unit.path]
+            engine.weights.unpin()
     finally:
-        streams.close()
+        passes.close()
     return fits
 
 
@@ -96,7 +99,8 @@ def _order(plan: Plan, calls: Sequence[ExpertsCall], reference: int, other: int)
     """Return the neurons [I] of expert `other` that match those of `reference`."""
     import torch
 
-    features = (_features(plan, calls[0].block.block, expert) for expert in (reference, other))
+    block = plan.anatomy.block(calls[0].block.where)
+    features = (_features(plan, block, expert) for expert in (reference, other))
     first, second = (torch.nn.functional.normalize(rows, dim=-1, eps=1e-30) for rows in features)
     similarity = products(first, second)
     cross: Any = 0
@@ -104,9 +108,9 @@ def _order(plan: Plan, calls: Sequence[ExpertsCall], reference: int, other: int)
     for call in calls:
         hidden, index = call.rows(call.hidden), call.rows(call.index)
         rows = ((index == reference) | (index == other)).any(dim=-1)
-        said = [activations(call.module, e, hidden[rows]).float() for e in (reference, other)]
-        cross = cross + said[0].T @ said[1]
-        energy = [e + s.square().sum(dim=0) for e, s in zip(energy, said, strict=True)]
+        pair = [activations(call.module, e, hidden[rows]).float() for e in (reference, other)]
+        cross = cross + pair[0].T @ pair[1]
+        energy = [e + h.square().sum(dim=0) for e, h in zip(energy, pair, strict=True)]
     lengths = [e.clamp(min=torch.finfo(torch.float32).tiny).sqrt() for e in energy]
     similarity += (cross / lengths[0][:, None] / lengths[1]).cpu().numpy()
     return optimal_assignment(similarity)

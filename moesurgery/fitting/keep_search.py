@@ -38,13 +38,13 @@ def best_kept(engine: Engine, around: BlockCall, call: ExpertsCall, keep: int) -
     if call.real is not None:
         rows = rows[call.real]
     rows = rows[: max(1, OUTPUT_BYTES // (4 * experts * hidden.shape[1]))]
-    said = torch.stack([one_expert(call, e, hidden[rows]).float() for e in range(experts)], dim=1)
+    outputs = torch.stack([one_expert(call, e, hidden[rows]).float() for e in range(experts)], dim=1)
 
     def output(routing: RoutingTensors) -> torch.Tensor:
         index, weights = (part.reshape(len(hidden), -1)[rows] for part in routing)
         known = index < experts  # an identity expert is no expert of the block
         at = index.clamp(max=experts - 1)
-        chosen = said.gather(1, at[..., None].expand(-1, -1, said.shape[-1]))
+        chosen = outputs.gather(1, at[..., None].expand(-1, -1, outputs.shape[-1]))
         return (chosen * (weights * known).float()[..., None]).sum(dim=1)
 
     target = output((call.index, call.weights))
@@ -86,7 +86,7 @@ def routing_without(engine: Engine, around: BlockCall, banned: Sequence[int]) ->
 
     unit = engine.skeleton.units[around.block.unit]
     module = engine.skeleton.model.get_submodule(around.block.path)
-    watch = Hooks(experts=experts, ban=lambda block: banned if block.where == around.block.where else [])
-    with torch.no_grad(), engine.watching(watch, around.tokens, around.first, unit):
+    hooks = Hooks(experts=experts, ban=lambda block: banned if block.where == around.block.where else [])
+    with torch.no_grad(), engine.hooked(hooks, around.tokens, around.first, unit):
         module(*around.args, **around.kwargs)
     return routings[0]

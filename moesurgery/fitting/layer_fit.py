@@ -5,17 +5,18 @@ edited model's own hidden states, with all layers before it already repaired. Th
 which the layer's output would equal the original's, so it also corrects errors left by the layers before. Where a model
 does not simply add the routed output to the residual stream, y is the output of the original block.
 
-Four kinds, each containing the one before it:
+Five kinds; scalar, expert, down and all each contain the one before:
 
     scalar   one factor on the block's output
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
+    router   the router's rows, for the block's linearised output (`router_fit`)
     down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
     all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
 
 Each solution is regularised towards no change, by a ridge chosen on windows it was not fitted on (`ridge`), so that a
 change that does not generalise to other text is not made. There is no training and no gradient of a loss.
-docs/measure.md shows where it helps and where it does not.
+docs/measure-tables.md shows where it helps and where it does not.
 
 Memory beside the two models' hidden states and one layer: the hidden states of all tokens four times. For `down`
 also the activations of one expert, and in float64 three square matrices of its width and four of its shape; for `all`
@@ -26,27 +27,31 @@ below 192 MB. Fitted matrices are held until their block is done, as they are st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
 from moesurgery.fitting.ridge import RidgeSolution, solve
+from moesurgery.fitting.router_fit import fit_router, router_of
 from moesurgery.forward.activations import check_form, down
-from moesurgery.forward.engine import Engine, Progress, Streams
+from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.expert_outputs import by_expert, expert_outputs, gram_by_expert
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
+from moesurgery.forward.scratch import Scratch, ScratchState
 from moesurgery.forward.tokens import Tokens
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import opened, quantised_experts
 from moesurgery.stats.repair_file import FittedBlock
 
 if TYPE_CHECKING:
     import torch
 
-RepairKind = Literal["scalar", "expert", "down", "all"]
+RepairKind = Literal["scalar", "expert", "router", "down", "all"]
 MATRICES = ("down", "all")
 
 
@@ -75,27 +80,37 @@ def fit_layers(
     options: RepairOptions,
     done: Callable[[FittedBlock], None],
     progress: Progress = lambda count: None,
+    *,
+    scratch: Scratch | None = None,
+    state: ScratchState | None = None,
 ) -> None:
     """Fit every MoE block of `edited` in turn, and call `done` with each. The plan is not changed.
 
-    Raises RefusedError where the two models have other layers, an experts module has another form, or `down` would
-    have to change quantised weights.
+    With `scratch`, state is saved between layers; with the `state` that was loaded from there, layers that are done are
+    not run again. Where the two engines have a GPU each, the original is run one layer ahead.
+
+    Raises RefusedError where the two models have other layers, or an experts module has another form.
     """
+    import torch
+
     where = {b.where for b in original.blocks}
     if where != {b.where for b in edited.blocks} or len(original.layers) != len(edited.layers):
         raise RefusedError("refit: the edited model has other MoE layers than the original")
     for block in (*original.blocks, *edited.blocks):
         if block.experts is None:
             raise RefusedError(f"refit: {block.where}: its routing cannot be read: {block.unread}")
-    if options.kind in MATRICES:
-        _refuse_quantised(edited, options.kind)
+    if options.kind == "router":
+        for block in edited.blocks:
+            router_of(edited.plan, block)
     size = min(engine.windows_per_batch(tokens, False) for engine in (original, edited))
-    said: dict[str, list[torch.Tensor]] = {}
-    factors: dict[str, torch.Tensor] = {}
+    plan = opened(edited.plan, quantised_experts(edited.plan)) if options.kind in MATRICES else edited.plan
+    size = state.batch if state else size
+    routed: dict[str, list[torch.Tensor]] = {}  # the original's routed outputs, by block
+    factors: dict[str, torch.Tensor] = {w: named["factors"] for w, named in state.sums.items()} if state else {}
 
-    def listen(call: ExpertsCall) -> torch.Tensor:
+    def original_output(call: ExpertsCall) -> torch.Tensor:
         out = call.run()
-        said.setdefault(call.block.where, []).append(out.reshape(-1, out.shape[-1]))
+        routed.setdefault(call.block.where, []).append(out.reshape(-1, out.shape[-1]))
         return out
 
     def repaired_output(call: ExpertsCall) -> Any:
@@ -103,89 +118,98 @@ def fit_layers(
             return None
         return call.run(call.hidden, call.index, call.weights * _each(factors[call.block.where], call.index))
 
-    def repair(block: ExpertsModule, outputs: Sequence[Any]) -> None:
+    def next_layer(layer: int) -> tuple[list[Any], dict[str, list[torch.Tensor]]]:
+        """Run the original through a layer; return the layer's outputs, and the routed outputs of its blocks."""
+        assert reference is not None
+        reference.to_layer(layer)
+        reference.step(progress)
+        return reference.outputs, {where: routed.pop(where) for where in list(routed)}
+
+    def repair(block: ExpertsModule, outputs: Sequence[Any], originals: Sequence[torch.Tensor]) -> None:
         """Fit one block, in a function of its own so that its memory is freed before the next."""
         assert repaired is not None
-        originals = said.pop(block.where)
-        calls, missing = _missing(repaired, block, repaired_output, originals, outputs)
+        device = edited.skeleton.devices[edited.skeleton.units[block.unit].stage]
+        originals = [y.to(device) for y in originals]
+        wants_logits = options.kind == "router"
+
+        def now() -> tuple[list[ExpertsCall], list[torch.Tensor]]:
+            assert repaired is not None
+            return _missing(repaired, block, repaired_output, originals, outputs, wants_logits)
+
+        calls, missing = now()
         total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
-        fitted = _fit(edited.plan, block, calls, missing, total, options)
+        fitted = _fit(edited, plan, block, calls, missing, total, options, now)
         if fitted.factors is not None:
-            factors[block.where] = _tensor(fitted.factors, edited)
+            factors[block.where] = torch.tensor([*fitted.factors, 1.0])
         done(fitted)
 
-    reference: Streams | None = None
-    repaired: Streams | None = None
+    reference: BatchPasses | None = None
+    repaired: BatchPasses | None = None
+    ahead = ThreadPoolExecutor(1, "original") if original.on_gpu and original.device != edited.device else None
+    first, resumes = (state.layer, [state.resume(0), state.resume(1)]) if state else (0, [None, None])
+    if state:
+        progress(2 * first * tokens.count)
     try:
-        reference = original.start(tokens, Hooks(experts=listen), batch=size)
-        repaired = edited.start(tokens, Hooks(experts=repaired_output), batch=size)
-        for layer, unit in enumerate(edited.layers):
-            reference.to_layer(layer)
+        reference = original.start(tokens, Hooks(experts=original_output), batch=size, resume=resumes[0])
+        repaired = edited.start(tokens, Hooks(experts=repaired_output), batch=size, resume=resumes[1])
+        pending = ahead.submit(next_layer, first) if ahead else None
+        for layer, unit in enumerate(edited.layers[first:], first):
+            outputs, originals = pending.result() if pending else next_layer(layer)
+            if ahead and layer + 1 < len(edited.layers):
+                pending = ahead.submit(next_layer, layer + 1)
             repaired.to_layer(layer)
-            reference.step(progress)
-            outputs = [stream.last for stream in reference.streams]
-            with edited.loaded(unit, pin=True):
+            with edited.weights.loaded(unit, pin=True):
                 for block in (b for b in edited.blocks if b.unit == unit.path):
-                    repair(block, outputs)
+                    repair(block, outputs, originals[block.where])
                 repaired.step(progress)
-            edited.forget(unit)
+            edited.weights.forget(unit)
+            if scratch is not None:
+                sums = {where: {"factors": values} for where, values in factors.items()}
+                scratch.keep([reference, repaired], size, sums, [outputs, repaired.outputs])
     finally:
-        for streams in (reference, repaired):
-            if streams is not None:
-                streams.close()
-
-
-def _refuse_quantised(edited: Engine, kind: RepairKind) -> None:
-    for block in edited.blocks:
-        roles = ("down",) if kind == "down" else ("down", "gate", "up", "gate_up")
-        for member in (member for role in roles for member in block.block.named(role)):
-            if edited.plan.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
-                raise RefusedError(
-                    f"refit: {member.name} is quantised: a fitted weight has no scale",
-                    "use --refit expert, or dequantise first with `moesurgery convert --dequantize`",
-                )
-
-
-def _tensor(factors: Sequence[float], engine: Engine) -> torch.Tensor:
-    import torch
-
-    return torch.tensor([*factors, 1.0], device=engine.device)
+        if ahead is not None:
+            ahead.shutdown()
+        for passes in (reference, repaired):
+            if passes is not None:
+                passes.close()
 
 
 def _each(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the factor of each chosen expert; 1 for numbers past the last (identity experts)."""
-    return factors[index.clamp(max=len(factors) - 1)]
+    return factors.to(index.device)[index.clamp(max=len(factors) - 1)]
 
 
 def _missing(
-    streams: Streams,
+    passes: BatchPasses,
     block: ExpertsModule,
     others: Callable[[ExpertsCall], Any],
     originals: Sequence[torch.Tensor],
     outputs: Sequence[Any],
+    router_logits: bool,
 ) -> tuple[list[ExpertsCall], list[torch.Tensor]]:
     """Return a block's calls on the edited model's hidden states, and the residual [T, H]: target minus routed output.
 
     `originals` are the original block's routed outputs, `outputs` the original layer's outputs. Padding is zero.
     """
     calls: list[ExpertsCall] = []
-    said: list[torch.Tensor] = []
+    routed: list[torch.Tensor] = []
 
-    def listen(call: ExpertsCall) -> Any:
+    def edited_output(call: ExpertsCall) -> Any:
         if call.block.where != block.where:
             return others(call)
         calls.append(call)
-        said.append(call.run())
-        return said[-1]
+        routed.append(call.run())
+        return routed[-1]
 
-    rehearsed = streams.rehearse(Hooks(experts=listen))
-    share = _share(streams, block, said[0], rehearsed[0])
+    layer_outputs = passes.peek(Hooks(experts=edited_output, router_logits=router_logits))
+    share = _share(passes, block, routed[0], layer_outputs[0])
     missing = []
     for i, call in enumerate(calls):
         if share is None:
-            left = (originals[i] - said[i].view_as(originals[i])).float()
+            left = (originals[i] - routed[i].view_as(originals[i])).float()
         else:
-            left = (_hidden(outputs[i]).float() - _hidden(rehearsed[i]).float()).view_as(originals[i]) / share
+            output = _hidden(layer_outputs[i]).float()
+            left = (_hidden(outputs[i]).to(output.device).float() - output).view_as(originals[i]) / share
         if call.real is not None:
             left[~call.real] = 0
         missing.append(left)
@@ -198,38 +222,52 @@ def _hidden(output: Any) -> torch.Tensor:
     return hidden
 
 
-def _share(streams: Streams, block: ExpertsModule, said: torch.Tensor, output: Any) -> float | None:
+def _share(passes: BatchPasses, block: ExpertsModule, routed: torch.Tensor, output: Any) -> float | None:
     """Return the factor with which a block's routed output is added to the layer's output; None where it is not simply
     added. Found by doubling the routed output on the first batch."""
 
     def twice(call: ExpertsCall) -> Any:
         return 2 * call.run() if call.block.where == block.where else None
 
-    (changed,) = streams.rehearse(Hooks(experts=twice), 1)
-    if _hidden(output).numel() != said.numel():
+    (changed,) = passes.peek(Hooks(experts=twice), 1)
+    if _hidden(output).numel() != routed.numel():
         return None
     change = (_hidden(changed).float() - _hidden(output).float()).flatten()
-    added = said.float().flatten()
+    added = routed.float().flatten()
     share = float(change @ added / added.pow(2).sum().clamp(min=1e-30))
     return share if share > 0 and (change - share * added).norm() <= 0.1 * change.norm() else None
 
 
 def _fit(
+    edited: Engine,
     plan: Plan,
     block: ExpertsModule,
     calls: Sequence[ExpertsCall],
     missing: Sequence[torch.Tensor],
     total: float,
     options: RepairOptions,
+    now: Callable[[], tuple[list[ExpertsCall], list[torch.Tensor]]],
 ) -> FittedBlock:
-    """Fit one block for its calls. `missing` is updated where matrices are fitted."""
+    """Fit one block for its calls. `missing` is updated where matrices are fitted; `now` computes both again.
+
+    `plan` is the edited one, with quantised experts opened where matrices are fitted.
+    """
     import torch
 
     experts = block.block.experts
     index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
     fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
-    if options.kind in MATRICES:
+    if options.kind == "router":
+        router = router_of(plan, block)
+        assert block.router is not None
+        weight, dtype = edited.skeleton.tensor(block.router), torch_dtype(plan.tensors[router.name].dtype)
+        settings = plan.anatomy.settings
+        fitted.router, change, calls, missing = fit_router(
+            settings, weight, router.axis or 0, calls, missing, options.ridge, dtype, now
+        )
+        changes, fitted.error_after = [change], _energy(missing) / total
+    elif options.kind in MATRICES:
         changes = _fit_matrices(plan, calls, missing, options, fitted)
         fitted.error_after = _energy(missing) / total
     else:
@@ -285,7 +323,7 @@ def _fit_matrices(
     check_form(calls[0])
     if options.kind == "all":
         check_names(plan, calls[0])
-    dtype = torch_dtype(plan.tensors[block.named("down")[0].name].dtype)
+    dtype = torch_dtype(plan.tensors[plan.anatomy.block(block.where).named("down")[0].name].dtype)
     changes = []
     module, routed = calls[0].module, RoutedTokens(calls, block.experts)
     for _ in range(options.sweeps):

@@ -18,7 +18,8 @@ from moesurgery.fitting.collector import check_routing
 from moesurgery.fitting.neuron_moments import Moments, NeuronMoments
 from moesurgery.fitting.neuron_order import removal_order
 from moesurgery.fitting.ridge import solve
-from moesurgery.forward.engine import Engine, Progress
+from moesurgery.forward.batch_passes import Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.hooks import Hooks
 from moesurgery.forward.tokens import Tokens
 from moesurgery.stats.repair_file import FittedBlock, Matrices
@@ -42,22 +43,22 @@ def fit_neurons(
 
     check_routing(engine, "slim-experts")
     moments = NeuronMoments(engine)
-    streams = engine.start(tokens, Hooks(experts=moments.see), batch=engine.windows_per_batch(tokens, False))
+    passes = engine.start(tokens, Hooks(experts=moments.see), batch=engine.windows_per_batch(tokens, False))
     try:
         for layer, unit in enumerate(engine.layers):
-            streams.to_layer(layer)
-            with engine.loaded(unit, pin=True), torch.no_grad():
-                streams.step(progress)
+            passes.to_layer(layer)
+            with engine.weights.loaded(unit, pin=True), torch.no_grad():
+                passes.step(progress)
                 fits: dict[str, _BlockFit] = {}
-                for found in moments.of_layer(unit, streams):
+                for found in moments.of_layer(unit, passes):
                     if found.where in choice.blocks:
                         fits.setdefault(found.where, _BlockFit(engine, choice, found.where)).add(found, ridge)
                 for fit in fits.values():
                     done(fit.finished())
-            engine.unpin()
+            engine.weights.unpin()
     finally:
         moments.close()
-        streams.close()
+        passes.close()
 
 
 class _BlockFit:

@@ -18,7 +18,8 @@ from moesurgery.families.anatomy import MoeBlock
 from moesurgery.fitting.expert_fit import RoutedTokens, add_products, weighted_activations
 from moesurgery.fitting.neuron_order import removal_order
 from moesurgery.forward.activations import check_form, down
-from moesurgery.forward.engine import Engine, Streams
+from moesurgery.forward.batch_passes import BatchPasses
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.hooks import ExpertsCall
 from moesurgery.forward.layer_units import LayerUnit
 from moesurgery.moe.ffn_blocks import dense_ffns, shared_experts
@@ -81,7 +82,8 @@ class NeuronMoments:
             path, _, leaf = engine.skeleton.target.get(name, "").rpartition(".")
             if leaf != "weight" or block.members[0].expert is None:
                 continue  # not run, as in a prediction layer, or no linear module of its own
-            linear, read = engine.skeleton.model.get_submodule(path), []
+            linear = engine.skeleton.model.get_submodule(path)
+            read: list[torch.Tensor] = []
             handle = linear.register_forward_pre_hook(lambda module, args, read=read: read.append(args[0]))
             self._ffns[module] = _Ffn(block, engine.skeleton.unit_of(f"{path}.{leaf}").path, linear, handle, read)
 
@@ -89,7 +91,7 @@ class NeuronMoments:
         """Hold a call of a block's experts."""
         self._calls.setdefault(call.block.where, []).append(call)
 
-    def of_layer(self, unit: LayerUnit, streams: Streams) -> Iterator[Moments]:
+    def of_layer(self, unit: LayerUnit, passes: BatchPasses) -> Iterator[Moments]:
         """Yield the moments of each expert of a unit that is loaded and was run on all tokens, and let go of it.
 
         Raises RefusedError where the experts' activations cannot be read.
@@ -105,12 +107,12 @@ class NeuronMoments:
                 yield Moments(where, block, expert, gram, weight, sum(len(h) for h in rows))
         self._calls.clear()
         for where, ffn in self._ffns.items():
-            if ffn.unit == unit.path and len(ffn.read) == len(streams):
+            if ffn.unit == unit.path and len(ffn.read) == len(passes):
                 rows, odd = [], []
-                for stream, read in zip(streams.streams, ffn.read, strict=True):
-                    windows, length = stream.tokens.ids.shape
-                    numbers = (stream.first + _range(windows, read)).repeat_interleave(length)
-                    counts = stream.tokens.counts
+                for batch, read in zip(passes.passes, ffn.read, strict=True):
+                    windows, length = batch.tokens.ids.shape
+                    numbers = (batch.first + _range(windows, read)).repeat_interleave(length)
+                    counts = batch.tokens.counts
                     real = slice(None) if counts is None else counts.reshape(-1).to(read.device)
                     rows.append(read.reshape(-1, read.shape[-1])[real].float())
                     odd.append((numbers % 2 == 1)[real])

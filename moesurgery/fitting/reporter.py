@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moesurgery.forward.engine import Progress
+    from moesurgery.forward.batch_passes import Progress
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from moesurgery.plan.plan import Plan
 if TYPE_CHECKING:
     from moesurgery.forward.engine import Engine
     from moesurgery.forward.text_windows import Domain
+    from moesurgery.forward.tokens import Tokens
 
 WINDOW = 512
 TOKENS = 49_152  # of calibration text
@@ -63,7 +64,7 @@ class RunSettings:
 
     @property
     def devices(self) -> list[str]:
-        """The devices that windows are split among when statistics are collected."""
+        """The devices that windows, or the layers of a model that one of them does not hold, are split among."""
         if self.device != "cuda":
             return [self.device]
         import torch
@@ -77,16 +78,41 @@ class RunSettings:
             return self.dtype
         return "bfloat16" if self.device.startswith("cuda") else "float32"
 
-    def engine(self, plan: Plan) -> Engine:
-        """Return an engine for a plan's model, on the first of the devices."""
-        return self.engines(plan, 1)[0]
+    def engine(self, plan: Plan, tokens: Tokens) -> Engine:
+        """Return one engine for a plan's model: on the first device where that holds it, else over all of them."""
+        return self._one(plan, tokens, self.devices)
 
-    def engines(self, plan: Plan, most: int | None = None) -> list[Engine]:
-        """Return engines for a plan's model, one on each device, or on the first `most` of them."""
+    def engines(self, plan: Plan, tokens: Tokens) -> list[Engine]:
+        """Return engines for a plan's model to share the windows `tokens`: one on each device where each holds the
+        model, else one over all devices."""
+        return [group[0] for group in self.groups([plan], tokens)]
+
+    def groups(self, plans: Sequence[Plan], tokens: Tokens) -> list[list[Engine]]:
+        """Return engines for several models in groups that share the windows `tokens`: all models on each device where
+        they fit together, else one group with each model over all devices."""
+        devices = self.devices
+        first = [self._on(plan, devices[:1]) for plan in plans]
+        if len(devices) == 1:
+            return [first]
+        if all(engine.fits(tokens) for engine in first):
+            return [first, *([self._on(plan, [device]) for plan in plans] for device in devices[1:])]
+        del first
+        return [[self._on(plan, devices) for plan in plans]]
+
+    def pair(self, original: Plan, edited: Plan, tokens: Tokens) -> tuple[Engine, Engine]:
+        """Return engines for two models that run side by side, each on half of the devices where there are several."""
+        devices, half = self.devices, len(self.devices) // 2
+        return self._one(original, tokens, devices[:half] or devices), self._one(edited, tokens, devices[half:])
+
+    def _one(self, plan: Plan, tokens: Tokens, devices: Sequence[str]) -> Engine:
+        engine = self._on(plan, devices[:1])
+        return engine if len(devices) == 1 or engine.fits(tokens) else self._on(plan, devices)
+
+    def _on(self, plan: Plan, devices: Sequence[str]) -> Engine:
         from moesurgery.forward.engine import Engine
 
         memory = parse_bytes(self.memory) if self.memory else 0
-        return [Engine(plan, device=d, dtype=self.computed_in, memory=memory) for d in self.devices[:most]]
+        return Engine(plan, device=devices, dtype=self.computed_in, memory=memory)
 
     def domains(self, checkpoint: Checkpoint, texts: Sequence[str | Path]) -> list[Domain]:
         """Read the text files as windows of the model's tokens."""

@@ -33,18 +33,18 @@ def reads(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
 
 def before_gate(module: Any, expert: int, read: torch.Tensor) -> torch.Tensor:
     """Return the output [t, P] of an expert's first projection for `read` [t, H]: P is 2 I with a gate, else I."""
-    said = read @ first(module, expert).T
+    output = read @ first(module, expert).T
     if adapter_of(module) is None and module.has_bias:
-        said = said + getattr(module, f"{_first_name(module)}_bias")[expert]
-    return said
+        output = output + getattr(module, f"{_first_name(module)}_bias")[expert]
+    return output
 
 
-def gated(module: Any, said: torch.Tensor) -> torch.Tensor:
+def gated(module: Any, output: torch.Tensor) -> torch.Tensor:
     """Return h [t, I] for the first projection's output [t, P]."""
     adapter = adapter_of(module)
     if adapter is not None:
-        return adapter.gated(module, said)
-    return module._apply_gate(said) if module.has_gate else module.act_fn(said)  # type: ignore[no-any-return]
+        return adapter.gated(module, output)
+    return module._apply_gate(output) if module.has_gate else module.act_fn(output)  # type: ignore[no-any-return]
 
 
 def first(module: Any, expert: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.forward.cpu_experts import BY_EXPERT, outputs_by_expert
 from moesurgery.forward.experts_module import RoutingTensors
 from moesurgery.forward.hooks import ExpertsCall
 
@@ -74,10 +75,6 @@ def expert_outputs(call: ExpertsCall, experts: int, routings: Mapping[str, Routi
             yield ExpertOutputs(half, rows, index, outputs, weights, chosen)
 
 
-def _at(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return values.reshape(-1, values.shape[-1])[rows]
-
-
 def _together(
     routings: Mapping[str, RoutingTensors], experts: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -115,8 +112,8 @@ def each_output(call: ExpertsCall, hidden: torch.Tensor, index: torch.Tensor) ->
     count = index.shape[-1]
     alone = index.reshape(-1, 1)
     ones = torch.ones(len(alone), 1, device=hidden.device, dtype=call.weights.dtype)
-    said = call.run(hidden.repeat_interleave(count, dim=0), alone.to(call.index.dtype), ones)
-    return said.view(len(hidden), count, -1)
+    outputs = call.run(hidden.repeat_interleave(count, dim=0), alone.to(call.index.dtype), ones)
+    return outputs.view(len(hidden), count, -1)
 
 
 def grouped_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -127,28 +124,35 @@ def grouped_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor) -> t
     import torch
     from transformers.integrations.moe import _grouped_linear
 
+    if not hidden.is_cuda:
+        by_place = torch.empty(index.numel(), hidden.shape[-1], dtype=module.down_proj.dtype)
+        for places, values in outputs_by_expert(module, hidden, index):
+            by_place.index_copy_(0, places, values)
+        return by_place.view(*index.shape, -1)
     count, flat = index.shape[-1], index.reshape(-1)
     expert, order = torch.sort(flat)
-    bins = expert.float() if expert.device.type == "cpu" else expert.int()
-    offsets = torch.histc(bins, module.num_experts, 0, module.num_experts - 1).cumsum(0, dtype=torch.int32)
+    offsets = torch.histc(expert.int(), module.num_experts, 0, module.num_experts - 1).cumsum(0, dtype=torch.int32)
     first = "gate_up_proj" if module.has_gate else "up_proj"
 
     def projected(name: str, read: torch.Tensor) -> torch.Tensor:
         bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-        said: torch.Tensor = _grouped_linear(read, getattr(module, name), offsets, bias, module.is_transposed)
-        return said
+        projection: torch.Tensor = _grouped_linear(read, getattr(module, name), offsets, bias, module.is_transposed)
+        return projection
 
-    said = projected(first, hidden[order // count])
-    said = projected("down_proj", module._apply_gate(said) if module.has_gate else module.act_fn(said))
+    up = projected(first, hidden[order // count])
+    outputs = projected("down_proj", module._apply_gate(up) if module.has_gate else module.act_fn(up))
     if module.has_post_expert_norm:
-        said = module.post_expert_norm(said)
-    return torch.empty_like(said).index_copy_(0, order, said).view(*index.shape, -1)
+        outputs = module.post_expert_norm(outputs)
+    return torch.empty_like(outputs).index_copy_(0, order, outputs).view(*index.shape, -1)
 
 
 def is_grouped(module: Any) -> bool:
     """Whether an experts module computes the weighted sum of all chosen experts by grouped matmuls."""
     config = getattr(module, "config", None)
-    return hasattr(module, "has_post_expert_norm") and getattr(config, "_experts_implementation", "") == "grouped_mm"
+    return hasattr(module, "has_post_expert_norm") and getattr(config, "_experts_implementation", "") in (
+        BY_EXPERT,
+        "grouped_mm",
+    )
 
 
 def one_expert(call: ExpertsCall, expert: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -34,15 +34,15 @@ def ffn_inputs(plan: Plan, tokens: Tokens, ffn: str) -> Iterator[torch.Tensor]:
             unit.module.get_submodule(ffn).register_forward_pre_hook(see)
         except AttributeError:
             raise RefusedError(f"layer {i} has no module {ffn}") from None
-    streams = engine.start(tokens, batch=engine.windows_per_batch(tokens, False))
+    passes = engine.start(tokens, batch=engine.windows_per_batch(tokens, False))
     try:
-        while streams.passed < len(engine.layers):
-            streams.step()
+        while passes.passed < len(engine.layers):
+            passes.step()
             if inputs:
                 yield torch.cat([torch.nn.functional.pad(f, (0, 0, 0, tokens.length - f.shape[1])) for f in inputs])
                 inputs.clear()
     finally:
-        streams.close()
+        passes.close()
 
 
 def embeddings(plan: Plan, ids: torch.Tensor) -> torch.Tensor:

@@ -36,10 +36,11 @@ _ANYWHERE = (Stored, Slice, Concat, Dequantised, Cast, Scale, SliceLast, ConcatL
 
 
 class Loader:
-    """Fills tensors of one device. Threads may share it."""
+    """Fills tensors of one device, by `threads` on a GPU. Threads may share it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, threads: int = THREADS) -> None:
         self.device = device
+        self.threads = min(threads, os.cpu_count() or 1)
         self.on_gpu = device.type == "cuda"
         self._here = threading.local()
         self._pool: ThreadPoolExecutor | None = None
@@ -60,7 +61,7 @@ class Loader:
 
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "load")
+                self._pool = ThreadPoolExecutor(self.threads, "load")
         free = torch.cuda.Event()  # type: ignore[no-untyped-call]
         free.record(torch.cuda.current_stream(self.device))  # the memory may still be in use by what was there before
         for done in [self._pool.submit(self._to_gpu, free, *job) for job in jobs]:

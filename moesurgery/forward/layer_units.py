@@ -15,11 +15,13 @@ from moesurgery.plan.plan import Plan
 
 @dataclass
 class LayerUnit:
-    """A module whose weights are loaded and freed together. `layer` is its index in the list of decoder layers."""
+    """A module whose weights are loaded and freed together. `layer` is its index in the list of decoder layers, `stage`
+    the number of the device that runs it."""
 
     path: str
     module: Any
     layer: int | None = None
+    stage: int = 0
     groups: list[TensorGroup] = field(default_factory=list)
     nbytes: int = 0
 
@@ -82,3 +84,15 @@ def decoder_layers(units: dict[str, LayerUnit], target: dict[str, str], plan: Pl
     for i, unit in enumerate(chosen):
         unit.layer = i
     return chosen
+
+
+def place_units(units: dict[str, LayerUnit], layers: list[LayerUnit], devices: int) -> None:
+    """Spread units over devices: layer i of L on device floor(i G / L) of G, what comes before them on the first, what
+    comes after them on the last."""
+    after = False
+    for unit in units.values():
+        if unit.layer is not None and layers[unit.layer] is unit:
+            after = True
+            unit.stage = unit.layer * devices // len(layers)
+        else:
+            unit.stage = devices - 1 if after else 0

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
-from moesurgery.forward.engine import Engine, Progress, Streams
+from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.text_windows import Domain
-from moesurgery.forward.tokens import Tokens, joined
+from moesurgery.forward.tokens import Tokens, joined, shared_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +81,14 @@ class Loss:
 
 def losses(engine: Engine, domains: Sequence[Domain], progress: Progress = lambda count: None) -> list[Loss]:
     """Return the loss on each domain, with log-probabilities in float32."""
-    return compared([engine], domains, progress)[0]
+    return losses_over([engine], domains, progress)
+
+
+def losses_over(
+    engines: Sequence[Engine], domains: Sequence[Domain], progress: Progress = lambda count: None
+) -> list[Loss]:
+    """Return what `losses` returns, with the windows split among engines of one model on several devices."""
+    return compared_over([[engine] for engine in engines], domains, progress)[0]
 
 
 def compared(
@@ -90,22 +99,47 @@ def compared(
     All models go through their layers one after the other, then through their heads together, batch by batch, so
     that logits are never kept. Memory: the hidden states of the windows once per model.
     """
+    return compared_over([engines], domains, progress)
+
+
+def compared_over(
+    groups: Sequence[Sequence[Engine]], domains: Sequence[Domain], progress: Progress = lambda count: None
+) -> list[list[Loss]]:
+    """Return what `compared` returns, with the windows split among groups of engines: all models on one device each."""
+    parts = shared_out(_together(domains), len(groups))
+    if len(parts) == 1:
+        by_part = [_figures(groups[0], parts[0], progress)]
+    else:
+        with ThreadPoolExecutor(len(parts), "device") as pool:
+            jobs = [pool.submit(_figures, group, part, progress) for group, part in zip(groups, parts, strict=False)]
+            by_part = [each.result() for each in jobs]
+    by_model = [
+        [part[model][i] for part in by_part for i in range(len(part[model]))] for model in range(len(groups[0]))
+    ]
+    starts = [sum(len(d.windows) for d in domains[:i]) for i in range(len(domains))]
+    return [
+        [_loss_of(d, windows[start : start + len(d.windows)]) for d, start in zip(domains, starts, strict=True)]
+        for windows in by_model
+    ]
+
+
+def _figures(engines: Sequence[Engine], windows: Tokens, progress: Progress) -> list[dict[int, TokenFigures]]:
+    """Return for each engine the figures of each window."""
     if len({engine.vocabulary for engine in engines}) > 1:
         raise RefusedError(
             "the models have different vocabularies: " + ", ".join(str(engine.vocabulary) for engine in engines),
             "compare models with one tokenizer",
         )
-    windows = _together(domains)
     figures: list[dict[int, TokenFigures]] = [{} for _ in engines]  # of each window
     size = min(engine.windows_per_batch(windows, True) for engine in engines)
-    runs: list[Streams] = []
+    runs: list[BatchPasses] = []
     try:
         for engine in engines:
             runs.append(engine.start(windows, batch=size))
             runs[-1].to_layer(len(engine.layers), progress)
         heads = min(engine.windows_per_head(windows) for engine in engines)
         for number in range(len(runs[0])):
-            for ends in zip(*(run.ends(number, heads) for run in runs), strict=True):
+            for ends in zip(*(run.logits(number, heads) for run in runs), strict=True):
                 first, part, reference = ends[0]
                 for by_window, (_, _, logits) in zip(figures, ends, strict=True):
                     for row, ids in enumerate(part.ids):
@@ -114,14 +148,7 @@ def compared(
     finally:
         for run in runs:
             run.close()
-    starts = [sum(len(d.windows) for d in domains[:i]) for i in range(len(domains))]
-    return [
-        [
-            _loss_of(d, [by_window[start + i] for i in range(len(d.windows))])
-            for d, start in zip(domains, starts, strict=True)
-        ]
-        for by_window in figures
-    ]
+    return figures
 
 
 def _loss_of(domain: Domain, windows: Sequence[TokenFigures]) -> Loss:

@@ -7,28 +7,25 @@ transformers' own conversion tables, so that every family and layout it loads is
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.errors import CheckpointError, RefusedError
+from moesurgery.errors import CheckpointError
 from moesurgery.expr.nodes import Expr
-from moesurgery.families.anatomy import MoeBlock, model_type_of
+from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.components import is_vision
+from moesurgery.forward.cpu_experts import use_by_expert
 from moesurgery.forward.experts_module import ExpertsModule
-from moesurgery.forward.layer_loading import Loader
-from moesurgery.forward.layer_units import LayerUnit, TensorGroup, decoder_layers, find_units
+from moesurgery.forward.layer_loading import THREADS, Loader
+from moesurgery.forward.layer_units import LayerUnit, TensorGroup, decoder_layers, find_units, place_units
 from moesurgery.forward.lazy_tensor import LazyTensor
-from moesurgery.forward.model_config import load_config
+from moesurgery.forward.model_building import build
 from moesurgery.forward.routing_adapters import UNREAD, adapter_of
 from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
-
-_building = threading.RLock()
 
 
 class MetaModel:
@@ -38,22 +35,24 @@ class MetaModel:
     shape than its code expects.
     """
 
-    def __init__(self, plan: Plan, device: str, dtype: str) -> None:
+    def __init__(self, plan: Plan, devices: Sequence[str], dtype: str) -> None:
         import torch
 
+        plan.checkpoint.refuse_gguf("llama.cpp runs those, transformers does not")
         self.plan = plan
         self.donor: MetaModel | None = None  # a model whose loaded weights are reused where they are the same
         self.tensors, renamed = dequantised(plan)
-        self.device = torch.device(device)
+        self.devices = [torch.device(device) for device in devices]
+        self.device = self.devices[0]
         self.dtype = getattr(torch, dtype)
         self.model = build(plan, self.dtype)
+        if self.device.type == "cpu":
+            use_by_expert(self.model)
         self.text_model = getattr(self.model, "thinker", self.model)  # of a model with speech output
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type != "meta":
-                    module._buffers[name] = buffer.to(self.device)
+        _move_buffers(self.model, self.device)
         self._dtypes: dict[str, Any] = self.model._get_dtype_plan(self.dtype)
-        self._loader = Loader(self.device)
+        threads = max(2, THREADS // len(self.devices))  # together they read no faster
+        self._loaders = [Loader(device, threads) for device in self.devices]
         self._on_host = Loader(torch.device("cpu"))
         self._exprs: dict[str, dict[str, Any]] = {}  # what a group's parameters are made of, by its target
         self.units: dict[str, LayerUnit] = {unit.path: unit for unit in find_units(self.model)}
@@ -70,6 +69,10 @@ class MetaModel:
         self._check_complete()
         self.target |= {name: self.target[plain] for name, plain in renamed.items() if plain in self.target}
         self.layers = decoder_layers(self.units, self.target, plan)
+        place_units(self.units, self.layers, len(self.devices))
+        for unit in self.units.values():
+            if unit.stage:
+                self._move(unit)
         self.load(self._loose)
 
     def blocks(self) -> list[ExpertsModule]:
@@ -113,13 +116,13 @@ class MetaModel:
                     continue
                 for target, value in self._converted(group).items():
                     if target in self._empty or self._is_buffer(target):
-                        weights[target] = self._room(target, value)
+                        weights[target] = self._room(target, value, self.devices[unit.stage])
                         if isinstance(value, LazyTensor):
                             lazy.append((weights[target], value.expr))
                         else:
                             weights[target].copy_(value)
-            self._loader.fill(lazy)
-        self._loader.check()
+            self._loaders[unit.stage].fill(lazy)
+        self._loaders[unit.stage].check()
         self._on_host.check()
         return weights
 
@@ -135,6 +138,16 @@ class MetaModel:
     def free(self, unit: LayerUnit) -> None:
         """Free a unit's weights."""
         for name in self._parameters(unit):
+            self._place(name, self._empty[name])
+
+    def _move(self, unit: LayerUnit) -> None:
+        """Move a unit, none of whose weights is loaded, to its device."""
+        import torch
+
+        device = self.devices[unit.stage]
+        _move_buffers(unit.module, device)
+        for name in self._parameters(unit):
+            self._empty[name] = torch.nn.Parameter(_placeholder(self._empty[name], device), requires_grad=False)
             self._place(name, self._empty[name])
 
     def _assign(self) -> None:
@@ -225,15 +238,15 @@ class MetaModel:
             raise CheckpointError(f"{group.target}: transformers cannot make it of {lazy[0][1]}: {error}") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
-    def _room(self, target: str, value: Any) -> torch.Tensor:
-        """Return an empty tensor on the device for a parameter or buffer, given a value of the right shape."""
+    def _room(self, target: str, value: Any, device: torch.device) -> torch.Tensor:
+        """Return an empty tensor on a device for a parameter or buffer, given a value of the right shape."""
         import torch
 
         empty = self._empty.get(target)
         shape = tuple(empty.shape) if empty is not None else tuple(self.tensor(target).shape)
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{target} has shape {list(value.shape)}, the model's code expects {list(shape)}")
-        return torch.empty(shape, dtype=self._dtype_of(target), device=self.device)
+        return torch.empty(shape, dtype=self._dtype_of(target), device=device)
 
     def _dtype_of(self, target: str) -> torch.dtype:
         kind: torch.dtype = self.tensor(target).dtype
@@ -294,6 +307,14 @@ class MetaModel:
         return f"{kind} calls no module with chosen experts and their weights"
 
 
+def _move_buffers(module: Any, device: torch.device) -> None:
+    """Move the buffers of a module and of those in it; not those on the meta device."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                part._buffers[name] = buffer.to(device)
+
+
 def _placeholder(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor of a parameter's shape and dtype, all NaN, that takes no memory.
 
@@ -316,85 +337,3 @@ def _takes_routing(module: Any) -> bool:
         return True
     names = list(inspect.signature(type(module).forward).parameters)
     return len(names) == 4 and type(module).__name__.endswith("Experts")
-
-
-def build(plan: Plan, dtype: torch.dtype) -> Any:
-    """Return the model that config.json describes, parameters on the meta device, buffers real.
-
-    Its code is transformers' own: code beside a checkpoint is never imported.
-    """
-    import torch
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    kind = model_type_of(plan.config)
-    mend_llama4()
-    if kind not in CONFIG_MAPPING:
-        raise RefusedError(
-            f"transformers {transformers.__version__} has no model code for model_type {kind!r}, so it cannot be run",
-            "counting and editing work without it",
-        )
-    try:
-        config = load_config(plan.config)
-        if config.is_encoder_decoder:
-            raise RefusedError(
-                f"{kind} is an encoder-decoder: it has no loss on running text, and is not run",
-                "counting and editing work without it",
-            )
-        # Grouped matmuls of all experts where the model's code can do without a loop over them.
-        config._experts_implementation = None
-        with torch.no_grad(), parameters_on_meta():
-            return _class_of(plan, config)._from_config(config, dtype=dtype).eval()
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"transformers cannot build the model of config.json: {error}") from error
-
-
-def mend_llama4() -> None:
-    """Patch Llama 4 of transformers so that it runs: 5.24 reads `image_outputs` of an output that has none.
-
-    Before 5.24 nothing reads it; a version whose output has it is left alone.
-    """
-    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-
-    output: Any = MoeCausalLMOutputWithPast
-    if not hasattr(output, "image_outputs"):
-        output.image_outputs = None
-
-
-def _class_of(plan: Plan, config: Any) -> Any:
-    """Return the class that `architectures` names, or the causal language model of the config."""
-    import transformers
-
-    for name in plan.config.get("architectures") or ():
-        model_class = getattr(transformers, str(name), None)
-        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
-            return model_class
-    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(config)]
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Have modules put every parameter that they register on the meta device; buffers keep their values.
-
-    One thread at a time: what is changed meanwhile is torch's own.
-    """
-    import torch
-
-    _building.acquire()
-    register = torch.nn.Module.register_parameter
-
-    def on_meta(module: Any, name: str, parameter: Any) -> None:
-        register(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":
-            module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-        _building.release()

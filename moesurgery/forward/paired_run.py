@@ -20,19 +20,18 @@ class PairedRun:
 
     def __init__(self, original: Engine, plan: Plan) -> None:
         skeleton = original.skeleton
-        self.engine = Engine(
-            plan, device=str(skeleton.device), dtype=str(skeleton.dtype).removeprefix("torch."), keep=0
-        )
+        devices = [str(device) for device in skeleton.devices]
+        self.engine = Engine(plan, device=devices, dtype=str(skeleton.dtype).removeprefix("torch."), keep=0)
         self.engine.skeleton.donor = skeleton
         self.original = original
-        self.original.freed.append(self._let_go)
+        self.original.weights.freed.append(self._free)
         self._unit: str | None = None
 
-    def _let_go(self, unit: LayerUnit) -> None:
+    def _free(self, unit: LayerUnit) -> None:
         """Free the weights of a unit that the original engine has freed, before the next unit is loaded."""
         if unit.path == self._unit:
             self._unit = None
-            self.engine.forget(self.engine.skeleton.units[unit.path])
+            self.engine.weights.forget(self.engine.skeleton.units[unit.path])
 
     def run(self, call: BlockCall, experts: Callable[[ExpertsCall], Any]) -> None:
         """Run the block of `call` on the call's inputs, with `experts` in place of its experts module."""
@@ -40,12 +39,12 @@ class PairedRun:
 
         unit = self.engine.skeleton.units[call.block.unit]
         if self._unit != unit.path:
-            self.engine.unpin()
-            with self.engine.loaded(unit, pin=True):
+            self.engine.weights.unpin()
+            with self.engine.weights.loaded(unit, pin=True):
                 self._unit = unit.path
         module = self.engine.skeleton.model.get_submodule(call.block.path)
-        watch = Hooks(experts=experts, router_logits=True)
-        with torch.no_grad(), self.engine.watching(watch, call.tokens, call.first, unit):
+        hooks = Hooks(experts=experts, router_logits=True)
+        with torch.no_grad(), self.engine.hooked(hooks, call.tokens, call.first, unit):
             module(*call.args, **call.kwargs)
 
     def routing(self, call: BlockCall) -> RoutingTensors:
@@ -62,6 +61,6 @@ class PairedRun:
         return routings[0]
 
     def close(self) -> None:
-        self.original.freed.remove(self._let_go)
+        self.original.weights.freed.remove(self._free)
         self._unit = None
-        self.engine.unpin()
+        self.engine.weights.unpin()

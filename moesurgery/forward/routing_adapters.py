@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moesurgery.forward.experts_module import RoutingTensors
 
 UNREAD = {
-    "JetMoeMoA": "what an attention expert says depends on the other tokens, so it has no output of its own",
+    "JetMoeMoA": "an attention expert's output depends on the other tokens, so it has none of its own",
     "DogeCDMoE": "its code mixes the router's logits of the tokens of a batch, so what it routes here is not what it"
     " routes when it writes token by token",
 }
@@ -39,7 +39,7 @@ class RoutingAdapter(Protocol):
     def first(self, block: Any, expert: int) -> torch.Tensor:
         """Return an expert's first projection [2 I, H]: a view, to be changed in place."""
 
-    def gated(self, block: Any, said: torch.Tensor) -> torch.Tensor:
+    def gated(self, block: Any, projected: torch.Tensor) -> torch.Tensor:
         """Return the input [t, I] of the down-projection, for the first projection's output [t, 2 I]."""
 
     def down(self, block: Any, expert: int) -> torch.Tensor:
@@ -64,8 +64,8 @@ class _Llama4:
     def first(self, block: Any, expert: int) -> torch.Tensor:
         return block.experts.gate_up_proj[expert].T  # type: ignore[no-any-return]
 
-    def gated(self, block: Any, said: torch.Tensor) -> torch.Tensor:
-        gate, up = said.chunk(2, dim=-1)
+    def gated(self, block: Any, projected: torch.Tensor) -> torch.Tensor:
+        gate, up = projected.chunk(2, dim=-1)
         return up * block.experts.act_fn(gate)  # type: ignore[no-any-return]
 
     def down(self, block: Any, expert: int) -> torch.Tensor:
@@ -92,8 +92,8 @@ class _JetMoe:
     def first(self, block: Any, expert: int) -> torch.Tensor:
         return block.input_linear.weight[expert]  # type: ignore[no-any-return]
 
-    def gated(self, block: Any, said: torch.Tensor) -> torch.Tensor:
-        gate, up = said.chunk(2, dim=-1)
+    def gated(self, block: Any, projected: torch.Tensor) -> torch.Tensor:
+        gate, up = projected.chunk(2, dim=-1)
         return block.activation(gate) * up  # type: ignore[no-any-return]
 
     def down(self, block: Any, expert: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ def routed(block: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch
     out = torch.zeros_like(hidden)
     for expert in sorted(set(index.reshape(-1).tolist())):
         token, slot = torch.where(index == expert)
-        said = adapter.reads(block, expert, hidden[token]) @ adapter.first(block, expert).T
-        output = adapter.gated(block, said) @ adapter.down(block, expert).T
+        projected = adapter.reads(block, expert, hidden[token]) @ adapter.first(block, expert).T
+        output = adapter.gated(block, projected) @ adapter.down(block, expert).T
         out.index_add_(0, token, output * weights[token, slot, None])
     return out

@@ -1,8 +1,8 @@
-"""Saved state of a pass between two layers, in a folder, so that a killed process can be resumed.
+"""Saved state of passes between two layers, in a folder, so that a killed process can be resumed.
 
-    state.json                 what identifies the pass, the next layer, how windows were batched; written last
-    layer-NNN.B.safetensors    what the layer before NNN returned for batch B: hidden states
-    sums-NNN.safetensors       sums of the blocks that were passed since the last time
+    state.json                   what identifies the passes, the next layer, how windows were batched; written last
+    layer-NNN.R.B.safetensors    what the layer before NNN returned in pass R for batch B: hidden states
+    sums-NNN.safetensors         sums of the blocks that were passed since the last time
 
 Every file is written under a temporary name and renamed, so a folder is always in a consistent state.
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.forward.engine import Resume, Streams
+from moesurgery.forward.batch_passes import BatchPasses
+from moesurgery.forward.unit_runner import Resume, UnitRunner
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +29,42 @@ STATE = "state.json"
 Sums = dict[str, dict[str, Any]]  # by block, then by name, as torch tensors
 
 
+@dataclass(frozen=True)
+class ScratchState:
+    """What was kept: the next layer, the windows per batch, the sums (on the processor), the entries, and for each
+    pass the outputs of all batches."""
+
+    layer: int
+    batch: int
+    sums: Sums
+    entries: list[Any]
+    outputs: list[list[Any]]
+
+    def resume(self, number: int) -> Resume:
+        """Return where a pass goes on."""
+        return Resume(self.layer, self.outputs[number])
+
+
 @dataclass
 class Scratch:
-    """Where a pass keeps its state. `about` is its inputs and settings: a state with another `about` is discarded."""
+    """Where passes keep their state. `about` is their inputs and settings: a state with another `about` is discarded.
+
+    `entries` are plain data that are kept with it, such as what was written elsewhere of the layers so far.
+    """
 
     folder: Path
     about: Mapping[str, Any]
     note: Any = None  # a function that is called with the reason why no state is kept
+    entries: list[Any] = field(default_factory=list)
+    state: ScratchState | None = None  # what `load` found
     _saved: float = field(default_factory=time.monotonic)
     _blocks: set[str] = field(default_factory=set)
     _layer: int = 0  # the next layer of the state that is kept
     _off: bool = False
 
-    def load(self, device: torch.device) -> tuple[Resume, int, Sums] | None:
-        """Return where to go on, the windows per batch and the sums so far; None where nothing of this pass is kept."""
+    def load(self, runners: Sequence[UnitRunner]) -> ScratchState | None:
+        """Return the state of passes by these models; None where nothing of them is kept: then the folder is emptied of
+        what others kept."""
         from safetensors import SafetensorError
 
         try:
@@ -51,26 +74,34 @@ class Scratch:
             layer = int(state["layer"])
             sums: Sums = {}
             for file in state["sums"]:
-                for name, value in self._read(file, device).items():
+                for name, value in self._read(file).items():
                     where, _, key = name.rpartition("/")
                     sums.setdefault(where, {})[key] = value
-            outputs = [self._output(layer, i, shape, device) for i, shape in enumerate(state["outputs"])]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            outputs = []
+            for number, (runner, shapes) in enumerate(zip(runners, state["outputs"], strict=True)):
+                device = runner.skeleton.devices[runner.layers[layer - 1].stage]
+                outputs.append([self._output(layer, number, i, shape, device) for i, shape in enumerate(shapes)])
+            found = ScratchState(layer, int(state["batch"]), sums, list(state["entries"]), outputs)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError):
+            self.remove()
             return None
-        self._blocks, self._layer = set(sums), layer
-        return Resume(layer, outputs), int(state["batch"]), sums
+        self._blocks, self._layer, self.state = set(sums), layer, found
+        return found
 
-    def keep(self, streams: Streams, batch: int, sums: Sums) -> None:
-        """Write the state of a pass before a layer, unless the last state was written less than SAVE_SECONDS ago."""
-        layer = streams.passed
-        if self._off or not self._layer < layer < len(streams.engine.layers):
+    def keep(
+        self, passes: Sequence[BatchPasses], batch: int, sums: Sums, outputs: Sequence[Sequence[Any]] | None = None
+    ) -> None:
+        """Write the state of passes before the layer that the last of them has reached, unless the last state was
+        written less than SAVE_SECONDS ago. `outputs` are what the layer before returned, where a pass is further."""
+        layer = passes[-1].passed
+        if self._off or not self._layer < layer < len(passes[-1].runner.layers):
             return
         if time.monotonic() - self._saved < SAVE_SECONDS:
             return
-        if not streams.resumable:
+        if not all(each.resumable for each in passes):
             return self._stop("layers hand each other more than hidden states")
         try:
-            self._write(streams, layer, batch, sums)
+            self._write([each.outputs for each in passes] if outputs is None else outputs, layer, batch, sums)
         except OSError as error:
             self._stop(error.strerror or str(error))
         self._saved = time.monotonic()
@@ -89,20 +120,22 @@ class Scratch:
         if self.note is not None:
             self.note(f"what is done is not kept in {self.folder}, and could not be resumed: {why}")
 
-    def _write(self, streams: Streams, layer: int, batch: int, sums: Sums) -> None:
+    def _write(self, outputs: Sequence[Sequence[Any]], layer: int, batch: int, sums: Sums) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         before: dict[str, Any] = {"sums": []}
         if self._blocks and (self.folder / STATE).exists():
             before = json.loads((self.folder / STATE).read_text())
         new = {f"{w}/{n}": v for w, named in sums.items() if w not in self._blocks for n, v in named.items()}
         files = [*before["sums"], self._save(f"sums-{layer:03}.safetensors", new)]
-        shapes = []
-        for i, stream in enumerate(streams.streams):
-            parts = _parts(stream.last)
-            self._save(f"layer-{layer:03}.{i}.safetensors", {str(n): part for n, part in parts})
-            shapes.append([len(stream.last) if isinstance(stream.last, tuple) else None, [n for n, _ in parts]])
+        shapes: list[Any] = []
+        for number, of_pass in enumerate(outputs):
+            shapes.append([])
+            for i, output in enumerate(of_pass):
+                parts = _parts(output)
+                self._save(f"layer-{layer:03}.{number}.{i}.safetensors", {str(n): part for n, part in parts})
+                shapes[-1].append([len(output) if isinstance(output, tuple) else None, [n for n, _ in parts]])
         state = {"about": self.about, "layer": layer, "batch": batch, "outputs": shapes, "sums": files}
-        (self.folder / f"{STATE}.new").write_text(json.dumps(state))
+        (self.folder / f"{STATE}.new").write_text(json.dumps(state | {"entries": self.entries}))
         os.replace(self.folder / f"{STATE}.new", self.folder / STATE)
         self._blocks, self._layer = self._blocks | set(sums), layer
         for old in self.folder.glob("layer-*.safetensors"):
@@ -119,14 +152,14 @@ class Scratch:
         os.replace(path, self.folder / name)
         return name
 
-    def _read(self, name: str, device: torch.device) -> dict[str, torch.Tensor]:
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
-        return {key: value.to(device) for key, value in load_file(self.folder / name).items()}
+        return load_file(self.folder / name)
 
-    def _output(self, layer: int, batch: int, shape: Any, device: torch.device) -> Any:
+    def _output(self, layer: int, number: int, batch: int, shape: Any, device: torch.device) -> Any:
         """Return what a layer returned: a tensor, or a tuple of `shape[0]` of which those at `shape[1]` are tensors."""
-        parts = self._read(f"layer-{layer:03}.{batch}.safetensors", device)
+        parts = {n: v.to(device) for n, v in self._read(f"layer-{layer:03}.{number}.{batch}.safetensors").items()}
         count, places = shape
         if count is None:
             return parts["0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -105,6 +106,13 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     if any(p.counted is not None for p in parts):
         counted = torch.cat([wide(m if p.counted is None else p.counted) for p, m in zip(parts, masks, strict=True)])
     return Tokens(torch.cat([wide(p.ids) for p in parts]), mask, counted)
+
+
+def shared_out(tokens: Tokens, count: int) -> list[Tokens]:
+    """Return windows in up to `count` parts, each of an even number of windows, so that the halves are unchanged."""
+    pairs = -(-len(tokens) // 2)
+    cuts = [2 * (pairs * i // count) for i in range(count)] + [len(tokens)]
+    return [tokens.rows(a, b) for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def mixed(parts: Sequence[Tokens]) -> Tokens:

@@ -23,6 +23,7 @@ from moesurgery.merge.recipe.documents import is_merge_recipe, read_stages
 from moesurgery.merge.recipe.stage import Stage
 from moesurgery.merge.references import Models
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import Requantize
 from moesurgery.recipe.reader import Recipe, parse_recipe
 from moesurgery.recipe.yaml_strict import recipe_text
 
@@ -32,6 +33,7 @@ class MergeRecipe:
     """The stages of a recipe file, each after those that it uses; the last is the output.
 
     `origin` is the file's name, for messages. `device`: where torch computes; "" for numpy.
+    `requantize`: whether weights that the base has quantised are stored in its form ("as-source") or as plain ones.
     """
 
     stages: tuple[Stage, ...]
@@ -39,10 +41,11 @@ class MergeRecipe:
     text: str = ""
     max_shard_size: int | None = None
     device: str = ""
+    requantize: Requantize = "as-source"
 
     def plan(self, models: Models | None = None) -> Plan:
         """Open all models and plan the result. Raises SurgeryError, with the recipe's line where it has one."""
-        plan = plan_stages(self.stages, self.origin, self.device, models)
+        plan = plan_stages(self.stages, self.origin, self.device, models, self.requantize)
         return replace(plan, max_shard_size=self.max_shard_size) if self.max_shard_size else plan
 
     def to_yaml(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from moesurgery.expr.random import random_key
 from moesurgery.families.config_keys import Settings, with_dtype, with_value
 from moesurgery.families.layer_config import LayerOrigin, restacked_config, without_prediction
 from moesurgery.families.layer_stack import check_movable
-from moesurgery.families.quantised import holds_quantised
+from moesurgery.families.quantised import holds_quantised, without_quantisation
 from moesurgery.merge.align import Aligner, not_aligned
 from moesurgery.merge.arguments import Arguments
 from moesurgery.merge.chat_templates import chat_template
@@ -29,29 +30,37 @@ from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
 from moesurgery.merge.tokenizer_union import MergedTokenizer, is_kept
 from moesurgery.moe.canonical_names import is_expert
 from moesurgery.plan.plan import Plan, Step
+from moesurgery.plan.requantise import Requantize, first_origin, was_quantised, written_back
 from moesurgery.plan.side_files import refuse_named_layers, without_quantisation_files
 
 _RANK = ("BF16", "F16", "F32", "F64")
 
 
-def plan_stages(stages: Sequence[Stage], origin: str, device: str = "", models: Models | None = None) -> Plan:
+def plan_stages(
+    stages: Sequence[Stage],
+    origin: str,
+    device: str = "",
+    models: Models | None = None,
+    requantize: Requantize = "as-source",
+) -> Plan:
     """Return the plan of a recipe's last stage; earlier stages become part of its expressions.
 
-    Opens headers only. `origin` is the recipe's name, for messages; `device` as in `MergeRecipe`. Raises SurgeryError,
-    with the recipe's line where it has one.
+    Opens headers only. `origin` is the recipe's name, for messages; `device` and `requantize` as in `MergeRecipe`.
+    Raises SurgeryError, with the recipe's line where it has one.
     """
     models = models or Models()
     for stage in stages[:-1]:
         assert stage.name is not None
-        models.stages[stage.name] = _Merger(stage, models, origin, device).plan()
-    return _Merger(stages[-1], models, origin, device).plan()
+        models.stages[stage.name] = _Merger(stage, models, origin, device, requantize).plan()
+    return _Merger(stages[-1], models, origin, device, requantize).plan()
 
 
 class _Merger:
     """Plans one stage."""
 
-    def __init__(self, stage: Stage, models: Models, origin: str, device: str) -> None:
+    def __init__(self, stage: Stage, models: Models, origin: str, device: str, requantize: Requantize) -> None:
         self.stage, self.models, self.origin, self.device = stage, models, origin, device
+        self.requantize = requantize
         self.method = stage.method
         self.sources = MergeSources(stage, models, origin)
         self.placement = Placement(stage, self.sources)
@@ -82,23 +91,30 @@ class _Merger:
             last = shard_of[name] = donor.plan.shard_of.get(name, last)
         self.warnings += [f"{self.origin}:{line}: {text}" for line, text in self.arguments.idle()]
         files = self._files()
-        if not holds_quantised(tensors):
-            files |= without_quantisation_files(donor.plan.checkpoint, donor.plan.files)
         if self._tokenizer is not None and self._tokenizer.rescored:
             self.warnings.append(
                 f"{self.origin}:{self.stage.tokenizer_line}: a union of Unigram tokenizers: each model scores its"
                 " pieces by itself, so text may be cut otherwise than by either; `tokenizer_source: base` keeps one"
             )
         named = [p.plan for p in self.sources.named().values()]  # one of them may give its tokenizer alone
-        return Plan(
+        plan = Plan(
             tuple({id(c): c for p in named for c in p.sources}.values()),
             tensors,
             shard_of,
-            self._config(tensors),
+            donor.plan.config,
             steps=(*{id(step): step for p in named for step in p.steps}.values(), self._step(len(tensors))),
             max_shard_size=self._shard_size() if self.stage.stacked else None,
-            files=files,
         )
+        plan = written_back(plan, donor.plan) if self._written_back else plan
+        if not holds_quantised(plan.tensors):
+            files |= without_quantisation_files(donor.plan.checkpoint, donor.plan.files)
+        return replace(plan, config=self._config(plan.tensors), files=files)
+
+    @cached_property
+    def _written_back(self) -> bool:
+        """Whether weights are stored in the quantised form that they have in the donor."""
+        as_source = self.requantize == "as-source" and self.stage.dtype is None
+        return as_source and was_quantised(self.sources.donor.plan)
 
     # Expressions
 
@@ -185,7 +201,11 @@ class _Merger:
             return kept.dtype
         if self.stage.dtype is not None:
             return self.stage.dtype
-        kinds = {source.parts.plain_dtype or expr.dtype for source, expr in zip(sources, inputs, strict=True)}
+        kinds = {expr.dtype for expr in inputs if first_origin(expr) is None}
+        quantised = [s for s, expr in zip(sources, inputs, strict=True) if first_origin(expr) is not None]
+        if self._written_back and any(source.parts is self.sources.donor for source in quantised):
+            return "F32"  # to be quantised again
+        kinds |= {source.parts.plain_dtype or "F32" for source in quantised}
         return "F32" if kinds == {"BF16", "F16"} else max(kinds, key=_RANK.index)
 
     # Tokenizer and side files
@@ -225,11 +245,13 @@ class _Merger:
     def _config(self, tensors: Mapping[str, Expr]) -> Mapping[str, Any]:
         donor = self.sources.donor
         config = donor.plan.config
+        if not holds_quantised(tensors):
+            config = without_quantisation(config)
         if self.stage.stacked and donor.anatomy.settings.layers is not None:
             leads = [(self.sources.lead(index), offset) for index, offset, _ in self.placement.stack]
             origins = [LayerOrigin(lead.parts.anatomy.settings, lead.first + offset) for lead, offset in leads]
             with at_line(self.origin, self.stage.line_of("slices")):
-                config = restacked_config(donor.anatomy.settings, origins)
+                config = restacked_config(Settings(donor.anatomy.settings.family, config), origins)
                 for parts in {id(lead.parts): lead.parts for lead, _ in leads}.values():
                     own = [lead.first + offset for lead, offset in leads if lead.parts is parts]
                     if own != list(range(parts.layers)):
@@ -257,6 +279,8 @@ class _Merger:
         parameters: dict[str, Any] = {"recipe": stage.value}
         if self.device:
             parameters["device"] = self.device
+        if self.requantize != "as-source":
+            parameters["requantize"] = self.requantize
         if self.method.origin is not None:
             file, digest = self.method.origin
             parameters["methods"] = {"file": Path(file).name, "sha256": digest}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -14,11 +13,10 @@ from moesurgery.checkpoint.protocols import refuse_unlisted
 from moesurgery.errors import RecipeError
 from moesurgery.families.config_keys import DTYPE_KEYS
 from moesurgery.families.quantised import method as quantisation_method
-from moesurgery.families.quantised import without_quantisation
 from moesurgery.lora.apply import adapted
 from moesurgery.moe.canonical_names import CanonicalTensors
-from moesurgery.plan.dequantise import dequantised
 from moesurgery.plan.plan import Plan, plan_of
+from moesurgery.plan.requantise import opened
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -46,10 +44,11 @@ class Models:
             model, adapter = self._split(reference)
             staged = self.stages.get(model)
             plan = staged or plan_of(open_checkpoint(self._located(model)))
+            plan.checkpoint.refuse_gguf("merges are of safetensors")
             parents: tuple[Checkpoint | str, ...] = (model if staged else plan.checkpoint,)
             quantised = plain and quantisation_method(plan.config) is not None
             stated = _stated_dtype(plan) if quantised else None
-            plan = _plain(plan) if quantised else plan
+            plan = opened(plan) if quantised else plan  # as float32, which is rounded only once it is merged
             if adapter is not None:
                 plan = adapted(plan, self._located(adapter))
                 parents = (*parents, plan.sources[-1])
@@ -77,14 +76,6 @@ class Models:
         if reference not in self._where:
             raise RecipeError(f"the recipe names {reference}, and nothing says where that is")
         return located(self._where[reference])
-
-
-def _plain(plan: Plan) -> Plan:
-    """Return the plan with quantised weights as float32 numbers, which are rounded only once they are merged."""
-    tensors, renamed = dequantised(plan)
-    old = {new: name for name, new in renamed.items()}
-    shard_of = {name: plan.shard_of[old.get(name, name)] for name in tensors}
-    return replace(plan, tensors=tensors, config=without_quantisation(plan.config), shard_of=shard_of)
 
 
 def _stated_dtype(plan: Plan) -> str:

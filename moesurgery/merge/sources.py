@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moesurgery.errors import RecipeError, RefusedError, at_line
+from moesurgery.families.quantised import without_quantisation
 from moesurgery.merge.compatibility import config_differences, tokenizers_differ
 from moesurgery.merge.recipe.parameter_values import ParameterValues
 from moesurgery.merge.recipe.stage import Input, LayerSlice, Stage
-from moesurgery.merge.references import Models
+from moesurgery.merge.references import Models, split
 from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
 
 
@@ -65,8 +66,13 @@ class MergeSources:
 
     def opened(self, reference: str) -> CanonicalTensors:
         """Return a model; its quantised weights as plain numbers, unless they are only put elsewhere."""
-        plain = self.stage.method.name != "passthrough" or self.stage.dtype is not None
+        plain = self.stage.method.name != "passthrough" or self.stage.dtype is not None or self._adapted
         return self._models.parts(reference, plain=plain)
+
+    @cached_property
+    def _adapted(self) -> bool:
+        """Whether one of the models has an adapter on it, which is applied to numbers."""
+        return any(split(model)[1] is not None for model in self.stage.models)
 
     def named(self) -> dict[str, CanonicalTensors]:
         """Return all models that the stage names, those for its tokenizer alone too, by reference."""
@@ -102,7 +108,8 @@ class MergeSources:
                         f"{parts.label} has {parts.layers} layers, {donor.label} {donor.layers}",
                         "`slices:` with `layer_range:` say which of them merge",
                     )
-            differences = config_differences(donor.plan.config, parts.plan.config, stacked=stacked)
+            configs = (without_quantisation(p.plan.config) for p in (donor, parts))
+            differences = config_differences(*configs, stacked=stacked)
             if differences:
                 yield source.line, f"config.json of {parts.label} disagrees, {donor.label}'s counts: {differences}"
             if self.stage.tokenizer is None and tokenizers_differ(donor.plan.checkpoint, parts.plan.checkpoint):

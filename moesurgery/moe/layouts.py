@@ -25,6 +25,8 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
     """
     refuse_strays(block, tensors, renumbered=False)
     members = [m for m in block.members if m.part is not None]
+    if _keeps_projections(block, target) and any(not m.stem.main for m in members):
+        return _carried(block, tensors, target, operation)
     for member in members:
         if not member.stem.main or tensors[member.name].dtype not in PLAIN_FLOATS:
             raise RefusedError(
@@ -43,6 +45,42 @@ def relaid(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operati
                 entries.append((name, concat(stored) if part.rows else stack(stored)))
     except ValueError as error:
         raise RefusedError(f"{operation}: {block.where}: its experts do not fit together: {error}") from None
+    first, *others = (member.name for member in members)
+    return {first: entries, **{name: [] for name in others}}
+
+
+def _keeps_projections(block: MoeBlock, target: Layout) -> bool:
+    """Whether a layout differs in names and in stacking alone: each projection has a tensor of its own, [out, in]."""
+    assert block.layout is not None
+    kinds = [
+        [(part.role, part.order, part.interleaved, part.rows) for part in la.parts] for la in (block.layout, target)
+    ]
+    return sorted(kinds[0]) == sorted(kinds[1]) and not any(part.rows for part in target.parts)
+
+
+def _carried(block: MoeBlock, tensors: Mapping[str, Expr], target: Layout, operation: str) -> Entries:
+    """Return the tensors of a block, quantised weights with all that belongs to them, in a layout of other names.
+
+    Byte ranges alone. Raises RefusedError for what has no entry for every expert.
+    """
+    members = [m for m in block.members if m.part is not None]
+    for member in members:
+        shape = tensors[member.name].shape
+        if member.expert is None and (not shape or shape[0] != block.experts):
+            raise RefusedError(f"{operation}: {member.name} {list(shape)} has no entry for each of the experts")
+    gathered: dict[tuple[str, str], list[Expr]] = {}
+    for of_expert in tensors_by_expert(block, tensors):
+        for member, expr in of_expert:
+            gathered.setdefault((member.role, member.stem.suffix), []).append(expr)
+    entries: list[tuple[str, Expr]] = []
+    for part in target.parts:
+        path = f"{block.layer_path}.{part.path}"
+        for suffix in dict.fromkeys(suffix for role, suffix in gathered if role == part.role):
+            experts = gathered[part.role, suffix]
+            if "#" in path:
+                entries += [(f"{path.replace('#', str(e))}{suffix}", expr) for e, expr in enumerate(experts)]
+            else:
+                entries.append((f"{path}{suffix}", stack(experts)))
     first, *others = (member.name for member in members)
     return {first: entries, **{name: [] for name in others}}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moesurgery.checkpoint.dtypes import BLOCKS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr
@@ -36,7 +37,8 @@ def neuron_order(reference: list[tuple[BlockTensor, Expr]], other: list[tuple[Bl
 
 def neuron_features(expert: list[tuple[BlockTensor, Expr]]) -> Expr:
     """Return all weights of each neuron [I, F]: its rows of gate and up, its column of down, its biases."""
-    features = [neuron_rows(member, expr) for member, expr in expert if has_neurons(member)]
+    plain = [(member, cast(expr, "F32") if expr.dtype in BLOCKS else expr) for member, expr in expert]
+    features = [neuron_rows(member, expr) for member, expr in plain if has_neurons(member)]
     same = len({expr.dtype for expr in features}) == 1
     return concat_last(features if same else [cast(expr, "F32") for expr in features])
 

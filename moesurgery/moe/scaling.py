@@ -2,21 +2,49 @@
 
 The output of an expert is linear in its down-projection and that projection's bias, and in nothing else:
 scaling gate or up would pass through the activation. Of a quantised down-projection one companion is
-multiplied: a floating-point scale (exact to its rounding), or an exponent (exact, powers of two only).
+multiplied: a floating-point scale (exact to its rounding), or an exponent (exact, powers of two only). Where none can
+take the factor, the weights are opened, multiplied, and quantised again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from moesurgery.checkpoint.block_values import FACTORS
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
-from moesurgery.expr.elementwise import Exponent, scale
+from moesurgery.expr.elementwise import BlockScale, Exponent, scale
 from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
+from moesurgery.plan.dequantise import UnknownFormError
+from moesurgery.plan.plan import Plan
+from moesurgery.plan.requantise import Requantize, with_experts_opened
 
 EXPONENT_TYPES = frozenset({"F8_E8M0", "U8"})
+
+
+class CoarseScaleError(RefusedError):
+    """A factor that no scale of quantised weights can take; the weights themselves may."""
+
+
+def by_scales_or_weights(plan: Plan, requantize: Requantize, edit: Callable[[Plan], Plan]) -> Plan:
+    """Return `edit(plan)`, which multiplies outputs: where scales cannot take the factors, on weights opened for it.
+
+    Raises CoarseScaleError where the weights are of a form that cannot be opened either.
+    """
+    coarse: CoarseScaleError | None = None
+    if requantize == "as-source":
+        try:
+            return edit(plan)
+        except CoarseScaleError as error:
+            coarse = error
+    try:
+        return with_experts_opened(plan, requantize, edit)
+    except UnknownFormError:
+        if coarse is None:
+            raise
+        raise coarse from None
 
 
 def is_quantised(block: MoeBlock, tensors: Mapping[str, Expr]) -> bool:
@@ -58,18 +86,21 @@ def scaled_output(block: MoeBlock, tensors: Mapping[str, Expr], factor: float | 
             companions.setdefault(member.base, []).append(member)
     for member in quantised:
         chosen = min(companions.get(member.base, []), key=_rank, default=None)
-        offsets = any(m.base == member.base and m.stem.suffix == ".biases" for m in down)
-        if chosen is None or chosen.stem.suffix == ".weight.nested_absmax" or offsets:
+        expr = tensors[member.name]
+        if chosen is None and expr.dtype in FACTORS:
+            changed[member.name] = _apply(member, expr, factors, lambda e, f: e if f == 1 else BlockScale(e, f))
+            continue
+        offsets = [m for m in down if m.base == member.base and m.stem.suffix == ".biases"]
+        if chosen is None or chosen.stem.suffix == ".weight.nested_absmax":
             why = "and has no scale tensor that could take a factor"
-            if offsets:
-                why = "with an offset to every scale, which would have to be scaled too"
-            elif chosen is not None:
+            if chosen is not None:
                 why = "with doubly quantised scales, whose common offset no tensor holds"
-            raise RefusedError(
+            raise CoarseScaleError(
                 f"{member.name} is {tensors[member.name].dtype} {why}",
                 "use --scale none, or dequantise first with the tool that made it",
             )
-        changed[chosen.name] = _scaled_companion(chosen, tensors[chosen.name], factors)
+        for taker in (chosen, *offsets):  # MLX: w = scale * q + bias
+            changed[taker.name] = _scaled_companion(taker, tensors[taker.name], factors)
     return changed
 
 
@@ -86,7 +117,7 @@ def _scaled_companion(member: BlockTensor, expr: Expr, factors: list[float]) -> 
     if expr.dtype in EXPONENT_TYPES:
         shifts = [_power_of_two(f, member) for f in factors]
         return _apply(member, expr, [float(s) for s in shifts], lambda e, s: Exponent(e, int(s)) if s else e)
-    raise RefusedError(
+    raise CoarseScaleError(
         f"{member.name} is {expr.dtype}, too coarse to take a factor",
         "use --scale none, or dequantise first with `moesurgery convert --dequantize`",
     )
@@ -96,7 +127,7 @@ def _power_of_two(factor: float, member: BlockTensor) -> int:
     mantissa, exponent = math.frexp(factor)
     if factor <= 0 or mantissa != 0.5:
         nearest = 2.0 ** round(math.log2(factor)) if factor > 0 else 1.0
-        raise RefusedError(
+        raise CoarseScaleError(
             f"{member.name} holds exponents: only powers of two are exact factors, and this one is {factor:.6g}",
             f"use --scale none or --scale {nearest:g}, or dequantise first with `moesurgery convert --dequantize`",
         )

@@ -21,7 +21,7 @@ from moesurgery.whole_file import whole_file
 from moesurgery.write.expected_output import Promise, expected_output
 from moesurgery.write.shard_layout import output_tasks
 
-Progress = Callable[[int], None]
+_Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OpenPatch:
         """How many bytes of models are read to know them."""
         return sum(each.size for files in self.patch.inputs.values() for each in files)
 
-    def plan_on(self, models: Sequence[str], folder: Path, progress: Progress = lambda count: None) -> Plan:
+    def plan_on(self, models: Sequence[str], folder: Path, progress: _Progress = lambda count: None) -> Plan:
         """Return the plan of the patch on `models`, MODEL or NAME=MODEL for each that it reads.
 
         Names, sizes and headers are compared first, then every byte, before anything is planned. Files of a remote
@@ -162,7 +162,7 @@ def opened_model(reference: str) -> Checkpoint:
     return LoraAdapter(reference).checkpoint if CONFIG not in source.files() else open_checkpoint(reference)
 
 
-def _check_sizes(name: str, checkpoint: Checkpoint, files: Sequence[PatchedFile], progress: Progress) -> None:
+def _check_sizes(name: str, checkpoint: Checkpoint, files: Sequence[PatchedFile], progress: _Progress) -> None:
     for each in files:
         size = checkpoint.file_sizes.get(each.file)
         if size != each.size:
@@ -170,7 +170,7 @@ def _check_sizes(name: str, checkpoint: Checkpoint, files: Sequence[PatchedFile]
             raise _another(name, checkpoint, f"{each.file} {what}")
 
 
-def _check_bytes(name: str, checkpoint: Checkpoint, files: Sequence[PatchedFile], progress: Progress) -> None:
+def _check_bytes(name: str, checkpoint: Checkpoint, files: Sequence[PatchedFile], progress: _Progress) -> None:
     for each in sorted(files, key=lambda each: each.size):
         digest = whole_digest(checkpoint.source, each.file, each.size, progress)
         if digest != each.sha256:

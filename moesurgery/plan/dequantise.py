@@ -1,38 +1,66 @@
-"""Dequantise weights, a few rows at a time.
+"""Dequantise weights, a few rows at a time; and what they are stored as, for those that are quantised again.
 
 FP8 with one scale per tensor, channel or block (floats, or powers of two as E8M0); MXFP4 and FP4 (OCP
 Microscaling Formats 1.0: two 4-bit floats per byte, low nibble first, one exponent per 32 values); NVFP4 (the
 same with FP8 scales per 16 values and a scale of these, by which ModelOpt multiplies and compressed-tensors
-divides); integers of compressed-tensors, packed or plain.
+divides); integers of compressed-tensors, packed or plain, with zero points and an order of inputs or without; GPTQ
+(words along the inputs, zero points less one unless the format is gptq_v2) and AWQ (words along the outputs).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.checkpoint.dtypes import BLOCKS, PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
-from moesurgery.expr.nodes import Expr, Reader
+from moesurgery.expr.nodes import Expr, Reader, Slice, evaluated
 from moesurgery.expr.tensors import transpose
 from moesurgery.families.quantised import (
+    AWQ_ORDER,
     COMPANIONS,
     QuantTensor,
     bits_that_fit,
     method,
+    packed_bits,
     quantisation_config,
     split_name,
 )
+from moesurgery.plan.packed_codes import UnpackedCodes
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.quantised_form import EXPONENTS, MAGNITUDES, Form, Numbers, as_floats
 
 if TYPE_CHECKING:
     import torch
 
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class UnknownFormError(RefusedError):
+    """A quantised form that is not read here."""
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """What matrices are stored as: the form, and all of their tensors by what their names end in.
+
+    `main` is the ending of the codes, `scale`, `zero`, `columns` and `overall` those of the tensors of these kinds, ""
+    for one that there is not. `order` is that of codes in a word. `transposed`: the plain weights are
+    [in, out].
+    """
+
+    form: Form
+    tensors: Mapping[str, Expr]
+    main: str
+    scale: str
+    zero: str = ""
+    columns: str = ""
+    overall: str = ""
+    order: tuple[int, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,12 +70,14 @@ class Dequantised(Expr):
     Each of `parts` is an expression and the number of output rows that share a row of it: 1 for the stored
     weights, the height of a block for block scales, `out` for one row per matrix, 0 for one for all matrices.
     `function(width, *rows, **parameters)` takes those rows as matrices, one row per output row, and returns [rows, in].
+    `held` says what they are stored as.
     """
 
     function: Callable[..., Any]
     parts: tuple[tuple[Expr, int], ...]
     shape: tuple[int, ...]
     parameters: tuple[tuple[str, Any], ...] = field(default=())
+    held: StoredForm | None = field(default=None, repr=False, compare=False)
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
@@ -55,9 +85,9 @@ class Dequantised(Expr):
 
     @property
     def chunk_multiple(self) -> int:
-        if any(expr.chunk_multiple != 1 for expr, _ in self.parts):
-            return max(self.numel, 1)
         out, width = self.shape[-2:]
+        if any(expr.chunk_multiple != 1 for expr, _ in self.parts):
+            return max(out * width, 1)
         return (
             math.lcm(*(share for _, share in self.parts if 1 <= share < out), 1) * width if self._even else out * width
         )
@@ -95,16 +125,19 @@ class Dequantised(Expr):
         width = expr.numel // (math.prod(self.shape[:-2]) * per_matrix) if share else expr.numel
         first, last = (row // share, -(-until // share)) if share else (0, 1)
         at = matrix * per_matrix
-        values = expr.evaluate((at + first) * width, (at + last) * width, reader).view(last - first, width)
+        values = evaluated(expr, (at + first) * width, (at + last) * width, reader).view(last - first, width)
         if share == 1:
             return values
         return values[torch.arange(row, until) // share - first] if last - first > 1 else values
 
 
-def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[str, str]]:
+def dequantised(
+    plan: Plan, dtype: str = "F32", only: Container[str] | None = None
+) -> tuple[dict[str, Expr], dict[str, str]]:
     """Return the plan's tensors with all quantised weights as plain floats of `dtype`, without their companions.
 
-    Tensors that are plain floats stay as they are. Second, the new name of each main tensor whose name changed.
+    Tensors that are plain floats stay as they are, and so do weights whose main tensor is not among `only`. Second, the
+    new name of each main tensor whose name changed.
     Raises RefusedError for an unsupported form.
     """
     names = plan.tensors
@@ -119,13 +152,18 @@ def dequantised(plan: Plan, dtype: str = "F32") -> tuple[dict[str, Expr], dict[s
     renamed: dict[str, str] = {}
     for name, expr in names.items():
         stem = stems[name]
+        if only is not None and (name if stem.companion is None else stem.base + stem.companion.of) not in only:
+            tensors[name] = expr
+            continue
         if stem.companion is not None:
             continue
         beside = companions.get(stem.base, [])
         if not beside or stem.bias or expr.dtype in PLAIN_FLOATS:
             tensors[name] = expr
             continue
-        plain = stem.base + {".weight_packed": ".weight", "_blocks": ""}.get(stem.suffix, stem.suffix)
+        plain = stem.base + {".weight_packed": ".weight", ".qweight": ".weight", "_blocks": ""}.get(
+            stem.suffix, stem.suffix
+        )
         tensors[plain] = cast(_values(_Weight(name, expr, stem.suffix, beside, plan.config)), dtype)
         if plain != name:
             renamed[name] = plain
@@ -137,6 +175,8 @@ def plain_values(plan: Plan, name: str) -> Expr:
     expr = plan.tensors[name]
     if expr.dtype in PLAIN_FLOATS:
         return expr
+    if expr.dtype in BLOCKS:
+        return cast(expr, "F32")
     stem = split_name(name, plan.tensors.__contains__, lambda n: plan.tensors[n].dtype)
     beside = [
         (companion, plan.tensors[stem.base + companion.suffix])
@@ -159,17 +199,20 @@ class _Weight:
     def of_kind(self, kind: str, rank: int) -> Expr | None:
         return next((e for c, e in self.beside if c.kind == kind and c.rank == rank), None)
 
+    def named(self, suffix: str) -> Expr | None:
+        return next((e for c, e in self.beside if c.suffix == suffix), None)
+
     @property
     def has_offsets(self) -> bool:
         """Whether there are zero points or an order of columns."""
         return any(c.suffix.endswith(("zero_point", "qzeros", "g_idx")) for c, _ in self.beside)
 
-    def refused(self, why: str = "") -> RefusedError:
+    def refused(self, why: str = "") -> UnknownFormError:
         form = method(self.config) or self.expr.dtype
-        return RefusedError(
+        return UnknownFormError(
             f"{self.name} is stored as {form}{why}, which is not dequantised here",
-            "dequantise it first with the tool that made it; FP8, MXFP4, NVFP4 and symmetric integers of"
-            " compressed-tensors are read as they are",
+            "dequantise it first with the tool that made it; FP8, MXFP4, NVFP4, integers of compressed-tensors,"
+            " GPTQ and AWQ are read as they are",
         )
 
 
@@ -177,24 +220,105 @@ def _values(weight: _Weight) -> Expr:
     """Return the expression of the values of one quantised tensor."""
     expr = weight.expr
     scale, over, under = weight.of_kind("scale", 1), weight.of_kind("scale", 0), weight.of_kind("divisor", 0)
-    if scale is None or weight.has_offsets or any(c.suffix.startswith((".SCB", ".weight.")) for c, _ in weight.beside):
+    if scale is None or any(c.suffix.startswith((".SCB", ".weight.", ".biases")) for c, _ in weight.beside):
+        raise weight.refused()
+    if weight.suffix == ".qweight":
+        return _of_words(weight)
+    if expr.dtype == "I32" and weight.suffix == ".weight_packed":
+        return _of_packed(weight, scale)
+    if weight.has_offsets:
         raise weight.refused()
     if expr.dtype in _FP8 and over is None and under is None:
-        return _scaled(weight, float_values, expr.shape, scale)
+        numbers: Numbers = "e4m3" if expr.dtype == "F8_E4M3" else "e5m2"
+        return _scaled(weight, float_values, expr.shape, scale, numbers)
     if expr.dtype == "I8" and not _is_exponent(scale):
-        return _scaled(weight, float_values, expr.shape, scale)
-    if expr.dtype == "I32" and weight.suffix == ".weight_packed":
-        fitting = bits_that_fit(weight.config, expr.shape, scale.shape)
-        bits = min(fitting, default=3)
-        if len(fitting) > 1 or 32 % bits:
-            raise weight.refused(" with bits that its shape does not tell")
-        return _scaled(weight, packed_values, _wider(expr, 32 // bits), scale, parameters=(("bits", bits),))
+        return _scaled(weight, float_values, expr.shape, scale, "int", 8)
     if expr.dtype not in ("U8", "I8") or (weight.suffix == "" and over is not None):
         raise weight.refused()
     if weight.suffix == "_blocks":
         shape = (*expr.shape[:-2], expr.shape[-2] * expr.shape[-1] * 2)
-        return transpose(_scaled(weight, fp4_values, shape, scale))  # gpt-oss: plain weights are [E, in, out]
-    return _scaled(weight, fp4_values, _wider(expr, 2), scale, over=over, under=under)
+        values = _scaled(weight, fp4_values, shape, scale, "e2m1", 4)
+        assert isinstance(values, Dequantised)
+        assert values.held is not None
+        return transpose(replace(values, held=replace(values.held, transposed=True)))  # gpt-oss: plain [E, in, out]
+    return _scaled(weight, fp4_values, _wider(expr, 2), scale, "e2m1", 4, over=over, under=under)
+
+
+def _of_packed(weight: _Weight, scale: Expr) -> Expr:
+    """Return the values of integers that compressed-tensors packed along the inputs."""
+    expr = weight.expr
+    fitting = bits_that_fit(weight.config, expr.shape, scale.shape)
+    bits = min(fitting, default=3)
+    if len(fitting) > 1 or 32 % bits:
+        raise weight.refused(" with bits that its shape does not tell")
+    if not weight.has_offsets:
+        return _scaled(
+            weight, packed_values, _wider(expr, 32 // bits), scale, "int", bits, parameters=(("bits", bits),)
+        )
+    zero, columns = weight.named(".weight_zero_point"), weight.named(".weight_g_idx")
+    codes = UnpackedCodes(expr, bits)
+    if len(codes.shape) != 2:
+        raise weight.refused(f" with shape {list(expr.shape)}")
+    zeros = None
+    if zero is not None:
+        zeros = Slice(transpose(UnpackedCodes(transpose(zero), bits)), 0, codes.shape[0])
+    return _of_integers(weight, codes, scale, zeros, columns, bits)
+
+
+def _of_words(weight: _Weight) -> Expr:
+    """Return the values of GPTQ and AWQ as [out, in]."""
+    qweight, scales = weight.expr, weight.named(".scales")
+    zeros, columns, bits = weight.named(".qzeros"), weight.named(".g_idx"), packed_bits(weight.config)
+    settings = quantisation_config(weight.config)
+    if scales is None or zeros is None or 32 % bits or len(qweight.shape) != 2 or len(scales.shape) != 2:
+        raise weight.refused(f" of {bits} bits")
+    awq = qweight.shape[1] != scales.shape[1]
+    if awq and (bits != 4 or str(settings.get("version", "gemm")).lower() != "gemm"):
+        raise weight.refused(f" of {bits} bits, version {settings.get('version')}")
+    order = AWQ_ORDER if awq else ()
+    codes = transpose(UnpackedCodes(qweight, bits, order)) if awq else UnpackedCodes(transpose(qweight), bits)
+    less = 0 if awq or settings.get("checkpoint_format") == "gptq_v2" else 1
+    unpacked = transpose(UnpackedCodes(zeros, bits, order))
+    fixed = settings.get("sym") is True
+    return _of_integers(weight, codes, transpose(scales), unpacked, columns, bits, order=order, less=less, fixed=fixed)
+
+
+def _of_integers(
+    weight: _Weight,
+    codes: Expr,
+    scale: Expr,
+    zeros: Expr | None,
+    columns: Expr | None,
+    bits: int,
+    *,
+    order: tuple[int, ...] = (),
+    less: int = 0,
+    fixed: bool = False,
+) -> Expr:
+    """Return the values of codes [out, in] with scales and zero points [out, in / wide]."""
+    out, width = codes.shape
+    groups = scale.shape[1]
+    if scale.shape[0] != out or width % groups or (zeros is not None and zeros.shape != scale.shape):
+        raise weight.refused(f" with scales {list(scale.shape)} for {[out, width]}")
+    parts = [
+        (codes, 1),
+        (scale, 1),
+        *([] if zeros is None else [(zeros, 1)]),
+        *([] if columns is None else [(columns, 0)]),
+    ]
+    form = Form("int", bits, 1, width // groups, scale.dtype, zeros=zeros is not None, less=less, fixed=fixed)
+    ends = {c.suffix for c, _ in weight.beside}
+    stored = StoredForm(
+        form,
+        {weight.suffix: weight.expr, **{c.suffix: e for c, e in weight.beside}},
+        weight.suffix,
+        next(s for s in (".scales", ".weight_scale") if s in ends),
+        next((s for s in (".qzeros", ".weight_zero_point") if s in ends), ""),
+        "" if columns is None else next(s for s in (".g_idx", ".weight_g_idx") if s in ends),
+        order=order,
+    )
+    parameters = (("wide", width // groups), ("middle", form.middle), ("zeros", zeros is not None), ("less", less))
+    return Dequantised(integer_values, tuple(parts), (out, width), parameters, stored)
 
 
 def _wider(expr: Expr, times: int) -> tuple[int, ...]:
@@ -202,7 +326,7 @@ def _wider(expr: Expr, times: int) -> tuple[int, ...]:
 
 
 def _is_exponent(scale: Expr) -> bool:
-    return scale.dtype in ("F8_E8M0", "U8")
+    return scale.dtype in EXPONENTS
 
 
 def _scaled(
@@ -210,6 +334,8 @@ def _scaled(
     function: Callable[..., Any],
     shape: tuple[int, ...],
     scale: Expr,
+    numbers: Numbers,
+    bits: int = 8,
     *,
     over: Expr | None = None,
     under: Expr | None = None,
@@ -227,7 +353,25 @@ def _scaled(
         parts.append((overall, 0 if overall.numel == 1 else shape[-2]))
     if under is not None:
         parameters = (*parameters, ("divide", True))
-    return Dequantised(function, tuple(parts), shape, (*parameters, ("wide", wide)))
+    form = Form(
+        numbers,
+        bits,
+        tall or shape[-2],
+        wide,
+        scale.dtype,
+        powers=quantisation_config(weight.config).get("scale_fmt") == "ue8m0",
+        signed=weight.expr.dtype == "I8" and numbers == "int",
+        overall="" if overall is None else "times" if under is None else "over",
+    )
+    ends = {id(expr): c.suffix for c, expr in weight.beside}
+    stored = StoredForm(
+        form,
+        {weight.suffix: weight.expr, **{c.suffix: e for c, e in weight.beside}},
+        weight.suffix,
+        ends[id(scale)],
+        overall="" if overall is None else ends[id(overall)],
+    )
+    return Dequantised(function, tuple(parts), shape, (*parameters, ("wide", wide)), stored)
 
 
 def _block(weight: _Weight, shape: tuple[int, ...], scale: Expr) -> tuple[int, int]:
@@ -254,13 +398,7 @@ def _block(weight: _Weight, shape: tuple[int, ...], scale: Expr) -> tuple[int, i
 
 def _spread(scale: torch.Tensor, width: int, wide: int) -> torch.Tensor:
     """Return scales [rows, columns/wide] as float32 [rows, columns], or [rows, 1] where one holds for a row."""
-    import torch
-
-    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        exponents = scale.view(torch.uint8)
-        factor = torch.exp2(exponents.float() - 127).masked_fill_(exponents == 255, math.nan)
-    else:
-        factor = scale.float()
+    factor = as_floats(scale)
     return factor if factor.shape[1] == 1 else factor.repeat_interleave(wide, 1)[:, :width]
 
 
@@ -280,7 +418,7 @@ def fp4_values(
     """Return 4-bit floats [rows, width / 2] bytes times their scales, times or divided by the overall one."""
     import torch
 
-    table = torch.tensor([*_FP4, *(-v for v in _FP4)], device=packed.device)
+    table = torch.tensor([*MAGNITUDES, *(-v for v in MAGNITUDES)], device=packed.device)
     nibbles = packed.view(torch.uint8)
     values = torch.stack([table[(nibbles & 15).long()], table[(nibbles >> 4).long()]], dim=-1).flatten(1)
     factor = _spread(scale, width, wide)
@@ -296,3 +434,27 @@ def packed_values(width: int, packed: torch.Tensor, scale: torch.Tensor, bits: i
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     values = (packed.view(torch.int32)[:, :, None] >> shifts) & ((1 << bits) - 1)
     return (values.flatten(1) - (1 << (bits - 1))).float().mul_(_spread(scale, width, wide))
+
+
+def integer_values(
+    width: int,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    *more: torch.Tensor,
+    wide: int,
+    middle: int,
+    zeros: bool,
+    less: int,
+) -> torch.Tensor:
+    """Return integers [rows, width] (U8) less their zero points, times their scales [rows, width / wide].
+
+    `more` are the zero points where there are some, stored less `less`; then the group of each input where groups are
+    not neighbours.
+    """
+    zero = more[0].float() + less if zeros else scale.new_full((1, 1), middle).float()
+    factor = scale.float()
+    if len(more) > zeros:
+        order = more[-1].view(-1).long()
+        return (codes.float() - (zero[:, order] if zeros else zero)).mul_(factor[:, order])
+    wide_zero = zero.repeat_interleave(wide, 1) if zeros else zero
+    return (codes.float() - wide_zero).mul_(factor.repeat_interleave(wide, 1))

@@ -89,7 +89,7 @@ class Recipe:
         for step in self.steps:
             with at_line(self.origin, step.line, self.words):
                 step.check_references()
-                plan = find_operation(step.operation).function(plan, **step.parameters)
+                plan = find_operation(step.operation).applied(plan, **step.parameters)
         return self.finished(plan)
 
     def finished(self, plan: Plan) -> Plan:

@@ -21,7 +21,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from moesurgery.errors import RecipeError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.parameters import Misfit, NamedFile, Parameter, check_value, named, parameters_of
 from moesurgery.recipe.text_needs import USUAL_NEEDS, TextNeeds
@@ -41,6 +41,7 @@ BUILT_IN = (
 )
 
 
+FOR_GGUF = ("rescale", "drop-experts", "merge-experts")
 _PACKAGES = frozenset(("rescale", "upcycle", "tie-blocks"))  # those that are more than one file
 
 
@@ -55,6 +56,15 @@ class Operation:
     function: Callable[..., Plan]
     text: TextNeeds = USUAL_NEEDS
     chooses: tuple[str, ...] = ()
+
+    def applied(self, plan: Plan, **values: Any) -> Plan:
+        """Apply the operation to a plan. Raises RefusedError for a GGUF where it is not for those."""
+        if plan.checkpoint.gguf is not None and self.name in BUILT_IN and self.name not in FOR_GGUF:
+            raise RefusedError(
+                f"{self.name}: not for GGUF files: {', '.join(FOR_GGUF)} are",
+                "edit the checkpoint that it was made from, and convert that: docs/gguf.md",
+            )
+        return self.function(plan, **values)
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -160,4 +170,4 @@ def apply(plan: Plan, name: str, **values: Any) -> Plan:
 
     Raises RecipeError for wrong parameters, RefusedError where the edit has no meaning for the model.
     """
-    return checked_operation(name, values).function(plan, **values)
+    return checked_operation(name, values).applied(plan, **values)

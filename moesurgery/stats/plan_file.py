@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moesurgery.checkpoint.gguf_files import MODEL_TYPE
 from moesurgery.checkpoint.strict_json import parse_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.escape import one_line
@@ -113,6 +114,11 @@ class PlanFile:
         """Raise RefusedError where this is a plan for another type of model. Return a warning about its routers."""
         model = self.about.get("model", {})
         theirs, ours = model.get("model_type"), plan.anatomy.model_type
+        if theirs and ours.startswith(MODEL_TYPE) and not theirs.startswith(MODEL_TYPE):
+            return (
+                f"{self.path} is a plan for a {theirs}, and a GGUF does not say what it was made from: layers and"
+                " experts go by their numbers"
+            )
         if theirs and theirs != ours:
             raise RefusedError(
                 f"{operation}: {self.path} is a plan for a {theirs}, this is a {ours}",

@@ -1,16 +1,17 @@
 """A repair on disk: what `refit` found for each MoE block, ready to be written into a checkpoint.
 
 A folder with `refit.json` (what was fitted, on what, and how well) and, where weights were fitted, a safetensors file
-per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others, and "e.kept" [I] the
-neurons that it keeps where the repair is that of `slim-experts`. Blocks are written one by one, so that none stays in
-memory; `refit.json` comes last, so a folder without it is an incomplete repair.
+per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others, "e.kept" [I] the
+neurons that it keeps where the repair is that of `slim-experts`, and "router" the block's router as it is stored.
+Blocks are written one by one, so that none stays in memory; `refit.json` comes last, so a folder without it is an
+incomplete repair.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 _FORMAT = "moesurgery refit 1"
+ROUTER_ENTRY = "router"
 _MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down|kept)")
 _ABOUT = {
     "format": entry_rules.A_TEXT,
@@ -57,7 +59,7 @@ Matrices = dict[str, "torch.Tensor"]
 
 @dataclass
 class FittedBlock:
-    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts.
+    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts and of the router.
 
     `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being the edited block's routed
     output, over the sum of squares of the original's; `error_held_out` is the cross-validation error by which the ridge
@@ -68,6 +70,7 @@ class FittedBlock:
     where: str
     factors: list[float] | None = None
     matrices: dict[int, Matrices] = field(default_factory=dict)
+    router: torch.Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     ridges: list[float | None] = field(default_factory=list)
@@ -77,12 +80,13 @@ class FittedBlock:
 
 
 class RepairWriter:
-    """Writes a repair, block by block. An incomplete repair is started again, a complete one with `force`.
+    """Writes a repair, block by block. An incomplete repair is started again, a complete one with `force`; with `kept`,
+    the entries in `layers` of an incomplete one, it goes on after those.
 
     Raises OutputError where the folder holds anything else.
     """
 
-    def __init__(self, folder: Path, *, force: bool = False) -> None:
+    def __init__(self, folder: Path, *, force: bool = False, kept: Sequence[dict[str, Any]] = ()) -> None:
         if folder.is_symlink():
             raise OutputError(f"{folder} is a symbolic link, and no repair", "move it away, or use another -o")
         if folder.exists():
@@ -92,11 +96,11 @@ class RepairWriter:
                 raise OutputError(f"{folder} exists, and is no repair", "move it away, or use another -o")
             if ours[0].exists() and not force:
                 raise OutputError(f"{folder} exists", "use --force to replace a repair, or another -o")
-            for file in ours:
+            for file in set(ours) - {folder / str(entry["file"]) for entry in kept}:
                 file.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.layers: list[dict[str, Any]] = []
+        self.layers: list[dict[str, Any]] = list(kept)
 
     def add(self, fitted: FittedBlock) -> None:
         """Write the fit of a block. Raises RefusedError where it is not finite."""
@@ -104,9 +108,11 @@ class RepairWriter:
 
         _check_finite(fitted)
         file = None
-        if fitted.matrices:
+        tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
+        if fitted.router is not None:
+            tensors[ROUTER_ENTRY] = fitted.router
+        if tensors:
             file = f"layer-{len(self.layers):03}.safetensors"
-            tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
             with whole_file(self.folder / file) as new:
                 save_file({name: w.contiguous().cpu() for name, w in tensors.items()}, new)
                 follow_umask(new)
@@ -132,7 +138,8 @@ class RepairWriter:
 
 def _check_finite(fitted: FittedBlock) -> None:
     numbers = [*(fitted.factors or ()), fitted.error_before, fitted.error_after, fitted.error_held_out]
-    matrices = (w for of_expert in fitted.matrices.values() for w in of_expert.values())
+    matrices = [w for of_expert in fitted.matrices.values() for w in of_expert.values()]
+    matrices += [] if fitted.router is None else [fitted.router]
     if all(n is None or math.isfinite(n) for n in numbers) and all(bool(w.isfinite().all()) for w in matrices):
         return
     raise RefusedError(
@@ -150,10 +157,22 @@ class Repair:
     layers: Mapping[str, Mapping[str, Any]]
 
     def matrices(self, where: str) -> dict[int, dict[str, Expr]]:
-        """Return the fitted matrices [out, in] of a block, by expert and role; none where only factors were fitted.
+        """Return the fitted matrices [out, in] of a block, by expert and role; none where none was fitted.
 
         Under "kept" are the numbers [I] of the neurons that an expert keeps.
         """
+        by_expert: dict[int, dict[str, Expr]] = {}
+        for name, stored in self._stored(where).items():
+            if match := _MATRIX.fullmatch(name):
+                by_expert.setdefault(int(match[1]), {})[match[2]] = stored
+        return by_expert
+
+    def router(self, where: str) -> Expr | None:
+        """Return the fitted router of a block as it is stored; None where it was not fitted."""
+        return self._stored(where).get(ROUTER_ENTRY)
+
+    def _stored(self, where: str) -> dict[str, Expr]:
+        """Return what the file of a block holds, by name. Raises CheckpointError for anything that is no matrix."""
         file = self.layers[where]["file"]
         if file is None:
             return {}
@@ -161,19 +180,18 @@ class Repair:
         if size is None:
             raise CheckpointError(f"{self.source.identity}/{file} is missing", "make the repair again")
         header = read_header(file, size, lambda start, length: self.source.read(file, start, length))
-        by_expert: dict[int, dict[str, Expr]] = {}
         for info in header.tensors:
             match = _MATRIX.fullmatch(info.name)
             kept = match is not None and match[2] == "kept"
+            known = match is not None or info.name == ROUTER_ENTRY
             fits = info.dtype == "I64" and len(info.shape) == 1 if kept else info.dtype in PLAIN_FLOATS
-            if match is None or not fits or (not kept and len(info.shape) != 2):
+            if not known or not fits or (not kept and len(info.shape) != 2):
                 what = f"{info.dtype} {list(info.shape)}"
                 raise CheckpointError(
                     f"{self.source.identity}/{file}: {info.name} ({what}) is no matrix of an expert",
                     "make the repair again",
                 )
-            by_expert.setdefault(int(match[1]), {})[match[2]] = Stored(self.source, info)
-        return by_expert
+        return {info.name: Stored(self.source, info) for info in header.tensors}
 
 
 def open_repair(folder: str | Path) -> Repair:

@@ -46,10 +46,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesurgery.checkpoint.gguf_files import MODEL_TYPE
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.anatomy import Anatomy
+from moesurgery.families.tensor_names import find_layer
 from moesurgery.stats import entry_rules
 from moesurgery.stats.safetensors_file import save_arrays
 
@@ -137,6 +139,26 @@ class Stats:
     def neurons(self) -> bool:
         """Whether there are sums of the neurons of each expert: `NEURONS`."""
         return bool(self.about.get("neurons"))
+
+    def renamed(self, anatomy: Anatomy) -> Stats:
+        """Return the statistics under the names that a GGUF has for the layers of the model that it was made from.
+
+        They are themselves for every other model.
+        """
+        if not anatomy.model_type.startswith(MODEL_TYPE) or str(self.about["model_type"]).startswith(MODEL_TYPE):
+            return self
+        names = {block.layer: block.where for block in anatomy.main_blocks}
+
+        def renamed(where: str) -> str:
+            layer = find_layer(f"{where}.")
+            return names.get(layer[1], where) if layer is not None else where
+
+        blocks = {renamed(where): BlockStats(renamed(where), block.sums) for where, block in self.blocks.items()}
+        if len(blocks) != len(self.blocks):
+            return self  # two stacks of layers: `check` says what does not fit
+        about = {**self.about, "model_type": anatomy.model_type, "blocks": list(blocks)}
+        about["unread"] = {renamed(where): reason for where, reason in self.unread.items()}
+        return Stats(blocks, about, self.sha256)
 
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
@@ -259,6 +281,16 @@ def load_stats(path: str | Path) -> Stats:
     ffns = {where: blocks[where] for where in about.get("ffns", ())}
     stats = Stats({where: blocks[where] for where in about["blocks"]}, about, sha256, ffns)
     stats.check_finite(str(path))
+    return stats
+
+
+def stats_for(path: str | Path, anatomy: Anatomy, operation: str) -> Stats:
+    """Read the statistics of a model, or those of the model that a GGUF was made from.
+
+    Raises what `load_stats` does, and RefusedError where they belong to another model.
+    """
+    stats = load_stats(path).renamed(anatomy)
+    stats.check(anatomy, operation)
     return stats
 
 

@@ -44,6 +44,7 @@ def add_expert(
     if reason := family.refuses.get("drop-experts"):
         raise RefusedError(f"{_NAME}: {family.name}: {reason}")
     other = plan_of(open_checkpoint(source))
+    other.checkpoint.refuse_gguf("experts are taken from safetensors")
     _check_alike(anatomy, other.anatomy)
     there = check_blocks(other.anatomy, _NAME)
     chosen = list(range(there)) if experts is None else experts

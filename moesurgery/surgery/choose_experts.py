@@ -20,21 +20,24 @@ from moesurgery.moe.neurons import tensors_by_expert
 from moesurgery.plan.dequantise import plain_values
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.criteria import MeasuredCriterion
+from moesurgery.stats.imatrix_file import IMATRIX_CRITERIA, is_imatrix
 
 if TYPE_CHECKING:
     import numpy as np
 
 FreeCriterion = Literal["router-norm", "aimer", "random"]
 Criterion = Literal["auto", FreeCriterion, MeasuredCriterion]
-# What `auto` tries on held-out text, and what is taken where there is none: docs/measure.md has the tables.
+# What `auto` tries on held-out text, and what is taken where there is none: docs/measure-tables.md has them.
 CANDIDATES: tuple[MeasuredCriterion, ...] = ("gram", "hope", "reap", "reap-sum")
 FREE_DEFAULT: FreeCriterion = "router-norm"  # where there are no statistics
 COARSE = 16  # experts: with at most so many `reap-sum` costs least, with more `hope`
 LayerKey = int | str  # the number of a layer, or its full name where two have one number
 
 
-def default_criterion(experts: int) -> MeasuredCriterion:
+def default_criterion(experts: int, stats: str) -> MeasuredCriterion:
     """Return the criterion for layers of so many experts where there are statistics and nothing to measure on."""
+    if is_imatrix(stats):
+        return IMATRIX_CRITERIA[0]
     return "reap-sum" if experts <= COARSE else "hope"
 
 
@@ -188,11 +191,12 @@ def ranking(
             f"{operation}: --by {by} needs statistics",
             "give --text FILE to collect them, or --stats FILE from `moesurgery collect`",
         )
+    if is_imatrix(stats):
+        return _ranking_by_imatrix(plan, by, stats)
     from moesurgery.stats.criteria import PAIR_SUMS, agreement, pairs, scores, super_experts
-    from moesurgery.stats.statistics_file import load_stats
+    from moesurgery.stats.statistics_file import stats_for
 
-    statistics = load_stats(stats)
-    statistics.check(plan.anatomy, operation)
+    statistics = stats_for(stats, plan.anatomy, operation)
     kept = plan.anatomy.experts - count
     if by == "recon" and kept not in statistics.recon:
         raise RefusedError(
@@ -218,6 +222,25 @@ def ranking(
     return Ranking(ranked, matrices, protected, tuple(notes), {"sha256": statistics.sha256, **statistics.about})
 
 
+def _ranking_by_imatrix(plan: Plan, by: MeasuredCriterion, path: str) -> Ranking:
+    """Rank the experts of every block by what llama-imatrix has seen of them."""
+    from moesurgery.stats.imatrix_file import imatrix_scores, load_imatrix, weight_name
+    from moesurgery.stats.statistics_file import digest
+
+    imatrix = load_imatrix(path)
+    not_run = [b for b in plan.anatomy.blocks if b.mtp and weight_name(b) not in imatrix.sums]
+    ranked = {
+        block.where: expert_scores(plan, block, "router-norm", 0)
+        if block in not_run
+        else imatrix_scores(imatrix, plan, block, by)
+        for block in plan.anatomy.blocks
+    }
+    seen = ", ".join(imatrix.datasets[:3]) or "a text that it does not name"
+    note = f"by an imatrix of {seen}: the sizes of experts' outputs are estimates, without the router's weights"
+    notes = (note, not_run_note([block.where for block in not_run])) if not_run else (note,)
+    return Ranking(ranked, notes=notes, statistics={"sha256": digest(path), "imatrix": list(imatrix.datasets)})
+
+
 def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: str, share: float, count: int) -> Ranking:
     """Return a ranking that also protects the experts that matter most on a text of its own.
 
@@ -225,10 +248,9 @@ def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: st
     `stats` of that text, at least one. Raises RefusedError where they are more than remain when `count` go.
     """
     from moesurgery.stats.criteria import scores
-    from moesurgery.stats.statistics_file import load_stats
+    from moesurgery.stats.statistics_file import stats_for
 
-    statistics = load_stats(stats)
-    statistics.check(anatomy, operation)
+    statistics = stats_for(stats, anatomy, operation)
     groups = anatomy.settings.groups
     parts = groups[0] if groups else 1
     size = anatomy.experts // parts

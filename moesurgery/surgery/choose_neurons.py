@@ -80,7 +80,7 @@ def highest(scores: np.ndarray, width: int, size: int) -> Kept:
     experts, neurons = scores.shape
     blocks = scores.reshape(experts, neurons // size, size).sum(axis=2)
     best = np.sort(np.argsort(-blocks, axis=1, kind="stable")[:, : width // size], axis=1)
-    return (best[:, :, None] * size + np.arange(size)).reshape(experts, width).tolist()  # type: ignore[no-any-return]
+    return (best[:, :, None] * size + np.arange(size)).reshape(experts, width).tolist()
 
 
 def by_weights(plan: Plan, block: MoeBlock) -> np.ndarray:

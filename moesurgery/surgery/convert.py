@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, PLAIN_FLOATS
-from moesurgery.errors import RefusedError
+from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.families.anatomy import Anatomy, MoeBlock
 from moesurgery.families.clients import CLIENTS, Client
@@ -22,6 +22,7 @@ from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.surgery.client_form import ClientName, readable
+from moesurgery.surgery.quantise_linears import Linears, QuantisedAs, quantised_linears, stays_fused
 
 _Kind = Literal["per-expert", "fused"]
 StoredDtype = Literal["bf16", "f16", "f32", "bfloat16", "float16", "float32"]
@@ -38,6 +39,13 @@ def convert(
     ] = None,
     dtype: Annotated[StoredDtype | None, Param("cast plain weights; selection biases of routers keep theirs")] = None,
     dequantize: Annotated[bool, Param("write quantised weights as plain ones, in --dtype or the config's")] = False,
+    quantize: Annotated[
+        QuantisedAs | None,
+        Param("write plain weights as quantised ones, rounded to the nearest step, without calibration"),
+    ] = None,
+    linears: Annotated[
+        Linears | None, Param("what --quantize is for: the routed experts (the default), or all linear layers")
+    ] = None,
     client: Annotated[
         ClientName | None, Param("the form that this program reads: layout, config keys, head", option="--for")
     ] = None,
@@ -48,7 +56,10 @@ def convert(
     options the model is copied, as with --max-shard-size alone, which works for every checkpoint. What each program
     reads, and which models it computes wrongly in any form, is in docs/clients.md.
     """
-    parameters = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None, "client": client}
+    parameters: dict[str, Any] = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None}
+    parameters |= {"quantize": quantize, "linears": linears, "client": client}
+    if linears is not None and quantize is None:
+        raise RecipeError(f"{_NAME}: --linears says what --quantize is for", "give --quantize, too")
     done: list[str] = []
     notes: list[str] = []
     changed = plan
@@ -67,6 +78,14 @@ def convert(
             notes.append(f"{', '.join(others)} {'does' if len(others) == 1 else 'do'} not read this layout")
     if client is not None:
         changed, what = _for_client(changed, CLIENTS[client], layout)
+        done.append(what)
+    if quantize is not None:
+        if not stays_fused(changed, quantize) and any(
+            b.layout and b.layout.kind == "fused" for b in changed.anatomy.blocks
+        ):
+            changed, what = _relaid(changed, "per-expert")
+            done.append(what)
+        changed, what = quantised_linears(changed, quantize, linears or "experts", _NAME)
         done.append(what)
     step = Step(
         _NAME,
@@ -162,6 +181,8 @@ def _relaid(plan: Plan, kind: _Kind | None) -> tuple[Plan, str]:
         assert block.layout is not None
         layouts = block.of.layouts if block.of else family.layouts
         target = next((layout for layout in layouts if kind is None or layout.kind == kind), None)
+        if kind == "fused" and method(plan.config) == "mlx" and block.of is None:
+            target = family.mlx_layout or target
         if target is None:
             raise RefusedError(f"{_NAME}: {family.name} stores its experts {layouts[0].kind} only")
         if block.layout == target or block.layout.kind == kind:

@@ -100,7 +100,11 @@ def drop_experts(
     seed: Annotated[int, Param("seed of --by random", minimum=0)] = 0,
     stats: Annotated[
         str | None,
-        Param("statistics from `moesurgery collect`, for criteria that need data", metavar="FILE", reads="file"),
+        Param(
+            "statistics from `moesurgery collect`, or an imatrix of llama.cpp, for criteria that need data",
+            metavar="FILE",
+            reads="file",
+        ),
     ] = None,
     protect_super: Annotated[
         bool, Param("never drop an expert whose output is far above all others' (needs statistics)")
@@ -155,7 +159,7 @@ def drop_experts(
     if count is not None:
         check_remaining(anatomy, _NAME, total - count)
         if by is None or by == "auto":
-            by = FREE_DEFAULT if stats is None else default_criterion(total)
+            by = FREE_DEFAULT if stats is None else default_criterion(total, stats)
         ranked = ranking(plan, _NAME, by, seed, stats, count, protect_super)
         if protect is not None:
             ranked = with_protection(ranked, anatomy, _NAME, protect, protect_share, count)

@@ -31,25 +31,25 @@ def slimmed_blocks(plan: Plan, width: Count, shared: Count, dense: Count) -> tup
     routed = {block.where: block for block in anatomy.blocks if block.of is None}
     beside, apart = shared_experts(anatomy, plan.tensors), dense_ffns(anatomy, plan.tensors)
     old = _common_width(plan, routed, "experts")
-    width = _counted(width, old, "width")
+    kept = None if width is None else _counted(width, old, "width")
     slimmed: dict[str, Slimmed] = {}
-    if width is not None and width != old:
-        config = _with_width(anatomy.settings, family.width_keys, old, width, "--width")
-        slimmed |= _slimmed(plan, routed, old, width)
+    if kept is not None and kept != old:
+        config = _with_width(anatomy.settings, family.width_keys, old, kept, "--width")
+        slimmed |= _slimmed(plan, routed, old, kept)
         if family.shared_width == "" and beside:
             count = _common_width(plan, beside, "shared experts") / old
             if count != int(count):
                 raise RefusedError(
                     f"{_NAME}: the shared experts are {count:g} times as wide as an expert, no whole number"
                 )
-            if _counted(shared, int(count) * old, "shared") not in (None, int(count) * width):
+            if shared is not None and _counted(shared, int(count) * old, "shared") != int(count) * kept:
                 raise RefusedError(
                     f"{_NAME}: the shared experts of {family.name} are {int(count)} times as wide as a routed one",
                     "leave --shared out",
                 )
-            slimmed |= _slimmed(plan, beside, int(count) * old, int(count) * width)
+            slimmed |= _slimmed(plan, beside, int(count) * old, int(count) * kept)
         if family.dense_width in family.width_keys and apart:
-            slimmed |= _slimmed(plan, apart, _common_width(plan, apart, "dense FFNs"), width)
+            slimmed |= _slimmed(plan, apart, _common_width(plan, apart, "dense FFNs"), kept)
     settings = replace(anatomy.settings, config=config)
     if shared is not None and family.shared_width != "":
         if not family.shared_width or not beside:
@@ -57,9 +57,9 @@ def slimmed_blocks(plan: Plan, width: Count, shared: Count, dense: Count) -> tup
                 f"{_NAME}: {family.name} has no shared experts with a width of their own", "leave --shared out"
             )
         of_shared = _common_width(plan, beside, "shared experts")
-        shared = _counted(shared, of_shared, "shared")
-        slimmed |= _slimmed(plan, beside, of_shared, shared)
-        config = _with_width(settings, (family.shared_width,), of_shared, shared, "--shared")
+        kept = _counted(shared, of_shared, "shared")
+        slimmed |= _slimmed(plan, beside, of_shared, kept)
+        config = _with_width(settings, (family.shared_width,), of_shared, kept, "--shared")
     elif shared is not None and not (slimmed.keys() & beside.keys()):
         raise RefusedError(f"{_NAME}: shared experts of {family.name} have the width of the routed ones", "use --width")
     if dense is not None:
@@ -68,14 +68,14 @@ def slimmed_blocks(plan: Plan, width: Count, shared: Count, dense: Count) -> tup
                 f"{_NAME}: {family.name} has no dense FFNs with a width of their own", "leave --dense out"
             )
         of_dense = _common_width(plan, apart, "dense FFNs")
-        dense = _counted(dense, of_dense, "dense")
-        slimmed |= _slimmed(plan, apart, of_dense, dense)
-        config = _with_width(replace(settings, config=config), (family.dense_width,), of_dense, dense, "--dense")
+        kept = _counted(dense, of_dense, "dense")
+        slimmed |= _slimmed(plan, apart, of_dense, kept)
+        config = _with_width(replace(settings, config=config), (family.dense_width,), of_dense, kept, "--dense")
     return slimmed, config
 
 
-def _counted(count: Any, total: int, name: str) -> Any:
-    """Return a number of neurons, where it is given as a share of `total`."""
+def _counted(count: int | str, total: int, name: str) -> int:
+    """Return a number of neurons, which may be given as a share of `total`."""
     return share_of(count, total, name, "neurons") if isinstance(count, str) else count
 
 

@@ -176,10 +176,9 @@ def _way(named: bool, group: Grouping | None, by: By | None, seen: Stats | None)
 def _statistics(anatomy: Anatomy, stats: str | None) -> Stats | None:
     if stats is None:
         return None
-    from moesurgery.stats.statistics_file import load_stats
+    from moesurgery.stats.statistics_file import stats_for
 
-    statistics = load_stats(stats)
-    statistics.check(anatomy, NAME)
+    statistics = stats_for(stats, anatomy, NAME)
     statistics.about = {"sha256": statistics.sha256, **statistics.about}
     return statistics
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from moesurgery.checkpoint.block_values import REQUANTISED
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
@@ -23,9 +24,11 @@ from moesurgery.moe.expert_counts import equal_count, with_expert_count
 from moesurgery.moe.neuron_matching import neuron_order
 from moesurgery.moe.neurons import expert_tensors, from_neuron_rows, has_neurons, neuron_rows, restacked_experts
 from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.requantise import with_experts_opened
 from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.recipe.requantize import WrittenBack
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.stats.group_fit_file import GroupFitFile, open_group_fits
 from moesurgery.surgery.group_experts import (
@@ -56,7 +59,7 @@ def _groups_to_fit(plan: Plan, values: Values) -> Merger | None:
     """Return the groups that need a fit, by the statistics in `values`; None where there is a fit or none is needed."""
     if "fit" in values:
         return None
-    merge = merger(plan, **values, fitted=True)
+    merge = merger(plan, **{name: value for name, value in values.items() if name != "requantize"}, fitted=True)
     return merge if merge.needs_fit else None
 
 
@@ -130,6 +133,7 @@ def merge_experts(
     protect_super: Annotated[
         bool, Param("leave an expert alone whose output is far above all others' (needs statistics)")
     ] = True,
+    requantize: WrittenBack = "as-source",
     plan_file: PlanOption = None,
 ) -> Plan:
     """Merge experts into fewer: the mean of their weights, one router row for each group.
@@ -139,20 +143,16 @@ def merge_experts(
     router row, or the most tokens. With text, experts are grouped and their neurons matched by what they do. Either way
     measure what it costs before you use the result.
     """
-    choice = merger(
-        plan,
-        groups=groups,
-        to=to,
-        group=group,
-        by=by,
-        weights=weights,
-        align=align,
-        router=router,
-        stats=stats,
-        protect_super=protect_super,
-        plan_file=plan_file,
-        fitted=fit is not None,
-    )
+    choice: dict[str, Any] = {"groups": groups, "to": to, "group": group, "by": by, "weights": weights, "align": align}
+    choice |= {"router": router, "stats": stats, "fit": fit, "protect_super": protect_super}
+    choice |= {"plan_file": plan_file}
+    return with_experts_opened(plan, requantize, lambda opened: _merged(opened, **choice))
+
+
+def _merged(plan: Plan, *, fit: str | None = None, **chosen: Any) -> Plan:
+    """Return the plan with experts merged; `chosen` are parameters of `merger`."""
+    choice = merger(plan, **chosen, fitted=fit is not None)
+    groups, to, stats, plan_file = (chosen.get(name) for name in ("groups", "to", "stats", "plan_file"))
     fits = _fits(choice, fit)
     anatomy = plan.anatomy
     total, remaining = anatomy.experts, equal_count(NAME, choice.groups)
@@ -171,7 +171,7 @@ def merge_experts(
     how |= {"weights": choice.weights, "align": choice.align, "router": choice.router}
     parameters |= how
     if stats is not None:
-        parameters["protect_super"] = protect_super
+        parameters["protect_super"] = chosen["protect_super"]
     layers = [
         {"layer": where, "groups": groups, "shares": choice.shares[where]} for where, groups in choice.groups.items()
     ]
@@ -252,7 +252,7 @@ class _Merge:
     def entries(self) -> Entries:
         """Return what takes the place of the block's tensors."""
         refuse_strays(self.block, self.tensors)
-        self._refuse_quantised()
+        self._refuse_blocks()
         entries: Entries = {member.name: [] for member in self.block.members}
         merged = [self._expert(n) for n in range(len(self.groups))]
         for at, (member, _) in enumerate(merged[0]):
@@ -267,14 +267,16 @@ class _Merge:
                 entries[member.name].append((member.name, self._along(member)))
         return entries
 
-    def _refuse_quantised(self) -> None:
+    def _refuse_blocks(self) -> None:
+        """Refuse a quantised type in which no mean can be stored."""
         if all(len(group) == 1 for group in self.groups):
             return
         for member in self.block.members:
-            if self.tensors[member.name].dtype not in PLAIN_FLOATS or member.stem.companion is not None:
+            dtype = self.tensors[member.name].dtype
+            if dtype not in PLAIN_FLOATS and dtype not in REQUANTISED:
                 raise RefusedError(
-                    f"{NAME}: {member.name} is quantised ({self.tensors[member.name].dtype}): there is no exact mean",
-                    "dequantise first with `moesurgery convert --dequantize`",
+                    f"{NAME}: {member.name} is quantised ({dtype}), a type that nothing here can store anew",
+                    "merge a copy in F16, BF16 or Q8_0",
                 )
 
     def _expert(self, number: int) -> list[tuple[BlockTensor, Expr]]:
@@ -303,11 +305,13 @@ class _Merge:
             terms = [
                 (parts[expert][at], share, orders.get(expert)) for expert, share in zip(group, shares, strict=True)
             ]
+            dtype = "F32" if expr.dtype in REQUANTISED else expr.dtype
             if orders and has_neurons(member):
-                rows = [(_rows(m, e, order), share) for (m, e), share, order in terms]
-                merged.append((member, from_neuron_rows(member, Linear(tuple(rows), expr.dtype))))
+                rows = [(_rows(m, cast(e, dtype), order), share) for (m, e), share, order in terms]
+                mean = from_neuron_rows(member, Linear(tuple(rows), dtype))
             else:
-                merged.append((member, Linear(tuple((e, share) for (_, e), share, _ in terms), expr.dtype)))
+                mean = Linear(tuple((cast(e, dtype), share) for (_, e), share, _ in terms), dtype)
+            merged.append((member, cast(mean, expr.dtype)))
         return merged
 
     def _stacked(self, member: BlockTensor, experts: list[Expr]) -> Expr:

@@ -7,19 +7,23 @@ written is an ordinary checkpoint of the same shape.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.moe.layouts import as_stored
 from moesurgery.moe.neurons import expert_tensors, restacked_experts
-from moesurgery.moe.scaling import scaled_output
+from moesurgery.moe.scaling import by_scales_or_weights, scaled_output
 from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.requantise import with_experts_opened
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.recipe.requantize import WrittenBack
+
+if TYPE_CHECKING:
+    from moesurgery.stats.repair_file import Repair
 
 _NAME = "refit"
 _HEADER = ("layer", "fitted", "error before", "after", "on held-out windows")
@@ -30,17 +34,28 @@ def refit(
     plan: Plan,
     *,
     repair: Annotated[str, Param("repair that --refit of another command made", metavar="FOLDER", reads="file")],
+    requantize: WrittenBack = "as-source",
 ) -> Plan:
     """Write a least-squares repair into the experts of an edited model.
 
-    `--refit scalar|expert|down|all` of other commands makes the repair and adds this step; by itself it applies one
-    that is there already.
+    `--refit scalar|expert|router|down|all` of other commands makes the repair and adds this step; by itself it applies
+    one that is there already.
     """
     from moesurgery.stats.repair_file import open_repair
 
+    opened_repair = open_repair(repair)
+
+    def edit(plan: Plan) -> Plan:
+        return _repaired(plan, repair, opened_repair)
+
+    if all(layer["factors"] is not None for layer in opened_repair.layers.values()):
+        return by_scales_or_weights(plan, requantize, edit)
+    return with_experts_opened(plan, requantize, edit)
+
+
+def _repaired(plan: Plan, repair: str, opened_repair: Repair) -> Plan:
     anatomy = plan.anatomy
     anatomy.require_family(_NAME)
-    opened_repair = open_repair(repair)
     if opened_repair.about["kind"] == "neurons":
         raise RefusedError(f"{_NAME}: {repair} says which neurons stay", "it is for `slim-experts --fit`")
     blocks = {block.where: block for block in anatomy.main_blocks}
@@ -60,7 +75,10 @@ def refit(
             _check_count(block, len(layer["tokens"]))
             matrices = opened_repair.matrices(where)
             changed |= with_matrices(block, plan.tensors, matrices)
-            fitted = len(matrices)
+            router = opened_repair.router(where)
+            if router is not None:
+                changed |= _with_router(block, plan.tensors, router)
+            fitted = len(matrices) or int(router is not None)
         skipped += len(layer["skipped"])
         held_out = layer.get("error_held_out")
         errors = (layer["error_before"], layer["error_after"], *([] if held_out is None else [held_out]))
@@ -114,12 +132,19 @@ def with_matrices(
     }
 
 
+def _with_router(block: MoeBlock, tensors: Mapping[str, Expr], fitted: Expr) -> dict[str, Expr]:
+    """Return the changed router of a block."""
+    if block.router is None:
+        raise RefusedError(
+            f"{_NAME}: {block.where}: its router is not one matrix", "the repair is that of another model"
+        )
+    return {block.router.name: _fitted(block.router, tensors[block.router.name], fitted)}
+
+
 def _fitted(member: BlockTensor, stored: Expr, new: Expr) -> Expr:
     """Return a fitted matrix in the dtype that it is stored in."""
-    if stored.dtype not in PLAIN_FLOATS:
-        raise RefusedError(f"{_NAME}: {member.name} is quantised", "dequantise it first")
     if new.shape != stored.shape:
         raise RefusedError(
-            f"{_NAME}: {member.name} is {list(stored.shape)} for an expert, the repair {list(new.shape)}"
+            f"{_NAME}: {member.name} is {list(stored.shape)} in the model, {list(new.shape)} in the repair"
         )
     return cast(new, stored.dtype)

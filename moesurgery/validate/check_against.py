@@ -12,6 +12,7 @@ from typing import Any
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.filenames import CARD, CONFIG, PROVENANCE, TOKENIZER_FILES
 from moesurgery.checkpoint.finding import Finding
+from moesurgery.checkpoint.gguf_files import METADATA
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError, SurgeryError
 from moesurgery.expr.nodes import Copy
@@ -21,6 +22,7 @@ from moesurgery.validate.context import Context
 from moesurgery.validate.parent_models import Given
 from moesurgery.validate.replay_recipe import device_of, parents_of, replanned, steps_of
 from moesurgery.write.card import json_differences
+from moesurgery.write.gguf_container import KEYS_OF_THE_WRITER
 from moesurgery.write.recompute import Recomputer
 
 
@@ -50,7 +52,10 @@ def replay(subject: Context) -> Outcome:
             yield NotChecked(("R03",), f"it was merged on {device}, which is not here: its last bits are of that")
     yield from _tensors(subject, plan, computed=computed)
     yield from _files(subject, plan)
+    own = {f"{METADATA}.{key}" for key in KEYS_OF_THE_WRITER} if subject.is_gguf else set()
     for key, theirs, mine in json_differences(plan.config, subject.config):
+        if key in own:
+            continue
         yield finding("R05", f"{key} is {mine!r}; the recipe leaves {theirs!r}", CONFIG)
 
 

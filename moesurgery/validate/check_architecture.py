@@ -89,7 +89,7 @@ def _names(subject: Context, model_class: Any) -> Iterator[Finding]:
     for name in _architectures(subject):
         named_class = getattr(transformers, name, None)
         stated = getattr(getattr(named_class, "config_class", None), "model_type", None)
-        if stated is not None and stated != model_type_of(subject.config):
+        if stated is not None and stated != model_type_of(subject.config) and named_class is not model_class:
             message = f"architectures names {name}, of model_type {stated!r}; model_type is"
             yield finding("C14", f"{message} {model_type_of(subject.config)!r}", CONFIG)
 

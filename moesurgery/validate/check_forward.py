@@ -78,18 +78,19 @@ def run_prompts(checkpoint: Checkpoint, prompts: torch.Tensor, reference: Checkp
     Memory: one layer of each, and the logits of one prompt. Raises RefusedError where a model cannot be run,
     CheckpointError where it does not hold what its code expects.
     """
-    from moesurgery.forward.engine import Engine, Streams
+    from moesurgery.forward.batch_passes import BatchPasses
+    from moesurgery.forward.engine import Engine
     from moesurgery.forward.hooks import Hooks
     from moesurgery.forward.tokens import Tokens
 
     trace = Trace()
-    runs: list[Streams] = []
+    runs: list[BatchPasses] = []
     try:
         for each in (checkpoint, reference):
             if each is not None:
                 engine = Engine(plan_of(each))
-                watch = Hooks(experts=trace.count) if each is checkpoint else Hooks()
-                runs.append(engine.start(Tokens(prompts), watch, batch=1))
+                hooks = Hooks(experts=trace.count) if each is checkpoint else Hooks()
+                runs.append(engine.start(Tokens(prompts), hooks, batch=1))
                 runs[-1].to_layer(len(engine.layers))
         for number in range(len(prompts)):
             logits = [run_prompts.finish(number)[0].float() for run_prompts in runs]

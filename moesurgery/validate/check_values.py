@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from moesurgery.checkpoint.dtypes import element_count
+from moesurgery.checkpoint.dtypes import BLOCKS, element_count
 from moesurgery.checkpoint.finding import Finding, Severity
 from moesurgery.errors import CheckpointError
 from moesurgery.families.anatomy import model_type_of
@@ -40,7 +40,13 @@ def values(subject: Context) -> Outcome:
     yield from _strange(subject, judged)
     yield from _tails(subject, judged)
     parameters = subject.anatomy.parameters
-    unknown = sorted({j.span.info.dtype for j in judged if parameters[j.span.info.name]} - FLOAT_FORMATS.keys())
+    unknown = sorted(
+        {j.span.info.dtype for j in judged if parameters[j.span.info.name]} - FLOAT_FORMATS.keys() - BLOCKS.keys()
+    )
+    unread = sorted({j.span.info.dtype for j in judged if j.statistics.unread})
+    if unread:
+        reason = f"the values of {', '.join(unread)} tensors: the package gguf is not there, or does not know them"
+        yield NotChecked(("V04",), reason)
     if unknown:
         yield NotChecked(("V01", "V04"), f"the values of {', '.join(unknown)} tensors: packed, judged as bytes only")
 

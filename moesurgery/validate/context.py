@@ -9,6 +9,7 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, checkpoint_of
 from moesurgery.checkpoint.filenames import CONFIG
+from moesurgery.checkpoint.gguf_header import GgufHeader
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.scan import MAX_CONFIG_BYTES, Scan, read_object
 from moesurgery.checkpoint.source import Source
@@ -53,6 +54,10 @@ class Context:
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         return self.checkpoint.tensors
+
+    @property
+    def is_gguf(self) -> bool:
+        return any(isinstance(header, GgufHeader) for header in self.scan.headers)
 
     @property
     def sound(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moesurgery.checkpoint.arrays import numbers
 from moesurgery.checkpoint.checkpoint import Checkpoint
-from moesurgery.checkpoint.dtypes import BITS
+from moesurgery.checkpoint.dtypes import BITS, BLOCKS
 from moesurgery.checkpoint.file_reader import read_remote
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.write.card import json_differences
@@ -118,10 +118,13 @@ def distance(a: Checkpoint, mine: TensorInfo, b: Checkpoint, theirs: TensorInfo)
 
 def _parts(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[Any]:
     """Yield a tensor's numbers, `PART` elements at a time."""
-    if BITS[info.dtype] % 8:
+    if BITS[info.dtype] % 8 and info.dtype not in BLOCKS:
         yield None
         return
-    size = BITS[info.dtype] // 8
-    for at in range(0, info.nbytes, PART * size):
-        length = min(PART * size, info.nbytes - at)
-        yield numbers(read_remote(checkpoint.source, info.file, info.start + at, length), info.dtype)
+    step = int(PART * BITS[info.dtype] // 8)
+    for at in range(0, info.nbytes, step):
+        data = read_remote(checkpoint.source, info.file, info.start + at, min(step, info.nbytes - at))
+        try:
+            yield numbers(data, info.dtype)
+        except ValueError:  # a block type that is not dequantised
+            yield None

@@ -68,7 +68,7 @@ class Given:
 
     @property
     def _file(self) -> bool:
-        return os.path.isfile(self.reference)
+        return os.path.isfile(self.reference) and not self.reference.lower().endswith(".gguf")
 
     @cached_property
     def headers(self) -> frozenset[str]:

@@ -75,8 +75,11 @@ def _merged(stages: list[dict[str, Any]], parents: Parents) -> Plan:
     for stage in stages:
         _check_method(stage)
     text = "\n---\n".join(json.dumps(stage.get("recipe"), ensure_ascii=False) for stage in stages)
+    plain = any(stage.get("requantize") == "none" for stage in stages)
     recipe = replace(
-        parse_merge_recipe(text, PROVENANCE), device=device_of([(MERGE_OPERATION, stage) for stage in stages])
+        parse_merge_recipe(text, PROVENANCE),
+        device=device_of([(MERGE_OPERATION, stage) for stage in stages]),
+        requantize="none" if plain else "as-source",
     )
     return recipe.plan(Models(parents.where))
 

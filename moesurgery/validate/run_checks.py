@@ -14,6 +14,7 @@ from moesurgery.checkpoint.source import LocalSource, open_source
 from moesurgery.errors import CheckpointError, RecipeError
 from moesurgery.families.clients import CLIENTS
 from moesurgery.validate.check import CHECKS, NotChecked
+from moesurgery.validate.check_gguf import in_gguf_words
 from moesurgery.validate.codes import CODES, LEVELS, Level
 from moesurgery.validate.context import Context
 from moesurgery.validate.parent_models import Given
@@ -23,9 +24,22 @@ from moesurgery.validate.report import Report
 # `architecture` when it runs, and with `forward`.
 _MODULES = (
     *("container", "policy", "provenance"),
-    *("constants", "shapes", "experts", "layers", "vocabulary", "dtypes", "tokenizer", "architecture", "clients"),
+    *(
+        "gguf",
+        "constants",
+        "shapes",
+        "experts",
+        "layers",
+        "vocabulary",
+        "dtypes",
+        "tokenizer",
+        "architecture",
+        "clients",
+    ),
     *("values", "forward", "against"),
 )
+# The checks that a GGUF goes through, by the first of their codes: the others are about safetensors and config.json.
+_OF_GGUF = frozenset(("P02", "P04", "S09", "S10", "G13", "C04", "C05", "C06", "C07", "V01", "R01"))
 _WITHOUT_TENSORS = frozenset(("C16", "T01", "T02"))  # of the levels above `container`
 
 
@@ -107,7 +121,9 @@ def _run(subject: Context, levels: tuple[Level, ...]) -> tuple[list[Finding], li
     for level in levels:
         wrong_before = any(finding.severity == "error" for finding in findings)
         for check in CHECKS:
-            if check.level != level:
+            if check.level != level or (subject.is_gguf and check.codes[0] not in _OF_GGUF):
+                continue
+            if check.codes[0] == "G13" and not subject.is_gguf:
                 continue
             checked += check.codes
             if level != "container" and not subject.sound and not _WITHOUT_TENSORS.issuperset(check.codes):
@@ -119,7 +135,7 @@ def _run(subject: Context, levels: tuple[Level, ...]) -> tuple[list[Finding], li
             try:
                 for outcome in check.function(subject):
                     if isinstance(outcome, Finding):
-                        findings.append(outcome)
+                        findings.append(in_gguf_words(subject, outcome) if subject.is_gguf else outcome)
                     else:
                         skipped.append(outcome)
             except CheckpointError as error:

@@ -7,6 +7,7 @@ only ever compared by orders of magnitude.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from moesurgery.checkpoint.arrays import numbers
+from moesurgery.checkpoint.block_values import FACTORS, block_values
+from moesurgery.checkpoint.dtypes import BLOCKS
 from moesurgery.checkpoint.file_reader import BUFFER, Buffer, FileReader, read_remote
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.source import Source
+from moesurgery.errors import RefusedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +63,7 @@ class Statistics:
     sum_of_squares: float = 0.0
     sampled: int = 0
     fingerprint: int = 0
+    unread: bool = False
     zero: bool = True
     runs: list[tuple[int, int]] = field(default_factory=list)
     _open: int | None = None
@@ -74,6 +79,8 @@ class Statistics:
         if dtype in FLOAT_FORMATS:
             self._magnitudes(data, dtype)
             self._sample(data, dtype)
+        elif dtype in BLOCKS:
+            self._blocks(data, dtype)
         whole = len(data) // 8 * 8
         words, rest = np.frombuffer(data[:whole], np.uint64), bytes(data[whole:])
         self.fingerprint = (self.fingerprint * 31 + int(words.sum(dtype=np.uint64))) & (2**64 - 1)
@@ -96,6 +103,25 @@ class Statistics:
             values = values[np.isfinite(values)]
             self.sum_of_squares += float(np.square(values).sum())  # a dot product would wake BLAS's threads
             self.sampled += len(values)
+
+    def _blocks(self, data: memoryview, dtype: str) -> None:
+        """Count blocks whose factors are not finite; dequantise every eighth block."""
+        import numpy as np
+
+        blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCKS[dtype][1])
+        for at in FACTORS.get(dtype, ()):
+            codes = np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2") & 0x7FFF
+            self.nan += int(np.count_nonzero(codes > 0x7C00))
+            self.infinite += int(np.count_nonzero(codes == 0x7C00))
+        try:
+            values = block_values(np.ascontiguousarray(blocks[::_SAMPLE]).data.cast("B"), dtype)
+        except (RefusedError, ValueError):  # the library is not there, or does not know the type
+            self.unread = True
+            return
+        values = values[np.isfinite(values)].astype(np.float64)
+        self.largest = max(self.largest, float(np.abs(values).max(initial=0.0)))
+        self.sum_of_squares += float(np.square(values).sum())
+        self.sampled += len(values)
 
     def _magnitudes(self, data: memoryview, dtype: str) -> None:
         import numpy as np
@@ -157,6 +183,8 @@ def survey(source: Source, spans: Sequence[Span], progress: Callable[[int], None
         statistics = Statistics()
         remote = local.reader.path(source, span.info.file) is None
         step = _REMOTE_CHUNK if remote else BUFFER
+        if span.info.dtype in BLOCKS:
+            step -= step % math.lcm(BLOCK, BLOCKS[span.info.dtype][1])
         for at in range(0, span.nbytes, step):
             length = min(step, span.nbytes - at)
             if remote:

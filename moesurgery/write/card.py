@@ -81,14 +81,15 @@ def json_differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, 
         yield path, old, new
 
 
-def card_text(plan: Plan) -> str:
-    """Return README.md: front matter for the Hub, then the steps in words and the recipe."""
+def card_text(plan: Plan, evidence: str = "") -> str:
+    """Return README.md: front matter for the Hub, then the steps in words, the recipe, and `evidence` in Markdown."""
     import yaml
 
     names = [name for name, _ in SourceNames(plan.sources)]
     parents = [name.removeprefix("./").removeprefix("hf://").split("@")[0] for name in names]
     hub = [parent for name, parent in zip(names, parents, strict=True) if name.startswith("hf://")]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["moe", "moesurgery"]}
+    gguf = plan.checkpoint.gguf is not None
+    front: dict[str, Any] = {"library_name": "gguf" if gguf else "transformers", "tags": ["moe", "moesurgery"]}
     if hub:
         front["base_model"] = hub
     front |= _licence(plan)
@@ -108,10 +109,16 @@ def card_text(plan: Plan) -> str:
         lines += ["", *_step_lines(step)]
     changes = config_changes(plan)
     if changes:
-        lines += ["", "## Changes to config.json", "", "| key | before | after |", "| --- | --- | --- |"]
+        lines += [
+            "",
+            f"## Changes to {'the metadata' if gguf else 'config.json'}",
+            "",
+            "| key | before | after |",
+            "| --- | --- | --- |",
+        ]
         lines += [f"| `{k}` | `{ascii_json(a, indent=None)}` | `{ascii_json(b, indent=None)}` |" for k, a, b in changes]
     recipe = yaml.safe_dump(recipe_from_steps(plan), sort_keys=False, allow_unicode=True).strip()
-    lines += ["", "## Recipe", "", "```yaml", recipe, "```", ""]
+    lines += ["", "## Recipe", "", "```yaml", recipe, "```", "", *([evidence] if evidence else [])]
     return "\n".join(lines)
 
 

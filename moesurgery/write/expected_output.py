@@ -15,6 +15,7 @@ from typing import Any
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, SINGLE, WORK
+from moesurgery.checkpoint.gguf_header import scan_gguf_header
 from moesurgery.checkpoint.header import LENGTH_BYTES, header_digest
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cpu_count import cores
@@ -23,7 +24,7 @@ from moesurgery.plan.plan import Plan
 from moesurgery.write.card import card_text, provenance
 from moesurgery.write.claim import WorkFolder
 from moesurgery.write.open_folder import OpenFolder
-from moesurgery.write.shard import ShardTask, make_header
+from moesurgery.write.shard import ShardTask
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,21 @@ def expected_output(plan: Plan, tasks: list[ShardTask]) -> ExpectedOutput:
             source, file, size = task.whole
             shards.append(ExpectedShard(task.name, size, known[source, file], task.data_bytes))
         else:
-            header = make_header(task.entries, task.metadata, task.phase)
-            digest = hashlib.sha256(header[LENGTH_BYTES:]).hexdigest()
-            shards.append(ExpectedShard(task.name, len(header) + task.data_bytes, digest, task.data_bytes))
+            header = task.header
+            digested = header[LENGTH_BYTES:] if task.gguf is None else task.gguf.header(task.entries)
+            digest = hashlib.sha256(digested).hexdigest()
+            shards.append(ExpectedShard(task.name, task.size, digest, task.data_bytes))
     of_model = [task for task in tasks if task.name not in plan.companions]
-    single = len(of_model) == 1 and of_model[0].name == SINGLE
+    single = (len(of_model) == 1 and of_model[0].name == SINGLE) or plan.checkpoint.gguf is not None
     return ExpectedOutput(tuple(shards), None if single else _index(plan, of_model), provenance(plan, []))
 
 
-def write_side_files(plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, card: bool, durable: bool) -> None:
-    """Write config.json, the files that go with a model, and README.md where it has none or `card` is true.
+def write_side_files(
+    plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, card: bool, durable: bool, evidence: str = ""
+) -> None:
+    """Write config.json (none for a GGUF), what goes with a model, and README.md where it has none or `card` is true.
 
+    `evidence`: Markdown at the end of README.md.
     Deletes what an earlier, interrupted attempt left that is no shard of this plan.
     """
     work.keep({task.name for task in tasks})  # the input may have lost files since then
@@ -93,9 +98,10 @@ def write_side_files(plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, ca
     for file, content in plan.files.items():
         if content is not None:
             write(file, content)
-    write(CONFIG, _config(plan))
+    if source.gguf is None:
+        write(CONFIG, _config(plan))
     if card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
-        write(CARD, card_text(plan).encode())
+        write(CARD, card_text(plan, evidence).encode())
 
 
 def check_and_index(
@@ -120,8 +126,9 @@ def write_record(
 ) -> None:
     """Write the provenance, with what `checked_shard` said of every shard, and last the index."""
     outputs = list(shards)
-    config = work.source.read(CONFIG, 0, work.status(CONFIG).st_size)
-    outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
+    if work.exists(CONFIG):
+        config = work.source.read(CONFIG, 0, work.status(CONFIG).st_size)
+        outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
     record = write_json(expected.provenance | {"outputs": outputs})
     work.write(PROVENANCE, [record.encode()], durable=durable)
     if expected.index is not None:
@@ -155,7 +162,12 @@ def checked_shard(work: OpenFolder, shard: ExpectedShard, *, checksums: bool) ->
     """Read back the header of a shard and return what the provenance says of it."""
     source = work.source
     size = work.status(shard.name).st_size
-    digest = header_digest(size, lambda start, length: source.read(shard.name, start, length))
+
+    def read(start: int, length: int) -> bytes:
+        return source.read(shard.name, start, length)
+
+    gguf = shard.name.lower().endswith(".gguf")
+    digest = scan_gguf_header(shard.name, size, read).digest if gguf else header_digest(size, read)
     if (size, digest) != (shard.size, shard.header_sha256):
         raise OutputError(
             f"{work.path / shard.name} is not what was planned", "delete the .partial folder and start again"

@@ -99,8 +99,10 @@ def push(upload: HubUpload, to: HubRepository, *, private: bool, force: bool) ->
 
 def _record(source: LocalSource, sizes: dict[str, int]) -> dict[str, Any]:
     """Return what moesurgery.json says; nothing where there is none that can be read."""
+    if PROVENANCE not in sizes:
+        return {}
     try:
-        record = json.loads(source.read(PROVENANCE, 0, min(sizes.get(PROVENANCE, 0), _MOST_RECORD)))
+        record = json.loads(source.read(PROVENANCE, 0, min(sizes[PROVENANCE], _MOST_RECORD)))
     except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

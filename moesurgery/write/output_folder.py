@@ -28,6 +28,10 @@ _CHECKPOINT_NAMES = frozenset((".gitattributes", "LICENSE", "NOTICE"))
 def check_output(plan: Plan, output: Path, *, force: bool = False, dry_run: bool = False) -> None:
     """Refuse an output that exists, or that is, contains or lies inside an input. A `dry_run` may find one there."""
     place = output.resolve()
+    if plan.checkpoint.gguf is not None and output.suffix.lower() == ".gguf":
+        raise OutputError(
+            f"the output {output} is a folder, in which the GGUF has its old name", f"choose one: -o {output.stem}"
+        )
     working = re.compile(re.escape(str(place)) + r"\.(partial|replaced-\d+)(/.*)?", re.DOTALL)
     for checkpoint in plan.sources:
         if isinstance(checkpoint.source, LocalSource):
@@ -36,7 +40,7 @@ def check_output(plan: Plan, output: Path, *, force: bool = False, dry_run: bool
                 raise OutputError(
                     f"the output {output} is or contains the input {root}", "choose another folder with -o"
                 )
-            if place.is_relative_to(root):
+            if place.is_relative_to(root) and checkpoint.source.chosen is None:  # a file may lie beside its edits
                 raise OutputError(
                     f"the output {output} lies inside the input {root}",
                     f"put it beside the model: -o {shlex.quote(os.path.relpath(root.parent / output.name))}",

@@ -186,7 +186,7 @@ def _enter(
             continue
         try:
             if not work.exists(_JOB):
-                write_side_files(plan, tasks, work, card=options.card, durable=True)
+                write_side_files(plan, tasks, work, card=options.card, durable=True, evidence=options.evidence)
                 _write_job(expected_output(plan, tasks), work)
             share(work)
         except BaseException:

@@ -64,6 +64,8 @@ def write_remote(
     options = options or WriteOptions()
     watch = watch or JobControl()
     store = open_store(url)
+    if plan.checkpoint.gguf is not None:
+        raise OutputError("a GGUF file is written to a folder", "name one with -o, and upload the file")
     _check_inputs(plan, store)
     for file in plan.checkpoint.side_files:
         plan.checkpoint.source.local(file)
@@ -90,7 +92,7 @@ def write_remote(
         expected = expected_output(plan, tasks)
         shards = {shard.name: shard for shard in expected.shards}
         _write_and_upload(plan, todo, shards, work, store, options, watch, uploaded)
-        write_side_files(plan, tasks, work, card=options.card, durable=False)
+        write_side_files(plan, tasks, work, card=options.card, durable=False, evidence=options.evidence)
         digests = [_of_provenance(uploaded[task.name], checksums=options.checksums) for task in tasks]
         write_record(expected, digests, work, durable=False)
         check_sources(plan, tasks)

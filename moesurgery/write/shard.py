@@ -32,6 +32,7 @@ from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
 from moesurgery.write import copy_bytes
 from moesurgery.write.finite import FiniteCheck
+from moesurgery.write.gguf_container import GgufPart
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.open_folder import OpenFolder
 
@@ -41,13 +42,37 @@ UNIT = 16 << 20  # bytes a thread takes from the queue at a time
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Everything needed to write one shard. `whole`: the source shard of which this is an exact copy."""
+    """Everything needed to write one shard.
+
+    `whole`: the source shard of which this is an exact copy. `gguf`: what else a GGUF file holds; None for safetensors.
+    """
 
     name: str
     entries: tuple[tuple[str, Expr], ...]
     metadata: tuple[tuple[str, str], ...]
     phase: int  # where the data starts modulo the page: that of the main source shard
     whole: tuple[Source, str, int] | None = None  # source, file, size
+    gguf: GgufPart | None = None
+
+    @property
+    def header(self) -> bytes:
+        """All bytes before the data."""
+        if self.gguf is not None:
+            header = self.gguf.header(self.entries)
+            return header + bytes(self.gguf.padded(len(header)) - len(header))
+        return make_header(self.entries, self.metadata, self.phase)
+
+    @property
+    def alignment(self) -> int:
+        """What the places where tensors begin are multiples of; zeros fill what is left before the next."""
+        return self.gguf.alignment if self.gguf is not None else 1
+
+    @property
+    def size(self) -> int:
+        """The size of the file."""
+        if self.whole is not None:
+            return self.whole[2]
+        return len(self.header) + sum(aligned(expr.nbytes, self.alignment) for _, expr in self.entries)
 
     @property
     def data_bytes(self) -> int:
@@ -219,9 +244,9 @@ def _write_body(task: ShardTask, folder: OpenFolder, target: str, manner: Manner
         units = list(_cut(Copy(task.whole[0], task.whole[1], 0, total), 0))
         watch = _without_header(task, watch)
     else:
-        header = make_header(task.entries, task.metadata, task.phase)
-        total = len(header) + task.data_bytes
-        units = list(units_of(task.entries, len(header)))
+        header = task.header
+        total = task.size
+        units = list(units_of(task.entries, len(header), task.alignment))
     descriptor = folder.create(target)
     try:
         if manner.reflink:
@@ -244,17 +269,22 @@ def _tensor_at(task: ShardTask, offset: int) -> str:
     for name, expr in task.entries:
         if offset < expr.nbytes:
             return name
-        offset -= expr.nbytes
+        offset -= aligned(expr.nbytes, task.alignment)
     raise AssertionError(f"byte {offset} is behind the last tensor of {task.name}")
 
 
-def units_of(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[Piece, int]]:
+def aligned(nbytes: int, alignment: int) -> int:
+    """Return a size with what is left up to the next multiple of `alignment`."""
+    return -(-nbytes // alignment) * alignment
+
+
+def units_of(entries: tuple[tuple[str, Expr], ...], at: int, alignment: int = 1) -> Iterator[tuple[Piece, int]]:
     """Yield (piece, offset in the file) in units of work: neighbours joined, large pieces cut."""
     pending: Copy | None = None
     pending_at = 0
     for _, expr in entries:
         for piece in expr.pieces():
-            if pending is not None and _follows(piece, pending):
+            if pending is not None and at == pending_at + pending.nbytes and _follows(piece, pending):
                 pending = pending._replace(nbytes=pending.nbytes + piece.nbytes)
             else:
                 if pending is not None:
@@ -265,6 +295,7 @@ def units_of(entries: tuple[tuple[str, Expr], ...], at: int) -> Iterator[tuple[P
                 else:
                     pending, pending_at = piece, at
             at += piece.nbytes
+        at = aligned(at, alignment)
     if pending is not None:
         yield from _cut(pending, pending_at)
 
@@ -293,7 +324,7 @@ def _cut(piece: Piece, at: int) -> Iterator[tuple[Piece, int]]:
 
 def chunk_elements(expr: Expr, nbytes: int) -> int:
     """Return how many elements make up about `nbytes`, in whole multiples of `chunk_multiple`."""
-    wanted = max(1, nbytes * 8 // BITS[expr.dtype])
+    wanted = int(max(1, nbytes * 8 // BITS[expr.dtype]))
     return max(1, wanted // expr.chunk_multiple) * expr.chunk_multiple
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from moesurgery.checkpoint.file_reader import PAGE
 from moesurgery.checkpoint.filenames import SINGLE
+from moesurgery.checkpoint.gguf_header import GgufHeader
+from moesurgery.checkpoint.source import gguf_stem
 from moesurgery.expr.nodes import Expr, Stored
 from moesurgery.plan.plan import Plan
+from moesurgery.write.gguf_container import GgufPart, gguf_parts_of
 from moesurgery.write.shard import ShardTask
 
 SHARD_BYTES = 5_000_000_000  # where experts make shards grow: none larger than this, or than the source's largest
@@ -29,7 +32,8 @@ def shard_tasks(plan: Plan) -> list[ShardTask]:
         limit = max(SHARD_BYTES, *(header.file_size for header in plan.checkpoint.headers), 0)
         groups = [part for group in _by_home(plan) for part in _cut(plan, group, limit)]
     names = _names(plan, groups)
-    return [_task(plan, name, group) for name, group in zip(names, groups, strict=True)]
+    parts = [None] * len(groups) if plan.checkpoint.gguf is None else gguf_parts_of(plan, groups)
+    return [_task(plan, name, group, part) for name, group, part in zip(names, groups, parts, strict=True)]
 
 
 def companion_tasks(plan: Plan) -> list[ShardTask]:
@@ -65,23 +69,28 @@ def _names(plan: Plan, groups: list[list[str]]) -> list[str]:
     sources = [{plan.shard_of[name] for name in group} for group in groups]
     if len(groups) == len(shards) and all(source == {file} for source, file in zip(sources, shards, strict=True)):
         return shards
+    gguf = plan.checkpoint.gguf
+    stem, ending = ("model", ".safetensors") if gguf is None else (gguf_stem(gguf.file), ".gguf")
     if len(groups) == 1:
-        return [SINGLE]
-    return [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+        return [SINGLE if gguf is None else stem + ending]
+    return [f"{stem}-{i:05d}-of-{len(groups):05d}{ending}" for i in range(1, len(groups) + 1)]
 
 
-def _task(plan: Plan, name: str, group: list[str]) -> ShardTask:
+def _task(plan: Plan, name: str, group: list[str], part: GgufPart | None) -> ShardTask:
     entries = tuple((n, plan.tensors[n]) for n in group)
     header = next((h for h in plan.checkpoint.headers if h.file == plan.shard_of[group[0]]), None) if group else None
     if header is None:
-        return ShardTask(name, entries, (), 8 % PAGE)
+        return ShardTask(name, entries, (), 8 % PAGE, gguf=part)
     metadata = tuple(sorted(header.metadata.items()))
     whole = None
-    if len(group) == len(header.tensors) and all(
-        _same(n, e, i) for (n, e), i in zip(entries, header.tensors, strict=True)
+    unedited = part is None or (isinstance(header, GgufHeader) and part.keys == tuple(header.entries.values()))
+    if (
+        unedited
+        and len(group) == len(header.tensors)
+        and all(_same(n, e, i) for (n, e), i in zip(entries, header.tensors, strict=True))
     ):
         whole = (plan.checkpoint.source, header.file, header.file_size)
-    return ShardTask(name, entries, metadata, header.data_start % PAGE, whole)
+    return ShardTask(name, entries, metadata, header.data_start % PAGE, whole, part)
 
 
 def _same(name: str, expr: Expr, info: object) -> bool:

@@ -38,7 +38,8 @@ class WriteOptions:
     """How and where to write. Nothing here changes the bytes of a tensor.
 
     `jobs`: threads in all. `link`: hard-link unchanged shards where they cannot be cloned. `force`:
-    replace an existing output. `card`: write README.md even where the model has its own. `durable`: wait for the
+    replace an existing output. `card`: write README.md even where the model has its own. `evidence`: Markdown that
+    the card ends with. `durable`: wait for the
     disk before the output appears; without it a power cut may damage what was just written. `checksums`: read every
     shard again for its SHA-256 and record it in the provenance.
     """
@@ -47,6 +48,7 @@ class WriteOptions:
     link: bool = False
     force: bool = False
     card: bool = False
+    evidence: str = ""
     durable: bool = True
     checksums: bool = False
 
@@ -88,7 +90,7 @@ def write_plan(
                 watch.progress(task.data_bytes)
         write_tasks(plan, todo, work, options, watch, make_executor)
         try:
-            write_side_files(plan, tasks, work, card=options.card, durable=options.durable)
+            write_side_files(plan, tasks, work, card=options.card, durable=options.durable, evidence=options.evidence)
             check_and_index(
                 expected_output(plan, tasks), work, options.jobs, durable=options.durable, checksums=options.checksums
             )
@@ -154,7 +156,7 @@ def plan_id(plan: Plan, tasks: list[ShardTask]) -> str:
     for file, content in sorted(plan.files.items()):
         digest.update(f"{file}\n".encode() + hashlib.sha256(content or b"").digest())
     for task in tasks:
-        digest.update(f"{task.name} {task.phase} {task.metadata}\n".encode())
+        digest.update(f"{task.name} {task.phase} {task.metadata} {task.gguf or ''}\n".encode())
         # The bytes of a whole shard are already named by its header above.
         digest.update(b"whole\n" if task.whole else repr(task.entries).encode())
     return digest.hexdigest()

@@ -31,7 +31,7 @@ from moesurgery.surgery import group_experts
 from tests.commands.test_drop_experts import with_prediction_layer
 from tests.commands.test_merge_experts import EXPERTS, with_experts, with_permuted_copy
 from tests.conftest import Result
-from tests.quantise import make_fp8
+from tests.quantise import make_form
 from tests.tiny import load, logits, read_config, read_tensors, same_bits
 from tests.unit.fitting.test_collector import Seen, assert_close
 from tests.unit.fitting.test_layer_fit import TEXT
@@ -502,10 +502,10 @@ def test_what_lies_beside_is_used_again(models: Any, tmp_path: Path, ok: Cli, cl
 
 
 def test_what_is_refused_is_refused_before_anything_is_run(models: Any, tmp_path: Path, cli: Cli) -> None:
-    make_fp8(models("deepseek_v3"), tmp_path / "fp8")
+    make_form(models("qwen3_moe"), tmp_path / "bnb", "bnb-int8")
     (tmp_path / "text.jsonl").write_text(json.dumps({"input_ids": SEEN[0].tolist()}))
     for model, arguments, message in (
-        (tmp_path / "fp8", ["--to", 4], "quantised"),
+        (tmp_path / "bnb", ["--to", 2], "not dequantised here"),
         (models("mixtral"), ["--to", 9], "fewer than 9"),
         (models("deepseek_v3"), ["--to", 4, "--router", "lse"], "scores experts by sigmoid"),
     ):

@@ -1,6 +1,6 @@
 """The family table. A new family is an entry here and a row in tests/families.py: docs/families.md.
 
-Sources: transformers 5.23 modeling files and published checkpoints; `tests/unit/families/test_families.py` checks every
+Sources: transformers 5.24 modeling files and published checkpoints; `tests/unit/families/test_families.py` checks every
 entry against a model that transformers builds, in every layout.
 """
 
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from moesurgery.checkpoint.gguf_files import MODEL_TYPE
 from moesurgery.families.family import Family
 from moesurgery.families.table.deepseek import DEEPSEEK
+from moesurgery.families.table.gguf import gguf_family
 from moesurgery.families.table.mixtral import MIXTRAL
 from moesurgery.families.table.own import OWN
 from moesurgery.families.table.qwen import QWEN
@@ -21,6 +23,8 @@ FAMILIES: tuple[Family, ...] = (*MIXTRAL, *QWEN, *DEEPSEEK, *SIGMOID, *OWN, *REM
 
 def by_model_type(model_type: str) -> tuple[Family, ...]:
     """Return the entries for one `model_type` (two where architectures must decide)."""
+    if model_type.startswith(MODEL_TYPE):
+        return (gguf_family(model_type),)
     return tuple(family for family in FAMILIES if model_type in family.model_types)
 
 

@@ -93,7 +93,7 @@ DEEPSEEK: tuple[Family, ...] = (
         sparse=DEEPSEEK_LAYERS,
         refuses={"convert": OTHER_NAMES},
     ),
-    _like_v3("deepseek_v3", "kimi_k2", routed_scale_key=2.5),
+    _like_v3("deepseek_v3", "kimi_k2", "sarvam_mla", routed_scale_key=2.5),
     replace(
         _like_v3("kimi_k25", routed_scale_key=2.5, note="transformers 5 writes the text layers as `blocks`"),
         also_layers=("blocks",),

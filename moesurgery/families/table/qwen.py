@@ -78,6 +78,14 @@ QWEN: tuple[Family, ...] = (
         shared=SHARED_EXPERT,
     ),
     Family(
+        "lara_mini",
+        ("lara_mini",),
+        layouts=(fused_layout(),),
+        along=GATE,
+        routing=RouterRule(renormalised=norm_topk(True)),
+        shared=SHARED_EXPERT,
+    ),
+    Family(
         "flint",
         ("flint",),
         shared_width="shared_expert_intermediate_size",

@@ -14,6 +14,7 @@ from moesurgery.families.family import (
     stacked,
 )
 from moesurgery.families.table.common import (
+    DEEPSEEK_LAYERS,
     GATE,
     GATE_AND_BIAS,
     SHARED_EXPERTS,
@@ -47,6 +48,19 @@ SIGMOID: tuple[Family, ...] = (
         routing=sigmoid(2.5),
         sparse=("mlp_layer_types", "first_k_dense_replace"),
         note="Ling-3",
+    ),
+    Family(
+        "sarvam_moe",
+        ("sarvam_moe",),
+        layouts=(
+            per_expert_layout(),
+            fused_layout(moved=(("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),)),
+        ),
+        along=(*GATE, *correction("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias")),
+        shared=SHARED_EXPERTS,
+        routing=sigmoid(2.5),
+        sparse=DEEPSEEK_LAYERS,
+        note="transformers runs it as GLM-4-MoE, with other names of the attention",
     ),
     Family(
         "kimi_linear",
@@ -87,7 +101,7 @@ SIGMOID: tuple[Family, ...] = (
     ),
     Family(
         "hy_v4",
-        ("hy_v4",),
+        ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
         layouts=(fused_layout(),),
         along=GATE_AND_BIAS,
         shared=SHARED_EXPERTS,
@@ -209,7 +223,7 @@ SIGMOID: tuple[Family, ...] = (
     ),
     Family(
         "inkling2",
-        ("inkling2", "inkling2_text"),
+        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
         layouts=(
             fused_layout(gate_up="w13_weight", down="w2_weight", interleaved=True),
             fused_layout(moved=(("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),)),

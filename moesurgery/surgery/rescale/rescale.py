@@ -12,16 +12,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
+from moesurgery.checkpoint.block_values import FACTORS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr
 from moesurgery.families.anatomy import Anatomy, check_stated_top_k
 from moesurgery.families.config_keys import EXPERTS_KEYS, TOP_K_KEYS, keys_present, with_top_k, with_value
 from moesurgery.families.quantised import quantisation_config
 from moesurgery.families.routing import routing_class
-from moesurgery.moe.scaling import check_factors, is_quantised, scaled_output
+from moesurgery.moe.scaling import by_scales_or_weights, check_factors, is_quantised, scaled_output
 from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.requantise import with_experts_opened
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.recipe.requantize import WrittenBack
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.surgery.rescale.rules import DATA_RULES, Factors, Rule, choose_factors, span, spread
 
@@ -92,6 +95,7 @@ def rescale(
             "statistics from `moesurgery collect --top-k K`, for the rules that need data", metavar="FILE", reads="file"
         ),
     ] = None,
+    requantize: WrittenBack = "as-source",
 ) -> Plan:
     """Route each token to another number of experts, and rescale their output.
 
@@ -104,7 +108,28 @@ def rescale(
     From statistics: `measured` is least squares between the outputs at the old and the new top-k, one factor per
     layer; `measured-expert` the same with a factor per expert; `norm-matched` keeps the size of the output;
     `gate` is the formula of `router` with gates that were seen.
+
+    Of quantised weights the scales take the factor. Where they cannot (exponents, and a factor that is no power of
+    two), or with `--where weights`, the weights are multiplied and quantised again.
     """
+
+    def edit(plan: Plan) -> Plan:
+        return _rescaled(plan, top_k, scale, where, rho, seed, stats)
+
+    if where == "auto":
+        return by_scales_or_weights(plan, requantize, edit)
+    return with_experts_opened(plan, requantize, edit) if where == "weights" else edit(plan)
+
+
+def _rescaled(
+    plan: Plan,
+    top_k: int,
+    scale: Rule | Literal["auto"] | float,
+    where: Where,
+    rho: float | None,
+    seed: int,
+    stats: str | None,
+) -> Plan:
     anatomy = plan.anatomy
     family = anatomy.require_family("rescale")
     old = _trained_top_k(anatomy)
@@ -259,11 +284,6 @@ def _place(anatomy: Anatomy, plan: Plan, where: Where, scale: Rule | float) -> W
         raise RefusedError(
             "rescale: the down-projections are not quantised: there are no scales", "use --where weights"
         )
-    if where == "weights" and quantised:
-        raise RefusedError(
-            "rescale: the down-projections are quantised: their weights cannot be multiplied exactly",
-            "use --where scales, or dequantise first with `moesurgery convert --dequantize`",
-        )
     return where
 
 
@@ -272,7 +292,8 @@ _ROUNDING = {"F64": "2^-53", "F32": "2^-24", "F16": "2^-11", "BF16": "2^-8"}  # 
 
 def _rounding_note(changed: Mapping[str, Expr]) -> str:
     dtypes = sorted({expr.dtype for expr in changed.values()})
-    kinds = [f"{d} rounded once, by at most {_ROUNDING[d]}" if d in _ROUNDING else f"{d} exactly" for d in dtypes]
+    rounding = {**_ROUNDING, **dict.fromkeys(FACTORS, f"{_ROUNDING['F16']}, in the scale of each block")}
+    kinds = [f"{d} rounded once, by at most {rounding[d]}" if d in rounding else f"{d} exactly" for d in dtypes]
     return f" ({', '.join(kinds)})"
 
 

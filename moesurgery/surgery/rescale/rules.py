@@ -162,10 +162,9 @@ def _from_statistics(
     import numpy as np
 
     from moesurgery.stats.factors import RULES
-    from moesurgery.stats.statistics_file import load_stats
+    from moesurgery.stats.statistics_file import stats_for
 
-    stats = load_stats(path)
-    stats.check(anatomy, "rescale")
+    stats = stats_for(path, anatomy, "rescale")
     routing = anatomy.settings.family.routing
     if stats.unread and scale in DATA_RULES:
         where, why = next(iter(stats.unread.items()))

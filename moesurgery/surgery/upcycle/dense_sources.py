@@ -80,6 +80,7 @@ def open_sources(base: DenseModel, entries: Sequence[str | ExpertSource]) -> lis
 
 def _open(base: DenseModel, reference: str) -> DenseModel:
     checkpoint = open_checkpoint(reference)
+    checkpoint.refuse_gguf("upcycling is of safetensors")
     if checkpoint.source == base.plan.checkpoint.source and not base.plan.steps:
         return base
     model_type = checkpoint.config.get("model_type")

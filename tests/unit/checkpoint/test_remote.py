@@ -21,6 +21,7 @@ from moesurgery.checkpoint.http_answers import Asked
 from moesurgery.checkpoint.source import RemoteSource
 from moesurgery.errors import CheckpointError
 from tests.conftest import ROOT, Result
+from tests.gguf_make import write_gguf
 from tests.tiny import read_tensors, same_bits
 
 WAITS = ("Retry-After: 61", "Retry-After: 100000", "Retry-After: " + "9" * 5000, 'RateLimit: "api";r=0;t=100000')
@@ -67,8 +68,9 @@ class Hub(BaseHTTPRequestHandler):
             self.send(json.dumps({"id": "acme/tiny", "sha": COMMIT, "siblings": siblings}).encode(), head)
         elif path.startswith(f"{api}/tree/"):
             tree = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40}
-                for f in sorted(self.folder.iterdir())
+                {"type": "file", "path": str(f.relative_to(self.folder)), "size": f.stat().st_size, "oid": "0" * 40}
+                for f in sorted(self.folder.rglob("*"))
+                if f.is_file()
             ]
             self.send(json.dumps(tree).encode(), head)
         elif path.startswith(f"{api}/paths-info/"):
@@ -314,6 +316,28 @@ def test_files_in_the_cache_are_not_downloaded_again(hub: dict[str, str], demo: 
     expected, found = read_tensors(tmp_path / "local"), read_tensors(output)
     assert found.keys() == expected.keys()
     assert all(same_bits(found[n], expected[n]) for n in expected)
+
+
+def test_a_gguf_on_the_hub_is_read_by_ranges(hub: dict[str, str], tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """By its file, in a folder too: headers alone to count, and the same bytes as of a local copy to write."""
+    Hub.folder = tmp_path / "repository"
+    (Hub.folder / "Q8").mkdir(parents=True)
+    first = write_gguf(Hub.folder / "Q8" / "m.gguf", "Q8_0", parts=2)
+    Hub.served.clear()
+    done = command(hub, "count-params", f"hf://acme/tiny/Q8/{first.name}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == f"hf://acme/tiny@{COMMIT}/Q8/{first.name}"
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    for source, output in ((f"hf://acme/tiny/Q8/{first.name}@main", remote), (first, local)):
+        done = command(hub, "drop-experts", source, "--experts", "1", "-o", output, "-q")
+        assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in local.glob("*.gguf"))
+    assert len(names) == 2
+    assert all((remote / name).read_bytes() == (local / name).read_bytes() for name in names)
+    missing = command(hub, "count-params", "hf://acme/tiny/Q8/other.gguf")
+    assert missing.returncode == 2
+    assert "other.gguf" in missing.stderr
+    assert cli("count-params", f"file://{first}", "--json").json["num_experts"] == 4
 
 
 def test_any_url_that_fsspec_opens(demo: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:

@@ -87,6 +87,7 @@ REFUSED = {
     "gemma4": "hidden_size_per_layer_input: the embeddings of all layers stand in one tensor",
     "diffusion_gemma": "one stack of blocks",
     "inkling2": "attention residuals go by blocks of layers",
+    "inkling2_loop": "attention residuals go by blocks of layers",
     "switch_transformers": "an encoder and a decoder",
     "nllb-moe": "an encoder and a decoder",
     "zaya": "router states flow from layer to layer",

@@ -85,10 +85,12 @@ def test_fp8_takes_the_factor_in_its_scales(fp8: Path, tmp_path: Path) -> None:
     assert changed == 8
 
 
-def test_fp8_weights_themselves_are_never_multiplied(fp8: Path) -> None:
-    with pytest.raises(RefusedError) as caught:
-        apply(plan_of(open_checkpoint(fp8)), "rescale", top_k=4, scale="norm", where="weights")
-    assert "--where scales" in (caught.value.hint or "")
+def test_fp8_weights_are_multiplied_only_on_request(fp8: Path) -> None:
+    plan = plan_of(open_checkpoint(fp8))
+    for where, ending in (("scales", "down_proj.weight_scale_inv"), ("weights", "down_proj")):
+        edited = apply(plan, "rescale", top_k=4, scale=1.1, where=where)
+        changed = {n for n, expr in edited.tensors.items() if expr != plan.tensors[n]}
+        assert changed == {n for n in plan.tensors if ".mlp.experts." in n and ending in n}
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 2.0, 8.0])
@@ -120,12 +122,17 @@ def test_mxfp4_reference_agrees_with_transformers(mxfp4: Path) -> None:
 
 
 def test_mxfp4_refuses_other_factors_and_names_the_way_out(mxfp4: Path, cli: Cli, tmp_path: Path) -> None:
-    result = cli("rescale", mxfp4, "--top-k", 4, "-o", tmp_path / "out")
+    result = cli("rescale", mxfp4, "--top-k", 4, "--where", "scales", "-o", tmp_path / "out")
     assert result.code == 2
     assert "powers of two" in result.err
     assert "--scale none or --scale 1" in result.err
     assert not (tmp_path / "out").exists()
     assert cli("rescale", mxfp4, "--top-k", 4, "--scale", "none", "-o", tmp_path / "out").code == 0
+    again = cli("rescale", mxfp4, "--top-k", 4, "-o", tmp_path / "again")
+    assert again.code == 0
+    assert "quantised again, each number to the nearest step" in again.out
+    before, after = read_tensors(mxfp4), read_tensors(tmp_path / "again")
+    assert all(same_bits(before[n], after[n]) == ("down_proj" not in n) for n in before if "experts" in n)
 
 
 @pytest.mark.parametrize(("factor", "noted"), [(0.5, False), (0.7, True)])
@@ -233,9 +240,14 @@ def test_fused_experts_in_fp8(models: Any, tmp_path: Path) -> None:
 def test_every_form_takes_a_factor_or_says_why_not(forms: Any, tmp_path: Path, name: str, factor: float) -> None:
     form, path = FORMS[name], forms(name)
     if form.takes == "none" or (form.takes == "two" and factor == 0.7):
+        how = "auto" if form.takes == "none" else "scales"
         with pytest.raises(RefusedError) as caught:
-            apply(plan_of(open_checkpoint(path)), "rescale", top_k=3, scale=factor)
+            apply(plan_of(open_checkpoint(path)), "rescale", top_k=3, scale=factor, where=how)
         assert "--scale none" in (caught.value.hint or "")
+        if form.takes == "two":  # exponents cannot; the weights can, to the nearest step
+            plan = apply(plan_of(open_checkpoint(path)), "rescale", top_k=3, scale=factor)
+            assert plan.steps[0].report["where"] == "weights"
+            assert sum(plan.steps[0].report["requantised"].values()) == 4
         return
     plan = apply(plan_of(open_checkpoint(path)), "rescale", top_k=3, scale=factor)
     assert plan.steps[0].report["where"] == "scales"
@@ -307,8 +319,10 @@ def test_mlx_counts_logical_weights(models: Any, tmp_path: Path, ok: Cli, bits: 
     assert (found.total, found.components) == (counts(source).total, counts(source).components)
     assert found.quantisation == "mlx"
     assert "stored as mlx" in ok("count-params", tmp_path / "m").out
-    with pytest.raises(RefusedError, match="with an offset to every scale, which would have to be scaled too"):
-        apply(plan_of(open_checkpoint(tmp_path / "m")), "rescale", top_k=1, scale=0.5)
+    plan = apply(plan_of(open_checkpoint(tmp_path / "m")), "rescale", top_k=1, scale=0.5)
+    changed = plan.tensors.keys() - set(plan.untouched())
+    assert {name.rpartition(".")[2] for name in changed} == {"scales", "biases"}
+    assert all("down_proj" in name for name in changed)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_an_expert_that_is_never_chosen(models: Any, tmp_path: Path) -> None:
         layer.mlp.gate.weight.data[3] = layer.mlp.gate.weight.data[2]  # a tie goes to the lower number
         layer.mlp.gate.weight.data[2:4] *= 0
     model.save_pretrained(tmp_path / "m", save_original_format=True)
-    found = takers(Engine(plan_of(open_checkpoint(tmp_path / "m"))), Tokens(PROMPT))
+    found = takers([Engine(plan_of(open_checkpoint(tmp_path / "m")))], Tokens(PROMPT))
     unused = [(w, e) for w, experts in found.items() for e, taken in enumerate(experts) if not taken]
     assert unused
     masked = ablated(tmp_path / "m", "mask", list(range(8)))
@@ -101,7 +101,7 @@ def test_an_expert_that_is_never_chosen(models: Any, tmp_path: Path) -> None:
 
 def test_which_tokens_an_expert_takes(models: Any) -> None:
     path = models("mixtral")
-    found = takers(Engine(plan_of(open_checkpoint(path))), Tokens(PROMPT))
+    found = takers([Engine(plan_of(open_checkpoint(path)))], Tokens(PROMPT))
     model = load(path)
     seen: dict[str, Counter[tuple[int, int]]] = {}
     for number, layer in enumerate(model.model.layers):

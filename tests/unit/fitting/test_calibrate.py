@@ -16,7 +16,7 @@ import pytest
 from moesurgery import CalibrationOptions, Checkpoint, Plan, apply, calibrate, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError, RecipeError, RefusedError
 from moesurgery.fitting.reporter import Reporter
-from moesurgery.forward.engine import Progress
+from moesurgery.forward.batch_passes import Progress
 from moesurgery.plan.plan import Step
 from moesurgery.recipe import registry
 from moesurgery.recipe.parameters import Param

@@ -176,29 +176,31 @@ def test_sums_for_another_top_k(models: Any, model_type: str, top_k: int) -> Non
 # Criteria
 
 
-def test_a_twin_holds_no_layer_that_the_original_has_given_free(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paired_run_holds_no_layer_that_the_original_has_given_free(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the layer before would be there beside the next."""
     engine = Engine(plan_of(open_checkpoint(models("mixtral"))), keep=0)
-    twin = PairedRun(engine, plan_with_top_k(engine, 3))
+    paired = PairedRun(engine, plan_with_top_k(engine, 3))
     load_unit, held = engine.skeleton.load, []
 
     def loading(unit: Any) -> None:
-        held.append([u.path for u in twin.engine.layers if u.path in twin.engine._resident])
+        held.append([u.path for u in paired.engine.layers if u.path in paired.engine.weights.resident])
         load_unit(unit)
 
     monkeypatch.setattr(engine.skeleton, "load", loading)
     routings: list[str] = []
 
     def block(around: BlockCall) -> Any:
-        twin.routing(around)
-        routings.extend(u.path for u in twin.engine.layers if u.path in twin.engine._resident)
+        paired.routing(around)
+        routings.extend(u.path for u in paired.engine.layers if u.path in paired.engine.weights.resident)
         return around.run()
 
     engine.run(Tokens(PROMPT), Hooks(block=block))
     assert set(routings) == {u.path for u in engine.layers}
     assert not any(held)
-    twin.close()
-    assert not engine.freed
+    paired.close()
+    assert not engine.weights.freed
 
 
 def block_of(**sums: Any) -> BlockStats:

@@ -14,7 +14,9 @@ from moesurgery.errors import CheckpointError, OutputError, RefusedError
 from moesurgery.fitting import gauss_newton
 from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.fitting.ridge import RIDGE_PATH, RidgeSolution, solve
+from moesurgery.fitting.router_fit import LinearisedRouting, linearised_routing
 from moesurgery.forward.engine import Engine
+from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.tokens import Tokens, padded
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.repair_file import FittedBlock, RepairWriter
@@ -306,15 +308,19 @@ def test_the_held_out_error_is_never_above_none(models: Any, kind: str) -> None:
 # What is refused
 
 
-def test_quantised_weights_take_factors_only(models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["scalar", "down"])
+def test_repairs_of_quantised_weights(models: Any, tmp_path: Path, kind: Any) -> None:
+    """Scales take factors; fitted matrices are stored in the form that they came in."""
     make_fp8(models("deepseek_v3"), tmp_path / "fp8")
-    with pytest.raises(RefusedError, match="quantised"):
-        repaired(tmp_path / "fp8", kind="down")
-    fitted = repaired(tmp_path / "fp8", kind="scalar")
-    plan = apply(edit(tmp_path / "fp8")[1], "refit", repair=save(fitted, tmp_path / "repair", "scalar"))
-    names = [n for n, e in plan.tensors.items() if e != edit(tmp_path / "fp8")[1].tensors[n]]
+    fitted = repaired(tmp_path / "fp8", kind=kind)
+    before = edit(tmp_path / "fp8")[1]
+    plan = apply(before, "refit", repair=save(fitted, tmp_path / "repair", kind))
+    assert plan.tensors.keys() == before.tensors.keys()
+    names = [n for n, e in plan.tensors.items() if e != before.tensors[n]]
     assert names
-    assert all(name.endswith("scale_inv") for name in names)
+    endings = ("scale_inv",) if kind == "scalar" else ("down_proj.weight", "down_proj.weight_scale_inv")
+    assert all(name.endswith(endings) for name in names)
+    assert {plan.tensors[n].dtype for n in names} <= {"F8_E4M3", "F32"}
 
 
 def test_repairs_of_another_edit(models: Any, tmp_path: Path) -> None:
@@ -360,3 +366,97 @@ def test_refit_wants_text(demo: Path, cli: Cli) -> None:
     assert "give --text FILE" in result.err
     assert "expected auto or a number" in cli("drop-experts", demo, "--experts", 3, "--ridge", "-1").err
     assert "expected one of" in cli("drop-experts", demo, "--experts", 3, "--refit", "everything").err
+
+
+# The router
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
+def test_what_a_change_of_router_rows_does_is_what_the_models_code_computes(models: Any, model_type: str) -> None:
+    """Against a difference quotient: the block is run with its router's rows moved a little, up and down."""
+    plan = plan_of(open_checkpoint(models(model_type)))
+    engine = Engine(plan)
+    block = engine.blocks[-1]
+    streams = engine.start(Tokens(TEXT[:1, :24]), Hooks())
+    streams.to_layer(next(i for i, unit in enumerate(engine.layers) if unit.path == block.unit))
+
+    def call_now() -> ExpertsCall:
+        calls: list[ExpertsCall] = []
+        streams.rehearse(
+            Hooks(experts=lambda call: calls.append(call) if call.block is block else None, router_logits=True)
+        )
+        return calls[0]
+
+    with engine.loaded(engine.layers[streams.passed], pin=True):
+        weight = engine.skeleton.tensor(block.router or "").detach()
+        call = call_now()
+        missing = torch.randn(
+            call.hidden.reshape(-1, call.hidden.shape[-1]).shape, generator=torch.Generator().manual_seed(0)
+        )
+        problem, _ = linearised_routing(plan.anatomy.settings, weight.float(), [call], [missing])
+        step = 2e-4 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        outputs = []
+        for sign in (1, -1):
+            weight.add_(sign * step)
+            moved = call_now()
+            weight.sub_(sign * step)
+            assert torch.equal(moved.index.sort(-1).values, call.index.sort(-1).values)
+            outputs.append(moved.run().reshape(missing.shape).double())
+    streams.close()
+    changed = (outputs[0] - outputs[1]) / 2
+    logits = problem.logits(step)
+    assert float((problem.pull * logits).sum()) == pytest.approx(float((changed * missing).sum()), rel=2e-2)
+    assert float((problem.applied(logits) * logits).sum()) == pytest.approx(float(changed.pow(2).sum()), rel=2e-2)
+
+
+def test_the_solution_is_that_of_the_normal_equations() -> None:
+    """Against torch's solver on the Jacobian of a made-up block, written out in full."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, chosen, width, hidden = 200, 5, 2, 3, 7
+    read = torch.randn(tokens, width, generator=generator)
+    index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :chosen]
+    outputs = torch.randn(tokens, chosen, hidden, generator=generator)  # what a unit change of each logit adds
+    missing = torch.randn(tokens, hidden, generator=generator)
+    normal, pull = outputs @ outputs.transpose(1, 2), (outputs @ missing[..., None])[..., 0]
+    problem = LinearisedRouting(read, index, normal, pull, torch.zeros(tokens, 0), experts)
+    jacobian = torch.zeros(tokens, hidden, experts, width)
+    for t in range(tokens):
+        for i in range(chosen):
+            jacobian[t, :, index[t, i]] += outputs[t, i][:, None] * read[t]
+    flat = jacobian.reshape(tokens * hidden, -1).double()
+    scale = float(flat.pow(2).sum()) / experts / width
+    assert problem.scale == pytest.approx(scale, rel=1e-5)
+    system = flat.T @ flat + 0.1 * scale * torch.eye(experts * width)
+    expected = torch.linalg.solve(system, flat.T @ missing.double().flatten())
+    found = problem.solve(0.1 * scale, steps=40)
+    assert torch.allclose(found.double().flatten(), expected, atol=1e-5)
+    error = float((missing.double().flatten() - flat @ expected).pow(2).sum() - missing.double().pow(2).sum())
+    assert problem.error(found) == pytest.approx(error, rel=1e-4)
+
+
+def test_the_router_of_a_model_that_was_not_edited_stays(models: Any) -> None:
+    for model_type in ("mixtral", "deepseek_v3"):
+        plan = plan_of(open_checkpoint(models(model_type)))
+        found: list[FittedBlock] = []
+        fit_layers(Engine(plan), Engine(plan), Tokens(TEXT), RepairOptions("router"), found.append)
+        assert found
+        assert all(entry.router is None for entry in found)
+
+
+def test_a_fitted_router_lessens_what_is_missing(models: Any, tmp_path: Path) -> None:
+    """What is written is what was fitted, its errors are those of the two written models, and nothing else changes."""
+    path = models("mixtral")
+    fitted = repaired(path, kind="router", ridge=0.03)
+    plan = apply(edit(path)[1], "refit", repair=save(fitted, tmp_path / "repair", "router"))
+    write_plan(plan, tmp_path / "out")
+    write_plan(edit(path)[1], tmp_path / "edited")
+    before, after = read_tensors(tmp_path / "edited"), read_tensors(tmp_path / "out")
+    changed = {name for name in before if not same_bits(before[name], after[name])}
+    assert changed == {f"{f.where}.block_sparse_moe.gate.weight" for f in fitted if f.router is not None}
+    assert changed
+    original, repaired_layers, added = layers_of(load(path)), layers_of(load(tmp_path / "out")), experts_of(load(path))
+    for entry in fitted:
+        y = added[entry.where][-1].double()
+        error = float((original[entry.where] - repaired_layers[entry.where]).pow(2).sum() / y.pow(2).sum())
+        assert error == pytest.approx(entry.error_after, rel=2e-2)
+        assert entry.error_after <= entry.error_before

@@ -16,6 +16,7 @@ from moesurgery import open_checkpoint, plan_of
 from moesurgery.cli._console import Console, duration
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.collector import collect, collect_over
+from moesurgery.fitting.kept_losses import KeptLosses
 from moesurgery.forward import engine as engine_module
 from moesurgery.forward import scratch as scratch_module
 from moesurgery.forward.engine import Engine
@@ -23,6 +24,7 @@ from moesurgery.forward.memory_budget import parse_bytes
 from moesurgery.forward.scratch import Scratch
 from moesurgery.forward.tokens import Tokens
 from tests.conftest import Result
+from tests.kill_calibration import JOBS, kill
 
 Cli = Callable[..., Result]
 LAYERS = 6
@@ -162,11 +164,11 @@ def test_memory_bounds_what_stays_loaded(models: Any) -> None:
     plan = plan_of(open_checkpoint(models("mixtral", num_hidden_layers=LAYERS)))
     whole = Engine(plan, memory=1 << 30)
     whole.run(TOKENS)
-    assert len(whole._resident) == LAYERS + 1  # the embedding too; the head was never asked for
+    assert len(whole.weights.resident) == LAYERS + 1  # the embedding too; the head was never asked for
     largest = max(unit.nbytes for unit in whole.skeleton.units.values())
     small = Engine(plan, memory=3 * largest + whole.hidden_bytes(TOKENS))
     small.run(TOKENS)
-    assert sum(unit.nbytes for unit in small._resident.values()) <= 2 * largest
+    assert sum(unit.nbytes for unit in small.weights.resident.values()) <= 2 * largest
 
 
 def test_progress_says_layer_rate_and_time_left(
@@ -182,3 +184,28 @@ def test_progress_says_layer_rate_and_time_left(
         watch.progress(100)
     assert capsys.readouterr().err == "collecting: layer 4 of 8, 0 tokens/s, 3 min 20 s left\n"
     assert [duration(s) for s in (2.34, 45, 200, 7500)] == ["2.3 s", "45 s", "3 min 20 s", "2 h 05 min"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -> None:
+    kill(name, tmp_path, 2, random.Random(1))
+
+
+def test_losses_of_another_probe_are_not_taken(tmp_path: Path) -> None:
+    kept = KeptLosses(tmp_path / "losses.json", {"tokens": 1})
+    kept.add({"mask None 1": 0.1 + 0.2})
+    assert KeptLosses(tmp_path / "losses.json", {"tokens": 1}).losses == {"mask None 1": 0.1 + 0.2}
+    assert KeptLosses(tmp_path / "losses.json", {"tokens": 2}).losses == {}
+    (tmp_path / "losses.json").write_text('{"about": {"tokens": 1}, "losses": [')
+    assert KeptLosses(tmp_path / "losses.json", {"tokens": 1}).losses == {}
+    kept.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_of_another_repair_is_begun_again(models: Any, tmp_path: Path) -> None:
+    """Its files would otherwise be taken for those of this one."""
+    path = models("mixtral", num_hidden_layers=LAYERS)
+    with pytest.raises(KilledError):
+        run(path, Scratch(tmp_path / "s", {"tokens": 1}), 5)
+    assert Scratch(tmp_path / "s", {"tokens": 2}).load([Engine(plan_of(open_checkpoint(path)))]) is None
+    assert not (tmp_path / "s").exists()

@@ -15,9 +15,10 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward import engine as engine_module
 from moesurgery.forward.coroutine import Coroutine
-from moesurgery.forward.engine import Engine, Resume
+from moesurgery.forward.engine import Engine
 from moesurgery.forward.hooks import ExpertsCall, Hooks
 from moesurgery.forward.tokens import Tokens, padded
+from moesurgery.forward.unit_runner import Resume
 from tests.families import ROWS
 from tests.quantise import fp8_value, make_fp8, make_mxfp4, mxfp4_value, rewrite
 from tests.tiny import PROMPT, TINY, build, load, logits, read_tensors, save_tiny
@@ -206,7 +207,7 @@ def test_only_one_unit_is_in_memory(models: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine.skeleton, "load", watched)
     engine.logits(WINDOWS)
     assert len(held) == 7  # embedding, four layers, norm, head
-    # The norm stays beside the head while streams are finished one by one.
+    # The norm stays beside the head while batches are finished one by one.
     assert max(held) <= max(u.nbytes for u in engine.skeleton.units.values()) + 32 * 4
 
 
@@ -221,23 +222,23 @@ def test_resuming_in_the_middle(models: Any) -> None:
     engine = engine_of(models("qwen3_moe"))
     base = engine.start(WINDOWS)
     base.to_layer(2)
-    resumed = engine.start(WINDOWS, resume=Resume(2, [s.last for s in base.streams]))
+    resumed = engine.start(WINDOWS, resume=Resume(2, base.outputs))
     base.to_layer(3)
     resumed.to_layer(3)
     for i in range(2):
         assert torch.equal(base.finish(i), resumed.finish(i))
 
 
-def test_a_rehearsal_changes_nothing(models: Any) -> None:
+def test_peeking_changes_nothing(models: Any) -> None:
     engine = engine_of(models("mixtral"))
     expected = engine.logits(WINDOWS)
-    streams = engine.start(WINDOWS)
+    passes = engine.start(WINDOWS)
     seen: list[str] = []
     for layer in range(2):
-        streams.to_layer(layer)
-        streams.rehearse(Hooks(experts=lambda call: seen.append(call.block.where)))
-    streams.to_layer(2)
-    assert torch.equal(torch.cat([streams.finish(0), streams.finish(1)]), expected)
+        passes.to_layer(layer)
+        passes.peek(Hooks(experts=lambda call: seen.append(call.block.where)))
+    passes.to_layer(2)
+    assert torch.equal(torch.cat([passes.finish(0), passes.finish(1)]), expected)
     assert seen == ["model.layers.0"] * 2 + ["model.layers.1"] * 2
 
 
@@ -378,9 +379,9 @@ def test_errors_come_out_and_no_thread_is_left(models: Any) -> None:
     with pytest.raises(ValueError, match="in the middle"):
         engine_of(models("mixtral")).run(WINDOWS, Hooks(experts=fail))
     engine = engine_of(models("mixtral"))
-    streams = engine.start(WINDOWS)
-    streams.step()
-    streams.close()
+    passes = engine.start(WINDOWS)
+    passes.step()
+    passes.close()
     assert threading.active_count() == before
 
 

@@ -213,7 +213,7 @@ def test_what_has_no_meaning(models: Any, tmp_path: Path) -> None:
         apply(llama, "rescale", top_k=3, scale="gate", stats=stats["llama"])
     rules = apply(llama, "rescale", top_k=3, scale="measured", stats=stats["llama"]).steps[0].report["alternatives"]
     assert "gate" not in rules
-    with pytest.raises(RefusedError, match=r"self_attention: what an attention expert says depends on the other"):
+    with pytest.raises(RefusedError, match=r"self_attention: an attention expert's output depends on the other"):
         apply(jet, "rescale", top_k=3, scale="measured", stats=stats["jet"])
     with pytest.raises(RefusedError, match="mixes the router's logits"):
         collect(engine_of(models("doge")), Tokens(PROMPT))

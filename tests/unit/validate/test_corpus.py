@@ -1177,4 +1177,4 @@ def failing_disk(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
 
 def test_every_code_has_a_case() -> None:
     covered = {code.rstrip("!?") for one in CASES for code in one.expected}
-    assert covered == CODES.keys()
+    assert covered == {code for code in CODES if code[0] != "G"}  # those in tests/unit/checkpoint/test_gguf_header.py

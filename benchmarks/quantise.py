@@ -1,0 +1,49 @@
+"""Time and peak memory of `convert --quantize` against `cp`, and of an adapter merged onto what it wrote.
+
+    python benchmarks/quantise.py [--gb 0.5] [--rounds 2] [--forms fp8 fp8-block mxfp4 nvfp4 int4]
+
+Makes a synthetic Mixtral-shaped bf16 checkpoint, and quantises its experts. Each job is a process of its own; nobody
+waits for the disk (`--no-fsync`), and files are in the page cache. `cp` copies the bf16 model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from quantised_loss import make_adapter
+from rescale import make_checkpoint
+from timing import compare, timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--forms", nargs="+", default=["fp8", "fp8-block", "mxfp4", "nvfp4", "int4"])
+    options = parser.parse_args()
+    tool = [sys.executable, "-m", "moesurgery"]
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        model, out = work / "model", work / "out"
+        maker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        maker.submit(make_checkpoint, model, options.gb, 2).result()
+        maker.submit(make_adapter, model, work / "adapter").result()
+        maker.shutdown()
+        jobs = {"cp": ["cp", "-r", str(model), str(out)]}
+        for form in options.forms:
+            quantise = [*tool, "convert", str(model), "--quantize", form, "--no-fsync", "-q"]
+            timed([*quantise, "-o", str(work / form)])
+            jobs[f"convert --quantize {form}"] = [*quantise, "-o", str(out)]
+            recipe = work / f"{form}.yml"
+            recipe.write_text(f"models:\n- model: {work / form}+{work / 'adapter'}\nmerge_method: passthrough\n")
+            jobs[f"adapter onto {form}"] = [*tool, "merge", str(recipe), "--no-fsync", "-q", "-o", str(out)]
+        compare(jobs, out, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

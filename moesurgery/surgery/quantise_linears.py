@@ -1,0 +1,253 @@
+"""Plain weights quantised by rounding to the nearest step, in forms that transformers, vLLM and SGLang read.
+
+Without calibration: `fp8` (E4M3, a scale per output, activations by token at run time), `int4` (groups of 32,
+symmetric), `mxfp4` and `nvfp4` (weights alone) as compressed-tensors stores them; `fp8-block` (128 x 128) as
+DeepSeek-V3 and Qwen3 are published; `mxfp4` of gpt-oss in its own form. What stays plain is listed by name in
+config.json: routers, norms, embeddings, the head, what stands beside the language model, and what a form's groups do
+not divide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
+from moesurgery.errors import RefusedError
+from moesurgery.expr.elementwise import cast
+from moesurgery.expr.nodes import Expr
+from moesurgery.expr.tensors import Constant, Full, transpose
+from moesurgery.families import components
+from moesurgery.plan.dequantise import StoredForm
+from moesurgery.plan.plan import Plan, Step
+from moesurgery.plan.quantised_form import Form
+from moesurgery.plan.quantised_tensors import Encoding, OverallScale
+from moesurgery.plan.requantise import joined_with, parts_of
+
+QuantisedAs = Literal["fp8", "fp8-block", "mxfp4", "nvfp4", "int4"]
+Linears = Literal["experts", "all"]
+_BLOCK = 128
+_LEAST = 16  # a linear with fewer inputs or outputs is a gate: of a shared expert, of a head
+_LINEAR_PARTS = (components.ATTENTION, components.SHARED, components.DENSE_FFN, components.ROUTED)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A form of `convert --quantize`: the groups of inputs that it needs, endings of names, what config.json says."""
+
+    form: Form
+    group: int
+    main: str
+    scale: str
+    dtype: str  # of the codes as they are stored
+    format: str = ""  # of compressed-tensors; "" for transformers' own `fp8`
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, Any] | None = None
+
+
+_TARGETS: dict[str, _Target] = {
+    "fp8": _Target(
+        Form("e4m3", 8, 1, 1, "F32"),
+        1,
+        ".weight",
+        ".weight_scale",
+        "F8_E4M3",
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
+    ),
+    "fp8-block": _Target(Form("e4m3", 8, _BLOCK, _BLOCK, "F32"), 1, ".weight", ".weight_scale_inv", "F8_E4M3"),
+    "mxfp4": _Target(
+        Form("e2m1", 4, 1, 32, "U8"),
+        32,
+        ".weight_packed",
+        ".weight_scale",
+        "U8",
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
+    "nvfp4": _Target(
+        Form("e2m1", 4, 1, 16, "F8_E4M3", overall="over"),
+        16,
+        ".weight_packed",
+        ".weight_scale",
+        "U8",
+        "nvfp4-pack-quantized",
+        {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn",
+        },
+    ),
+    "int4": _Target(
+        Form("int", 4, 1, 32, "BF16"),
+        32,
+        ".weight_packed",
+        ".weight_scale",
+        "I32",
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+    ),
+}
+
+
+def stays_fused(plan: Plan, form: QuantisedAs) -> bool:
+    """Whether a form has a place for stacked experts as this model stores them: MXFP4 of gpt-oss."""
+    family = plan.anatomy.family
+    return form == "mxfp4" and family is not None and family.name == "gpt_oss"
+
+
+def quantised_linears(plan: Plan, name: QuantisedAs, linears: Linears, operation: str) -> tuple[Plan, str]:
+    """Return the plan with linear layers quantised, and what was done. Experts are to be stored one by one.
+
+    Raises RefusedError for weights that are quantised, and for experts that the form's groups do not divide.
+    """
+    target, anatomy = _TARGETS[name], plan.anatomy
+    anatomy.require_family(operation)
+    held = [n for n, weights in anatomy.parameters.items() if weights and plan.tensors[n].dtype not in PLAIN_FLOATS]
+    if held:
+        raise RefusedError(
+            f"{operation}: {held[0]} is {plan.tensors[held[0]].dtype}: the model is quantised already",
+            "give --dequantize, too: it is then read as the numbers that it stands for",
+        )
+    if stays_fused(plan, name):
+        return _gpt_oss(plan, linears, operation)
+    experts = {m.name for block in anatomy.blocks for m in block.members if m.part and m.stem.main}
+    chosen = [n for n in plan.tensors if _is_linear(plan, n) and (linears == "all" or n in experts)]
+    odd = [n for n in chosen if plan.tensors[n].shape[1] % target.group]
+    if bad := experts.intersection(odd) or experts.difference(chosen):
+        some = min(bad)
+        raise RefusedError(
+            f"{operation}: {some} is {list(plan.tensors[some].shape)}: {name} wants linear layers [out, in] whose"
+            f" inputs divide into groups of {target.group}",
+            "fp8 and fp8-block have no groups" if target.group > 1 else None,
+        )
+    quantised = {n for n in chosen if n not in odd}
+    tensors: dict[str, Expr] = {}
+    shard_of: dict[str, str] = {}
+    for n, expr in plan.tensors.items():
+        made = _stored(plan, n, target, quantised) if n in quantised else {n: expr}
+        for new, part in made.items():
+            tensors[new], shard_of[new] = part, plan.shard_of[n]
+    config = {**plan.config, "quantization_config": _settings(plan, target, quantised)}
+    what = f"{len(quantised)} weights of {len(plan.tensors)} to {name} ({target.form})"
+    return plan.edited(Step(operation, {}, what), tensors=tensors, shard_of=shard_of, config=config), what
+
+
+def _is_linear(plan: Plan, name: str) -> bool:
+    expr, anatomy = plan.tensors[name], plan.anatomy
+    part = anatomy.component[name]
+    if part == components.MTP:  # experts of prediction layers are quantised with the others
+        part = (
+            components.ROUTED
+            if any(m.name == name and m.part for b in anatomy.blocks if b.mtp for m in b.members)
+            else part
+        )
+    return (
+        part in _LINEAR_PARTS
+        and name.endswith(".weight")
+        and len(expr.shape) == 2
+        and expr.dtype in PLAIN_FLOATS
+        and min(expr.shape) >= _LEAST
+    )
+
+
+def _stored(plan: Plan, name: str, target: _Target, quantised: set[str]) -> dict[str, Expr]:
+    """Return what a weight becomes, by name."""
+    expr = cast(plan.tensors[name], "F32")
+    out, width = expr.shape
+    form = target.form
+    if target.format == "float-quantized":
+        form = Form(form.numbers, form.bits, 1, width, form.scale_dtype)
+    base = name.removesuffix(".weight")
+    overall: Expr | None = None
+    if form.overall:
+        group = [name, *(other for other in joined_with(name) if other in quantised)]
+        overall = OverallScale(name, tuple(cast(plan.tensors[n], "F32") for n in group), form)
+    encoding = Encoding(name, expr, form, overall=overall)
+    per_word = {"U8": 2, "I32": 8}.get(target.dtype, 1)
+    like: dict[str, Expr] = {
+        target.main: Full(0, target.dtype, (out, width // per_word)),
+        target.scale: Full(0, form.scale_dtype, encoding.blocks),
+    }
+    if form.overall:
+        like[".weight_global_scale"] = Full(0, "F32", (1,))
+    stored = StoredForm(form, like, target.main, target.scale, overall=".weight_global_scale" if form.overall else "")
+    parts = parts_of(encoding, stored, like)
+    if form.numbers == "int":
+        shape = b"".join(n.to_bytes(8, "little") for n in (out, width))
+        parts[".weight_shape"] = Constant(shape, "I64", (2,))
+    return {base + suffix: part for suffix, part in parts.items()}
+
+
+def _settings(plan: Plan, target: _Target, quantised: set[str]) -> dict[str, Any]:
+    """Return the quantization_config: what is plain is listed by its own name, as vLLM compares them."""
+    plain = [n.removesuffix(".weight") for n in plan.tensors if n.endswith(".weight") and n not in quantised]
+    if not target.format:
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [_BLOCK, _BLOCK],
+            "modules_to_not_convert": _with_head(plain),
+        }
+    linears = [module for module in plain if len(plan.tensors[f"{module}.weight"].shape) == 2]
+    embeddings = {
+        n.removesuffix(".weight") for n, part in plan.anatomy.component.items() if part == components.EMBEDDING
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": target.format,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"symmetric": True, "dynamic": False, **target.weights},
+                "input_activations": None if target.activations is None else dict(target.activations),
+                "output_activations": None,
+            }
+        },
+        "ignore": _with_head([module for module in linears if module not in embeddings]),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _with_head(modules: list[str]) -> list[str]:
+    """Return the modules with a head that is tied to the embedding, and so not stored, among them."""
+    return modules if any(re.search(r"(^|\.)lm_head$", module) for module in modules) else [*modules, "lm_head"]
+
+
+def _gpt_oss(plan: Plan, linears: Linears, operation: str) -> tuple[Plan, str]:
+    """Return the plan with experts [E, in, out] as MXFP4 blocks [E, out, in / 32, 16] and scales [E, out, in / 32]."""
+    if linears == "all":
+        raise RefusedError(
+            f"{operation}: the MXFP4 form of gpt-oss is one of its experts alone", "leave --linears out, or give fp8"
+        )
+    form = _TARGETS["mxfp4"].form
+    tensors: dict[str, Expr] = {}
+    shard_of: dict[str, str] = {}
+    experts = {m.name for block in plan.anatomy.blocks for m in block.members if m.part and m.stem.main}
+    for name, expr in plan.tensors.items():
+        made = {name: expr}
+        if name in experts:
+            count, into, out = expr.shape
+            if into % form.wide:
+                raise RefusedError(f"{operation}: {name} has {into} inputs, no multiple of {form.wide}")
+            like: dict[str, Expr] = {
+                "_blocks": Full(0, "U8", (count, out, into // 32, 16)),
+                "_scales": Full(0, "U8", (count, out, into // 32)),
+            }
+            encoding = Encoding(name, cast(transpose(expr), "F32"), form)
+            parts = parts_of(encoding, StoredForm(form, like, "_blocks", "_scales"), like)
+            made = {name + suffix: part for suffix, part in parts.items()}
+        for new, part in made.items():
+            tensors[new], shard_of[new] = part, plan.shard_of[name]
+    plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config = {**plan.config, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": plain}}
+    what = f"{len(experts)} weights of {len(plan.tensors)} to mxfp4 ({form})"
+    return plan.edited(Step(operation, {}, what), tensors=tensors, shard_of=shard_of, config=config), what
