@@ -246,7 +246,7 @@ def carry_out(
 
 def hide_bars_of_the_hub() -> None:
     """Have huggingface_hub show no progress of its own."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
 
