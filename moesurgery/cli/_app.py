@@ -21,6 +21,7 @@ _OTHERS = {
     "run": "recipes",
     "finish": "finish",
     "pack": "pack",
+    "push": "push",
     "perplexity": "perplexity",
     "compare": "compare",
     "validate": "validate",

@@ -76,7 +76,7 @@ def calibrated(recipe: Recipe, options: CalibrationOptions, flags: WriterFlags) 
     (step,) = recipe.steps
     model, reporter = recipe.model or ".", _run_options.reporter
     edited = calibrate(
-        model, step.operation, step.parameters, options, flags.output, force=flags.force, reporter=reporter
+        model, step.operation, step.parameters, options, flags.folder, force=flags.force, reporter=reporter
     )
     recipe = replace(recipe, steps=edited.steps)
     if edited.heldout is None:

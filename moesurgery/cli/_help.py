@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Several models": ("merge", "extract-lora"),
     "Measure": ("perplexity", "compare", "collect", "probe"),
     "Check": ("validate", "diff"),
-    "Recipes and plans": ("run", "pack", "finish", "recipes", "schema", "keep-list"),
+    "Recipes and plans": ("run", "pack", "finish", "push", "recipes", "schema", "keep-list"),
 }
 _OTHERS = "Others"
 
@@ -32,7 +32,7 @@ _PANELS: dict[str, tuple[str, ...]] = {
     "Repair": ("refit", "ridge", "sweeps"),
     "Output": (
         *("output", "force", "dry_run", "plan_only", "print_recipe", "max_shard_size", "link", "card", "no_fsync"),
-        *("checksums", "part", "finish", "share_with", "scheduler"),
+        *("checksums", "part", "finish", "share_with", "scheduler", "upload_scratch"),
         *("validate", "jobs", "as_json", "quiet", "picture", "report", "reports", "report_format"),
     ),
 }

@@ -25,9 +25,11 @@ from moesurgery.recipe.reader import parse_size
 from moesurgery.scheduler import MakeExecutor, Scheduler
 from moesurgery.write.card import config_changes
 from moesurgery.write.expected_output import Promise
+from moesurgery.write.object_store import is_url, open_store
 from moesurgery.write.output_folder import check_output, check_place
 from moesurgery.write.parts import Part, write_part
 from moesurgery.write.publish import recover
+from moesurgery.write.remote_output import check_store, output_name, scratch_needed, write_remote
 from moesurgery.write.shard_layout import output_tasks
 from moesurgery.write.write_plan import WriteOptions, Written, bytes_needed, write_plan
 
@@ -35,7 +37,20 @@ if TYPE_CHECKING:
     from moesurgery.validate.report import Report
 
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder to write; named after model and operation by default.")
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Folder to write, or s3://bucket/name, gs://…, hf://org/name; named after model and operation by default.",
+    ),
+]
+UploadScratch = Annotated[
+    Path | None,
+    typer.Option(
+        "--scratch",
+        metavar="DIR",
+        help="With a store as output: where two shards wait for their upload; the current folder by default.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, from headers alone.")]
 PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the equivalent recipe and stop.")]
@@ -86,9 +101,26 @@ class WriterFlags:
     finish: Finish = False
     share_with: ShareWith = None
     scheduler: SchedulerAddress = None
+    upload_scratch: UploadScratch = None
     picture: Picture = None
     as_json: Json = False
     quiet: Quiet = False
+
+    @property
+    def store(self) -> str | None:
+        """The address of the store that is to be written to; None where the output is a folder."""
+        return self.output if is_url(self.output) else None
+
+    @property
+    def scratch(self) -> Path:
+        return self.upload_scratch or Path(".")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder to write, or the one in whose place a store's files are made; None where none is named."""
+        if self.store is not None:
+            return self.scratch / output_name(self.store)
+        return Path(self.output) if self.output is not None else None
 
     @property
     def shard_bytes(self) -> int | None:
@@ -139,10 +171,11 @@ def carry_out(
     if _changes_nothing(plan):
         would = "would change" if flags.dry_run else "changes"
         console.warning(f"nothing {would}: every tensor and config.json stay as they are")
-    output = flags.output or default_output(plan)
-    if not flags.dry_run:
-        recover(Path(os.path.abspath(output)))
-    check_output(plan, Path(os.path.abspath(output)), force=flags.force, dry_run=flags.dry_run)
+    output = flags.folder or default_output(plan)
+    if flags.store is None:
+        if not flags.dry_run:
+            recover(Path(os.path.abspath(output)))
+        check_output(plan, Path(os.path.abspath(output)), force=flags.force, dry_run=flags.dry_run)
     _draw(plan, flags.picture)
     if flags.dry_run:
         dry_run(plan, output, flags, more)
@@ -166,9 +199,14 @@ def carry_out(
         return
     with console.progress(f"writing {output.name}", plan.nbytes + plan.companion_nbytes) as watch:
         try:
-            written = write_plan(
-                plan, output, options, watch=watch, make_executor=_make_executor(flags), promise=promise
-            )
+            if flags.store is not None:
+                if flags.store.startswith("hf://"):
+                    hide_bars_of_the_hub()
+                written = write_remote(plan, flags.store, options, scratch=flags.scratch, watch=watch)
+            else:
+                written = write_plan(
+                    plan, output, options, watch=watch, make_executor=_make_executor(flags), promise=promise
+                )
         except KeyboardInterrupt:
             partial = Path(os.path.abspath(output)).with_name(output.name + ".partial")
             if partial.exists():
@@ -198,13 +236,20 @@ def carry_out(
             document["validation"] = as_json(report)
         console.json(document)
     else:
-        _say_written(output, written)
+        _say_written(flags.store or output, written)
         if report is not None:
             from moesurgery.validate.report_formats import text
 
             console.result(text(report))
     if report is not None and report.failed():
         raise typer.Exit(ANSWER_IS_NO)
+
+
+def hide_bars_of_the_hub() -> None:
+    """Have huggingface_hub show no progress of its own."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
 
 
 def _write_part(plan: Plan, output: Path, options: WriteOptions, flags: WriterFlags) -> None:
@@ -285,20 +330,28 @@ def check_early(flags: WriterFlags) -> None:
     check_picture(flags.picture)
     _check_parts(flags)
     _make_executor(flags)
+    if flags.store is not None:
+        given = {"--part": flags.part, "--scheduler": flags.scheduler}
+        if refused := [option for option, value in given.items() if value]:
+            raise RecipeError(f"{refused[0]} writes to a folder, and {flags.store} is a store", "leave it out")
+        check_store(flags.store, flags.scratch, force=flags.force or flags.dry_run)
+        return
+    if flags.upload_scratch is not None:
+        raise RecipeError("--scratch goes with a store as output", "name one, such as -o s3://bucket/name")
     if flags.output is not None:
         if not flags.dry_run:
             recover(Path(os.path.abspath(flags.output)))
         check_place(Path(os.path.abspath(flags.output)), force=flags.force, dry_run=flags.dry_run)
 
 
-def _validated(output: Path, nbytes: int) -> Report:
+def _validated(output: Path | str, nbytes: int) -> Report:
     from moesurgery.validate.run_checks import validate_checkpoint
 
     with console.progress("validating", nbytes) as watch:
         return validate_checkpoint(output, progress=watch.progress)
 
 
-def _say_written(output: Path, written: Written) -> None:
+def _say_written(output: Path | str, written: Written) -> None:
     resumed = f", {written.resumed} of them from the interrupted job" if written.resumed else ""
     console.result(f"wrote {output} ({human_bytes(written.nbytes)} in {written.shards} shards{resumed})")
 
@@ -355,18 +408,23 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
         memory = max(memory, expr.memory)
     kinds["dropped"] = len(plan.checkpoint.tensors.keys() - plan.tensors.keys())
     kinds["new"] = len(plan.tensors.keys() - plan.checkpoint.tensors.keys())
-    needed = sum(bytes_needed(task, linked=flags.link) for task in tasks)
     place = Path(os.path.abspath(output)).parent
-    exists = output.exists() and any(output.iterdir())
+    if flags.store is not None:
+        needed = scratch_needed(tasks, linked=flags.link)
+        exists = bool(open_store(flags.store).files())
+    else:
+        needed = sum(bytes_needed(task, linked=flags.link) for task in tasks)
+        exists = output.exists() and any(output.iterdir())
+    where = flags.store or str(output)
     if exists and not flags.force:
-        console.warning(f"{output} exists and is not empty: writing needs --force, or another -o")
+        console.warning(f"{where} exists and is not empty: writing needs --force, or another -o")
     status = os.statvfs(place if place.exists() else ".")
     free = status.f_bavail * status.f_frsize
     changes = config_changes(plan)
     written = plan.nbytes + plan.companion_nbytes
     document = {
         "schema_version": 1,
-        "output": str(output),
+        "output": where,
         "output_exists": exists,
         "shards": len(tasks),
         "tensors": kinds,
@@ -385,7 +443,7 @@ def dry_run(plan: Plan, output: Path, flags: WriterFlags, more: Mapping[str, Any
         console.json(document)
     else:
         report_steps(plan, flags)
-        console.result(f"would write {output}: {len(tasks)} shards, {human_bytes(written)}")
+        console.result(f"would write {where}: {len(tasks)} shards, {human_bytes(written)}")
         console.result("tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count))
         for key, old, new in changes:
             console.result(f"config.json: {key}: {ascii_json(old, indent=None)} -> {ascii_json(new, indent=None)}")

@@ -63,6 +63,8 @@ def _run_patch(reference: str, models: list[str], flags: _writing.WriterFlags) -
     from moesurgery.patch.run_patch import open_patch
 
     refused = {"--max-shard-size": flags.max_shard_size, "--card": flags.card, "--part": flags.part}
+    if flags.store is not None:
+        raise RecipeError("a patch is applied to a folder, where its files are compared", "then: moesurgery push")
     for option, given in refused.items():
         if given:
             raise RecipeError(f"{option} is not for a patch, which gives its publisher's bytes", "leave it out")
@@ -74,11 +76,11 @@ def _run_patch(reference: str, models: list[str], flags: _writing.WriterFlags) -
     console.quiet = flags.quiet
     _writing.check_early(flags)
     opened = open_patch(reference)
-    output = flags.output or Path(f"{Path(reference.rstrip('/')).name}-applied")
+    output = flags.folder or Path(f"{Path(reference.rstrip('/')).name}-applied")
     folder = Path(f"{output}.patch-files")
     with console.progress(f"checking {', '.join(models)}", opened.bytes_checked) as watch:
         plan = opened.plan_on(models, folder, watch.progress)
-    _writing.carry_out(None, replace(flags, output=output), plan=plan, promise=opened.promise)
+    _writing.carry_out(None, replace(flags, output=str(output)), plan=plan, promise=opened.promise)
     if folder.exists() and not flags.dry_run:
         shutil.rmtree(folder)
 

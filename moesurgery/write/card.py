@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
 from moesurgery._version import __version__
+from moesurgery.checkpoint.filenames import CARD
 from moesurgery.checkpoint.strict_json import ascii_json
 from moesurgery.plan.plan import Plan, Step
 from moesurgery.write.source_names import SourceNames
 
 _SCHEMA_VERSION = 1
+_MOST_CARD = 1 << 20
+LICENCE_KEYS = ("license", "license_name", "license_link")
+MADE_WITH = "Made with moesurgery"
 
 
 def recipe_from_steps(plan: Plan) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def card_text(plan: Plan, evidence: str = "") -> str:
     front: dict[str, Any] = {"library_name": "gguf" if gguf else "transformers", "tags": ["moe", "moesurgery"]}
     if hub:
         front["base_model"] = hub
+    front |= _licence(plan)
     if len(parents) > 1:
         front["base_model_relation"] = "merge"
         front["tags"].insert(0, "merge")
@@ -98,7 +104,7 @@ def card_text(plan: Plan, evidence: str = "") -> str:
         f"# {parents[0].rsplit('/', 1)[-1]}, edited",
         "",
     ]
-    lines.append(f"Made with moesurgery {__version__} from {', '.join(parents)}.")
+    lines.append(f"{MADE_WITH} {__version__} from {', '.join(parents)}.")
     for step in plan.steps:
         lines += ["", *_step_lines(step)]
     changes = config_changes(plan)
@@ -114,6 +120,38 @@ def card_text(plan: Plan, evidence: str = "") -> str:
     recipe = yaml.safe_dump(recipe_from_steps(plan), sort_keys=False, allow_unicode=True).strip()
     lines += ["", "## Recipe", "", "```yaml", recipe, "```", "", *([evidence] if evidence else [])]
     return "\n".join(lines)
+
+
+def front_matter(card: str) -> tuple[dict[str, Any], str]:
+    """Return what the front matter of a README.md says, and the rest; nothing of one that is not a YAML mapping."""
+    import yaml
+
+    match = re.match(r"---[ \t]*\r?\n(.*?\n)---[ \t]*(\r?\n|\Z)", card, re.DOTALL)
+    if match is None:
+        return {}, card
+    try:
+        stated = yaml.safe_load(match[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}, card
+    return (stated, card[match.end() :]) if isinstance(stated, dict) else ({}, card)
+
+
+def with_front_matter(front: dict[str, Any], body: str) -> str:
+    """Return a README.md of front matter and text."""
+    import yaml
+
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---\n{body}"
+
+
+def _licence(plan: Plan) -> dict[str, str]:
+    """Return the licence that the cards of all models state, as front matter; nothing where they differ."""
+    stated = []
+    for checkpoint in plan.sources:
+        size = checkpoint.file_sizes.get(CARD, 0)
+        text = checkpoint.source.read(CARD, 0, min(size, _MOST_CARD)).decode(errors="replace") if size else ""
+        front, _ = front_matter(text)
+        stated.append({key: front[key] for key in LICENCE_KEYS if isinstance(front.get(key), str)})
+    return stated[0] if stated and all(each == stated[0] for each in stated) else {}
 
 
 def warnings_of(step: Step) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +113,19 @@ def check_and_index(
     what was planned.
     """
     with ThreadPoolExecutor(jobs or min(cores(), 8)) as pool:
-        outputs = list(pool.map(lambda shard: _checked(work, shard, checksums=checksums), expected.shards))
+        outputs = list(pool.map(lambda shard: checked_shard(work, shard, checksums=checksums), expected.shards))
+    write_record(expected, outputs, work, durable=durable)
+    if durable:
+        for shard in expected.shards:  # shards of an earlier attempt that did not wait among them
+            work.sync_file(shard.name)
+        work.sync()
+
+
+def write_record(
+    expected: ExpectedOutput, shards: Iterable[dict[str, Any]], work: OpenFolder, *, durable: bool
+) -> None:
+    """Write the provenance, with what `checked_shard` said of every shard, and last the index."""
+    outputs = list(shards)
     if work.exists(CONFIG):
         config = work.source.read(CONFIG, 0, work.status(CONFIG).st_size)
         outputs.append({"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()})
@@ -121,10 +133,6 @@ def check_and_index(
     work.write(PROVENANCE, [record.encode()], durable=durable)
     if expected.index is not None:
         work.write(INDEX, [write_json(expected.index).encode()], durable=durable)
-    if durable:
-        for shard in expected.shards:  # shards of an earlier attempt that did not wait among them
-            work.sync_file(shard.name)
-        work.sync()
 
 
 def keep_promise(promise: Promise, work: OpenFolder, jobs: int | None = None) -> None:
@@ -150,7 +158,7 @@ def keep_promise(promise: Promise, work: OpenFolder, jobs: int | None = None) ->
         )
 
 
-def _checked(work: OpenFolder, shard: ExpectedShard, *, checksums: bool) -> dict[str, Any]:
+def checked_shard(work: OpenFolder, shard: ExpectedShard, *, checksums: bool) -> dict[str, Any]:
     """Read back the header of a shard and return what the provenance says of it."""
     source = work.source
     size = work.status(shard.name).st_size

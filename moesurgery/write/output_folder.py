@@ -99,13 +99,18 @@ def check_replaceable(folder: OpenFolder, *, emptied: bool = False) -> list[str]
     parents = {name.rpartition("/")[0] for name in entries}
     for name, status in entries.items():
         file = PurePosixPath(name)
-        known = file.suffix.lower() in _CHECKPOINT_SUFFIXES or file.name in _CHECKPOINT_NAMES
         is_folder = stat.S_ISDIR(status.st_mode)
         ours = file.parts[0] == WORK and not stat.S_ISLNK(status.st_mode)
         used = is_folder and (name in parents or emptied)  # of an adapter, or of shards that an index names so
-        if not ours and not used and not (stat.S_ISREG(status.st_mode) and known):
+        if not ours and not used and not (stat.S_ISREG(status.st_mode) and is_part_of_checkpoint(name)):
             raise OutputError(
                 f"--force would delete {folder.path / name}, which is no part of a checkpoint",
                 "move it away, or choose another folder",
             )
     return list(entries)
+
+
+def is_part_of_checkpoint(name: str) -> bool:
+    """Whether a file has a name such as those of which a checkpoint consists."""
+    file = PurePosixPath(name)
+    return file.suffix.lower() in _CHECKPOINT_SUFFIXES or file.name in _CHECKPOINT_NAMES

@@ -57,7 +57,7 @@ class WriteOptions:
 class Written:
     """What a job did."""
 
-    path: Path
+    path: Path | str  # the address of a store is text
     shards: int
     nbytes: int
     resumed: int
@@ -133,10 +133,10 @@ def write_tasks(
 ) -> None:
     """Write shards into the working folder, several at once. Raises OutputError where they do not fit."""
     workers, threads = _workers(options, todo) if make_executor is None else (0, 1)
-    manner = Manner(threads, link=options.link, reflink=_can_reflink(plan, work), durable=options.durable)
+    manner = Manner(threads, link=options.link, reflink=can_reflink(plan, work), durable=options.durable)
     _check_space(todo, work, manner)
     if make_executor is None:
-        _run(todo, work, manner, watch, workers)
+        write_on_threads(todo, work, manner, watch, workers)
     else:
         arguments = {task.name: (task, work, work.plan_id, manner) for task in todo}
         for name, _ in results_of(make_executor, write_shard, arguments, f"writing {work.path}"):
@@ -194,7 +194,7 @@ def _workers(options: WriteOptions, tasks: list[ShardTask]) -> tuple[int, int]:
     return workers, max(1, jobs // workers)
 
 
-def _can_reflink(plan: Plan, work: WorkFolder) -> bool:
+def can_reflink(plan: Plan, work: WorkFolder) -> bool:
     """Try whether the output's filesystem shares blocks with the first source file."""
     source = plan.checkpoint.source
     if not plan.checkpoint.headers:
@@ -241,7 +241,7 @@ def bytes_needed(task: ShardTask, *, linked: bool) -> int:
     return min(task.whole[2], path.stat().st_blocks * 512) if path is not None else task.whole[2]
 
 
-def _run(todo: list[ShardTask], work: WorkFolder, manner: Manner, watch: JobControl, workers: int) -> None:
+def write_on_threads(todo: list[ShardTask], work: WorkFolder, manner: Manner, watch: JobControl, workers: int) -> None:
     """Write shards on threads of this process."""
     if not todo:
         return
