@@ -153,8 +153,8 @@ def carry_out(
 ) -> None:
     """Plan a recipe, unless there is a `plan` already, then print, weigh or write it, as the flags say.
 
-    What was `measured` and `more` join the JSON answer; the former is reported in these `kinds` too. `promise`: what the output must be
-    to the byte.
+    What was `measured`, and `more`, join the JSON answer; the former is reported in these `kinds` too. `promise`: what
+    the output must be to the byte.
     """
     more = {**(more or {}), **({} if measured is None else {"heldout": measured.figures["heldout"]})}
     console.quiet = flags.quiet

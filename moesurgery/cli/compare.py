@@ -343,7 +343,7 @@ def _written(plan: Plan) -> Iterator[Path]:
         yield config.parent
         return
     with tempfile.TemporaryDirectory() as place:
-        yield write_plan(plan, Path(place, "model")).path
+        yield Path(write_plan(plan, Path(place, "model")).path)
 
 
 def _names(models: list[str]) -> list[str]:

@@ -133,7 +133,7 @@ def _search(
     from moesurgery.fitting.fit_search import SearchOptions, best_fit
 
     by, measured, repaired = how
-    output = flags.output or Path(f"{default_name(plan)}-fit")
+    output = flags.folder or Path(f"{default_name(plan)}-fit")
     found = best_fit(
         plan,
         budget,
@@ -149,7 +149,7 @@ def _search(
     recipe = Recipe(model, found.steps, origin="command line", max_shard_size=flags.shard_bytes)
     written = recipe.finished(found.plan)
     shown = document_of(budget, found)
-    _writing.carry_out(recipe, replace(flags, output=output, picture=None), written, more=shown)
+    _writing.carry_out(recipe, replace(flags, output=flags.output or str(output), picture=None), written, more=shown)
 
 
 def _expressions(checkpoint: Checkpoint) -> dict[str, Expr]:
