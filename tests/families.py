@@ -231,8 +231,7 @@ ROWS: dict[str, dict[str, Any]] = {
         **HEAD,
         **LINEAR,
         **GATED,
-        "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
-        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention"],
     },
     "kimi_linear": {
         **LATENT,

@@ -52,14 +52,18 @@ def app(first: str = "") -> typer.Typer:
     )
     made.callback()(_root)
     known = first in BUILT_IN or first in _MODULES
-    named = (name for name in operations() if not name.startswith(MTP_VERBS))
-    for name in [first] if known else [*_LOOKING, *named, *_OTHERS]:
+    for name in [first] if known else [*_LOOKING, *_named_operations(), *_OTHERS]:
         if name in _WITH_COMMANDS:
             made.add_typer(getattr(import_module(f"moesurgery.cli.{name}"), f"{name}_app"), name=name)
         else:
             own = find_operation(name).parameters if name not in _MODULES else ()
             made.command(name, cls=command_class(own))(in_words(_function(name)))
     return made
+
+
+def _named_operations() -> list[str]:
+    """Return the operations that are commands of their own; those of prediction layers are commands of `mtp`."""
+    return [name for name in operations() if not name.startswith(MTP_VERBS)]
 
 
 def _function(name: str) -> Callable[..., Any]:

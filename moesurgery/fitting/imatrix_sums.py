@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RefusedError
 from moesurgery.forward.activations import activations, check_form, reads
-from moesurgery.forward.engine import Engine
 from moesurgery.forward.hooks import ExpertsCall
-from moesurgery.forward.tokens import Tokens
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from moesurgery.forward.engine import Engine
+    from moesurgery.forward.tokens import Tokens
 
 _HINT = "leave --imatrix out, or run llama-imatrix on the GGUF"
 

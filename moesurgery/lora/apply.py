@@ -281,7 +281,7 @@ class _Names:
         from moesurgery.forward.meta_model import MetaModel
 
         try:
-            targets = MetaModel(self.parts.plan, "cpu", "float32").target
+            targets = MetaModel(self.parts.plan, ("cpu",), "float32").target
         except (CheckpointError, RefusedError):
             return {}
         count = Counter(targets.values())

@@ -169,7 +169,7 @@ def _differences(
 
     dtype = _dtype(base, tuned)
     try:
-        first, second = (MetaModel(parts.plan, "cpu", dtype) for parts in (base, tuned))
+        first, second = (MetaModel(parts.plan, ("cpu",), dtype) for parts in (base, tuned))
     except (RefusedError, CheckpointError):
         yield from _as_stored(base, tuned, progress)  # transformers has no class for it, so nothing is moved in memory
         return

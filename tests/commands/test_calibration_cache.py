@@ -113,7 +113,7 @@ def test_other_statistics_stay(demo: Path, tmp_path: Path, ok: Cli, cli: Cli, ch
     ("arguments", "message"),
     [
         (["drop-experts", "--count", 8], "0 experts would be left"),
-        (["drop-experts"], "needs one of experts, keep and count"),
+        (["drop-experts"], "needs one of experts, keep, count and plan_file"),
         (["rescale", "--top-k", 9, "--scale", "measured"], "top-k 9 is impossible"),
     ],
 )
