@@ -82,7 +82,7 @@ def calibrated(recipe: Recipe, options: CalibrationOptions, flags: WriterFlags) 
     if edited.heldout is None:
         return recipe, recipe.finished(edited.plan), None
     heading = find_operation(step.operation).text.heading
-    if not flags.as_json:
+    if not (flags.as_json or flags.print_recipe):
         _show(edited.heldout, heading)
     return recipe, recipe.finished(edited.plan), evidence_of_edit(edited.plan, edited.heldout, heading)
 

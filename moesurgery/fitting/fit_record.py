@@ -42,6 +42,7 @@ class FitRecord:
                 "tokens": held.tokens,
                 "nats": dict(held.nats),
                 "intervals": {name: list(ends) for name, ends in held.intervals.items()},
+                "domains": {name: dict(losses) for name, losses in held.domains.items()},
                 "chosen": held.chosen,
             },
         }

@@ -44,7 +44,7 @@ class LazyTensor:
         if isinstance(index, slice) and index.step in (None, 1):
             start, stop, _ = index.indices(self.expr.shape[0])
             if stop > start:
-                return LazyTensor(Slice(self.expr, start, stop), self.reader)
+                return LazyTensor(Slice(self.expr, start, stop), self.loader)
         return self.real()[index]
 
     def real(self) -> torch.Tensor:

@@ -34,7 +34,7 @@ ROUTER = re.compile(r"\.(gate|router|router\.\w+|gate\.\w+|router_mlp\.out_proj)
 SELECTION_BIAS = re.compile(r"(correction_bias|expert_bias|router_bias|balancing_biases)$")
 LAYER = re.compile(r"(?:layers|blocks?)\.(\d+)\.")
 # The code of NLLB-MoE in transformers 5.23 takes the mask of the best expert for its number.
-NO_REFERENCE = {"nllb-moe"}
+NO_REFERENCE = {"nllb-moe", "deepseek_v4"}  # experts by token of the latter: test_hash_layers.py
 
 
 def dropped(model: Path, out: Path, **parameters: Any) -> Path:
@@ -100,7 +100,8 @@ def test_dropping_is_masking(models: Any, tmp_path: Path, model_type: str, fused
             apply(plan, "drop-experts", experts=DROPPED)
         return
     reduced = apply(plan, "drop-experts", experts=DROPPED)
-    assert all(isinstance(p, Copy) for e in reduced.tensors.values() for p in e.pieces())
+    weights = {name: expr for name, expr in reduced.tensors.items() if not name.endswith("tid2eid")}
+    assert all(isinstance(piece, Copy) for expr in weights.values() for piece in expr.pieces())
     assert reduced.anatomy.experts == 4
     write_plan(reduced, tmp_path / "out")
     found = logits(load(tmp_path / "out"))
@@ -358,7 +359,7 @@ def test_refusals(models: Any, model_type: str, parameters: dict[str, Any], mess
 
 @pytest.mark.parametrize("parameters", [{}, {"experts": [1], "count": 1}, {"experts": [1], "keep": [1]}])
 def test_one_choice_and_only_one(models: Any, parameters: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="one of experts, keep and count"):
+    with pytest.raises(RecipeError, match="one of experts, keep, count and plan_file"):
         apply(plan_of(open_checkpoint(models("mixtral"))), "drop-experts", **parameters)
 
 

@@ -269,7 +269,7 @@ def test_refusals(models: Any, model_type: str, parameters: dict[str, Any], mess
 
 @pytest.mark.parametrize("parameters", [{}, {"groups": [[0, 1]], "to": 4}])
 def test_one_choice_and_only_one(models: Any, parameters: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="one of groups and to"):
+    with pytest.raises(RecipeError, match="one of groups, to and plan_file"):
         apply(plan_of(open_checkpoint(models("mixtral"))), "merge-experts", **parameters)
 
 

@@ -192,12 +192,13 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -
 
 
 def test_losses_of_another_probe_are_not_taken(tmp_path: Path) -> None:
-    kept = KeptLosses(tmp_path / "losses.json", {"tokens": 1})
+    path = tmp_path / "scratch" / "losses.json"
+    kept = KeptLosses(path, {"tokens": 1})
     kept.add({"mask None 1": 0.1 + 0.2})
-    assert KeptLosses(tmp_path / "losses.json", {"tokens": 1}).losses == {"mask None 1": 0.1 + 0.2}
-    assert KeptLosses(tmp_path / "losses.json", {"tokens": 2}).losses == {}
-    (tmp_path / "losses.json").write_text('{"about": {"tokens": 1}, "losses": [')
-    assert KeptLosses(tmp_path / "losses.json", {"tokens": 1}).losses == {}
+    assert KeptLosses(path, {"tokens": 1}).losses == {"mask None 1": 0.1 + 0.2}
+    assert KeptLosses(path, {"tokens": 2}).losses == {}
+    path.write_text('{"about": {"tokens": 1}, "losses": [')
+    assert KeptLosses(path, {"tokens": 1}).losses == {}
     kept.remove()
     assert list(tmp_path.iterdir()) == []
 
