@@ -124,7 +124,7 @@ def test_what_is_written(models: Any, ok: Cli, tmp_path: Path) -> None:
     text.write_text(json.dumps({"input_ids": [i % 60 + 3 for i in range(4096)]}))
     told = ok(
         *("drop-experts", model, "--keep", 6, "--by", "reap", "--text", text, "--window", 64, "--tokens", 1024),
-        *("--plan", plan, "--plan-only"),
+        *("--plan", plan, "--plan-only", "-o", tmp_path / "out"),
     )
     assert "wrote the plan" in told.err
     document = json.loads(plan.read_text())
