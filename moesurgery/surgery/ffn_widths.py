@@ -75,8 +75,14 @@ def slimmed_blocks(plan: Plan, width: Count, shared: Count, dense: Count) -> tup
 
 
 def _counted(count: int | str, total: int, name: str) -> int:
-    """Return a number of neurons, which may be given as a share of `total`."""
-    return share_of(count, total, name, "neurons") if isinstance(count, str) else count
+    """Return a number of neurons, which may be given as a share of `total`: rounded down to a multiple of 8 then.
+
+    The grouped matrix products of transformers refuse rows that are no multiple of 16 bytes.
+    """
+    if not isinstance(count, str):
+        return count
+    wanted = share_of(count, total, name, "neurons")
+    return wanted - wanted % 8 if total % 8 == 0 and wanted > 8 else wanted
 
 
 def _common_width(plan: Plan, blocks: Mapping[str, MoeBlock], what: str) -> int:

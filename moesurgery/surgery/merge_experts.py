@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from moesurgery.checkpoint.block_values import REQUANTISED
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
+from moesurgery.checkpoint.dtypes import BLOCKS, PLAIN_FLOATS, element_count
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.evaluate import finite_values
@@ -269,18 +269,19 @@ class _Merge:
         return entries
 
     def _refuse_blocks(self) -> None:
-        """Refuse a quantised type in which no mean can be stored."""
+        """Refuse what is still quantised: a router, or a type in which no mean can be stored."""
         if all(len(group) == 1 for group in self.groups):
             return
         for member in self.block.members:
-            if is_expert_table(member):
-                continue
             dtype = self.tensors[member.name].dtype
-            if dtype not in PLAIN_FLOATS and dtype not in REQUANTISED:
-                raise RefusedError(
-                    f"{NAME}: {member.name} is quantised ({dtype}), a type that nothing here can store anew",
-                    "merge a copy in F16, BF16 or Q8_0",
-                )
+            if dtype in REQUANTISED or (dtype in PLAIN_FLOATS and member.stem.companion is None):
+                continue
+            raise RefusedError(
+                f"{NAME}: {member.name} is quantised ({dtype}), and no mean of it can be stored",
+                "merge a copy in F16, BF16 or Q8_0"
+                if dtype in BLOCKS
+                else "dequantise first with `moesurgery convert --dequantize`",
+            )
 
     def _expert(self, number: int) -> list[tuple[BlockTensor, Expr]]:
         """Return the tensors of one new expert: those of the dominant member, its neurons the reference for others."""

@@ -178,7 +178,10 @@ OWN: tuple[Family, ...] = (
         top_k_key="moe_topk",
         experts_key="n_routed_experts",
         note="identity experts have router rows and no weights; routed_scaling_factor scales those too",
-        refuses={"convert": "transformers 5 pads the fused weights for its identity experts"},
+        refuses={
+            "convert": "transformers 5 pads the fused weights for its identity experts",
+            "slim-experts": "its identity experts have no neurons, and the others are not told apart from them",
+        },
     ),
     Family(
         "zaya",

@@ -80,6 +80,7 @@ QWEN: tuple[Family, ...] = (
     Family(
         "lara_mini",
         ("lara_mini",),
+        refuses={"slim-experts": "the width of its shared expert does not follow from the one number that is edited"},
         layouts=(fused_layout(),),
         along=GATE,
         routing=RouterRule(renormalised=norm_topk(True)),

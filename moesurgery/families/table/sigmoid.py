@@ -102,6 +102,7 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "hy_v4",
         ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+        refuses={"slim-experts": "transformers builds some of its FFNs from another number than the edited one"},
         layouts=(fused_layout(),),
         along=GATE_AND_BIAS,
         shared=SHARED_EXPERTS,

@@ -1142,7 +1142,8 @@ def test_each_fault_is_found_by_its_code(
         failing_disk(monkeypatch, patient.shards[1].name)
     reference = bases("mixtral") if one.against else None
     report = validate_checkpoint(patient.folder, level=one.level, against=reference, client=one.client)
-    found = {spell(f.code, f.severity) for f in report.findings}
+    noted = {"K07"} - {code[:3] for code in one.expected}  # a note on a tiny model's width
+    found = {spell(f.code, f.severity) for f in report.findings if f.code not in noted}
     assert found == set(one.expected), [(f.code, f.severity, f.where, f.message) for f in report.findings]
 
 
