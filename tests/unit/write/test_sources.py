@@ -25,8 +25,7 @@ from moesurgery.merge.merge_recipe import load_merge_recipe
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.repair_file import open_repair
 from moesurgery.stats.statistics_file import load_stats
-from moesurgery.write import copy_bytes
-from moesurgery.write import write_plan as writer
+from moesurgery.write import copy_bytes, expected_output
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.open_folder import OpenFolder
 from tests.conftest import Result
@@ -152,7 +151,7 @@ def test_a_file_that_changes_before_the_output_is_published(
 ) -> None:
     """Shards, config, index, and what is copied beside them, after the last shard is done."""
     plan = apply(plan_of(open_checkpoint(model)), "rescale", top_k=3, scale=1.5)
-    real = writer._check_shard
+    real = expected_output.checked_shard
 
     def checked(*arguments: Any, **named: Any) -> Any:
         found = real(*arguments, **named)
@@ -160,7 +159,7 @@ def test_a_file_that_changes_before_the_output_is_published(
             change(model / file)
         return found
 
-    monkeypatch.setattr(writer, "_check_shard", checked)
+    monkeypatch.setattr(expected_output, "checked_shard", checked)
     with pytest.raises(CheckpointError) as caught:
         write_plan(plan, tmp_path / "out", WriteOptions(jobs=1))
     refused(caught, model / file, change)
@@ -350,7 +349,7 @@ def test_statistics_that_change_while_they_are_read(
 def test_a_measurement_ends_when_its_model_changes(model: Path, tmp_path: Path, cli: Cli) -> None:
     from moesurgery.forward.meta_model import MetaModel
 
-    skeleton = MetaModel(plan_of(open_checkpoint(model)), "cpu", "float32")
+    skeleton = MetaModel(plan_of(open_checkpoint(model)), ("cpu",), "float32")
     for shard in SHARDS:
         replaced(model / shard)
     unit = next(iter(skeleton.units.values()))
