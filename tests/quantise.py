@@ -88,7 +88,7 @@ def mxfp4_value(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightForm:
     """A quantised form of one linear [out, in]: `make(out, in, generator)`, and `value` by a loop over its elements.
 
     `scale`: the suffix of what takes a factor. `takes`: which factors ("any" up to the rounding of the scales,
@@ -265,8 +265,8 @@ def _groups(bits: int) -> dict[str, Any]:
 
 
 # Outputs and inputs are multiples of 8 and of 32.
-FORMS: dict[str, Form] = {
-    "fp8-block": Form(
+FORMS: dict[str, WeightForm] = {
+    "fp8-block": WeightForm(
         "fp8",
         lambda out, into, g: {
             ".weight": fp8(g, out, into),
@@ -276,7 +276,7 @@ FORMS: dict[str, Form] = {
         ".weight_scale_inv",
         config={"weight_block_size": [16, 16]},
     ),
-    "fp8-channel": Form(
+    "fp8-channel": WeightForm(
         "compressed-tensors",
         lambda out, into, g: {
             ".weight": fp8(g, out, into),
@@ -287,7 +287,7 @@ FORMS: dict[str, Form] = {
         ".weight_scale",
         config={"format": "float-quantized"},
     ),
-    "fp8-tensor": Form(
+    "fp8-tensor": WeightForm(
         "fp8",
         lambda out, into, g: {
             ".weight": fp8(g, out, into),
@@ -297,7 +297,7 @@ FORMS: dict[str, Form] = {
         _row_value(".weight_scale"),
         ".weight_scale",
     ),
-    "fp8-e8m0": Form(
+    "fp8-e8m0": WeightForm(
         "fp8",
         lambda out, into, g: {
             ".weight": fp8(g, out, into),
@@ -307,14 +307,14 @@ FORMS: dict[str, Form] = {
         ".scale",
         takes="two",
     ),
-    "mxfp8": Form(
+    "mxfp8": WeightForm(
         "mxfp8",
         lambda out, into, g: {".weight": fp8(g, out, into), ".weight_scale_inv": exponents(g, out, into // 8)},
         _exponent_value(".weight_scale_inv", 1, 8),
         ".weight_scale_inv",
         takes="two",
     ),
-    "fp4": Form(
+    "fp4": WeightForm(
         "fp8",
         lambda out, into, g: {
             ".weight": bytes_(g, out, into // 2).view(torch.int8),
@@ -324,9 +324,11 @@ FORMS: dict[str, Form] = {
         ".scale",
         takes="two",
     ),
-    "int4": Form("compressed-tensors", _packed(4, 8), _packed_value(4, 8), ".weight_scale", config=_groups(4)),
-    "int8-packed": Form("compressed-tensors", _packed(8, 8), _packed_value(8, 8), ".weight_scale", config=_groups(8)),
-    "int8": Form(
+    "int4": WeightForm("compressed-tensors", _packed(4, 8), _packed_value(4, 8), ".weight_scale", config=_groups(4)),
+    "int8-packed": WeightForm(
+        "compressed-tensors", _packed(8, 8), _packed_value(8, 8), ".weight_scale", config=_groups(8)
+    ),
+    "int8": WeightForm(
         "compressed-tensors",
         lambda out, into, g: {
             ".weight": bytes_(g, out, into).view(torch.int8),
@@ -336,7 +338,7 @@ FORMS: dict[str, Form] = {
         ".weight_scale",
         config={"format": "int-quantized"},
     ),
-    "nvfp4-compressed-tensors": Form(
+    "nvfp4-compressed-tensors": WeightForm(
         "compressed-tensors",
         lambda out, into, g: {
             ".weight_packed": bytes_(g, out, into // 2),
@@ -348,7 +350,7 @@ FORMS: dict[str, Form] = {
         ".weight_global_scale",
         config={"format": "nvfp4-pack-quantized"},
     ),
-    "nvfp4-modelopt": Form(
+    "nvfp4-modelopt": WeightForm(
         "modelopt",
         lambda out, into, g: {
             ".weight": bytes_(g, out, into // 2),
@@ -360,7 +362,7 @@ FORMS: dict[str, Form] = {
         ".weight_scale_2",
         config={"quant_algo": "NVFP4"},
     ),
-    "gptq": Form(
+    "gptq": WeightForm(
         "gptq",
         lambda out, into, g: {
             ".qweight": words(g, into // 8, out),
@@ -372,7 +374,7 @@ FORMS: dict[str, Form] = {
         ".scales",
         config={"bits": 4, "group_size": 8},
     ),
-    "awq": Form(
+    "awq": WeightForm(
         "awq",
         lambda out, into, g: {
             ".qweight": words(g, into, out // 8),
@@ -383,7 +385,7 @@ FORMS: dict[str, Form] = {
         ".scales",
         config={"bits": 4, "group_size": 16, "version": "gemm"},
     ),
-    "bnb-int8": Form(
+    "bnb-int8": WeightForm(
         "bitsandbytes",
         lambda out, into, g: {
             ".weight": bytes_(g, out, into).view(torch.int8),
@@ -395,7 +397,7 @@ FORMS: dict[str, Form] = {
         dequantised=False,
         config={"load_in_8bit": True},
     ),
-    "bnb-nf4": Form(
+    "bnb-nf4": WeightForm(
         "bitsandbytes",
         _nf4(double=False),
         _nf4_value,
@@ -403,7 +405,7 @@ FORMS: dict[str, Form] = {
         dequantised=False,
         config={"load_in_4bit": True},
     ),
-    "bnb-nf4-double": Form(
+    "bnb-nf4-double": WeightForm(
         "bitsandbytes",
         _nf4(double=True),
         _nf4_value,

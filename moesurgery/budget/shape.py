@@ -13,7 +13,7 @@ AS_STORED = "as stored"
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightForm:
     """A form in which weights are stored: `bits` per weight, scales included, for the plain floats among them.
 
     `error` is the mean squared rounding error over the mean square of the weights. `dtype` is the word of
@@ -35,9 +35,9 @@ def _rounding(bits: int) -> float:
 FORMS = {
     form.name: form
     for form in (
-        Form("float32", 32, _rounding(24), "float32"),
-        Form("bfloat16", 16, _rounding(8), "bfloat16"),
-        Form("float16", 16, _rounding(11), "float16"),
+        WeightForm("float32", 32, _rounding(24), "float32"),
+        WeightForm("bfloat16", 16, _rounding(8), "bfloat16"),
+        WeightForm("float16", 16, _rounding(11), "float16"),
     )
 }
 USUAL_FORMS = ("bfloat16",)  # tried where none are named: float16 overflows above 65,504

@@ -77,7 +77,12 @@ def test_our_own_code_is_told_from_any_other(models: Models, tmp_path: Path, ok:
 
 
 # Tests of these validate what the command writes: no recipe that ships can name what they need.
-BESIDE_RECIPES = {"add-expert": "test_add_expert.py", "refit": "test_layer_fit.py"}
+BESIDE_RECIPES = {
+    "add-expert": "test_add_expert.py",
+    "refit": "test_layer_fit.py",
+    "mtp-extract": "test_mtp.py",
+    "mtp-graft": "test_mtp.py",
+}
 # Commands that write checkpoints and are no operations; recipes/merge/ is run and validated by test_merge.py.
 OTHERS = {"run", "merge"}
 
