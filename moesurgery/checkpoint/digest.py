@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moesurgery.checkpoint.finding import DAMAGED
-from moesurgery.checkpoint.source import Source
+from moesurgery.checkpoint.source import Source, read_in_parts
 from moesurgery.errors import CheckpointError
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
-_PART = 8 << 20
 
 
 def sampled_digest(source: Source, file: str, size: int) -> str:
@@ -58,13 +57,11 @@ def _block(descriptor: int, start: int, length: int, path: Path) -> bytes:
 def whole_digest(source: Source, file: str, size: int, progress: Callable[[int], None] = lambda count: None) -> str:
     """Return the SHA-256 of a whole file."""
     digest = hashlib.sha256()
-    for start in range(0, size, _PART):
-        length = min(_PART, size - start)
-        data = source.read(file, start, length)
-        if len(data) != length:
-            raise CheckpointError(
-                f"{source.identity}/{file} ends at byte {start + len(data):,}, it had {size:,}", DAMAGED
-            )
+    length = 0
+    for data in read_in_parts(source, file, size):
         digest.update(data)
+        length += len(data)
         progress(len(data))
+    if length != size:
+        raise CheckpointError(f"{source.identity}/{file} ends at byte {length:,}, it had {size:,}", DAMAGED)
     return digest.hexdigest()

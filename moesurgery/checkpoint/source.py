@@ -34,7 +34,7 @@ _HUB_MODEL = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _GGUF_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
-_MOST_PARTS = 9_999
+_MOST_BLOCKS = 9_999
 # The address that a browser shows for a model; `kind` is what else the Hub has.
 _HUB_PAGE = re.compile(
     r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/((?P<kind>datasets|spaces|collections|docs)/)?"
@@ -80,7 +80,7 @@ class Source(Protocol):
 
 def gguf_parts(file: str) -> list[str]:
     """Return the names of all files of the GGUF that `file` is, or is a part of, in order."""
-    if (match := _GGUF_SPLIT.fullmatch(file)) is None or not 0 < int(match["count"]) <= _MOST_PARTS:
+    if (match := _GGUF_SPLIT.fullmatch(file)) is None or not 0 < int(match["count"]) <= _MOST_BLOCKS:
         return [file]
     count = int(match["count"])
     return [f"{match['stem']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
@@ -90,6 +90,12 @@ def gguf_stem(file: str) -> str:
     """Return what a GGUF file is called without its ending and the number of the part."""
     match = _GGUF_SPLIT.fullmatch(file)
     return match["stem"] if match is not None else file[: -len(".gguf")]
+
+
+def read_in_parts(source: Source, file: str, size: int) -> Iterator[bytes]:
+    """Yield the `size` bytes of a file in parts of 8 MB; a part is shorter where the file ends before."""
+    for start in range(0, size, _BLOCK):
+        yield source.read(file, start, min(_BLOCK, size - start))
 
 
 def is_contained(file: str) -> bool:

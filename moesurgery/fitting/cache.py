@@ -26,21 +26,8 @@ if TYPE_CHECKING:
     from moesurgery.surgery.group_experts import Merger
 
 _SHOWN = (
-    *(
-        "apart",
-        "assistant_only",
-        "kind",
-        "ridge",
-        "sweeps",
-        "width",
-        "shared",
-        "dense",
-        "by",
-        "text",
-        "tokens",
-        "window",
-    ),
-    *("seed", "dtype"),
+    *("apart", "assistant_only", "kind", "ridge", "sweeps", "width", "shared", "dense", "by"),
+    *("text", "tokens", "window", "seed", "dtype"),
 )
 _DIGESTS = {
     "fingerprint": "another model",

@@ -10,7 +10,7 @@ from moesurgery._version import __version__
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE
-from moesurgery.checkpoint.source import LocalSource, Source, open_source
+from moesurgery.checkpoint.source import LocalSource, Source, open_source, read_in_parts
 from moesurgery.checkpoint.strict_json import parse_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.patch.patch_file import PATCH, Patch, PatchedFile
@@ -55,11 +55,12 @@ def make_patch(
     contents: Contents = {}
     for name, path in read.items():
         place = LocalSource(path if path.is_dir() else path.parent)
-        inside = {f"files/{path.name}/{f}": f for f in place.files()} if path.is_dir() else {f"files/{name}": path.name}
-        kept[name] = tuple(_kept(place, file, to, contents) for to, file in inside.items())
+        inside = place.files() if path.is_dir() else {path.name: path.stat().st_size}
+        names = {file: f"files/{path.name}/{file}" if path.is_dir() else f"files/{name}" for file in inside}
+        kept[name] = tuple(_kept(place, file, size, names[file], contents) for file, size in inside.items())
     for name in (PROVENANCE, CARD):
         if name in sizes:
-            kept[name] = (_kept(source, name, name, contents),)
+            kept[name] = (_kept(source, name, sizes[name], name, contents),)
     patch = Patch(__version__, record, inputs, outputs, kept)
     contents[PATCH] = [patch.to_json().encode()]
     return patch, contents
@@ -120,10 +121,9 @@ def _digested(source: Source, file: str, size: int, progress: Callable[[int], No
     return PatchedFile(file, size, whole_digest(source, file, size, progress))
 
 
-def _kept(source: Source, file: str, name: str, contents: Contents) -> PatchedFile:
+def _kept(source: Source, file: str, size: int, name: str, contents: Contents) -> PatchedFile:
     """Put a file into the patch under `name`, and return it under that name."""
     if name in contents:
         raise RefusedError(f"two files of the recipe are called {file}", "rename one of them, and edit again")
-    size = source.files()[file]
-    contents[name] = (source.read(file, at, min(8 << 20, size - at)) for at in range(0, size, 8 << 20))
+    contents[name] = read_in_parts(source, file, size)
     return replace(_digested(source, file, size, lambda count: None), file=name)

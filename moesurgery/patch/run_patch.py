@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.checkpoint.digest import whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, PROVENANCE
-from moesurgery.checkpoint.source import LocalSource, Source, open_source
+from moesurgery.checkpoint.source import LocalSource, Source, open_source, read_in_parts
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError
 from moesurgery.lora.apply import LoraAdapter
 from moesurgery.patch.patch_file import Patch, PatchedFile, read_patch
@@ -83,17 +85,25 @@ class OpenPatch:
             given.append(Given(f"{name}={root.joinpath(*first.parts[:2])}"))
         return given
 
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The files of the patch, listed once."""
+        return self.source.files()
+
     def _content(self, each: PatchedFile) -> bytes:
         content = self.source.read(each.file, 0, each.size)
-        self._check(each)
+        if self._sizes.get(each.file) != each.size or hashlib.sha256(content).hexdigest() != each.sha256:
+            raise self._changed(each)
         return content
 
     def _check(self, each: PatchedFile) -> None:
-        sizes = self.source.files()
-        if sizes.get(each.file) != each.size or whole_digest(self.source, each.file, each.size) != each.sha256:
-            raise CheckpointError(
-                f"{self.source.identity}/{each.file} is not the file that the patch was made with", "download it again"
-            )
+        if self._sizes.get(each.file) != each.size or whole_digest(self.source, each.file, each.size) != each.sha256:
+            raise self._changed(each)
+
+    def _changed(self, each: PatchedFile) -> CheckpointError:
+        return CheckpointError(
+            f"{self.source.identity}/{each.file} is not the file that the patch was made with", "download it again"
+        )
 
     def _content_at(self, each: PatchedFile, folder: Path) -> None:
         """Check a file of the patch; put it into `folder` where the patch is not on this machine."""
@@ -106,8 +116,7 @@ class OpenPatch:
         if there and whole_digest(kept, each.file, each.size) == each.sha256:
             return
         with whole_file(place) as new, open(new, "wb") as file:
-            for start in range(0, each.size, 8 << 20):
-                file.write(self.source.read(each.file, start, min(8 << 20, each.size - start)))
+            file.writelines(read_in_parts(self.source, each.file, each.size))
         if whole_digest(kept, each.file, each.size) != each.sha256:
             raise CheckpointError(f"{self.source.identity}/{each.file} came damaged", "run the same command again")
 

@@ -52,8 +52,8 @@ class LayerPlan:
     """What a plan says of one layer, experts by their numbers in the model that it was made on; None: nothing.
 
     `keep` and `drop` are the same choice from two sides; `scores` has a number for each expert, higher being more worth
-    keeping. `groups` become one expert each, in this order, with the
-    share of each member in `shares`. `neurons` has for each expert that it names the neurons that stay.
+    keeping. `groups` become one expert each, in this order, with the share of each member in `shares`. `neurons` has
+    for each expert that it names the neurons that stay.
     """
 
     experts: int | None = None

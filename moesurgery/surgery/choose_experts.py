@@ -290,3 +290,9 @@ def lowest(anatomy: Anatomy, scores: Sequence[float], count: int) -> list[int]:
         members = range(part * size, (part + 1) * size)
         experts += sorted(members, key=lambda e: (scores[e], e))[: count // parts]
     return sorted(experts)
+
+
+def kept_by_router_rows(plan: Plan, block: MoeBlock, count: int) -> list[int]:
+    """Return the experts of a block that stay, ascending, where `count` go by the norms of their router rows."""
+    gone = lowest(plan.anatomy, expert_scores(plan, block, "router-norm", 0), count)
+    return [expert for expert in range(block.experts) if expert not in gone]

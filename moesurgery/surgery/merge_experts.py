@@ -253,7 +253,7 @@ class _Merge:
     def entries(self) -> Entries:
         """Return what takes the place of the block's tensors."""
         refuse_strays(self.block, self.tensors)
-        self._refuse_blocks()
+        self._refuse_quantised()
         entries: Entries = {member.name: [] for member in self.block.members}
         merged = [self._expert(n) for n in range(len(self.groups))]
         for at, (member, _) in enumerate(merged[0]):
@@ -268,7 +268,7 @@ class _Merge:
                 entries[member.name].append((member.name, self._along(member)))
         return entries
 
-    def _refuse_blocks(self) -> None:
+    def _refuse_quantised(self) -> None:
         """Refuse what is still quantised: a router, or a type in which no mean can be stored."""
         if all(len(group) == 1 for group in self.groups):
             return

@@ -30,7 +30,7 @@ from moesurgery.plan.side_files import changed_files, quantisation_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.stats.plan_file import load_plan_file
-from moesurgery.surgery.choose_experts import expert_scores, lowest
+from moesurgery.surgery.choose_experts import kept_by_router_rows
 
 _HOME = "prediction layers"  # the shard that grafted tensors go to
 _FORM_KEYS = ("quant_method", "weight_block_size", "bits", "w_bit", "group_size", "config_groups", "fmt")
@@ -230,10 +230,7 @@ def _with_experts(plan: Plan, other: Plan, plan_file: str | None) -> tuple[Entri
         stay = kept.get(block.where)
         if stay is None:
             ranked.append(block.where)
-            gone = lowest(
-                other.anatomy, expert_scores(other, block, "router-norm", 0), block.experts - plan.anatomy.experts
-            )
-            stay = [e for e in range(block.experts) if e not in gone]
+            stay = kept_by_router_rows(other, block, block.experts - plan.anatomy.experts)
         if not len(stay) == plan.anatomy.experts == len(set(stay) & set(range(block.experts))):
             raise RefusedError(
                 f"mtp graft: {origin} keeps {len(stay)} of the {block.experts} experts of {block.where}, and this model"

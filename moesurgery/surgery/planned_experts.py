@@ -10,7 +10,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.parameters import Param
 from moesurgery.stats.plan_file import LayerPlan, PlanFile
-from moesurgery.surgery.choose_experts import ranking
+from moesurgery.surgery.choose_experts import kept_by_router_rows
 
 PlanOption = Annotated[
     str | None,
@@ -77,10 +77,7 @@ def planned_experts(plan: Plan, operation: str, file: PlanFile) -> PlannedExpert
     notes = []
     if others:
         count = anatomy.experts - len(next(iter(kept.values())))
-        ranked = ranking(plan, operation, "router-norm", 0, None, count, False)
-        for block in others:
-            gone = ranked.lowest(anatomy, block.where, count)
-            kept[block.where] = [e for e in range(block.experts) if e not in gone]
+        kept |= {block.where: kept_by_router_rows(plan, block, count) for block in others}
         named = ", ".join(block.where for block in others)
         notes.append(f"{named}: not in the plan, so as many experts were chosen by their router rows")
     if any(entry.neurons for entry in by_block.values()):

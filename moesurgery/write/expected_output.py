@@ -17,6 +17,7 @@ from moesurgery.checkpoint.digest import sampled_digest, whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, SINGLE, WORK
 from moesurgery.checkpoint.gguf_header import scan_gguf_header
 from moesurgery.checkpoint.header import LENGTH_BYTES, header_digest
+from moesurgery.checkpoint.source import read_in_parts
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
@@ -193,6 +194,4 @@ def _index(plan: Plan, tasks: list[ShardTask]) -> dict[str, Any]:
 
 
 def _side_file(checkpoint: Checkpoint, file: str) -> Iterator[bytes]:
-    size = checkpoint.file_sizes[file]
-    for start in range(0, size, 8 << 20):
-        yield checkpoint.source.read(file, start, min(8 << 20, size - start))
+    return read_in_parts(checkpoint.source, file, checkpoint.file_sizes[file])

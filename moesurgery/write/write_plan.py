@@ -39,9 +39,8 @@ class WriteOptions:
 
     `jobs`: threads in all. `link`: hard-link unchanged shards where they cannot be cloned. `force`:
     replace an existing output. `card`: write README.md even where the model has its own. `evidence`: Markdown that
-    the card ends with. `durable`: wait for the
-    disk before the output appears; without it a power cut may damage what was just written. `checksums`: read every
-    shard again for its SHA-256 and record it in the provenance.
+    the card ends with. `durable`: wait for the disk before the output appears; without it a power cut may damage what
+    was just written. `checksums`: read every shard again for its SHA-256 and record it in the provenance.
     """
 
     jobs: int | None = None

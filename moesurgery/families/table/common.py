@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from moesurgery.families.family import ExpertAxisTensor, Flag, RouterRule, correction, router_tensor
+from moesurgery.families.family import (
+    ExpertAxisTensor,
+    Flag,
+    Layout,
+    RouterRule,
+    correction,
+    fused_layout,
+    per_expert_layout,
+    router_tensor,
+)
 
 W123 = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -25,8 +34,14 @@ def sigmoid(
     )
 
 
+def layouts_moving(bias: str) -> tuple[Layout, Layout]:
+    """Return the layouts of a family whose checkpoints have the selection bias, which transformers moves, as `bias`."""
+    return per_expert_layout(), fused_layout(moved=((bias, SELECTION_BIAS),))
+
+
 GATE = router_tensor("mlp.gate")
-GATE_AND_BIAS: tuple[ExpertAxisTensor, ...] = (*GATE, *correction("mlp.gate.e_score_correction_bias"))
+SELECTION_BIAS = "mlp.gate.e_score_correction_bias"  # where transformers has it
+GATE_AND_BIAS: tuple[ExpertAxisTensor, ...] = (*GATE, *correction(SELECTION_BIAS))
 SHARED_EXPERT = ("mlp.shared_expert", "mlp.shared_expert_gate")
 SHARED_EXPERTS = ("mlp.shared_experts",)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesurgery.families.family import Family, InputNorm, RouterRule, correction, fused_layout, per_expert_layout
-from moesurgery.families.table.common import GATE, QWEN_LAYERS, SHARED_EXPERT, norm_topk
+from moesurgery.families.table.common import GATE, QWEN_LAYERS, SELECTION_BIAS, SHARED_EXPERT, layouts_moving, norm_topk
 
 OMNI_STACKS = "thinker and talker are two stacks of layers with configs of their own"
 
@@ -108,11 +108,8 @@ QWEN: tuple[Family, ...] = (
         "kolibri1",
         ("kolibri1",),
         shared_width="shared_expert_intermediate_size",
-        layouts=(
-            per_expert_layout(),
-            fused_layout(moved=(("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),)),
-        ),
-        along=(*GATE, *correction("moe.router.expert_bias", "mlp.gate.e_score_correction_bias")),
+        layouts=layouts_moving("moe.router.expert_bias"),
+        along=(*GATE, *correction("moe.router.expert_bias", SELECTION_BIAS)),
         routing=RouterRule(score="sigmoid", renormalised=norm_topk(False), bias_on="logit", after="joint"),
         shared=("mlp.shared_experts",),
     ),

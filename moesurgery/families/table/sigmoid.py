@@ -17,8 +17,10 @@ from moesurgery.families.table.common import (
     DEEPSEEK_LAYERS,
     GATE,
     GATE_AND_BIAS,
+    SELECTION_BIAS,
     SHARED_EXPERTS,
     W123,
+    layouts_moving,
     norm_topk,
     sigmoid,
 )
@@ -27,11 +29,8 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "exaone_moe",
         ("exaone_moe",),
-        layouts=(
-            per_expert_layout(),
-            fused_layout(moved=(("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),)),
-        ),
-        along=(*GATE, *correction("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias")),
+        layouts=layouts_moving("mlp.e_score_correction_bias"),
+        along=(*GATE, *correction("mlp.e_score_correction_bias", SELECTION_BIAS)),
         shared=SHARED_EXPERTS,
         routing=sigmoid(2.5),
         sparse=("mlp_layer_types", "first_k_dense_replace"),
@@ -39,11 +38,8 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "bailing_hybrid",
         ("bailing_hybrid",),
-        layouts=(
-            per_expert_layout(),
-            fused_layout(moved=(("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),)),
-        ),
-        along=(*GATE, *correction("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias")),
+        layouts=layouts_moving("mlp.gate.expert_bias"),
+        along=(*GATE, *correction("mlp.gate.expert_bias", SELECTION_BIAS)),
         shared=SHARED_EXPERTS,
         routing=sigmoid(2.5),
         sparse=("mlp_layer_types", "first_k_dense_replace"),
@@ -52,11 +48,8 @@ SIGMOID: tuple[Family, ...] = (
     Family(
         "sarvam_moe",
         ("sarvam_moe",),
-        layouts=(
-            per_expert_layout(),
-            fused_layout(moved=(("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),)),
-        ),
-        along=(*GATE, *correction("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias")),
+        layouts=layouts_moving("mlp.gate.expert_bias"),
+        along=(*GATE, *correction("mlp.gate.expert_bias", SELECTION_BIAS)),
         shared=SHARED_EXPERTS,
         routing=sigmoid(2.5),
         sparse=DEEPSEEK_LAYERS,
