@@ -66,6 +66,7 @@ def test_extract_then_graft_is_byte_equal(
         ok("mtp", "graft", lost, "--from", source, "-o", back, "--force")
         assert equal(back, whole)
         assert read_config(back) == read_config(whole)
+    ok("validate", back, "--level", "forward")
     assert torch.equal(logits(load(lost)), logits(load(models(trunk))))
 
 

@@ -83,15 +83,15 @@ BESIDE_RECIPES = {
     "mtp-extract": "test_mtp.py",
     "mtp-graft": "test_mtp.py",
 }
-# Commands that write checkpoints and are no operations; recipes/merge/ is run and validated by test_merge.py.
-OTHERS = {"run", "merge"}
+# Commands that write checkpoints and are no operations; what they write is validated by test_merge.py and test_fit.py.
+OTHERS = {"run", "merge", "fit"}
 
 
 def test_every_command_writes_what_validate_lets_pass() -> None:
     """Shipped recipes are run by test_recipes.py, which validates what they write with a forward pass."""
     steps = {step.operation for path in SHIPPED for step in load_recipe(path).steps}
     assert steps | BESIDE_RECIPES.keys() == set(operations())
-    for file in (*BESIDE_RECIPES.values(), "test_merge.py", "test_recipes.py"):
+    for file in (*BESIDE_RECIPES.values(), "test_merge.py", "test_fit.py", "test_recipes.py"):
         assert re.search(r"validate.*level.*forward", next((ROOT / "tests").rglob(file)).read_text())
     writers = {
         command.name or ""

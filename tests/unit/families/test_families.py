@@ -154,6 +154,8 @@ def test_the_estimate_follows_the_models_own_routing(models: Any, model_type: st
     for block in anatomy.main_blocks:
         if block.of is not None and not block.of.text:
             continue
+        if block.named("expert_table"):
+            continue  # a table chooses, and nothing is estimated: tests/commands/test_hash_layers.py
         assert block.router is not None
         norm = (block.of or anatomy.settings.family).norm
         norm_name = next(n for p in (norm.path, *norm.others) if (n := f"{block.layer_path}.{p}") in stored)
