@@ -33,6 +33,7 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cli.inspect import _facts, tensor_groups
 from moesurgery.count.params import count_params
+from moesurgery.count.prediction import prediction_part
 from moesurgery.errors import CheckpointError, SurgeryError
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.recognition import recognise
@@ -248,7 +249,7 @@ def family(rng: Rng) -> None:
     broken: list[tuple[MoeBlock, CheckpointError]] = []
     anatomy = recognise(model.config, model.tensors, broken)
     [group.as_json() for group in tensor_groups(anatomy, model.tensors)]
-    write_json(_facts(anatomy, model.tensors))
+    write_json(_facts(anatomy, model.tensors, prediction_part(anatomy, model.tensors)))
     start_token(model.config)
     token_count(model.config)
     plan = plan_of(model)

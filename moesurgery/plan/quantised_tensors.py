@@ -181,7 +181,8 @@ class OverallScale(Expr):
     def _settled(self, reader: Reader) -> torch.Tensor:
         import torch
 
-        old = None if self.old is None else self.old.evaluate(0, 1, reader).float()
+        # A copy: what a reader returns is memory that it uses again, and the scale is kept.
+        old = None if self.old is None else self.old.evaluate(0, 1, reader).float().clone()
         most, same = 0.0, old is not None and bool(self.scales)
         for i, expr in enumerate(self.of):
             out, width = expr.shape[-2:]

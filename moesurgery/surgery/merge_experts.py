@@ -274,7 +274,8 @@ class _Merge:
             return
         for member in self.block.members:
             dtype = self.tensors[member.name].dtype
-            if dtype in REQUANTISED or (dtype in PLAIN_FLOATS and member.stem.companion is None):
+            plain = dtype in PLAIN_FLOATS and member.stem.companion is None
+            if plain or is_expert_table(member) or dtype in REQUANTISED:
                 continue
             raise RefusedError(
                 f"{NAME}: {member.name} is quantised ({dtype}), and no mean of it can be stored",
