@@ -45,7 +45,7 @@ def write_gguf(
     every block.
     """
     rng = np.random.default_rng(0)
-    writer = GGUFWriter(path, architecture, split_max_tensors=-(-(8 * LAYERS + 2) // parts) if parts > 1 else 0)
+    writer = GGUFWriter(path, architecture, split_max_tensors=-(-(10 * LAYERS + 2) // parts) if parts > 1 else 0)
     writer.add_name("Tiny")
     writer.add_size_label("4x1K")
     writer.add_block_count(LAYERS + predicting)
@@ -67,7 +67,8 @@ def write_gguf(
 
     def add_block(layer: int) -> None:
         add(f"blk.{layer}.attn_norm.weight", (HIDDEN,))
-        add(f"blk.{layer}.attn_q.weight", (HIDDEN, HIDDEN), kind)
+        for projection in ("q", "k", "v"):
+            add(f"blk.{layer}.attn_{projection}.weight", (HIDDEN, HIDDEN), kind)
         add(f"blk.{layer}.ffn_norm.weight", (HIDDEN,))
         add(f"blk.{layer}.ffn_gate_inp.weight", (experts, HIDDEN))
         if bias:
