@@ -36,13 +36,14 @@ def write_gguf(
     experts: int = EXPERTS,
     parts: int = 1,
     bias: bool = False,
+    dense: int = 0,
     predicting: int = 0,
     keys: dict[str, Any] | None = None,
 ) -> Path:
     """Write a tiny model of experts of one type with the package gguf; return its first file.
 
-    `predicting` blocks for multi-token prediction are written behind the others, and a list in `keys` has an entry for
-    every block.
+    The first `dense` blocks have no experts; `predicting` blocks for multi-token prediction are written behind the
+    others, and a list in `keys` has an entry for every block.
     """
     rng = np.random.default_rng(0)
     writer = GGUFWriter(path, architecture, split_max_tensors=-(-(10 * LAYERS + 2) // parts) if parts > 1 else 0)
@@ -57,6 +58,8 @@ def write_gguf(
     writer.add_expert_count(experts)
     writer.add_expert_used_count(2)
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    if dense:
+        writer.add_leading_dense_block_count(dense)
     for key, value in (keys or {}).items():
         add_key = {float: writer.add_float32, list: writer.add_array}.get(type(value), writer.add_uint32)
         add_key(f"{architecture}.{key}", value)
@@ -70,10 +73,15 @@ def write_gguf(
         for projection in ("q", "k", "v"):
             add(f"blk.{layer}.attn_{projection}.weight", (HIDDEN, HIDDEN), kind)
         add(f"blk.{layer}.ffn_norm.weight", (HIDDEN,))
+        projections = (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER))
+        if layer < dense:
+            for projection, rows, columns in projections:
+                add(f"blk.{layer}.ffn_{projection}.weight", (rows, columns), kind)
+            return
         add(f"blk.{layer}.ffn_gate_inp.weight", (experts, HIDDEN))
         if bias:
             add(f"blk.{layer}.exp_probs_b.bias", (experts,))
-        for projection, rows, columns in (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER)):
+        for projection, rows, columns in projections:
             add(f"blk.{layer}.ffn_{projection}_exps.weight", (experts, rows, columns), kind)
 
     add("token_embd.weight", (VOCABULARY, HIDDEN), kind)

@@ -239,10 +239,10 @@ def test_blocks_of_a_gguf_are_left_out(tmp_path: Path, ok: Cli, cli: Cli) -> Non
     """What is left is what the package gguf writes of the model without them: every tensor, every key."""
     by_block = {"feed_forward_length": [512, 256], "attention.sliding_window_pattern": [True, False]}
     unlike = {"rope.dimension_sections": [1, 1, 0, 0], "expert_gating_func": 2}
-    plain = write_gguf(tmp_path / "plain.gguf", "Q4_0", architecture="glm4moe", keys={**by_block, **unlike})
+    plain = write_gguf(tmp_path / "plain.gguf", "Q4_0", architecture="glm4moe", dense=1, keys={**by_block, **unlike})
     longer = {key: [*values, *values] for key, values in by_block.items()}
     keys = {**longer, **unlike, "nextn_predict_layers": 2}
-    model = write_gguf(tmp_path / "m.gguf", "Q4_0", architecture="glm4moe", predicting=2, keys=keys)
+    model = write_gguf(tmp_path / "m.gguf", "Q4_0", architecture="glm4moe", dense=1, predicting=2, keys=keys)
     assert ok("inspect", model, "--json").json["prediction"]["layers"] == 2
     ok("validate", model)
     ok("mtp", "drop", model, "-o", tmp_path / "out", "--validate")
