@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def imatrix_of(model: Path, text: Path, to: Path, *, window: int, chunks: int) -
     done = subprocess.run(told, cwd=_library().parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return to
+
+
+def cache_bytes_per_token(model: Path, folder: Path, cells: int = 8192) -> float:
+    """Return the bytes of llama.cpp's KV cache for each position, in F16, as it says when it makes one."""
+    (folder / "short.txt").write_text("too short to be run over")
+    command = [CLIENTS / "llama-imatrix", "-m", model, "-f", folder / "short.txt", "-o", folder / "unused", "-lv", 5]
+    told = [*map(str, command), "-c", str(cells), "-t", "1"]
+    said = subprocess.run(told, cwd=_library().parent, capture_output=True, text=True, check=False)
+    sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells", said.stdout + said.stderr)
+    return sum(float(size) * 2**20 / int(count) for size, count in set(sizes))
 
 
 def log_probabilities(folder: Path, tokens: Sequence[int]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""An imatrix that llama-imatrix computes of a trained mixture: read as statistics, beside what `collect` measures."""
+"""What llama-imatrix computes of a trained mixture, beside what `collect` measures; and the KV cache that it makes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from moesurgery import open_checkpoint, plan_of
 from moesurgery.stats.criteria import scores, spearman
 from moesurgery.stats.imatrix_file import imatrix_scores, load_imatrix
 from moesurgery.stats.statistics_file import stats_for
-from tests.clients.llama_cpp import CLIENTS, INSTALLED, converted, imatrix_of, trained_model
+from tests.clients import cases
+from tests.clients.llama_cpp import CLIENTS, INSTALLED, cache_bytes_per_token, converted, imatrix_of, trained_model
 from tests.conftest import DEMO, Result
 
 pytestmark = [
@@ -23,6 +24,17 @@ pytestmark = [
 ]
 WINDOW, LETTERS = 256, 24_000
 Ok = Callable[..., Result]
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3", "gpt-oss"])
+def test_the_kv_cache_is_that_of_llama_cpp(name: str, tmp_path: Path, ok: Ok) -> None:
+    """Grouped queries, latent attention, and windows, whose cache llama.cpp makes apart."""
+    windows = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 64}
+    model_type, changes = {**cases.MIXTURES, "gpt-oss": ("gpt_oss", {**windows, "intermediate_size": 64})}[name]
+    cases.save(tmp_path / "model", model_type, changes)
+    model = converted(tmp_path / "model", tmp_path / "m", "f32")
+    counted = ok("count-params", model, "--json").json["roofline"]["kv_bytes_per_token"]
+    assert counted == pytest.approx(cache_bytes_per_token(model, tmp_path), rel=0.01)
 
 
 def test_llama_imatrix_ranks_experts_as_collect_does(tmp_path: Path, ok: Ok) -> None:
