@@ -69,6 +69,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"base_model: {folder}/dense\ngate_mode: random\ndtype: float32\nexperts:\n{sources}"
     )
     run("merge", folder / "merge.yaml", "-o", folder / "merged", "-q")
+    run(
+        "collect", DEMO, "--neurons", "--text", folder / "text.txt", "--tokens", 256, "--window", 64, "-o", folder / "S"
+    )
     return folder
 
 
@@ -94,6 +97,7 @@ def words_of(page: str, line: str) -> list[str]:
         "recipe.yaml": "upcycle.yaml" if dense else "merge.yaml",
         **dict.fromkeys(("mine.jsonl", "other.jsonl"), "text.txt"),
         **({"48": "6"} if words[0] == "drop-experts" else {}),
+        **({"128": "16"} if words[0] == "slim-experts" else {}),
         **({"OUT": "math", "50": "1"} if words[0] == "compare" else {}),
         **(dict.fromkeys(("MODEL", "BASE"), "predicting") if words[0] == "mtp" else {}),
     }
