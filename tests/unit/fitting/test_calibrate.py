@@ -115,7 +115,8 @@ def test_a_model_is_opened_once_and_edited_once(
     assert counted == {"opened": 1, "drop-experts": 2, "refit": 1}
     counted.clear()
     stats = tmp_path / "b.stats.safetensors"
-    ok("merge-experts", path, "--to", 7, "--stats", stats, *as_arguments(texts)[2:6], "-o", tmp_path / "c")
+    options = ("--group", "msmoe", "--stats", stats, *as_arguments(texts)[2:6])
+    ok("merge-experts", path, "--to", 7, *options, "-o", tmp_path / "c")
     assert counted == {"opened": 1, "merge-experts": 1, "drop-experts": 1}
 
 
