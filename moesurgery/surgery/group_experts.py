@@ -39,7 +39,7 @@ Router = Literal["dominant", "mean", "lse"]
 NAME = "merge-experts"
 DEFAULT_GROUP: Grouping = "reap-centroid"  # where every expert was run; docs/surgery.md has the table
 DEFAULT_BY: By = "reap-sum"
-CANDIDATES: tuple[Mapping[str, str], ...] = (  # what `auto` measures
+MEASURED_GROUPINGS: tuple[Mapping[str, str], ...] = (  # what `auto` measures
     {"group": "reap-centroid", "by": "reap-sum"},
     {"group": "reap-centroid", "by": "reap"},
     {"group": "msmoe"},

@@ -33,8 +33,8 @@ from moesurgery.recipe.requantize import WrittenBack
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.stats.group_fit_file import GroupFitFile, open_group_fits
 from moesurgery.surgery.group_experts import (
-    CANDIDATES,
     EVERY_EXPERT,
+    MEASURED_GROUPINGS,
     NAME,
     Align,
     By,
@@ -76,7 +76,7 @@ def _candidates(plan: Plan, values: Values) -> list[Variant]:
     given = {name: value for name, value in values.items() if (name, value) != ("align", "activations")}
     return [
         Variant(f"{way['group']} by {way['by']}" if "by" in way else way["group"], NAME, {**given, **way})
-        for way in CANDIDATES
+        for way in MEASURED_GROUPINGS
     ]
 
 
