@@ -49,13 +49,26 @@ def converted(model: Path, to: Path, kind: str) -> Path:
     return Path(f"{to}.gguf")
 
 
+def _library() -> Path:
+    (library,) = NODE.glob("node_modules/@node-llama-cpp/linux-x64/bins/*/libllama.v*.so")
+    return library
+
+
 def quantised(jobs: Sequence[tuple[Path, Path, int, Path | None]]) -> None:
     """Quantise files with llama.cpp's own library: (from, to, number of the type, imatrix) each."""
-    (library,) = NODE.glob("node_modules/@node-llama-cpp/linux-x64/bins/*/libllama.v*.so")
     told = json.dumps([[str(a), str(b), kind, imatrix and str(imatrix)] for a, b, kind, imatrix in jobs])
-    command = [sys.executable, HERE / "quantise_gguf.py", library, told]
+    command = [sys.executable, HERE / "quantise_gguf.py", _library(), told]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def imatrix_of(model: Path, text: Path, to: Path, *, window: int, chunks: int) -> Path:
+    """Let llama-imatrix run a GGUF over the first `chunks` windows of a text. It finds its backends where it stands."""
+    command = [CLIENTS / "llama-imatrix", "-m", model, "-f", text, "-o", to, "-c", window, "-b", window, "-t", 1]
+    told = [*map(str, command), "--chunks", str(chunks), "--no-ppl"]
+    done = subprocess.run(told, cwd=_library().parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return to
 
 
 def log_probabilities(folder: Path, tokens: Sequence[int]) -> dict[str, np.ndarray]:
