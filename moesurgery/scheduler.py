@@ -91,7 +91,7 @@ class Scheduler:
         if self.address.startswith("local:"):
             workers = int(self.address.removeprefix("local:"))
             cluster = distributed.LocalCluster(
-                n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50
+                n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50
             )
         try:
             try:

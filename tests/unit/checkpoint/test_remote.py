@@ -75,6 +75,9 @@ class Hub(BaseHTTPRequestHandler):
             self.send(json.dumps(tree).encode(), head)
         elif path.startswith(f"{api}/paths-info/"):
             self.send(b"[]", head)
+        elif path == "/acme/tiny/resolve/main":
+            links = "".join(f'<a href="{name}">{name}</a>' for name in ("?C=N;O=D", *os.listdir(self.folder)))
+            self.send(links.encode(), head, content_type="text/html")
         elif path.startswith("/acme/tiny/resolve/"):
             file = self.folder / path.split("/", 5)[5]
             if file.is_file():
@@ -457,6 +460,18 @@ def test_answers_over_plain_http_are_checked_too(hub: dict[str, str], demo: Path
         source.read(file, 5000, 100)
     assert "model-00001-of-00003.safetensors" in caught.value.message
     assert caught.value.hint
+
+
+def test_a_folder_of_a_web_server(hub: dict[str, str], demo: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """Its list of links names the files; sizes are asked for one by one, and bytes by ranges."""
+    pytest.importorskip("aiohttp")
+    url = f"{hub['HF_ENDPOINT']}/acme/tiny/resolve/main"
+    for source, output in ((url, tmp_path / "web"), (str(demo), tmp_path / "local")):
+        done = cli("drop-experts", source, "--keep", "0,2,3,5", "-o", output, "-q")
+        assert done.code == 0, done.err
+    expected, found = read_tensors(tmp_path / "local"), read_tensors(tmp_path / "web")
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[n], expected[n]) for n in expected)
 
 
 FAULTS = {
