@@ -15,7 +15,7 @@ from functools import cache
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import CheckpointError
 
-CONNECTIONS = 16  # threads of this process that fetch
+CONNECTIONS = 8  # threads of this process that fetch
 BLOCK = 8 << 20  # bytes of one request at most
 AHEAD = 128 << 20  # bytes that all jobs of this process hold at most, and one unit of work each
 

@@ -38,6 +38,7 @@ from moesurgery.write.job_control import JobControl
 from moesurgery.write.open_folder import OpenFolder
 
 _MOST_MANIFEST = 1 << 16
+_TRIES = 10
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
 
 
@@ -174,7 +175,10 @@ def write_shard(
         folder.replace(temporary, task.name)
         if manner.durable:
             folder.sync()
-        _write_manifest(folder, task.name, plan_id, durable=manner.durable)
+        for _ in range(_TRIES):
+            _write_manifest(folder, task.name, plan_id, durable=manner.durable)
+            if done(folder, task.name, plan_id):
+                break  # else the same part was started twice, and the other has put its own file there meanwhile
         return size
     except OSError as error:
         raise disk_error(error, folder.path) from error
