@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,11 @@ from tests.tiny import read_tensors, same_bits
 
 WAITS = ("Retry-After: 61", "Retry-After: 100000", "Retry-After: " + "9" * 5000, 'RateLimit: "api";r=0;t=100000')
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def lfs(data: bytes) -> dict[str, Any]:
+    """Return what the Hub says of a large file."""
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -69,6 +75,7 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith(f"{api}/tree/"):
             tree = [
                 {"type": "file", "path": str(f.relative_to(self.folder)), "size": f.stat().st_size, "oid": "0" * 40}
+                | ({"lfs": lfs(f.read_bytes())} if f.suffix == ".safetensors" else {})
                 for f in sorted(self.folder.rglob("*"))
                 if f.is_file()
             ]
