@@ -5,7 +5,8 @@
 Makes a synthetic Mixtral-shaped bf16 checkpoint, serves it on loopback from another process (`store_server.py`): all
 connections share --rate bytes per second. Once as it is, and once with 20 ms before each answer and a quarter of the
 rate for each connection. Each command is a process of its own, from its start to its end, disk included. Printed are
-the bytes of tensors that the output holds, requests, wall time, and the ratio of their rate to the server's.
+the bytes sent, requests, wall time, and the rate of the output's bytes by the server's: from start to end of the
+process, and from its first request to the last byte, which is without its start and its wait for the disk.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def main() -> None:
         maker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         maker.submit(make_checkpoint, work / "store" / "model", options.gb, options.shards).result()
         maker.shutdown()
-        print(f"{'':36} {'GB':>6} {'requests':>8} {'wall s':>8} {'cpu s':>7} {'peak MB':>8} {'of the rate':>12}")
+        heads = f"{'GB':>6} {'requests':>8} {'wall s':>8} {'cpu s':>7} {'peak MB':>8} {'of the rate':>12}"
+        print(f"{'':36} {heads} {'while it reads':>14}")
         for kind, more in {
             "": [],
             ", 20 ms, a quarter each": ["--latency", "0.02", "--connection-rate", str(options.rate / 4)],
@@ -82,7 +84,8 @@ def measure(work: Path, scheme: str, rate: float, more: list[str], edit: list[st
         server.kill()
         server.wait()
     figures = f"{counts['bytes'] / 1e9:6.2f} {counts['requests']:8d} {wall:8.1f} {cpu:7.1f} {memory:8.0f}"
-    return f"{figures} {min(size, counts['bytes']) / wall / rate:12.2f}"
+    used = min(size, counts["bytes"]) / rate
+    return f"{figures} {used / wall:12.2f} {used / counts['seconds']:12.2f}"
 
 
 if __name__ == "__main__":

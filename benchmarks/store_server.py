@@ -49,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
     lock: ClassVar[threading.Lock] = threading.Lock()
     sent: ClassVar[int] = 0
     requests: ClassVar[int] = 0
+    first: ClassVar[float] = 0.0
     last: ClassVar[float] = 0.0
     protocol_version = "HTTP/1.1"
     own: Rate
@@ -69,8 +70,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, head: bool) -> None:
         if self.path == "/counts":
-            counts = {"bytes": Handler.sent, "requests": Handler.requests}
+            seconds = Handler.last - Handler.first
+            counts = {"bytes": Handler.sent, "requests": Handler.requests, "seconds": seconds}
             return self.text(json.dumps(counts).encode(), "application/json", False)
+        Handler.first = Handler.first or time.monotonic()
         if self.latency:
             time.sleep(self.latency)
         address = urlsplit(self.path)
@@ -164,6 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.lock:
             Handler.sent += last + 1 - first
             Handler.requests += 1
+            Handler.last = time.monotonic()
 
     def log_message(self, *_: object) -> None:
         pass

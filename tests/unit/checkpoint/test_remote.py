@@ -469,6 +469,22 @@ def test_answers_over_plain_http_are_checked_too(hub: dict[str, str], demo: Path
     assert caught.value.hint
 
 
+def test_many_threads_may_read_first(hub: dict[str, str], demo: Path) -> None:
+    """As in a worker, which gets a source that another process opened."""
+    url = f"hf://acme/tiny@{COMMIT}"
+    code = f"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from moesurgery.checkpoint.source import HubSource
+source = HubSource(url={url!r}, label={url!r})
+with ThreadPoolExecutor(8) as pool:
+    parts = pool.map(lambda i: source.read("model-00001-of-00003.safetensors", 100 * i, 100), range(40))
+    sys.stdout.buffer.write(b"".join(parts))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=hub, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.stdout == (demo / "model-00001-of-00003.safetensors").read_bytes()[:4000], done.stderr.decode()
+
+
 def test_a_folder_of_a_web_server(hub: dict[str, str], demo: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     """Its list of links names the files; sizes are asked for one by one, and bytes by ranges."""
     pytest.importorskip("aiohttp")
