@@ -5,8 +5,9 @@
 Needs about 3.2 times --gb of disk: two Mixtral-shaped bf16 checkpoints, a dense one whose upcycle to 8 experts has as
 many bytes, and one output. Every command is a process of its own. Then each writer is killed (SIGKILL) when half of its
 shards are written, and run again: printed are the seconds of that run, and that its files are those of the first one.
-`cp` copies the first checkpoint, and once more with `sync`; `validate` reads all values. Peak memory is the resident
-set. The last column is what 1 TB would take at the same seconds per byte: on paper, not measured.
+`cp` copies the first checkpoint, without and with `sync`, three times in turn; the medians count. `validate` reads all
+values. Peak memory is the resident set. The last column is what 1 TB would take at the same seconds per byte: on
+paper, not measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -64,16 +66,19 @@ def run(work: Path, recipe: Path, shards: int) -> None:
     print(f"{'':32} {heads}", flush=True)
     timed(["cp", "-r", str(a), str(out)])  # fills the page cache as far as it goes
     shutil.rmtree(out)
-    rate = 0.0
-    for job, command in {
+    copies = {
         "cp": ["cp", "-r", str(a), str(out)],
         "cp and sync": ["sh", "-c", f"cp -r {a} {out} && sync {out}/*"],
-    }.items():
-        os.sync()
-        wall, _, memory = timed(command)
-        rate = rate or size(out) / wall
-        report(job, size(out), wall, rate, memory)
-        shutil.rmtree(out)
+    }
+    runs: dict[str, list[float]] = {job: [] for job in copies}
+    for _ in range(3):
+        for job, command in copies.items():
+            os.sync()
+            runs[job].append(timed(command)[0])
+            shutil.rmtree(out)
+    rate = size(a) / statistics.median(runs["cp"])
+    for job, walls in runs.items():
+        report(job, size(a), statistics.median(walls), rate, None)
     for job, command in writers.items():
         os.sync()
         wall, _, memory = timed(command)
@@ -87,10 +92,10 @@ def run(work: Path, recipe: Path, shards: int) -> None:
     report("validate --level values", size(a), wall, rate, memory)
 
 
-def report(job: str, nbytes: int, wall: float, rate: float, memory: float, resumed: str = " " * 16) -> None:
+def report(job: str, nbytes: int, wall: float, rate: float, memory: float | None, resumed: str = " " * 16) -> None:
     """Print one row; `rate` is that of `cp` in bytes per second."""
     hours = 1e12 / nbytes * wall / 3600
-    figures = f"{nbytes / 1e9:7.2f} {wall:8.1f} {wall * rate / nbytes:6.2f} {memory:8.0f}"
+    figures = f"{nbytes / 1e9:7.2f} {wall:8.1f} {wall * rate / nbytes:6.2f} {f'{memory:.0f}' if memory else '':>8}"
     print(f"{job:32} {figures} {resumed} {hours:8.2f}", flush=True)
 
 

@@ -16,7 +16,7 @@ from moesurgery.checkpoint.source import Source
 from moesurgery.errors import CheckpointError
 
 CONNECTIONS = 8  # threads of this process that fetch
-BLOCK = 8 << 20  # bytes of one request at most
+REQUEST = 8 << 20  # bytes of one request at most
 AHEAD = 128 << 20  # bytes that all jobs of this process hold at most, and one unit of work each
 
 Range = tuple[Source, str, int, int]  # source, file, first byte, number of bytes
@@ -45,8 +45,8 @@ class Fetched:
     def __init__(self, ranges: Iterable[Range] = (), stop: threading.Event | None = None) -> None:
         self._blocks: list[tuple[Range, Future[bytes]]] = []
         for source, file, first, nbytes in ranges:
-            for start in range(first, first + nbytes, BLOCK):
-                block = source, file, start, min(BLOCK, first + nbytes - start)
+            for start in range(first, first + nbytes, REQUEST):
+                block = source, file, start, min(REQUEST, first + nbytes - start)
                 self._blocks.append((block, _connections().submit(_fetch, block, stop)))
 
     def fill(self, view: memoryview, source: Source, file: str, start: int) -> bool:
@@ -68,7 +68,7 @@ class Fetched:
         while nbytes:
             part: memoryview | bytes | None = self._part(source, file, start, nbytes)
             if part is None:
-                part = read_remote(source, file, start, min(BLOCK, nbytes))
+                part = read_remote(source, file, start, min(REQUEST, nbytes))
             yield part
             start += len(part)
             nbytes -= len(part)

@@ -325,6 +325,7 @@ class RemoteSource:
     seen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     chosen: str | None = None
     _local: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
+    _shared: list[tuple[Any, str]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[type[RemoteSource], tuple[Any, ...]]:
         return type(self), (self.url, self.label, self.sizes, self.seen, self.chosen)
@@ -340,7 +341,9 @@ class RemoteSource:
         return f"{self.label}/{self.chosen}" if self.chosen is not None else self.label
 
     def _open(self) -> tuple[Any, str]:
-        """Return this thread's file system and the root path in it."""
+        """Return a file system, of all threads where it is asynchronous inside, else of this one, and its root path."""
+        if self._shared:
+            return self._shared[0]
         if not hasattr(self._local, "opened"):
             import fsspec
 
@@ -355,6 +358,8 @@ class RemoteSource:
             except Exception as error:  # of any kind: protocols are third-party code
                 reason = f"{type(error).__name__}: {error}"
                 raise CheckpointError(f"{self.url} cannot be opened: {reason}", "check the address") from None
+            if self._local.opened[0].async_impl:
+                self._shared.append(self._local.opened)
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moesurgery.checkpoint.file_reader import FileReader
-from moesurgery.checkpoint.read_ahead import BLOCK, Range, ReadAhead
+from moesurgery.checkpoint.read_ahead import REQUEST, Range, ReadAhead
 from moesurgery.errors import CheckpointError
 from moesurgery.expr.elementwise import cast, scale
 from moesurgery.expr.nodes import Concat, Expr, Slice, concat, reshape
@@ -49,15 +49,15 @@ def wanted(source: Any, *sizes: int) -> list[list[Range]]:
 
 def test_several_ranges_are_fetched_at_once_and_joined() -> None:
     source = Far(together=4)
-    ahead = ReadAhead(wanted(source, 2 * BLOCK, 1000, 500), 1 << 30, threading.Event())
+    ahead = ReadAhead(wanted(source, 2 * REQUEST, 1000, 500), 1 << 30, threading.Event())
     fetched = ahead.begin(0)  # the first read waits until the other three are there, too
     view = memoryview(bytearray(2000))
-    assert fetched.fill(view, source, "x", BLOCK - 1000)  # type: ignore[arg-type]
-    assert view == bytes_of(BLOCK - 1000, 2000)
-    assert b"".join(fetched.parts(source, "x", 0, 2 * BLOCK)) == bytes_of(0, 2 * BLOCK)  # type: ignore[arg-type]
-    assert not fetched.fill(view, source, "x", 2 * BLOCK - 10)  # type: ignore[arg-type]
+    assert fetched.fill(view, source, "x", REQUEST - 1000)  # type: ignore[arg-type]
+    assert view == bytes_of(REQUEST - 1000, 2000)
+    assert b"".join(fetched.parts(source, "x", 0, 2 * REQUEST)) == bytes_of(0, 2 * REQUEST)  # type: ignore[arg-type]
+    assert not fetched.fill(view, source, "x", 2 * REQUEST - 10)  # type: ignore[arg-type]
     assert not fetched.fill(view, source, "y", 0)  # type: ignore[arg-type]
-    assert sorted(source.begun) == [(0, BLOCK), (BLOCK, BLOCK), (2 * BLOCK, 1000), (2 * BLOCK + 1000, 500)]
+    assert sorted(source.begun) == [(0, REQUEST), (REQUEST, REQUEST), (2 * REQUEST, 1000), (2 * REQUEST + 1000, 500)]
 
 
 def test_what_is_fetched_and_not_done_is_bounded() -> None:
