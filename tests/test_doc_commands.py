@@ -69,6 +69,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"base_model: {folder}/dense\ngate_mode: random\ndtype: float32\nexperts:\n{sources}"
     )
     run("merge", folder / "merge.yaml", "-o", folder / "merged", "-q")
+    run(
+        "collect", DEMO, "--neurons", "--text", folder / "text.txt", "--tokens", 256, "--window", 64, "-o", folder / "S"
+    )
     return folder
 
 
@@ -94,6 +97,7 @@ def words_of(page: str, line: str) -> list[str]:
         "recipe.yaml": "upcycle.yaml" if dense else "merge.yaml",
         **dict.fromkeys(("mine.jsonl", "other.jsonl"), "text.txt"),
         **({"48": "6"} if words[0] == "drop-experts" else {}),
+        **({"128": "16"} if words[0] == "slim-experts" else {}),
         **({"OUT": "math", "50": "1"} if words[0] == "compare" else {}),
         **(dict.fromkeys(("MODEL", "BASE"), "predicting") if words[0] == "mtp" else {}),
     }
@@ -118,6 +122,8 @@ def test_a_command_of_the_pages_runs(
     words = words_of(page, line)
     if "-o" in words:
         words[words.index("-o") + 1] = str(tmp_path / "out")
+    elif words[0] == "slim-experts":  # what is solved is kept beside the output, and is of one width
+        words += ["-o", str(tmp_path / "out")]
     result = cli(*words)
     assert result.code == (1 if words[0] == "diff" else 0), result.err + result.out
     if promised := re.search(r"# writes \./(\S+)", line):
