@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from moesurgery.cli import main
-from moesurgery.write import shard
+from moesurgery.write import parts, shard
 from moesurgery.write.open_folder import OpenFolder
 from tests.conftest import Result
 from tests.killing import contents
@@ -92,9 +92,29 @@ def test_parts_at_once_from_other_folders_the_last_publishes(
         for number, folder in zip(numbers, folders, strict=True)
     ]
     ends = [outcome(job) for job in jobs]
-    assert [code for code, _ in ends] == [0] * 5, ends
+    # Who starts when all others have ended finds the output.
+    assert all(code == 0 or (code == 2 and "exists and is not empty" in " ".join(text.split())) for code, text in ends)
     assert sum("is published" in text for _, text in ends) == 1, ends
     assert contents(tmp_path / "out") == expected
+
+
+def test_a_part_that_begins_when_its_twin_has_published(
+    cli: Cli, demo: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [EDIT[0], str(demo), *EDIT[1:], "-o", str(tmp_path / "out"), "--part", "1/1", "--finish"]
+    claim = parts.claim
+
+    def late(*given: Any, **more: Any) -> Any:
+        monkeypatch.setattr(parts, "claim", claim)
+        assert main(arguments) == 0
+        return claim(*given, **more)
+
+    monkeypatch.setattr(parts, "claim", late)
+    result = cli(*arguments)
+    assert result.code == 2
+    assert "exists and is not empty" in " ".join(result.err.split())
+    assert contents(tmp_path / "out") == expected
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_part_whose_twin_replaces_a_shard_before_its_manifest_is_written(
