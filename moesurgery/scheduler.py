@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from concurrent.futures import CancelledError, Executor, as_completed
+from concurrent.futures import CancelledError, Executor, Future, as_completed
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -91,7 +91,7 @@ class Scheduler:
         if self.address.startswith("local:"):
             workers = int(self.address.removeprefix("local:"))
             cluster = distributed.LocalCluster(
-                n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50
+                n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50
             )
         try:
             try:
@@ -102,10 +102,33 @@ class Scheduler:
                     "start one: `dask scheduler`, `dask worker ADDRESS`",
                 ) from None
             try:
-                yield client.get_executor(retries=_RETRIES, pure=False)
+                yield _ClusterExecutor(client)
             finally:
                 with suppress(OSError, TimeoutError):
                     client.close(timeout=5)
         finally:
             if cluster is not None:
                 cluster.close(timeout=10)
+
+
+class _ClusterExecutor(Executor):
+    """Tasks on the workers of a Dask client, whose own executor never ends where results went with the scheduler."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def submit(self, function: Callable[..., _Result], /, *arguments: Any, **more: Any) -> Future[_Result]:
+        given: Future[_Result] = Future()
+        given.set_running_or_notify_cancel()  # those that are left are dropped when the client is closed
+
+        def pass_on(task: Any) -> None:
+            try:
+                result = task.result(timeout=_CONNECT)
+            except BaseException as error:
+                given.set_exception(error)
+            else:
+                given.set_result(result)
+
+        task = self._client.submit(function, *arguments, **more, retries=_RETRIES, pure=False)
+        task.add_done_callback(pass_on)
+        return given

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesurgery.checkpoint.read_ahead import Fetched, read_remote
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import CheckpointError
 
@@ -57,9 +58,13 @@ def read_full(descriptor: int, view: memoryview, offset: int, where: str) -> Non
 
 
 class FileReader:
-    """Open files and buffers of one thread that evaluates expressions. An `expr.nodes.Reader`."""
+    """Open files and buffers of one thread that evaluates expressions. An `expr.nodes.Reader`.
+
+    `fetched`: ranges of remote files that were read ahead.
+    """
 
     def __init__(self) -> None:
+        self.fetched: Fetched | None = None
         self._open: dict[Path, int] = {}
         self._paths: dict[tuple[Source, str], Path | None] = {}
         self._buffers: list[Buffer] = []
@@ -116,7 +121,8 @@ class FileReader:
         """Fill `view` with bytes of a source."""
         path = self.path(source, file)
         if path is None:
-            view[:] = read_remote(source, file, start, len(view))
+            if self.fetched is None or not self.fetched.fill(view, source, file, start):
+                view[:] = read_remote(source, file, start, len(view))
         else:
             read_full(self.descriptor(path), view, start, str(path))
 
@@ -133,14 +139,6 @@ class FileReader:
         if path not in self._open:
             self._open[path] = open_to_read(path)
         return self._open[path]
-
-
-def read_remote(source: Source, file: str, start: int, length: int) -> bytes:
-    """Read a range through the source; raise CheckpointError where it comes back short."""
-    data = source.read(file, start, length)
-    if len(data) != length:
-        raise CheckpointError(f"{file} ends before its header says", "the file is damaged or has changed; start again")
-    return data
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:

@@ -70,6 +70,7 @@ class Asked:
         return CheckpointError(f"{self.where}: {wanted} were asked for, the server answered {what}", hint)
 
 
+CLIENT_LOCK = threading.Lock()  # a client that is replaced while another thread uses it is closed under its hands
 _last = threading.local()  # the last response to a range request, per thread
 
 
@@ -79,7 +80,8 @@ def hub_answers(asked: Asked) -> Iterator[None]:
 
     The last response is checked: huggingface_hub retries interrupted requests.
     """
-    _remember_answers()
+    with CLIENT_LOCK:
+        _remember_answers()
     _last.answer = None
     yield
     if _last.answer is not None:

@@ -325,6 +325,7 @@ class RemoteSource:
     seen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     chosen: str | None = None
     _local: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
+    _shared: list[tuple[Any, str]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[type[RemoteSource], tuple[Any, ...]]:
         return type(self), (self.url, self.label, self.sizes, self.seen, self.chosen)
@@ -340,7 +341,9 @@ class RemoteSource:
         return f"{self.label}/{self.chosen}" if self.chosen is not None else self.label
 
     def _open(self) -> tuple[Any, str]:
-        """Return this thread's file system and the root path in it."""
+        """Return a file system, of all threads where it is asynchronous inside, else of this one, and its root path."""
+        if self._shared:
+            return self._shared[0]
         if not hasattr(self._local, "opened"):
             import fsspec
 
@@ -355,6 +358,8 @@ class RemoteSource:
             except Exception as error:  # of any kind: protocols are third-party code
                 reason = f"{type(error).__name__}: {error}"
                 raise CheckpointError(f"{self.url} cannot be opened: {reason}", "check the address") from None
+            if self._local.opened[0].async_impl:
+                self._shared.append(self._local.opened)
         return self._local.opened  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, int]:
@@ -374,6 +379,8 @@ class RemoteSource:
                 entries = {part: system.info(part) for part in parts if len(parts) == 1 or system.exists(part)}
             else:
                 entries = system.find(root, detail=True)
+                if self._is_http:  # whose lists of links give no sizes
+                    entries = {path: system.info(path) for path in entries if "?" not in path}
                 entries = entries if parts is None else {part: entries[part] for part in parts if part in entries}
         if len(entries) > MAX_FILES:
             raise CheckpointError(f"{self.label} holds more than {MAX_FILES:,} files", "name the model's own folder")
@@ -394,22 +401,21 @@ class RemoteSource:
         stop = start + length if size is None else min(start + length, size)
         if stop <= start:
             return b""
-        system, root = self._open()
-        path = f"{root.rstrip('/')}/{contained(file)}"
-        asked = Asked(f"{self.label}/{file}", start, stop, size, file, self.seen)
+        asked = Asked(f"{self.label}/{contained(file)}", start, stop, size, file, self.seen)
         with remote_errors(asked.where):
-            if self._is_hub:
-                with hub_answers(asked):
-                    data = bytes(system.cat_file(path, start=start, end=stop, cache_type="none"))  # else 5 MB ahead
-            elif self._is_http:
-                data = bytes(system.cat_file(path, start=start, end=stop, **http_answers(asked)))
-            else:
-                if file not in self.seen:
-                    self.check(file)
-                data = bytes(system.cat_file(path, start=start, end=stop))
+            data = self._range(asked)
         if size is not None:
             asked.check_length(len(data))
         return data
+
+    def _range(self, asked: Asked) -> bytes:
+        """Request a range, and check what the answer says of itself."""
+        system, root = self._open()
+        path = f"{root.rstrip('/')}/{asked.file}"
+        more: dict[str, Any] = http_answers(asked) if self._is_http else {}
+        if not self._is_hub and not self._is_http and asked.file not in self.seen:
+            self.check(asked.file)
+        return bytes(system.cat_file(path, start=asked.start, end=asked.stop, **more))
 
     @property
     def _is_hub(self) -> bool:
@@ -481,6 +487,25 @@ class HubSource(RemoteSource):
         if self.snapshot is not None and self.local(file) is not None:
             return self.snapshot.read(file, start, length)
         return super().read(file, start, length)
+
+    def _range(self, asked: Asked) -> bytes:
+        # Not by fsspec, whose file systems, one for each thread, ask again which commit and what file it is.
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_backoff,
+        )
+
+        bound_the_hub()  # here too: a shard may be written by a process of its own
+        repository, _, below = self.url.removeprefix("hf://").partition("@")
+        commit, _, folder = below.partition("/")
+        url = hf_hub_url(repository, asked.file, subfolder=folder or None, revision=commit)
+        headers = {**build_hf_headers(), "range": f"bytes={asked.start}-{asked.stop - 1}"}
+        with hub_answers(asked):
+            answer = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(answer)
+            return answer.content
 
     def check(self, file: str, descriptor: int | None = None) -> None:
         if self.snapshot is not None and self.local(file) is not None:

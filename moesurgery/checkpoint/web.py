@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from moesurgery.checkpoint.http_answers import ASK_AGAIN
+from moesurgery.checkpoint.http_answers import ASK_AGAIN, CLIENT_LOCK
 from moesurgery.errors import CheckpointError
 
 MAX_ANSWER = 64 << 20  # bytes of an answer to anything but a byte range: lists of files, facts about a model
@@ -67,9 +67,14 @@ def _current() -> _Operation | None:
     return own or next(iter(_open), None)
 
 
-@cache
 def bound_the_hub() -> None:
     """Have huggingface_hub make its requests through a client that checks every response."""
+    with CLIENT_LOCK:
+        _bound_the_hub()
+
+
+@cache
+def _bound_the_hub() -> None:
     from huggingface_hub import get_session, set_client_factory
 
     present: Any = get_session()

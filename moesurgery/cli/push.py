@@ -34,7 +34,7 @@ def push_command(
     An interrupted upload goes on with the same command. A model larger than the disk is written straight to the Hub:
     any writer with -o hf://org/name.
     """
-    from moesurgery.write.hub_upload import prepare_upload, push, repository_of
+    from moesurgery.write.hub_upload import prepare_upload, push, repository_of, same_as_bases
 
     console.quiet = quiet
     to = repository_of(repository, revision)
@@ -56,6 +56,8 @@ def push_command(
         if quiet or as_json:
             hide_bars_of_the_hub()
         document["commit"] = push(upload, to, private=private, force=force)
+        same = same_as_bases(upload, to)
+        document["same_as_base"] = same and {"files": same[0], "bytes": same[1]}
     if as_json:
         console.json(document)
         return
@@ -66,6 +68,9 @@ def push_command(
     console.result(f"{verb} {human_bytes(upload.nbytes)} in {len(upload.files)} files to {to.url}")
     if not dry_run:
         console.result(str(document["commit"]))
+        if same is not None:
+            told = f"{same[0]} of the files, {human_bytes(same[1])}, are those of the base, byte for byte"
+            console.result(f"{told}: stored once (parts of other files that Xet stores once are not told)")
 
 
 def _check(folder: Path) -> None:

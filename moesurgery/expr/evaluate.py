@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.arrays import decoded
-from moesurgery.checkpoint.file_reader import FileReader, as_bytes, read_remote
+from moesurgery.checkpoint.file_reader import FileReader, as_bytes
+from moesurgery.checkpoint.read_ahead import read_remote
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Copy, Expr, Slice
 

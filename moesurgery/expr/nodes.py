@@ -118,6 +118,15 @@ class Expr:
         for part in self.inputs:
             yield from part.stored()
 
+    def ranges(self, start: int, stop: int) -> Iterator[Copy]:
+        """Yield about what is read to evaluate elements `start:stop`, so that it can be fetched ahead.
+
+        The same share of every input, unless a node knows better: what is missing is read when it is wanted.
+        """
+        for part in self.inputs:
+            first, last = start * part.numel // self.numel, -(-stop * part.numel // self.numel)
+            yield from part.ranges(*_in_multiples(part, first, last))
+
 
 def torch_dtype(dtype: str) -> torch.dtype:
     """Return torch's name for a safetensors dtype. Raises ValueError for types torch cannot hold."""
@@ -208,6 +217,9 @@ class Stored(Expr):
     def stored(self) -> Iterator[Stored]:
         yield self
 
+    def ranges(self, start: int, stop: int) -> Iterator[Copy]:
+        yield Copy(self.source, self.info.file, *self._range(start, stop))
+
 
 def _in_multiples(of: Expr, start: int, stop: int) -> tuple[int, int]:
     """Return the elements of the multiples of `chunk_multiple` that `start:stop` lie in."""
@@ -294,6 +306,10 @@ class Slice(Unary):
         offset = self.start * self.row
         return _raw(self.of, offset + start, offset + stop, reader)
 
+    def ranges(self, start: int, stop: int) -> Iterator[Copy]:
+        offset = self.start * self.row
+        yield from self.of.ranges(*_in_multiples(self.of, offset + start, offset + stop))
+
 
 @dataclass(frozen=True)
 class Concat(Expr):
@@ -337,6 +353,10 @@ class Concat(Expr):
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
         # Joined at once: the bytes of a part are valid only until the next call.
         return memoryview(b"".join(bytes(_raw(p, first, last, reader)) for p, first, last in self.within(start, stop)))
+
+    def ranges(self, start: int, stop: int) -> Iterator[Copy]:
+        for part, first, last in self.within(start, stop):
+            yield from part.ranges(*_in_multiples(part, first, last))
 
     def within(self, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
         """Yield the parts that elements `start:stop` are in, with the elements of each."""

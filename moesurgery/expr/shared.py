@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed
+from moesurgery.expr.nodes import Copy, Expr, Reader, Unary, narrowed
 from moesurgery.expr.tensors import Gather
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ class SharedResult(Expr):
     @property
     def inputs(self) -> tuple[Expr, ...]:
         return self.solution.of
+
+    def ranges(self, start: int, stop: int) -> Iterator[Copy]:
+        return iter(())  # read once for all results
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         result = self.solution.results(reader)[self.index]

@@ -8,7 +8,7 @@ its first H columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.arrays import decoded, rounded
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, element_count
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed, torch_dtype
+from moesurgery.expr.nodes import Copy, Expr, Reader, Slice, Unary, narrowed, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -273,6 +273,12 @@ class Gather(Unary):
             out[at : at + run] = self.of.evaluate(first * row, (first + run) * row, reader).view(run, row)
             at += run
         return out.view(-1)
+
+    def ranges(self, start: int, stop: int) -> Iterator[Copy]:
+        chosen = self.indices[start // self.row : -(-stop // self.row)]
+        first, last = min(chosen), max(chosen) + 1
+        if last - first <= 4 * len(chosen):  # a request for each row takes longer than what lies between them
+            yield from Slice(self.of, first, last).ranges(0, (last - first) * self.row)
 
 
 @dataclass(frozen=True)

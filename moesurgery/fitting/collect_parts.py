@@ -30,7 +30,7 @@ def collect_in_parts(
     """Return the statistics of all windows, collected in parts by the workers of an executor.
 
     The sums are the same bits for any number of workers, whichever of them die, and equal those of one process up to
-    the rounding of float64 sums in another order. Raises OutputError where workers die and nothing gets done any more,
+    float32 rounding: other windows are in a batch. Raises OutputError where workers die and nothing gets done any more,
     RefusedError for `needed.neurons`, which need all tokens at once.
     """
     if needed.neurons:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from moesurgery.checkpoint.arrays import numbers
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.dtypes import BITS, BLOCKS
-from moesurgery.checkpoint.file_reader import read_remote
 from moesurgery.checkpoint.header import TensorInfo
+from moesurgery.checkpoint.read_ahead import read_remote
 from moesurgery.write.card import json_differences
 from moesurgery.write.job_control import ByteProgress
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from moesurgery.checkpoint.arrays import numbers
 from moesurgery.checkpoint.block_values import FACTORS, block_values
 from moesurgery.checkpoint.dtypes import BLOCKS
-from moesurgery.checkpoint.file_reader import BUFFER, Buffer, FileReader, read_remote
+from moesurgery.checkpoint.file_reader import BUFFER, Buffer, FileReader
 from moesurgery.checkpoint.header import TensorInfo
+from moesurgery.checkpoint.read_ahead import read_remote
 from moesurgery.checkpoint.source import Source
 from moesurgery.errors import RefusedError
 

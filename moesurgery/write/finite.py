@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.arrays import NotFiniteError, beyond, decoded, holds_odd_bits, numbers
-from moesurgery.checkpoint.file_reader import read_remote
+from moesurgery.checkpoint.read_ahead import read_remote
 from moesurgery.checkpoint.source import Source
 from moesurgery.expr.elementwise import Scale
 from moesurgery.expr.nodes import Expr, Reader, Stored

@@ -28,7 +28,8 @@ _MOST_RECORD = 64 << 20
 class HubUpload:
     """What is sent: files with their sizes in bytes, and README.md as it will be there.
 
-    `left_out`: files that stay here. `changes`: what was changed of README.md.
+    `left_out`: files that stay here. `changes`: what was changed of README.md. `bases`: the models of the Hub that were
+    edited, `hf://org/name@<commit>`.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class HubUpload:
     card: bytes
     left_out: tuple[str, ...]
     changes: tuple[str, ...]
+    bases: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +74,12 @@ def prepare_upload(folder: Path) -> HubUpload:
     for name in files:
         source.local(name)  # a link out of the folder is refused
     text = source.read(CARD, 0, sizes[CARD]).decode(errors="replace") if CARD in sizes else ""
-    card, changes = _card(text, _record(source, sizes))
+    identities = _identities(record := _record(source, sizes))
+    card, changes = _card(text, record, identities)
     files[CARD] = len(card)
     left_out = sorted((sizes.keys() - files.keys()) | source.irregular().keys())
-    return HubUpload(folder, dict(sorted(files.items())), card, tuple(left_out), tuple(changes))
+    bases = tuple(name for name in identities if name.startswith("hf://"))
+    return HubUpload(folder, dict(sorted(files.items())), card, tuple(left_out), tuple(changes), bases)
 
 
 def push(upload: HubUpload, to: HubRepository, *, private: bool, force: bool) -> str:
@@ -97,6 +101,22 @@ def push(upload: HubUpload, to: HubRepository, *, private: bool, force: bool) ->
     return to.commit(f"Upload {upload.folder.resolve().name}", contents, stale)
 
 
+def same_as_bases(upload: HubUpload, at: HubRepository) -> tuple[int, int] | None:
+    """Return how many of the large files that were pushed the models that were edited hold too, and their bytes.
+
+    Such files are stored once. What Xet shares of other files, by the chunk, huggingface_hub does not tell. None where
+    no such model is known or one cannot be listed.
+    """
+    held: set[str] = set()
+    try:
+        for base in upload.bases:
+            held |= repository_of(base).digests().keys()
+        same = [size for digest, size in at.digests().items() if digest in held]
+    except (OutputError, RecipeError):
+        return None  # the checkpoint is there all the same
+    return (len(same), sum(same)) if held else None
+
+
 def _record(source: LocalSource, sizes: dict[str, int]) -> dict[str, Any]:
     """Return what moesurgery.json says; nothing where there is none that can be read."""
     if PROVENANCE not in sizes:
@@ -108,11 +128,14 @@ def _record(source: LocalSource, sizes: dict[str, int]) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _card(text: str, record: dict[str, Any]) -> tuple[bytes, list[str]]:
+def _identities(record: dict[str, Any]) -> list[str]:
+    """Return what the provenance calls the models that were edited."""
+    return [str(each.get("identity")) for each in record.get("inputs") or () if isinstance(each, dict)]
+
+
+def _card(text: str, record: dict[str, Any], identities: list[str]) -> tuple[bytes, list[str]]:
     """Return README.md for the Hub, and what was changed of the one in the folder."""
     front, body = front_matter(text)
-    inputs = [each for each in record.get("inputs") or () if isinstance(each, dict)]
-    identities = [str(each.get("identity")) for each in inputs]
     parents = [name.removeprefix("hf://").split("@")[0] for name in identities if name.startswith("hf://")]
     changes = []
     inherited = bool(record) and MADE_WITH not in body

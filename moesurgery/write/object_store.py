@@ -11,11 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moesurgery.checkpoint.digest import sampled_digest
 from moesurgery.checkpoint.source import LocalSource, RemoteSource
 from moesurgery.errors import CheckpointError, OutputError, SurgeryError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 _S3FS_PART = 50 << 20  # bytes of a part of s3fs's multipart uploads, which its ETags tell
 _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/@]+))?/?")
@@ -167,6 +170,13 @@ class HubRepository:
         return f"hf://{self.repository}" + (f"@{self.revision}" if self.revision else "")
 
     def files(self) -> dict[str, int]:
+        return {file.path: file.size for file in self._tree()}
+
+    def digests(self) -> dict[str, int]:
+        """Return the SHA-256 of every large file that is there, with its size in bytes."""
+        return {file.lfs.sha256: file.size for file in self._tree() if file.lfs is not None}
+
+    def _tree(self) -> list[RepoFile]:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
@@ -175,8 +185,8 @@ class HubRepository:
             try:
                 tree = list(HfApi().list_repo_tree(self.repository, recursive=True, revision=self.revision))
             except (RepositoryNotFoundError, RevisionNotFoundError):
-                return {}
-        return {file.path: file.size for file in tree if isinstance(file, RepoFile) and file.path != ".gitattributes"}
+                return []
+        return [file for file in tree if isinstance(file, RepoFile) and file.path != ".gitattributes"]
 
     def create(self, *, private: bool | None) -> list[str]:
         """Make repository and branch where they are not there; return the files that a new branch begins with.

@@ -26,6 +26,7 @@ from moesurgery.write.expected_output import (
     write_side_files,
 )
 from moesurgery.write.job_control import JobControl
+from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
 from moesurgery.write.shard import ShardTask, disk_error, done
 from moesurgery.write.write_plan import (
@@ -105,7 +106,7 @@ def write_part(
     output = Path(os.path.abspath(output))
     options = replace(options or WriteOptions(), durable=True)
     tasks, identity = begin_output(plan, output, force=options.force)
-    work = _enter(plan, tasks, identity, partial_of(output), options, group)
+    work = _enter(plan, tasks, identity, output, options, group)
     watch = watch or JobControl()
     try:
         mine = part.of(tasks)
@@ -170,9 +171,10 @@ def _finish_last(output: Path, options: WriteOptions, group: int | None) -> bool
 
 
 def _enter(
-    plan: Plan, tasks: list[ShardTask], identity: str, partial: Path, options: WriteOptions, group: int | None
+    plan: Plan, tasks: list[ShardTask], identity: str, output: Path, options: WriteOptions, group: int | None
 ) -> WorkFolder:
     """Join the working folder, or make it as the first part."""
+    partial = partial_of(output)
     for _ in range(_TRIES):
         work = join(partial, identity, group=group)
         if work is not None and work.exists(_JOB):
@@ -186,6 +188,11 @@ def _enter(
             continue
         try:
             if not work.exists(_JOB):
+                try:
+                    check_output(plan, output, force=options.force)
+                except OutputError:
+                    work.discard()  # the same part was started twice, and the other has published meanwhile
+                    raise
                 write_side_files(plan, tasks, work, card=options.card, durable=True, evidence=options.evidence)
                 _write_job(expected_output(plan, tasks), work)
             share(work)

@@ -24,8 +24,9 @@ from typing import Any
 from moesurgery.checkpoint.arrays import NotFiniteError, keep_freed_memory
 from moesurgery.checkpoint.digest import sampled_digest
 from moesurgery.checkpoint.dtypes import BITS
-from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes, read_remote
+from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes
 from moesurgery.checkpoint.filenames import WORK
+from moesurgery.checkpoint.read_ahead import AHEAD, Fetched, Range, ReadAhead
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
@@ -37,6 +38,7 @@ from moesurgery.write.job_control import JobControl
 from moesurgery.write.open_folder import OpenFolder
 
 _MOST_MANIFEST = 1 << 16
+_TRIES = 10
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
 
 
@@ -87,6 +89,7 @@ class Manner:
     link: bool = False
     reflink: bool = False  # the output's filesystem can share blocks with the sources
     durable: bool = True  # wait for the disk, so that not even a power cut leaves half a checkpoint
+    ahead: int = AHEAD  # bytes of remote files that are fetched before they are wanted
 
 
 def make_header(entries: tuple[tuple[str, Expr], ...], metadata: tuple[tuple[str, str], ...], phase: int) -> bytes:
@@ -172,7 +175,10 @@ def write_shard(
         folder.replace(temporary, task.name)
         if manner.durable:
             folder.sync()
-        _write_manifest(folder, task.name, plan_id, durable=manner.durable)
+        for _ in range(_TRIES):
+            _write_manifest(folder, task.name, plan_id, durable=manner.durable)
+            if done(folder, task.name, plan_id):
+                break  # else the same part was started twice, and the other has put its own file there meanwhile
         return size
     except OSError as error:
         raise disk_error(error, folder.path) from error
@@ -330,9 +336,11 @@ def chunk_elements(expr: Expr, nbytes: int) -> int:
 
 def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, watch: JobControl) -> None:
     threads = max(1, min(manner.threads, len(units)))
-    waiting: queue.SimpleQueue[tuple[Piece, int]] = queue.SimpleQueue()
-    for unit in units:
-        waiting.put(unit)
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(units)):
+        waiting.put(number)
+    wanted = _remote_ranges([piece for piece, _ in units])
+    ahead = ReadAhead(wanted, manner.ahead, watch.stop) if any(wanted) else None
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -340,11 +348,14 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
         try:
             while not failures and not watch.stop.is_set():
                 try:
-                    piece, at = waiting.get_nowait()
+                    number = waiting.get_nowait()
                 except queue.Empty:
                     reader.reader.check()
                     return
-                reader.perform(piece, descriptor, at)
+                piece, at = units[number]
+                reader.perform(piece, descriptor, at, ahead.begin(number) if ahead else None)
+                if ahead is not None:
+                    ahead.end(number)
                 if manner.durable:
                     copy_bytes.start_writeback(descriptor, at, piece.nbytes)
                 watch.progress(piece.nbytes)
@@ -361,8 +372,30 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
             thread.start()
         for thread in pool:
             thread.join()
+    if ahead is not None:
+        ahead.close()
     if failures:
         raise failures[0]
+
+
+def _remote_ranges(pieces: list[Piece]) -> list[list[Range]]:
+    """Return of each piece what it reads of files that are not on this machine."""
+    remote: dict[tuple[Source, str], bool] = {}
+
+    def is_remote(part: Copy) -> bool:
+        where = part.source, part.file
+        if where not in remote:
+            remote[where] = part.source.local(part.file) is None
+        return remote[where]
+
+    return [
+        [
+            part
+            for part in (piece.expr.ranges(piece.start, piece.stop) if isinstance(piece, Compute) else [piece])
+            if is_remote(part)
+        ]
+        for piece in pieces
+    ]
 
 
 @contextmanager
@@ -388,8 +421,9 @@ class Worker:
     def close(self) -> None:
         self.reader.close()
 
-    def perform(self, piece: Piece, target: int, at: int) -> None:
-        """Write one unit of work at byte `at` of the open file `target`."""
+    def perform(self, piece: Piece, target: int, at: int, fetched: Fetched | None = None) -> None:
+        """Write one unit of work at byte `at` of the open file `target`. `fetched`: what was read ahead for it."""
+        self.reader.fetched = fetched
         if isinstance(piece, Copy):
             self._copy(piece, target, at)
         else:
@@ -409,10 +443,9 @@ class Worker:
                 self.stop,
             )
             return
-        for offset in range(0, piece.nbytes, 8 << 20):
-            length = min(8 << 20, piece.nbytes - offset)
-            data = read_remote(piece.source, piece.file, piece.start + offset, length)
-            copy_bytes.write_full(target, memoryview(data), at + offset)
+        for data in (self.reader.fetched or Fetched()).parts(*piece):
+            copy_bytes.write_full(target, memoryview(data), at)
+            at += len(data)
 
     def _compute(self, piece: Compute, target: int, at: int) -> None:
         step = chunk_elements(piece.expr, BUFFER // 2)  # no more than a merge computes at once: nothing to be joined

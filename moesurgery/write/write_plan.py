@@ -17,6 +17,7 @@ from pathlib import Path
 
 from moesurgery._version import __version__
 from moesurgery.checkpoint.filenames import CONFIG, INDEX, WORK
+from moesurgery.checkpoint.read_ahead import AHEAD
 from moesurgery.checkpoint.source import Source
 from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
@@ -131,8 +132,9 @@ def write_tasks(
     make_executor: MakeExecutor | None = None,
 ) -> None:
     """Write shards into the working folder, several at once. Raises OutputError where they do not fit."""
-    workers, threads = _workers(options, todo) if make_executor is None else (0, 1)
-    manner = Manner(threads, link=options.link, reflink=can_reflink(plan, work), durable=options.durable)
+    workers, threads = _workers(options, todo) if make_executor is None else (1, 1)
+    reflink = can_reflink(plan, work)
+    manner = Manner(threads, options.link, reflink, options.durable, ahead=AHEAD // workers)
     _check_space(todo, work, manner)
     if make_executor is None:
         write_on_threads(todo, work, manner, watch, workers)

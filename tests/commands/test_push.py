@@ -18,7 +18,7 @@ from moesurgery.write.card import front_matter
 from moesurgery.write.hub_upload import prepare_upload
 from tests.conftest import Result
 from tests.killing import contents
-from tests.unit.checkpoint.test_remote import Hub, command
+from tests.unit.checkpoint.test_remote import Hub, command, lfs
 
 EDIT = ("rescale", "hf://acme/tiny", "--top-k", "3", "--max-shard-size", "4MB", "-q", "--checksums")
 
@@ -61,7 +61,7 @@ class WritableHub(Hub):
     def entry(name: str, data: bytes) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
         if name.endswith(".safetensors"):
-            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            entry["lfs"] = lfs(data)
         return entry
 
     def branch(self, name: str) -> str:
@@ -250,6 +250,7 @@ def test_push_sends_a_checkpoint_in_one_commit(hub: dict[str, str], tmp_path: Pa
     done = command(hub, "push", out, "acme/out", "--private", "--no-validate")
     assert done.returncode == 0, done.stderr
     assert "/acme/out/commit/" in done.stdout
+    assert "0 of the files, 0 B, are those of the base" in done.stdout
     assert WritableHub.created[0]["visibility"] == "private"
     found, local = there(), contents(out)
     assert found.keys() == local.keys() - {"notes.docx"}
@@ -264,6 +265,16 @@ def test_push_sends_a_checkpoint_in_one_commit(hub: dict[str, str], tmp_path: Pa
     WritableHub.repositories["acme/out"]["model-00009-of-00009.safetensors"] = b""
     assert command(hub, "push", out, "acme/out", "--force", "-q", "--no-validate").returncode == 0
     assert there() == found
+
+
+def test_what_is_stored_once_is_said(hub: dict[str, str], demo: Path, tmp_path: Path) -> None:
+    """Shards that an edit of the config leaves as they are have the base's digests."""
+    out = tmp_path / "out"
+    assert command(hub, *EDIT[:4], "--scale", "none", "-q", "-o", out).returncode == 0
+    done = command(hub, "push", out, "acme/out", "--json", "--no-validate")
+    assert done.returncode == 0, done.stderr
+    shards = [file.stat().st_size for file in demo.glob("*.safetensors")]
+    assert json.loads(done.stdout)["same_as_base"] == {"files": len(shards), "bytes": sum(shards)}
 
 
 def test_a_new_branch_has_nothing_of_the_model_on_the_main_one(hub: dict[str, str], demo: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,11 @@ from tests.tiny import read_tensors, same_bits
 
 WAITS = ("Retry-After: 61", "Retry-After: 100000", "Retry-After: " + "9" * 5000, 'RateLimit: "api";r=0;t=100000')
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def lfs(data: bytes) -> dict[str, Any]:
+    """Return what the Hub says of a large file."""
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -69,12 +75,16 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith(f"{api}/tree/"):
             tree = [
                 {"type": "file", "path": str(f.relative_to(self.folder)), "size": f.stat().st_size, "oid": "0" * 40}
+                | ({"lfs": lfs(f.read_bytes())} if f.suffix == ".safetensors" else {})
                 for f in sorted(self.folder.rglob("*"))
                 if f.is_file()
             ]
             self.send(json.dumps(tree).encode(), head)
         elif path.startswith(f"{api}/paths-info/"):
             self.send(b"[]", head)
+        elif path == "/acme/tiny/resolve/main":
+            links = "".join(f'<a href="{name}">{name}</a>' for name in ("?C=N;O=D", *os.listdir(self.folder)))
+            self.send(links.encode(), head, content_type="text/html")
         elif path.startswith("/acme/tiny/resolve/"):
             file = self.folder / path.split("/", 5)[5]
             if file.is_file():
@@ -457,6 +467,34 @@ def test_answers_over_plain_http_are_checked_too(hub: dict[str, str], demo: Path
         source.read(file, 5000, 100)
     assert "model-00001-of-00003.safetensors" in caught.value.message
     assert caught.value.hint
+
+
+def test_many_threads_may_read_first(hub: dict[str, str], demo: Path) -> None:
+    """As in a worker, which gets a source that another process opened."""
+    url = f"hf://acme/tiny@{COMMIT}"
+    code = f"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from moesurgery.checkpoint.source import HubSource
+source = HubSource(url={url!r}, label={url!r})
+with ThreadPoolExecutor(8) as pool:
+    parts = pool.map(lambda i: source.read("model-00001-of-00003.safetensors", 100 * i, 100), range(40))
+    sys.stdout.buffer.write(b"".join(parts))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=hub, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.stdout == (demo / "model-00001-of-00003.safetensors").read_bytes()[:4000], done.stderr.decode()
+
+
+def test_a_folder_of_a_web_server(hub: dict[str, str], demo: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """Its list of links names the files; sizes are asked for one by one, and bytes by ranges."""
+    pytest.importorskip("aiohttp")
+    url = f"{hub['HF_ENDPOINT']}/acme/tiny/resolve/main"
+    for source, output in ((url, tmp_path / "web"), (str(demo), tmp_path / "local")):
+        done = cli("drop-experts", source, "--keep", "0,2,3,5", "-o", output, "-q")
+        assert done.code == 0, done.err
+    expected, found = read_tensors(tmp_path / "local"), read_tensors(tmp_path / "web")
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[n], expected[n]) for n in expected)
 
 
 FAULTS = {
