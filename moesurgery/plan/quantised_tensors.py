@@ -25,6 +25,42 @@ _TOGETHER = 1 << 18  # elements of a matrix that are quantised, or looked at, to
 _WHOLE, _ONE_IN = 1 << 16, 8  # elements of a matrix whose rounding is measured in all rows; else in one of so many
 
 
+class _MadeScales:
+    """Scales that came with codes, kept until they are asked for; not part of the expression.
+
+    Who asks for scales before there are codes makes them, and none is kept from then on.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        self._given_up = False
+
+    def __reduce__(self) -> tuple[type[_MadeScales], tuple[()]]:
+        return type(self), ()
+
+    def keep(self, matrix: int, first: int, last: int, scale: torch.Tensor) -> None:
+        """Keep the scales of rows `first:last` of a matrix."""
+        with self._lock:
+            if not self._given_up:
+                self._parts[matrix, first] = last, scale
+
+    def take(self, matrix: int, first: int, last: int) -> torch.Tensor | None:
+        """Return the scales of rows `first:last`, where such parts were kept, and let go of them."""
+        import torch
+
+        with self._lock:
+            found, row = [], first
+            while row < last and (matrix, row) in self._parts:
+                row, scale = self._parts.pop((matrix, row))
+                found.append(scale)
+            if row == last:
+                return found[0] if len(found) == 1 else torch.cat(found)
+            self._given_up = True
+            self._parts.clear()
+            return None
+
+
 @dataclass(frozen=True)
 class Encoding:
     """Matrices `of` [..., out, in] (float32) in a form; `name` is for messages.
@@ -42,6 +78,7 @@ class Encoding:
     columns: Expr | None = None
     overall: Expr | None = None
     weights: Expr | None = None
+    _made: _MadeScales = field(default_factory=_MadeScales, repr=False, compare=False)
 
     @cached_property
     def blocks(self) -> tuple[int, int]:
@@ -55,7 +92,13 @@ class Encoding:
         return tuple(e for e in parts if e is not None)
 
     def scales(self, matrix: int, first: int, last: int, reader: Reader) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the scales and zero points of rows `first:last` of one matrix, of whole blocks."""
+        """Return the scales and zero points of rows `first:last` of one matrix, of whole blocks.
+
+        Those that came with codes, where there are any; so it is best to ask for codes first.
+        """
+        made = None if self.form.zeros else self._made.take(matrix, first, last)
+        if made is not None:
+            return made, None
         values, _, old, overall, weights = self._read(matrix, first, last, reader)
         with self._finite():
             return scales(values, self.form, old, overall, weights)
@@ -70,6 +113,8 @@ class Encoding:
         values, order, old, overall, weights = self._read(matrix, first, last, reader)
         with self._finite():
             found = quantise(values, self.form, old, overall, weights)
+        if not self.form.zeros:
+            self._made.keep(matrix, first, last, found.scale)
         if isinstance(reader, RecordingReader):
             rows = torch.arange(0, last - first, _ONE_IN if element_count(self.of.shape[-2:]) > _WHOLE else 1)
             blocks = rows // self.form.tall
@@ -183,6 +228,11 @@ class QuantisedPart(Expr):
             return scale
         assert zero is not None
         return zero
+
+
+def is_scale(expr: Expr) -> bool:
+    """Whether an expression is the scales of quantised matrices."""
+    return isinstance(expr, QuantisedPart) and expr.part == "scale"
 
 
 class _Memo:

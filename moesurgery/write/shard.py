@@ -15,7 +15,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
+from moesurgery.plan.quantised_tensors import is_scale
 from moesurgery.plan.rounding import RecordingReader, Rounding, RoundingRecord
 from moesurgery.write import copy_bytes
 from moesurgery.write.finite import FiniteCheck
@@ -257,7 +258,7 @@ def _write_body(
     else:
         header = task.header
         total = task.size
-        units = list(units_of(task.entries, len(header), task.alignment))
+        units = list(_scales_later(units_of(task.entries, len(header), task.alignment), 2 * manner.threads))
     descriptor = folder.create(target)
     try:
         if manner.reflink:
@@ -309,6 +310,19 @@ def units_of(entries: tuple[tuple[str, Expr], ...], at: int, alignment: int = 1)
         at = aligned(at, alignment)
     if pending is not None:
         yield from _cut(pending, pending_at)
+
+
+def _scales_later(units: Iterable[tuple[Piece, int]], distance: int) -> Iterator[tuple[Piece, int]]:
+    """Yield the units of work with scales of quantised weights some places after their codes, which make them too."""
+    waiting: list[tuple[int, tuple[Piece, int]]] = []
+    for number, unit in enumerate(units):
+        if isinstance(unit[0], Compute) and is_scale(unit[0].expr):
+            waiting.append((number + distance, unit))
+        else:
+            yield unit
+        while waiting and waiting[0][0] <= number:
+            yield waiting.pop(0)[1]
+    yield from (unit for _, unit in waiting)
 
 
 def _follows(piece: Piece, before: Copy) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,22 @@ def test_of_a_large_matrix_every_eighth_row_is_measured() -> None:
     assert entry == {"matrices": 1, "mean": pytest.approx(error[1], rel=5e-3), "largest": entry["mean"], "tensor": "w"}
 
 
+@pytest.mark.parametrize("form", SEARCHED, ids=str)
+def test_scales_are_the_same_with_codes_and_alone(form: Form) -> None:
+    values = torch.randn(1024, 512, generator=torch.Generator().manual_seed(6))
+    overall = Constant(np.array([700.0], "<f4").tobytes(), "F32", ()) if form.overall else None
+    encoding = Encoding("w", Constant(values.numpy().tobytes(), "F32", (1024, 512)), form, overall=overall)
+    reader = RecordingReader(RoundingRecord())
+    scales = QuantisedPart(encoding, "scale")
+    alone = scales.evaluate(0, scales.numel, reader)
+    for asked in (1024, 512, 768):  # all that were made, a part of them, and none that fit
+        again = QuantisedPart(pickle.loads(pickle.dumps(encoding)), "codes")
+        again.evaluate(0, again.numel, reader)
+        stop = asked // form.tall * scales.shape[1]
+        with_codes = QuantisedPart(again.encoding, "scale").evaluate(0, stop, reader)
+        assert same_bits(with_codes, alone[:stop])
+
+
 def int4_values(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
     words = tensors[f"{module}.weight_packed"]
     codes = torch.stack([(words >> (4 * i)) & 15 for i in range(8)], -1).flatten(-2).float() - 8
@@ -123,8 +140,9 @@ def test_what_is_rounded_is_said_with_its_error(models: Any, tmp_path: Path, ok:
     path = models("qwen3_moe", hidden_size=64, moe_intermediate_size=32, dtype="bfloat16")
     command = ["convert", path, "--quantize", "int4", "--max-shard-size", "60KB", "--jobs", 1]
     said = ok(*command, "-o", tmp_path / "q").out
-    answer = ok(*command, "-o", tmp_path / "again", "--json").json
+    answer = ok(*command[:-1], 3, "-o", tmp_path / "again", "--json").json
     before, after = read_tensors(path), read_tensors(tmp_path / "q")
+    assert all(same_bits(after[name], tensor) for name, tensor in read_tensors(tmp_path / "again").items())
     errors = {}
     for name in after:
         if name.endswith(".weight_packed"):
