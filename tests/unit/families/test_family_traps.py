@@ -208,7 +208,7 @@ def test_router_data_filed_under_experts(models: Any, model_type: str, name: str
 
 def test_gates_and_ups_in_turn() -> None:
     interleaved = {f.name for f in FAMILIES for la in f.layouts for p in la.parts if p.interleaved}
-    assert interleaved == {"gpt_oss", "inkling", "inkling2"}
+    assert interleaved == {"gpt_oss", "gpt_oss_puzzle", "inkling", "inkling2"}
 
 
 def test_experts_without_a_gate(models: Any) -> None:
