@@ -1,6 +1,6 @@
-"""Time and peak memory of `convert --quantize` against `cp`, and of an adapter merged onto what it wrote.
+"""Time and peak memory of `convert --quantize` against `cp`, and with --adapter of one merged onto what it wrote.
 
-    python benchmarks/quantise.py [--gb 0.5] [--rounds 2] [--forms fp8 fp8-block mxfp4 nvfp4 int4]
+    python benchmarks/quantise.py [--gb 2] [--rounds 2] [--forms fp8 fp8-block mxfp4 nvfp4 int4] [--adapter]
 
 Makes a synthetic Mixtral-shaped bf16 checkpoint, and quantises its experts. Each job is a process of its own; nobody
 waits for the disk (`--no-fsync`), and files are in the page cache. `cp` copies the bf16 model.
@@ -22,7 +22,8 @@ from timing import compare, timed
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=0.5)
+    parser.add_argument("--gb", type=float, default=2)
+    parser.add_argument("--adapter", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--forms", nargs="+", default=["fp8", "fp8-block", "mxfp4", "nvfp4", "int4"])
     options = parser.parse_args()
@@ -37,8 +38,10 @@ def main() -> None:
         jobs = {"cp": ["cp", "-r", str(model), str(out)]}
         for form in options.forms:
             quantise = [*tool, "convert", str(model), "--quantize", form, "--no-fsync", "-q"]
-            timed([*quantise, "-o", str(work / form)])
             jobs[f"convert --quantize {form}"] = [*quantise, "-o", str(out)]
+            if not options.adapter:
+                continue
+            timed([*quantise, "-o", str(work / form)])
             recipe = work / f"{form}.yml"
             recipe.write_text(f"models:\n- model: {work / form}+{work / 'adapter'}\nmerge_method: passthrough\n")
             jobs[f"adapter onto {form}"] = [*tool, "merge", str(recipe), "--no-fsync", "-q", "-o", str(out)]

@@ -25,6 +25,7 @@ from moesurgery.fitting.collector import collect
 from moesurgery.fitting.run_settings import RunSettings
 from moesurgery.forward.bootstrap import interval
 from moesurgery.forward.loss import losses, mean_loss
+from moesurgery.forward.tokens import joined
 from moesurgery.merge.merge_recipe import parse_merge_recipe
 from moesurgery.plan.plan import Plan
 
@@ -70,11 +71,12 @@ def main() -> None:
     settings = RunSettings(limit=options.limit)
     plain = plan_of(open_checkpoint(options.model))
     domains = settings.domains(plain.checkpoint, options.heldout)
+    windows = joined([domain.as_tokens for domain in domains])
     stats = options.folder / "stats.safetensors"
     experts, top_k = plain.anatomy.experts, plain.anatomy.settings.top_k
     if not stats.exists():
         run = read_calibration(RunSettings(), plain, options.text, options.tokens)
-        collect(RunSettings().engine(plain), run.windows, [top_k + 1]).save(stats)
+        collect(RunSettings().engine(plain, run.windows), run.windows, [top_k + 1]).save(stats)
     adapter = options.folder / "adapter"
     make_adapter(options.model, adapter)
     known = str(stats)
@@ -117,7 +119,7 @@ def main() -> None:
                 out = options.folder / "out"
                 write_plan(plan, out, WriteOptions(force=True, durable=False))
                 plan = plan_of(open_checkpoint(out))
-            found[name] = mean_loss(losses(settings.engine(plan), domains))
+            found[name] = mean_loss(losses(settings.engine(plan, windows), domains))
         base = found["plain"]
         added = []
         for name in options.forms:

@@ -21,6 +21,7 @@ from moesurgery.cli._pictures import Panel, check_picture, factors_of_rules, of_
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Copy
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.rounding import rounding_lines
 from moesurgery.recipe.reader import parse_size
 from moesurgery.scheduler import MakeExecutor, Scheduler
 from moesurgery.write.card import config_changes
@@ -228,6 +229,7 @@ def carry_out(
                 {"operation": s.operation, "summary": s.summary, "notes": s.notes, "report": s.report}
                 for s in plan.steps
             ],
+            **({"rounding": written.rounding} if written.rounding else {}),
             **more,
         }
         if report is not None:
@@ -352,6 +354,8 @@ def _validated(output: Path | str, nbytes: int) -> Report:
 
 
 def _say_written(output: Path | str, written: Written) -> None:
+    for line in rounding_lines(written.rounding):
+        console.result(line)
     resumed = f", {written.resumed} of them from the interrupted job" if written.resumed else ""
     console.result(f"wrote {output} ({human_bytes(written.nbytes)} in {written.shards} shards{resumed})")
 

@@ -67,7 +67,10 @@ def count_params_command(
             document["layers"] = counts.by_layer
         console.json(document)
         return
-    _show(checkpoint.source.identity, counts, anatomy.unknown_experts, headers_only=checkpoint.headers_only)
+    unknown = f"{anatomy.unknown_experts}, so its experts cannot be told apart"
+    if anatomy.blocks:
+        unknown = "config.json gives no number of active experts that is that of all layers"
+    _show(checkpoint.source.identity, counts, unknown, headers_only=checkpoint.headers_only)
     if predicting is not None:
         console.result(f"prediction layers: {predicting.sentence(human_bytes(predicting.nbytes))}")
     for note in anatomy.notes:
@@ -97,7 +100,7 @@ def _show(identity: str, counts: Counts, unknown: str, *, headers_only: bool) ->
     console.result(f"{identity}: {counts.model_type} ({kind})")
     console.result(f"total       {counts.total:>20,}  {human_count(counts.total)}")
     if counts.active is None:
-        console.result(f"active      unknown: {unknown}, so its experts cannot be told apart")
+        console.result(f"active      unknown: {unknown}")
     else:
         for key, meaning in CONVENTIONS.items():
             value = counts.active[key]

@@ -10,6 +10,7 @@ import typer
 from moesurgery.cli import _writing
 from moesurgery.cli._common_options import Force, Json, Quiet
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.plan.rounding import rounding_lines
 from moesurgery.write.parts import finish_parts
 from moesurgery.write.write_plan import WriteOptions
 
@@ -31,8 +32,10 @@ def finish_command(
     group = None if share_with is None else _writing.group_id(share_with)
     written = finish_parts(output, WriteOptions(jobs=jobs, force=force, checksums=checksums), group=group)
     if as_json:
-        console.json(
-            {"schema_version": 1, "output": str(written.path), "shards": written.shards, "bytes": written.nbytes}
-        )
+        document = {"output": str(written.path), "shards": written.shards, "bytes": written.nbytes}
+        more = {"rounding": written.rounding} if written.rounding else {}
+        console.json({"schema_version": 1, **document, **more})
     else:
+        for line in rounding_lines(written.rounding):
+            console.result(line)
         console.result(f"published {output} ({human_bytes(written.nbytes)} in {written.shards} shards)")

@@ -162,12 +162,14 @@ def _active(
 ) -> tuple[int | None, int | None, dict[str, int] | None]:
     text = sum(count for component, count in components.items() if component != parts.VISION)
     if anatomy.blocks:
-        experts, k = anatomy.experts, top_k or anatomy.settings.top_k
-        if top_k is not None and not 1 <= top_k <= experts:
-            raise RefusedError(f"top-k {top_k} is impossible: each layer has {experts} experts")
+        uneven = anatomy.settings.first(("block_configs",)) is not None
+        experts, k = None if uneven else anatomy.experts, top_k or anatomy.settings.top_k
+        least = min(block.experts for block in anatomy.main_blocks)
+        if top_k is not None and not 1 <= top_k <= least:
+            raise RefusedError(f"top-k {top_k} is impossible: each layer has {least} experts")
         if k is None:
             return experts, None, None
-        if top_k is None:
+        if top_k is None and not uneven:
             check_stated_top_k(anatomy)
         for block in anatomy.main_blocks:
             routed = sum(anatomy.parameters[m.name] for m in block.members if m.part)

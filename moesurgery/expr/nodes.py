@@ -152,13 +152,22 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return getattr(torch, names[dtype])  # type: ignore[no-any-return]
 
 
+def _largest(kind: torch.dtype) -> float:
+    """Return the largest finite number of a floating dtype of torch; infinity for integers."""
+    import torch
+
+    return torch.finfo(kind).max if kind.is_floating_point else math.inf
+
+
 def narrowed(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """Return a tensor rounded to `dtype`, itself where that is its dtype.
 
     Raises NotFiniteError where a finite number would become infinite.
     """
+    import torch
+
     rounded = values.to(torch_dtype(dtype))
-    if dtype not in LARGEST_FINITE or values.dtype == rounded.dtype:
+    if dtype not in LARGEST_FINITE or torch.finfo(rounded.dtype).max >= _largest(values.dtype):
         return rounded
     infinite = rounded.isinf()
     if bool(infinite.any()) and bool((infinite & values.isfinite()).any()):

@@ -65,6 +65,10 @@ def _stacks(settings: Settings, key: str, layers: int) -> set[int]:
     return sparse_layers
 
 
+def _by_block(settings: Settings, key: str, layers: int) -> set[int]:
+    return {i for i, block in enumerate(settings.first((key,))) if block.get("block_type", "moe") == "moe"}
+
+
 def _pattern(settings: Settings, key: str, layers: int) -> set[int]:
     return {i for i, kind in enumerate(settings.first((key,))) if kind == "E"}
 
@@ -73,6 +77,7 @@ _RULES: Mapping[str, Callable[[Settings, str, int], set[int]]] = {
     "mlp_layer_types": _by_kind,
     "layers_block_type": _by_kind,
     "hybrid_override_pattern": _pattern,
+    "block_configs": _by_block,
     "moe_layers": _by_numbers,
     "moe_layers_enum": _by_numbers,
     "mlp_only_layers": _only_dense,
@@ -105,7 +110,7 @@ def moe_layers(settings: Settings) -> set[int] | None:
                 stated = _RULES[key](settings, key, layers or 0)
                 # Lists of Step-3.5 go on behind the stack, with prediction layers.
                 return stated if layers is None else {layer for layer in stated if layer < layers}
-            except (TypeError, ValueError, ArithmeticError, MemoryError):
+            except (AttributeError, TypeError, ValueError, ArithmeticError, MemoryError):
                 return None
     return None if layers is None or settings.family.sparse else set(range(layers))
 

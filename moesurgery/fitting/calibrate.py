@@ -142,7 +142,7 @@ def calibrate(
     if not needs_run(declared, values, options):
         return Calibrated(apply(plan, operation, **values), (RecipeStep(operation, values),))
     if not declared.takes_statistics:
-        raise RecipeError(f"{operation} has no parameter `stats`, so no text says anything of it", "leave text out")
+        raise RecipeError(f"{operation} is not calibrated on text", "leave text out")
     fits = declared.text.neurons is not None
     settings = options.run_settings(int(values.get("seed", 0)), declared.text.repair, fits=fits)
     settings.check()

@@ -54,7 +54,12 @@ class Moments:
     @property
     def saliency(self) -> torch.Tensor:
         """sum g^2 h_i^2 |W_i|^2 [I], W_i a column of W."""
-        return self.gram.sum(0).diagonal() * self.weight.double().square().sum(0)
+        return self.squares * self.weight.double().square().sum(0)
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """sum g^2 h_i^2 [I]."""
+        return self.gram.sum(0).diagonal()
 
 
 @dataclass
@@ -153,4 +158,5 @@ def neuron_sums(engine: Engine, found: Moments) -> dict[str, torch.Tensor]:
         order = (order[:, None] * size + _range(size, order)).flatten()
         before = torch.cat([errors.new_zeros(1), errors[:-1]])
         errors = (before[:, None] + (errors - before)[:, None] * (1 + _range(size, order)) / size).flatten()
-    return {"neuron_saliency": found.saliency, "neuron_order": order.double(), "neuron_error": errors}
+    sums = {"neuron_saliency": found.saliency, "neuron_order": order.double(), "neuron_error": errors}
+    return {**sums, "neuron_squares": found.squares}

@@ -29,8 +29,9 @@ from moesurgery.merge.references import Models, label
 from moesurgery.merge.sources import MergeSource, MergeSources, OutputPosition
 from moesurgery.merge.tokenizer_union import MergedTokenizer, is_kept
 from moesurgery.moe.canonical_names import is_expert
+from moesurgery.plan.matrix_origin import first_origin
 from moesurgery.plan.plan import Plan, Step
-from moesurgery.plan.requantise import Requantize, first_origin, was_quantised, written_back
+from moesurgery.plan.requantise import Requantize, was_quantised, written_back
 from moesurgery.plan.side_files import refuse_named_layers, without_quantisation_files
 
 _RANK = ("BF16", "F16", "F32", "F64")

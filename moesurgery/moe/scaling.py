@@ -19,7 +19,7 @@ from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.plan.dequantise import UnknownFormError
 from moesurgery.plan.plan import Plan
-from moesurgery.plan.requantise import Requantize, with_experts_opened
+from moesurgery.plan.requantise import Requantize, SquaresOf, with_experts_opened
 
 EXPONENT_TYPES = frozenset({"F8_E8M0", "U8"})
 
@@ -28,10 +28,13 @@ class CoarseScaleError(RefusedError):
     """A factor that no scale of quantised weights can take; the weights themselves may."""
 
 
-def by_scales_or_weights(plan: Plan, requantize: Requantize, edit: Callable[[Plan], Plan]) -> Plan:
+def by_scales_or_weights(
+    plan: Plan, requantize: Requantize, edit: Callable[[Plan], Plan], squares: SquaresOf = lambda opened: {}
+) -> Plan:
     """Return `edit(plan)`, which multiplies outputs: where scales cannot take the factors, on weights opened for it.
 
-    Raises CoarseScaleError where the weights are of a form that cannot be opened either.
+    `squares`: see `plan.requantise.written_back`. Raises CoarseScaleError where the weights are of a form that cannot
+    be opened either.
     """
     coarse: CoarseScaleError | None = None
     if requantize == "as-source":
@@ -40,7 +43,7 @@ def by_scales_or_weights(plan: Plan, requantize: Requantize, edit: Callable[[Pla
         except CoarseScaleError as error:
             coarse = error
     try:
-        return with_experts_opened(plan, requantize, edit)
+        return with_experts_opened(plan, requantize, edit, squares)
     except UnknownFormError:
         if coarse is None:
             raise

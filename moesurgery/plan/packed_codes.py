@@ -61,9 +61,11 @@ class PackedCodes(Unary):
 
 def _joined(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Return codes [n, lanes] as bytes, lowest bits first: of 4 bits two to a byte."""
+    import torch
+
     while bits < 8:
-        pairs = codes.view(-1, 2)
-        codes = pairs[:, 0] | (pairs[:, 1] << bits)
+        pairs = codes.view(torch.int16)
+        codes = (pairs | (pairs >> (8 - bits))).to(torch.uint8)
         bits *= 2
     return codes
 

@@ -21,6 +21,9 @@ Numbers = Literal["e4m3", "e5m2", "e2m1", "int"]
 EXPONENTS = ("F8_E8M0", "U8")  # dtypes of scales that are powers of two
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1, by its three lower bits
 _LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+# What the scale of a block's largest number is multiplied by where the error is weighed.
+_SCALES_NEAR = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.05)
+_POWERS_NEAR = (0.5, 2.0)
 _HALF_STEP_ABOVE = {"e4m3": 464.0, "e5m2": 61440.0, "e2m1": 7.0}  # the largest numbers, and half a step
 
 
@@ -96,15 +99,24 @@ class Form:
 
 
 def _e2m1(scaled: torch.Tensor) -> torch.Tensor:
-    """Return the codes of E2M1: its steps are 1/2 up to 2, 1 up to 4, and 2 up to 6."""
+    """Return the codes of E2M1: its steps are 1/2 up to 2, 1 up to 4, and 2 up to 6.
+
+    2^23 steps are added, so that float32 itself rounds, and the last bits count the steps: 2 to a power of two.
+    """
     import torch
 
-    sign = (scaled.view(torch.int32) >> 28) & 8
-    size = scaled.abs_()
-    code = size.clamp(max=2).mul_(2).round_()
-    code += (size - 2).clamp_(0, 2).round_()
-    code += size.sub_(4).mul_(0.5).clamp_(0, 1).round_()
-    return (code.to(torch.uint8) & 7) | sign.to(torch.uint8)
+    bits = scaled.view(torch.int32)
+    size = scaled.abs().clamp_(max=_LARGEST["e2m1"])
+    power = (size.view(torch.int32) & (255 << 23)).clamp_(min=127 << 23)
+    power += 22 << 23
+    code = size.add_(power.view(torch.float32)).view(torch.int32)
+    torch.bitwise_right_shift(code, 22, out=power)
+    code &= 7
+    code += power
+    code -= (127 + 22) << 1
+    bits >>= 28
+    bits &= 8
+    return code.bitwise_or_(bits).to(torch.int16).to(torch.uint8)
 
 
 def as_floats(scale: torch.Tensor) -> torch.Tensor:
@@ -139,18 +151,60 @@ def quantise(
     form: Form,
     old: OldScales | None = None,
     overall: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> Quantities:
     """Quantise float32 values [rows, in], whole blocks of them. `overall` is the second scale where the form has one.
 
-    Raises ValueError where a value is not finite.
+    With `weights` [in], such as the mean squares of the inputs, a block takes that of a few scales which has the least
+    sum of weight times squared error; numbers may then be clipped. Raises ValueError where a value is not finite.
     """
+    blocks, scale, zero = _scaled(values, form, old, overall, weights)
+    codes = _codes(form, blocks, _effective(scale, form, overall), zero)
+    flat = codes.view(codes.shape[0] * form.tall, -1)
+    whole = flat.shape == values.shape
+    return Quantities(flat if whole else flat[: values.shape[0], : values.shape[1]].contiguous(), scale, zero)
+
+
+def scales(
+    values: torch.Tensor,
+    form: Form,
+    old: OldScales | None = None,
+    overall: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zero points that `quantise` gives, without codes."""
+    return _scaled(values, form, old, overall, weights)[1:]
+
+
+def squared_error(
+    values: torch.Tensor, form: Form, found: Quantities, overall: torch.Tensor | None
+) -> tuple[float, float]:
+    """Return the sums of squares of the rounding of values [rows, in] and of themselves, in float64.
+
+    `found` has the scales of each of these rows: [rows, in / wide].
+    """
+    blocks, codes = _blocks(values, 1, form.wide), _blocks(found.codes, 1, form.wide)
+    read = _read(form, codes, _effective(found.scale, form, overall), found.zero)
+    return float((read - blocks).double().square_().sum()), float(blocks.double().square_().sum())
+
+
+def _scaled(
+    values: torch.Tensor,
+    form: Form,
+    old: OldScales | None,
+    overall: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return values in blocks [rows / tall, tall, in / wide, wide], their scales and zero points."""
     import torch
 
-    rows, width = values.shape
-    tall = form.tall
-    blocks = _blocks(values, tall, form.wide)
-    low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
-    if not bool((low.isfinite() & high.isfinite()).all()):
+    blocks = _blocks(values, form.tall, form.wide)
+    if old is None and not form.zeros:
+        high = blocks.abs().amax((1, 3))
+        low = -high
+    else:
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    if not bool(torch.maximum(high, -low).isfinite().all()):
         raise ValueError("holds numbers that are not finite")
     scale, zero = _fresh(form, low, high, overall)
     if old is not None:
@@ -159,9 +213,49 @@ def quantise(
         scale = _chosen(keep, kept_scale, scale)
         if zero is not None and kept_zero is not None:
             zero = torch.where(keep, kept_zero, zero)
-    codes = _codes(form, blocks, _effective(scale, form, overall), zero)
-    flat = codes.view(codes.shape[0] * tall, -1)
-    return Quantities(flat if flat.shape == values.shape else flat[:rows, :width].contiguous(), scale, zero)
+    if weights is not None:
+        scale = _of_least_error(form, blocks, scale, zero, overall, weights)
+    return blocks, scale, zero
+
+
+def _of_least_error(
+    form: Form,
+    blocks: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    overall: torch.Tensor | None,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Return for each block its scale or one near it, by the sum of weight times squared error."""
+    import torch
+
+    weighed = _blocks(weights[None], 1, form.wide)
+
+    def error(tried: torch.Tensor) -> torch.Tensor:
+        effective = _effective(tried, form, overall)
+        read = _read(form, _codes(form, blocks, effective, zero), effective, zero)
+        return (read.sub_(blocks).square_() * weighed).sum((1, 3))
+
+    least = error(scale)
+    best = scale
+    for factor in _POWERS_NEAR if form.powers or form.scale_dtype in EXPONENTS else _SCALES_NEAR:
+        tried = _near(scale, factor, form)
+        found = error(tried)
+        better = found < least
+        best, least = _chosen(better, tried, best), torch.where(better, found, least)
+    return best
+
+
+def _near(scale: torch.Tensor, factor: float, form: Form) -> torch.Tensor:
+    """Return scales times a factor, in their dtype; themselves where that is none."""
+    import torch
+
+    if form.scale_dtype in EXPONENTS:
+        exponents = scale.view(torch.uint8).int() + (1 if factor > 1 else -1)
+        return exponents.clamp_(0, 254).to(torch.uint8).view(scale.dtype)
+    most = torch.finfo(scale.dtype).max
+    near = (scale.float() * factor).clamp_(max=most).to(scale.dtype)
+    return _chosen(near.float() > 0, near, scale)
 
 
 def _chosen(keep: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -225,12 +319,11 @@ def _rounded(exact: torch.Tensor, form: Form, slack: float) -> torch.Tensor:
     if dtype == torch.float8_e4m3fn:
         exact = exact.clamp(max=448.0)
     scale = exact.to(dtype)
+    bits = scale.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[scale.element_size()])
     if dtype != torch.float32:
-        short = scale.float() < exact * slack
-        if bool(short.any()):
-            whole = {1: torch.uint8, 2: torch.int16}[scale.element_size()]
-            scale = (scale.view(whole) + short.to(whole)).view(dtype)  # positive floats are ordered as their bits
-    return torch.where(exact == 0, torch.finfo(dtype).eps, scale.float()).to(dtype)
+        bits += scale.float() < exact * slack  # positive floats are ordered as their bits
+    least = torch.tensor(torch.finfo(dtype).eps).to(dtype).view(bits.dtype)
+    return bits.masked_fill_(exact == 0, int(least)).view(dtype)
 
 
 def _effective(scale: torch.Tensor, form: Form, overall: torch.Tensor | None) -> torch.Tensor:
@@ -243,6 +336,11 @@ def _effective(scale: torch.Tensor, form: Form, overall: torch.Tensor | None) ->
 
 def _codes(form: Form, blocks: torch.Tensor, effective: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     return form.codes(blocks / effective[:, None, :, None], _zero(form, zero))
+
+
+def _read(form: Form, codes: torch.Tensor, effective: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """Return what codes in blocks stand for, as float32."""
+    return form.numbers_of(codes, _zero(form, zero)).mul_(effective[:, None, :, None])
 
 
 def _zero(form: Form, zero: torch.Tensor | None) -> torch.Tensor | float:
@@ -269,8 +367,7 @@ def _kept(
 
 def _on_steps(form: Form, blocks: torch.Tensor, effective: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     """Return which numbers are what their nearest codes stand for."""
-    read = form.numbers_of(_codes(form, blocks, effective, zero), _zero(form, zero))
-    return read.mul_(effective[:, None, :, None]) == blocks
+    return _read(form, _codes(form, blocks, effective, zero), effective, zero) == blocks
 
 
 def on_steps(values: torch.Tensor, form: Form, scale: torch.Tensor, overall: torch.Tensor) -> bool:

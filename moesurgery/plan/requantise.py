@@ -7,25 +7,27 @@ operation is written for plain weights, and `with_experts_opened` lets it work o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, PLAIN_FLOATS, element_count
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
-from moesurgery.expr.nodes import Concat, Expr, Slice, concat, reshape
-from moesurgery.expr.tensors import Transposed, transpose
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape
+from moesurgery.expr.tensors import transpose
 from moesurgery.families.config_keys import DTYPE_KEYS
 from moesurgery.families.quantised import without_quantisation
 from moesurgery.plan.dequantise import Dequantised, StoredForm, dequantised
+from moesurgery.plan.matrix_origin import Matrix, first_origin, origin_of, traced_matrices
 from moesurgery.plan.packed_codes import UnpackedCodes, packed_codes
 from moesurgery.plan.plan import Plan
 from moesurgery.plan.quantised_tensors import Encoding, OverallScale, QuantisedPart
 from moesurgery.plan.side_files import without_quantisation_files
 
 Requantize = Literal["as-source", "none"]
+SquaresOf = Callable[[Plan], Mapping[str, Expr]]
 # Projections that engines join to one matrix, which has one second scale.
 _JOINED = (("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj", "v_proj"))
 
@@ -48,23 +50,31 @@ def quantised_experts(plan: Plan) -> set[str]:
     return {m.name for m in members if m.part and m.stem.main and plan.tensors[m.name].dtype not in PLAIN_FLOATS}
 
 
-def with_experts_opened(plan: Plan, requantize: Requantize, edit: Callable[[Plan], Plan]) -> Plan:
+def with_experts_opened(
+    plan: Plan, requantize: Requantize, edit: Callable[[Plan], Plan], squares: SquaresOf = lambda opened: {}
+) -> Plan:
     """Return `edit(plan)`, the edit seeing the experts' weights as float32, and the result having them as they came.
 
-    With "none" all weights of the model become plain ones of the config's dtype.
+    With "none" all weights of the model become plain ones of the config's dtype. `squares`: see `written_back`.
     """
     before = opened(plan, None if requantize == "none" else quantised_experts(plan))
-    return edit(plan) if before is plan else written_back(edit(before), before, requantize)
+    if before is plan:
+        return edit(plan)
+    return written_back(edit(before), before, requantize, squares(before) if requantize == "as-source" else {})
 
 
-def written_back(edited: Plan, before: Plan, requantize: Requantize = "as-source") -> Plan:
+def written_back(
+    edited: Plan, before: Plan, requantize: Requantize = "as-source", squares: Mapping[str, Expr] | None = None
+) -> Plan:
     """Return an edited plan with its weights stored in the form that they came in; `before` is the opened plan.
 
-    The last step says what was rounded. Raises RefusedError where matrices share a scale with such as do not change.
+    `squares` [in] or [E, in], by the names of `before`: what squared errors of a matrix are weighed by, such as the
+    mean squares of its inputs, where it or what it is nearest to has them. The last step says what was rounded.
+    Raises RefusedError where matrices share a scale with such as do not change.
     """
     if requantize == "none":
         return _plain(edited, before)
-    stored = _Stored(edited, before)
+    stored = _Stored(edited, before, squares or {})
     tensors: dict[str, Expr] = {}
     shard_of: dict[str, str] = {}
     for name in edited.tensors:
@@ -81,14 +91,14 @@ def written_back(edited: Plan, before: Plan, requantize: Requantize = "as-source
 
 def was_quantised(plan: Plan) -> bool:
     """Whether an opened plan has weights that were quantised."""
-    return any(_origin(expr) is not None for expr in plan.tensors.values())
+    return any(origin_of(expr) is not None for expr in plan.tensors.values())
 
 
 def _plain(edited: Plan, before: Plan) -> Plan:
     """Return the plan with weights that were quantised in the dtype that the config names."""
     stated = edited.anatomy.settings.first(DTYPE_KEYS)
     dtype = BY_CONFIG_NAME.get(str(stated), "BF16")
-    quantised = {name for name, expr in before.tensors.items() if _origin(expr) is not None}
+    quantised = {name for name, expr in before.tensors.items() if origin_of(expr) is not None}
     tensors = {
         name: cast(expr, dtype) if name in quantised or first_origin(expr) is not None else expr
         for name, expr in edited.tensors.items()
@@ -99,87 +109,37 @@ def _plain(edited: Plan, before: Plan) -> Plan:
     return replace(edited, tensors=tensors, config=without_quantisation(edited.config), files=files, steps=steps)
 
 
-def _origin(expr: Expr) -> Dequantised | None:
-    """Return the dequantised weight that an expression is, [out, in] or [in, out]."""
-    expr = expr.of if isinstance(expr, Transposed) else expr
-    return expr if isinstance(expr, Dequantised) and expr.held is not None else None
-
-
-def first_origin(expr: Expr) -> Dequantised | None:
-    """Return the first dequantised weight that an expression is computed from."""
-    return _origin(expr) or next((found for part in expr.inputs if (found := first_origin(part)) is not None), None)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Elements `start:stop` (flattened) of an expression that is no selection."""
-
-    expr: Expr
-    start: int
-    stop: int
-
-
-def _runs(expr: Expr, start: int, stop: int) -> Iterator[_Run]:
-    """Yield what elements of an expression are elements of, neighbours joined."""
-    last: _Run | None = None
-    for run in _pieces(expr, start, stop):
-        if last is not None and last.expr is run.expr and last.stop == run.start:
-            last = replace(last, stop=run.stop)
-            continue
-        if last is not None:
-            yield last
-        last = run
-    if last is not None:
-        yield last
-
-
-def _pieces(expr: Expr, start: int, stop: int) -> Iterator[_Run]:
-    if isinstance(expr, Concat):
-        for part, first, last in expr.within(start, stop):
-            yield from _pieces(part, first, last)
-    elif isinstance(expr, Slice):
-        offset = expr.start * expr.row
-        yield from _pieces(expr.of, offset + start, offset + stop)
-    else:
-        yield _Run(expr, start, stop)
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """One matrix of a tensor: the stored one that it is, or is nearest to, and whether it is that one unchanged."""
-
-    origin: Dequantised | None
-    index: int
-    same: bool
-
-
 class _Stored:
     """The tensors that an edited plan's weights are stored as."""
 
-    def __init__(self, plan: Plan, before: Plan) -> None:
+    def __init__(self, plan: Plan, before: Plan, squares: Mapping[str, Expr]) -> None:
         self.plan, self.before = plan, before
+        self._squares = {
+            id(origin_of(before.tensors[name])): expr for name, expr in squares.items() if name in before.tensors
+        }
         self._forms: dict[str, Dequantised | None] = {}
         self.rounded: Counter[str] = Counter()  # matrices by their form
-        self.kept = 0
+        self.kept = self.weighed = 0
 
     def note(self) -> str:
         """Say what is rounded."""
         if not self.rounded:
             return f"no quantised weight changes a byte ({self.kept:,} matrices)"
         what = ", ".join(f"{count:,} in {form}" for form, count in self.rounded.items())
+        weighed = f"; scales of {self.weighed:,} by the squares of their inputs" if self.weighed else ""
         return (
-            f"matrices that changed are quantised again, each number to the nearest step: {what};"
+            f"matrices that changed are quantised again, each number to the nearest step: {what}{weighed};"
             f" {self.kept:,} keep their bytes"
         )
 
     @cached_property
-    def _matrices(self) -> dict[str, list[_Matrix]]:
+    def _matrices(self) -> dict[str, list[Matrix]]:
         """The matrices of each weight that is stored quantised."""
         found = {}
         for name, expr in self.plan.tensors.items():
             form = self._form(name)
             if form is not None:
-                found[name] = list(self._matrices_of(expr, form if name in self.before.tensors else None))
+                found[name] = list(traced_matrices(expr, form if name in self.before.tensors else None))
         return found
 
     def _form(self, name: str) -> Dequantised | None:
@@ -194,26 +154,6 @@ class _Stored:
         assert form is not None
         assert form.held is not None
         return form.held
-
-    def _matrices_of(self, expr: Expr, own: Dequantised | None) -> Iterator[_Matrix]:
-        size = element_count(expr.shape[-2:])
-        for number in range(expr.numel // size if size else 0):
-            runs = list(_runs(expr, number * size, (number + 1) * size))
-            run = runs[0]
-            origin = _origin(run.expr)
-            if (
-                len(runs) == 1
-                and origin is not None
-                and run.expr.shape[-2:] == expr.shape[-2:]
-                and run.start % size == 0
-            ):
-                yield _Matrix(origin, run.start // size, True)
-                continue
-            near, index = _nearest(run)
-            if near is None and own is not None and number < own.numel // size:
-                near, index = own, number
-            fits = near is not None and element_count(near.shape[-2:]) == size
-            yield _Matrix(near if fits else None, index, False)
 
     @cached_property
     def _touched(self) -> set[str]:
@@ -268,15 +208,28 @@ class _Stored:
         if stored.overall:
             overall = self._overall(name, number, old.get("overall"))
         encoding = Encoding(
-            name,
+            f"{name}[{number}]" if stacked else name,
             self._values(name, number),
             stored.form,
             old.get("scale"),
             old.get("zero"),
             held[stored.columns] if stored.columns else None,
             overall,
+            self._weights(near, matrix.index, name, number),
         )
         return {**held, **parts_of(encoding, stored, held)}
+
+    def _weights(self, near: Dequantised | None, index: int, name: str, number: int) -> Expr | None:
+        """Return the squares [in] of the inputs of the matrix that a new one is nearest to, where they are known."""
+        squares = self._squares.get(id(near)) if near is not None else None
+        if squares is None:
+            return None
+        if len(squares.shape) > 1:
+            squares = reshape(Slice(squares, index, index + 1), squares.shape[1:])
+        if squares.shape[-1] != self._values(name, number).shape[-1]:
+            return None
+        self.weighed += 1
+        return squares
 
     def _overall(self, name: str, number: int, old: Expr | None) -> Expr:
         """Return the second scale of a matrix, which those that are joined with it have, too."""
@@ -304,25 +257,6 @@ def _base(name: str, stored: StoredForm) -> str:
     return name.removesuffix(plain)
 
 
-def _nearest(run: _Run) -> tuple[Dequantised | None, int]:
-    """Return the stored matrix that an edited one is nearest to, the first that it is computed from, and its index."""
-    expr = run.expr
-    while (origin := _origin(expr)) is None:
-        same_size = [part for part in expr.inputs if part.numel == expr.numel and part.dtype in PLAIN_FLOATS]
-        if not same_size:
-            first = next(iter(expr.inputs), None)
-            if not isinstance(expr, (Slice, Concat)) or first is None:
-                return None, 0
-            run = next(_pieces(expr, run.start, run.stop))
-            expr = run.expr
-            continue
-        expr = same_size[0]
-        if isinstance(expr, (Slice, Concat)):
-            run = next(_pieces(expr, run.start, run.stop))
-            expr = run.expr
-    return origin, run.start // element_count(origin.shape[-2:])
-
-
 def _sliced(name: str, origin: Dequantised, index: int) -> dict[str, Expr]:
     """Return the tensors of one matrix of a stored weight by suffix, with a first axis of 1 where it is a stack."""
     assert origin.held is not None
@@ -340,7 +274,7 @@ def _sliced(name: str, origin: Dequantised, index: int) -> dict[str, Expr]:
     return parts
 
 
-def _unchanged(name: str, matrices: list[_Matrix]) -> dict[str, Expr]:
+def _unchanged(name: str, matrices: list[Matrix]) -> dict[str, Expr]:
     """Return the stored tensors of a weight of which no matrix changed."""
     origins = {id(m.origin): m.origin for m in matrices}
     (origin, *more) = origins.values()

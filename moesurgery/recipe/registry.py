@@ -82,7 +82,7 @@ class Operation:
     @property
     def takes_statistics(self) -> bool:
         """Whether the operation can be calibrated on text."""
-        return "stats" in self.parameters
+        return "stats" in self.parameters and self.text.takes_text
 
     def named(self, values: Mapping[str, Any]) -> Iterator[NamedFile]:
         """Yield where a step's parameters name models and files."""

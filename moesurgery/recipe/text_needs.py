@@ -59,6 +59,7 @@ class TextNeeds:
     unless the choice is fitted.
     `neurons` returns the FFNs (`surgery.choose_neurons.NeuronChoice`) whose neurons are chosen and fitted in a run, for
     the parameter `fit`; None where the parameters need none.
+    `takes_text` is whether the operation is calibrated on text at all, and not by its files alone.
     `repair` is the kind of repair that is made unless another is asked for; "none" for none.
     `own_text` names parameters that take statistics of a text of their own, and may name that text instead.
     `named_by` is the parameter whose value names the edit in the table, `heading` what the table calls its rows.
@@ -69,6 +70,7 @@ class TextNeeds:
     variants: Callable[[Plan, Values], Sequence[Variant]] | None = None
     candidates: Callable[[Plan, Values], Sequence[Variant]] | None = None
     neurons: Callable[[Plan, Values], Any] | None = None
+    takes_text: bool = True
     repair: str = "none"
     own_text: Sequence[str] = ()
     named_by: str = ""

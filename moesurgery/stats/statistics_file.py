@@ -32,6 +32,7 @@ With `neurons`, of the I neurons of each expert, h being the input of its down-p
 
     neuron_saliency         [E, I]: sum of g^2 h_i^2 |W_i|^2, W_i a column of W
     neuron_order            [E, I]: the neurons in the order of their removal (`fitting.neuron_order`)
+    neuron_squares          [E, I]: sum of g^2 h_i^2
     neuron_error            [E, I]: sum of g^2 |f - f'|^2, f' being the output without the first 1, 2, ... of these and
                             with the best down-projection
 
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "moesurgery statistics 1"
 SUFFIX = ".safetensors"
-NEURONS = ("neuron_saliency", "neuron_order", "neuron_error")
+NEURONS = ("neuron_saliency", "neuron_order", "neuron_error", "neuron_squares")
 WHOLE = frozenset({"output", "output_all", "gated_all", *NEURONS})  # kept once, in float32
 
 
@@ -237,7 +238,7 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
     **dict.fromkeys(NEURONS, ("E", "I")),
     "recon": ("E",),
 }
-_LATER = ("norm2", "pair_norms")  # sums that older files are without
+_LATER = ("norm2", "pair_norms", "neuron_squares")  # sums that older files are without
 
 
 def load_stats(path: str | Path) -> Stats:
@@ -268,7 +269,7 @@ def load_stats(path: str | Path) -> Stats:
         for where in about["blocks"]:
             _check_block(blocks[where], about)
         for where in about.get("ffns", ()):
-            _check_sums(blocks[where], NEURONS, 1)
+            _check_sums(blocks[where], _there(blocks[where], NEURONS), 1)
     except CheckpointError:
         raise
     except OSError as error:
@@ -303,7 +304,12 @@ def _check_block(block: BlockStats, about: Mapping[str, Any]) -> None:
     names += ["output_all", "gated_all"] if about.get("every_expert") else []
     names += NEURONS if about.get("neurons") else []
     experts = sums["count"].shape[-1] if "count" in sums and sums["count"].ndim == 2 else 0
-    _check_sums(block, [n for n in dict.fromkeys(names) if n in sums or n not in _LATER], experts)
+    _check_sums(block, _there(block, names), experts)
+
+
+def _there(block: BlockStats, names: Sequence[str]) -> list[str]:
+    """Return the sums that a block must have: all but those that older files are without."""
+    return [name for name in dict.fromkeys(names) if name in block.sums or name not in _LATER]
 
 
 def _check_sums(block: BlockStats, names: Sequence[str], experts: int) -> None:

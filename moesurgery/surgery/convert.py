@@ -21,6 +21,8 @@ from moesurgery.plan.plan import Plan, Step
 from moesurgery.plan.side_files import renamed_files
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
+from moesurgery.recipe.text_needs import TextNeeds
+from moesurgery.stats.input_squares import input_squares
 from moesurgery.surgery.client_form import ClientName, readable
 from moesurgery.surgery.quantise_linears import Linears, QuantisedAs, quantised_linears, stays_fused
 
@@ -30,7 +32,7 @@ _NAME = "convert"
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", **BY_CONFIG_NAME}
 
 
-@operation(_NAME)
+@operation(_NAME, text=TextNeeds(takes_text=False))
 def convert(
     plan: Plan,
     *,
@@ -46,6 +48,15 @@ def convert(
     linears: Annotated[
         Linears | None, Param("what --quantize is for: the routed experts (the default), or all linear layers")
     ] = None,
+    stats: Annotated[
+        str | None,
+        Param(
+            "with --quantize: statistics from `moesurgery collect --neurons`, or an imatrix, that rounding errors are"
+            " weighed by",
+            metavar="FILE",
+            reads="file",
+        ),
+    ] = None,
     client: Annotated[
         ClientName | None, Param("the form that this program reads: layout, config keys, head", option="--for")
     ] = None,
@@ -57,9 +68,11 @@ def convert(
     reads, and which models it computes wrongly in any form, is in docs/clients.md.
     """
     parameters: dict[str, Any] = {"layout": layout, "dtype": dtype, "dequantize": dequantize or None}
-    parameters |= {"quantize": quantize, "linears": linears, "client": client}
+    parameters |= {"quantize": quantize, "linears": linears, "stats": stats, "client": client}
     if linears is not None and quantize is None:
         raise RecipeError(f"{_NAME}: --linears says what --quantize is for", "give --quantize, too")
+    if stats is not None and quantize is None:
+        raise RecipeError(f"{_NAME}: --stats is for --quantize", "give --quantize, too, or leave it out")
     done: list[str] = []
     notes: list[str] = []
     changed = plan
@@ -85,7 +98,8 @@ def convert(
         ):
             changed, what = _relaid(changed, "per-expert")
             done.append(what)
-        changed, what = quantised_linears(changed, quantize, linears or "experts", _NAME)
+        squares = {} if stats is None else input_squares(stats, changed, _NAME)
+        changed, what = quantised_linears(changed, quantize, linears or "experts", _NAME, squares)
         done.append(what)
     step = Step(
         _NAME,

@@ -32,6 +32,7 @@ from moesurgery.recipe.registry import operation
 from moesurgery.recipe.requantize import WrittenBack
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.stats.group_fit_file import GroupFitFile, open_group_fits
+from moesurgery.stats.input_squares import collected_squares
 from moesurgery.surgery.group_experts import (
     EVERY_EXPERT,
     MEASURED_GROUPINGS,
@@ -166,7 +167,12 @@ def merge_experts(
     choice: dict[str, Any] = {"groups": groups, "to": to, "group": group, "by": by, "weights": weights, "align": align}
     choice |= {"router": router, "stats": stats, "fit": fit, "protect_super": protect_super}
     choice |= {"plan_file": plan_file}
-    return with_experts_opened(plan, requantize, lambda opened: _merged(opened, **choice))
+    return with_experts_opened(
+        plan,
+        requantize,
+        lambda opened: _merged(opened, **choice),
+        lambda opened: collected_squares(stats, opened, NAME),
+    )
 
 
 def _merged(plan: Plan, *, fit: str | None = None, **chosen: Any) -> Plan:

@@ -101,10 +101,13 @@ def stays_fused(plan: Plan, form: QuantisedAs) -> bool:
     return form == "mxfp4" and family is not None and family.name == "gpt_oss"
 
 
-def quantised_linears(plan: Plan, name: QuantisedAs, linears: Linears, operation: str) -> tuple[Plan, str]:
+def quantised_linears(
+    plan: Plan, name: QuantisedAs, linears: Linears, operation: str, squares: Mapping[str, Expr] | None = None
+) -> tuple[Plan, str]:
     """Return the plan with linear layers quantised, and what was done. Experts are to be stored one by one.
 
-    Raises RefusedError for weights that are quantised, and for experts that the form's groups do not divide.
+    `squares` [in] (F32) by weight, such as mean squares of its inputs: what squared errors are weighed by. Raises
+    RefusedError for weights that are quantised, and for experts that the form's groups do not divide.
     """
     target, anatomy = _TARGETS[name], plan.anatomy
     anatomy.require_family(operation)
@@ -115,7 +118,7 @@ def quantised_linears(plan: Plan, name: QuantisedAs, linears: Linears, operation
             "give --dequantize, too: it is then read as the numbers that it stands for",
         )
     if stays_fused(plan, name):
-        return _gpt_oss(plan, linears, operation)
+        return _gpt_oss(plan, linears, operation, squares or {})
     experts = {m.name for block in anatomy.blocks for m in block.members if m.part and m.stem.main}
     chosen = [n for n in plan.tensors if _is_linear(plan, n) and (linears == "all" or n in experts)]
     odd = [n for n in chosen if plan.tensors[n].shape[1] % target.group]
@@ -127,14 +130,16 @@ def quantised_linears(plan: Plan, name: QuantisedAs, linears: Linears, operation
             "fp8 and fp8-block have no groups" if target.group > 1 else None,
         )
     quantised = {n for n in chosen if n not in odd}
+    squares = squares or {}
+    scales: dict[frozenset[str], Expr] = {}
     tensors: dict[str, Expr] = {}
     shard_of: dict[str, str] = {}
     for n, expr in plan.tensors.items():
-        made = _stored(plan, n, target, quantised) if n in quantised else {n: expr}
+        made = _stored(plan, n, target, quantised, squares.get(n), scales) if n in quantised else {n: expr}
         for new, part in made.items():
             tensors[new], shard_of[new] = part, plan.shard_of[n]
     config = {**plan.config, "quantization_config": _settings(plan, target, quantised)}
-    what = f"{len(quantised)} weights of {len(plan.tensors)} to {name} ({target.form})"
+    what = f"{len(quantised)} weights of {len(plan.tensors)} to {name} ({target.form})" + _weighed(quantised, squares)
     return plan.edited(Step(operation, {}, what), tensors=tensors, shard_of=shard_of, config=config), what
 
 
@@ -156,8 +161,20 @@ def _is_linear(plan: Plan, name: str) -> bool:
     )
 
 
-def _stored(plan: Plan, name: str, target: _Target, quantised: set[str]) -> dict[str, Expr]:
-    """Return what a weight becomes, by name."""
+def _weighed(quantised: set[str], squares: Mapping[str, Expr]) -> str:
+    count = len(quantised.intersection(squares))
+    return f", scales of {count} by the squares of their inputs" if count else ""
+
+
+def _stored(
+    plan: Plan,
+    name: str,
+    target: _Target,
+    quantised: set[str],
+    squares: Expr | None,
+    scales: dict[frozenset[str], Expr],
+) -> dict[str, Expr]:
+    """Return what a weight becomes, by name. `scales`: second scales by the weights that share them."""
     expr = cast(plan.tensors[name], "F32")
     out, width = expr.shape
     form = target.form
@@ -167,8 +184,9 @@ def _stored(plan: Plan, name: str, target: _Target, quantised: set[str]) -> dict
     overall: Expr | None = None
     if form.overall:
         group = [name, *(other for other in joined_with(name) if other in quantised)]
-        overall = OverallScale(name, tuple(cast(plan.tensors[n], "F32") for n in group), form)
-    encoding = Encoding(name, expr, form, overall=overall)
+        shared = OverallScale(name, tuple(cast(plan.tensors[n], "F32") for n in group), form)
+        overall = scales.setdefault(frozenset(group), shared)
+    encoding = Encoding(name, expr, form, overall=overall, weights=squares)
     per_word = {"U8": 2, "I32": 8}.get(target.dtype, 1)
     like: dict[str, Expr] = {
         target.main: Full(0, target.dtype, (out, width // per_word)),
@@ -222,7 +240,7 @@ def _with_head(modules: list[str]) -> list[str]:
     return modules if any(re.search(r"(^|\.)lm_head$", module) for module in modules) else [*modules, "lm_head"]
 
 
-def _gpt_oss(plan: Plan, linears: Linears, operation: str) -> tuple[Plan, str]:
+def _gpt_oss(plan: Plan, linears: Linears, operation: str, squares: Mapping[str, Expr]) -> tuple[Plan, str]:
     """Return the plan with experts [E, in, out] as MXFP4 blocks [E, out, in / 32, 16] and scales [E, out, in / 32]."""
     if linears == "all":
         raise RefusedError(
@@ -242,12 +260,12 @@ def _gpt_oss(plan: Plan, linears: Linears, operation: str) -> tuple[Plan, str]:
                 "_blocks": Full(0, "U8", (count, out, into // 32, 16)),
                 "_scales": Full(0, "U8", (count, out, into // 32)),
             }
-            encoding = Encoding(name, cast(transpose(expr), "F32"), form)
+            encoding = Encoding(name, cast(transpose(expr), "F32"), form, weights=squares.get(name))
             parts = parts_of(encoding, StoredForm(form, like, "_blocks", "_scales"), like)
             made = {name + suffix: part for suffix, part in parts.items()}
         for new, part in made.items():
             tensors[new], shard_of[new] = part, plan.shard_of[name]
     plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     config = {**plan.config, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": plain}}
-    what = f"{len(experts)} weights of {len(plan.tensors)} to mxfp4 ({form})"
+    what = f"{len(experts)} weights of {len(plan.tensors)} to mxfp4 ({form})" + _weighed(experts, squares)
     return plan.edited(Step(operation, {}, what), tensors=tensors, shard_of=shard_of, config=config), what

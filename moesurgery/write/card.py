@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -81,8 +81,11 @@ def json_differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, 
         yield path, old, new
 
 
-def card_text(plan: Plan, evidence: str = "") -> str:
-    """Return README.md: front matter for the Hub, then the steps in words, the recipe, and `evidence` in Markdown."""
+def card_text(plan: Plan, evidence: str = "", rounding: Sequence[str] = ()) -> str:
+    """Return README.md: front matter for the Hub, then the steps in words, the recipe, and `evidence` in Markdown.
+
+    `rounding`: lines that say how far quantised matrices are rounded.
+    """
     import yaml
 
     names = [name for name, _ in SourceNames(plan.sources)]
@@ -107,6 +110,8 @@ def card_text(plan: Plan, evidence: str = "") -> str:
     lines.append(f"{MADE_WITH} {__version__} from {', '.join(parents)}.")
     for step in plan.steps:
         lines += ["", *_step_lines(step)]
+    if rounding:
+        lines += ["", "## Rounding", "", *(f"* {line}" for line in rounding)]
     changes = config_changes(plan)
     if changes:
         lines += [

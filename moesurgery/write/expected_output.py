@@ -22,10 +22,11 @@ from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.rounding import Rounding, rounding_lines
 from moesurgery.write.card import card_text, provenance
 from moesurgery.write.claim import WorkFolder
 from moesurgery.write.open_folder import OpenFolder
-from moesurgery.write.shard import ShardTask
+from moesurgery.write.shard import ShardTask, rounding_of
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,18 @@ def expected_output(plan: Plan, tasks: list[ShardTask]) -> ExpectedOutput:
 
 
 def write_side_files(
-    plan: Plan, tasks: list[ShardTask], work: WorkFolder, *, card: bool, durable: bool, evidence: str = ""
+    plan: Plan,
+    tasks: list[ShardTask],
+    work: WorkFolder,
+    *,
+    card: bool,
+    durable: bool,
+    evidence: str = "",
+    rounding: Rounding | None = None,
 ) -> None:
     """Write config.json (none for a GGUF), what goes with a model, and README.md where it has none or `card` is true.
 
-    `evidence`: Markdown at the end of README.md.
+    `evidence`: Markdown at the end of README.md. `rounding`: of all shards, where they are written.
     Deletes what an earlier, interrupted attempt left that is no shard of this plan.
     """
     work.keep({task.name for task in tasks})  # the input may have lost files since then
@@ -102,7 +110,7 @@ def write_side_files(
     if source.gguf is None:
         write(CONFIG, _config(plan))
     if card or CARD not in source.side_files or plan.files.get(CARD, b"") is None:
-        write(CARD, card_text(plan, evidence).encode())
+        write(CARD, card_text(plan, evidence, rounding_lines(rounding or {})).encode())
 
 
 def check_and_index(
@@ -176,7 +184,10 @@ def checked_shard(work: OpenFolder, shard: ExpectedShard, *, checksums: bool) ->
     digests = {"header_sha256": digest, "sampled_sha256": sampled_digest(source, shard.name, size)}
     if checksums:
         digests["sha256"] = whole_digest(source, shard.name, size)
-    return {"file": shard.name, "size": size, **digests}
+    record: dict[str, Any] = {"file": shard.name, "size": size, **digests}
+    if rounding := rounding_of(work, shard.name):
+        record["rounding"] = rounding
+    return record
 
 
 def _config(plan: Plan) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 from moesurgery.checkpoint.filenames import WORK
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.rounding import together
 from moesurgery.write.claim import BusyError, WorkFolder, busy, claim, join, reopen, share
 from moesurgery.write.expected_output import (
     ExpectedOutput,
@@ -28,7 +29,7 @@ from moesurgery.write.expected_output import (
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
-from moesurgery.write.shard import ShardTask, disk_error, done
+from moesurgery.write.shard import ShardTask, disk_error, done, rounding_of
 from moesurgery.write.write_plan import (
     WriteOptions,
     Written,
@@ -145,6 +146,7 @@ def finish_parts(output: str | Path, options: WriteOptions | None = None, *, gro
                 f"{len(missing)} of {len(expected.shards)} shards of {partial} are missing: {names}",
                 "run the parts again that did not end well; shards that are there are kept",
             )
+        rounding = together(rounding_of(work, shard.name) for shard in expected.shards)
         try:
             check_and_index(expected, work, options.jobs, durable=True, checksums=options.checksums)
             publish(work, output, force=options.force, durable=True)
@@ -152,7 +154,7 @@ def finish_parts(output: str | Path, options: WriteOptions | None = None, *, gro
             raise disk_error(error, partial) from error
     finally:
         work.release()
-    return Written(output, len(expected.shards), expected.nbytes, len(expected.shards))
+    return Written(output, len(expected.shards), expected.nbytes, len(expected.shards), rounding)
 
 
 def _finish_last(output: Path, options: WriteOptions, group: int | None) -> bool:

@@ -20,6 +20,7 @@ from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE, WOR
 from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.rounding import together
 from moesurgery.write.claim import WorkFolder, claim
 from moesurgery.write.expected_output import (
     ExpectedShard,
@@ -92,7 +93,10 @@ def write_remote(
         expected = expected_output(plan, tasks)
         shards = {shard.name: shard for shard in expected.shards}
         _write_and_upload(plan, todo, shards, work, store, options, watch, uploaded)
-        write_side_files(plan, tasks, work, card=options.card, durable=False, evidence=options.evidence)
+        rounding = together(note.get("rounding", {}) for note in uploaded.values())
+        write_side_files(
+            plan, tasks, work, card=options.card, durable=False, evidence=options.evidence, rounding=rounding
+        )
         digests = [_of_provenance(uploaded[task.name], checksums=options.checksums) for task in tasks]
         write_record(expected, digests, work, durable=False)
         check_sources(plan, tasks)
@@ -103,7 +107,7 @@ def write_remote(
         raise disk_error(error, partial) from error
     finally:
         work.release()
-    return Written(store.url, len(tasks), sum(task.data_bytes for task in tasks), len(tasks) - len(todo))
+    return Written(store.url, len(tasks), sum(task.data_bytes for task in tasks), len(tasks) - len(todo), rounding)
 
 
 def scratch_folder(url: str, scratch: str | Path) -> Path:

@@ -15,7 +15,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
 from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
+from moesurgery.plan.quantised_tensors import is_scale
+from moesurgery.plan.rounding import RecordingReader, Rounding, RoundingRecord
 from moesurgery.write import copy_bytes
 from moesurgery.write.finite import FiniteCheck
 from moesurgery.write.gguf_container import GgufPart
@@ -119,7 +121,7 @@ def done(folder: OpenFolder, name: str, plan_id: str) -> bool:
     try:
         manifest = json.loads(folder.read(f"{WORK}/{work_name(name)}.json", _MOST_MANIFEST))
         safe = manifest["boot"] is None or manifest["boot"] == boot_id()
-        return bool(safe and manifest == _manifest(folder, name, plan_id, manifest["boot"]))
+        return bool(safe and manifest == _manifest(folder, name, plan_id, manifest["boot"], manifest["rounding"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SurgeryError):
         return False
 
@@ -129,7 +131,13 @@ def work_name(name: str) -> str:
     return name if len(os.fsencode(name)) <= 100 else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
-def _manifest(folder: OpenFolder, name: str, plan_id: str, boot: str | None) -> dict[str, Any]:
+def rounding_of(folder: OpenFolder, name: str) -> Rounding:
+    """Return how far the quantised matrices of a finished shard are rounded: see `plan.rounding`."""
+    found: Rounding = json.loads(folder.read(f"{WORK}/{work_name(name)}.json", _MOST_MANIFEST))["rounding"]
+    return found
+
+
+def _manifest(folder: OpenFolder, name: str, plan_id: str, boot: str | None, rounding: Rounding) -> dict[str, Any]:
     status = folder.status(name)
     return {
         "plan": plan_id,
@@ -138,6 +146,7 @@ def _manifest(folder: OpenFolder, name: str, plan_id: str, boot: str | None) -> 
         "ctime_ns": status.st_ctime_ns,
         "sampled_sha256": sampled_digest(folder.source, name, status.st_size),
         "boot": boot,
+        "rounding": rounding,
     }
 
 
@@ -161,12 +170,13 @@ def write_shard(
         return size
     unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     temporary = f"{WORK}/{work_name(task.name)}.{unique}.tmp"
+    record = RoundingRecord()
     try:
         if task.whole is not None and (path := task.whole[0].local(task.whole[1])) is not None:
             _copy_whole(path, folder, temporary, task, manner, watch)
             task.whole[0].check(task.whole[1])
         else:
-            _write_body(task, folder, temporary, manner, watch)
+            _write_body(task, folder, temporary, manner, watch, record)
         if watch.stop.is_set():
             raise KeyboardInterrupt
         size = folder.status(temporary).st_size
@@ -176,7 +186,7 @@ def write_shard(
         if manner.durable:
             folder.sync()
         for _ in range(_TRIES):
-            _write_manifest(folder, task.name, plan_id, durable=manner.durable)
+            _write_manifest(folder, task.name, plan_id, record.summary(), durable=manner.durable)
             if done(folder, task.name, plan_id):
                 break  # else the same part was started twice, and the other has put its own file there meanwhile
         return size
@@ -202,8 +212,8 @@ def disk_error(error: OSError, where: Path) -> SurgeryError:
     return OutputError(f"cannot write {error.filename or where}: {error.strerror}")
 
 
-def _write_manifest(folder: OpenFolder, name: str, plan_id: str, *, durable: bool) -> None:
-    manifest = _manifest(folder, name, plan_id, None if durable else boot_id())
+def _write_manifest(folder: OpenFolder, name: str, plan_id: str, rounding: Rounding, *, durable: bool) -> None:
+    manifest = _manifest(folder, name, plan_id, None if durable else boot_id(), rounding)
     temporary = f"{WORK}/{work_name(name)}.{os.getpid()}.{time.monotonic_ns()}.tmp"
     folder.write(temporary, [json.dumps(manifest).encode()], durable=durable)
     folder.replace(temporary, f"{WORK}/{work_name(name)}.json")
@@ -244,7 +254,9 @@ def _without_header(task: ShardTask, watch: JobControl) -> JobControl:
     return JobControl(progress, watch.stop)
 
 
-def _write_body(task: ShardTask, folder: OpenFolder, target: str, manner: Manner, watch: JobControl) -> None:
+def _write_body(
+    task: ShardTask, folder: OpenFolder, target: str, manner: Manner, watch: JobControl, record: RoundingRecord
+) -> None:
     if task.whole is not None:  # a remote shard: its bytes as they are, for its header may be spelt otherwise than ours
         header, total = b"", task.whole[2]
         units = list(_cut(Copy(task.whole[0], task.whole[1], 0, total), 0))
@@ -252,7 +264,7 @@ def _write_body(task: ShardTask, folder: OpenFolder, target: str, manner: Manner
     else:
         header = task.header
         total = task.size
-        units = list(units_of(task.entries, len(header), task.alignment))
+        units = list(_scales_later(units_of(task.entries, len(header), task.alignment), 2 * manner.threads))
     descriptor = folder.create(target)
     try:
         if manner.reflink:
@@ -261,7 +273,7 @@ def _write_body(task: ShardTask, folder: OpenFolder, target: str, manner: Manner
             copy_bytes.allocate(descriptor, total)
         copy_bytes.write_full(descriptor, memoryview(header), 0)
         try:
-            _run_units(units, descriptor, manner, watch)
+            _run_units(units, descriptor, manner, watch, record)
         except NotFiniteError as error:
             raise error.of(_tensor_at(task, error.at - len(header))) from None
         if manner.durable:
@@ -306,6 +318,19 @@ def units_of(entries: tuple[tuple[str, Expr], ...], at: int, alignment: int = 1)
         yield from _cut(pending, pending_at)
 
 
+def _scales_later(units: Iterable[tuple[Piece, int]], distance: int) -> Iterator[tuple[Piece, int]]:
+    """Yield the units of work with scales of quantised weights some places after their codes, which make them too."""
+    waiting: list[tuple[int, tuple[Piece, int]]] = []
+    for number, unit in enumerate(units):
+        if isinstance(unit[0], Compute) and is_scale(unit[0].expr):
+            waiting.append((number + distance, unit))
+        else:
+            yield unit
+        while waiting and waiting[0][0] <= number:
+            yield waiting.pop(0)[1]
+    yield from (unit for _, unit in waiting)
+
+
 def _follows(piece: Piece, before: Copy) -> bool:
     """Whether `piece` continues `before` in the same file."""
     if isinstance(piece, Compute):
@@ -334,7 +359,9 @@ def chunk_elements(expr: Expr, nbytes: int) -> int:
     return max(1, wanted // expr.chunk_multiple) * expr.chunk_multiple
 
 
-def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, watch: JobControl) -> None:
+def _run_units(
+    units: list[tuple[Piece, int]], descriptor: int, manner: Manner, watch: JobControl, record: RoundingRecord
+) -> None:
     threads = max(1, min(manner.threads, len(units)))
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(units)):
@@ -344,7 +371,7 @@ def _run_units(units: list[tuple[Piece, int]], descriptor: int, manner: Manner, 
     failures: list[BaseException] = []
 
     def work() -> None:
-        reader = Worker(watch.stop)
+        reader = Worker(watch.stop, record)
         try:
             while not failures and not watch.stop.is_set():
                 try:
@@ -411,9 +438,9 @@ def _at(offset: int) -> Iterator[None]:
 class Worker:
     """One thread that fills a shard."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, record: RoundingRecord | None = None) -> None:
         self.stop = stop
-        self.reader = FileReader()
+        self.reader = FileReader() if record is None else RecordingReader(record)
         self._copy_buffer = Buffer()
         self._finite = FiniteCheck()
         keep_freed_memory()

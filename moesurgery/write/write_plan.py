@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moesurgery._version import __version__
@@ -23,6 +23,7 @@ from moesurgery.cpu_count import cores
 from moesurgery.errors import OutputError
 from moesurgery.expr.nodes import Compute
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.rounding import Rounding, together
 from moesurgery.scheduler import MakeExecutor, results_of
 from moesurgery.write import copy_bytes
 from moesurgery.write.claim import WorkFolder, claim
@@ -30,7 +31,7 @@ from moesurgery.write.expected_output import Promise, check_and_index, expected_
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
-from moesurgery.write.shard import Manner, ShardTask, disk_error, done, write_shard
+from moesurgery.write.shard import Manner, ShardTask, disk_error, done, rounding_of, write_shard
 from moesurgery.write.shard_layout import output_tasks
 
 
@@ -61,6 +62,7 @@ class Written:
     shards: int
     nbytes: int
     resumed: int
+    rounding: Rounding = field(default_factory=dict)  # of quantised matrices: see `plan.rounding`
 
 
 def write_plan(
@@ -89,8 +91,17 @@ def write_plan(
             if task not in todo:
                 watch.progress(task.data_bytes)
         write_tasks(plan, todo, work, options, watch, make_executor)
+        rounding = together(rounding_of(work, task.name) for task in tasks)
         try:
-            write_side_files(plan, tasks, work, card=options.card, durable=options.durable, evidence=options.evidence)
+            write_side_files(
+                plan,
+                tasks,
+                work,
+                card=options.card,
+                durable=options.durable,
+                evidence=options.evidence,
+                rounding=rounding,
+            )
             check_and_index(
                 expected_output(plan, tasks), work, options.jobs, durable=options.durable, checksums=options.checksums
             )
@@ -102,7 +113,7 @@ def write_plan(
             raise disk_error(error, partial) from error
     finally:
         work.release()
-    return Written(output, len(tasks), sum(task.data_bytes for task in tasks), len(tasks) - len(todo))
+    return Written(output, len(tasks), sum(task.data_bytes for task in tasks), len(tasks) - len(todo), rounding)
 
 
 def partial_of(output: Path) -> Path:

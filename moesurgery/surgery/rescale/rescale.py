@@ -27,6 +27,7 @@ from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.requantize import WrittenBack
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
+from moesurgery.stats.input_squares import Squares, collected_squares
 from moesurgery.surgery.rescale.rules import DATA_RULES, Factors, Rule, choose_factors, span, spread
 
 Where = Literal["auto", "config", "scales", "weights"]
@@ -117,9 +118,12 @@ def rescale(
     def edit(plan: Plan) -> Plan:
         return _rescaled(plan, top_k, scale, where, rho, seed, stats)
 
+    def squares(opened: Plan) -> Squares:
+        return collected_squares(stats, opened, "rescale")
+
     if where == "auto":
-        return by_scales_or_weights(plan, requantize, edit)
-    return with_experts_opened(plan, requantize, edit) if where == "weights" else edit(plan)
+        return by_scales_or_weights(plan, requantize, edit, squares)
+    return with_experts_opened(plan, requantize, edit, squares) if where == "weights" else edit(plan)
 
 
 def _rescaled(

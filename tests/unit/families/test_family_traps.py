@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_router_data_filed_under_experts(models: Any, model_type: str, name: str
 
 def test_gates_and_ups_in_turn() -> None:
     interleaved = {f.name for f in FAMILIES for la in f.layouts for p in la.parts if p.interleaved}
-    assert interleaved == {"gpt_oss", "inkling", "inkling2"}
+    assert interleaved == {"gpt_oss", "gpt_oss_puzzle", "inkling", "inkling2"}
 
 
 def test_experts_without_a_gate(models: Any) -> None:
@@ -454,6 +455,117 @@ def test_speech_model_with_experts_as_nemo_writes_them(tmp_path: Path) -> None:
     header_checkpoint(tmp_path / "m", config, shapes, sparse=True)
     (block,) = anatomy_of(tmp_path / "m").blocks
     assert {(m.part.role, m.part.order) for m in block.members if m.part} == {("up", "io"), ("down", "io")}
+
+
+def test_kimi_k3s_experts_work_in_a_space_of_their_own(tmp_path: Path) -> None:
+    """Names by llama.cpp's converter: latent projections and a norm beside the experts, which a factor cannot pass."""
+    stack = "language_model.model.layers"
+    shapes: dict[str, Any] = {f"{stack}.0.mlp.{p}_proj.weight": [40, 16] for p in ("gate", "up")}
+    shapes |= {f"{stack}.0.mlp.down_proj.weight": [16, 40]} | experts_of(
+        f"{stack}.1", MIXTRAL_NAMES, hidden=8, width=12
+    )
+    others = {"gate.weight": [4, 16], "gate.e_score_correction_bias": [4], "routed_expert_norm.weight": [8]}
+    others |= {"routed_expert_down_proj.weight": [8, 16], "routed_expert_up_proj.weight": [16, 8]}
+    others |= {"shared_experts.down_proj.weight": [16, 24], "shared_experts.up_proj.weight": [24, 16]}
+    shapes |= {f"{stack}.1.block_sparse_moe.{name}": shape for name, shape in others.items()}
+    text = {"model_type": "kimi_linear", "num_experts": 4, "num_experts_per_token": 2, "first_k_dense_replace": 1}
+    text |= {"moe_intermediate_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "routed_scaling_factor": 2.5}
+    header_checkpoint(tmp_path / "m", {"model_type": "kimi_k3", "text_config": text}, shapes, sparse=True)
+    plan = plan_of(open_checkpoint(tmp_path / "m"))
+    counts = count_params(plan.anatomy, plan.checkpoint.tensors)
+    assert (counts.unrecognised, counts.num_experts, counts.top_k) == ([], 4, 2)
+    assert counts.active is not None
+    assert counts.total - counts.active["all"] == 2 * 3 * 8 * 12
+    dropped = apply(plan, "drop-experts", experts=[1])
+    assert dropped.tensors[f"{stack}.1.block_sparse_moe.gate.weight"].shape == (3, 16)
+    assert dropped.config["text_config"]["num_experts"] == 3
+    rescaled = apply(plan, "rescale", top_k=3, scale=0.5)
+    assert rescaled.steps[0].report["where"] is None
+    assert set(rescaled.untouched()) == set(rescaled.tensors)
+
+
+UNEVEN: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
+    # type: (config, shapes, experts of each layer)
+    "deepseek_v41": (
+        {"text_config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_nextn_predict_layers": 1}},
+        {
+            name: shape
+            for layer, count in (("layers.0", 4), ("layers.1", 4), ("mtp.0", 2))
+            for name, shape in {
+                **experts_of(layer, {r: f"ffn.experts.{{e}}.{w}.weight" for r, w in W123.items()}, count=count),
+                f"{layer}.ffn.gate.weight": [count, 16],
+                f"{layer}.ffn.gate.bias": [count],
+                f"{layer}.ffn.gate.bias_vl": [count],
+            }.items()
+        },
+        [4, 4],
+    ),
+    "nemotron_h_puzzle": (
+        {
+            "n_routed_experts": 4,
+            "block_configs": [
+                {"block_type": "moe", "moe_intermediate_size": 8, "num_experts_per_tok": 1},
+                {"block_type": "moe", "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+            ],
+        },
+        {
+            name: shape
+            for layer, width in (("model.layers.0", 8), ("model.layers.1", 24))
+            for name, shape in {
+                **experts_of(layer, {r: f"mixer.experts.{{e}}.{r}_proj.weight" for r in ("up", "down")}, width=width),
+                f"{layer}.mixer.gate.weight": [4, 16],
+                f"{layer}.mixer.gate.e_score_correction_bias": [4],
+            }.items()
+        },
+        [4, 4],
+    ),
+    "gpt_oss_puzzle": (
+        {"num_experts_per_tok": 2, "block_configs": [{"num_local_experts": 8}, {"num_local_experts": 4}]},
+        {
+            f"model.layers.{layer}.mlp.{name}": [count, *shape]
+            for layer, count in ((0, 8), (1, 4))
+            for name, shape in (
+                ("experts.gate_up_proj", (16, 24)),
+                ("experts.gate_up_proj_bias", (24,)),
+                ("experts.down_proj", (12, 16)),
+                ("experts.down_proj_bias", (16,)),
+                ("router.weight", (16,)),
+                ("router.bias", ()),
+            )
+        },
+        [8, 4],
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", UNEVEN)
+def test_layers_that_differ_are_counted_and_not_edited(tmp_path: Path, model_type: str, ok: Any) -> None:
+    config, shapes, experts = UNEVEN[model_type]
+    config = {"model_type": model_type, "num_hidden_layers": 2, "hidden_size": 16, **config}
+    header_checkpoint(tmp_path / "m", config, shapes, sparse=True)
+    plan = plan_of(open_checkpoint(tmp_path / "m"))
+    assert [block.experts for block in plan.anatomy.main_blocks] == experts
+    assert plan.anatomy.notes == []
+    counts = count_params(plan.anatomy, plan.checkpoint.tensors)
+    main = {n: s for n, s in shapes.items() if not n.startswith("mtp.") and not re.search("gate.*bias", n)}
+    main |= {n: s for n, s in shapes.items() if "gate_up_proj_bias" in n}
+    assert counts.total == sum(math.prod(s) for s in main.values())
+    assert counts.unrecognised == []
+    if model_type == "gpt_oss_puzzle":
+        idle = (6 + 2) * (16 * 24 + 24 + 12 * 16 + 16)
+        assert counts.active is not None
+        assert counts.active["all"] == counts.total - idle
+    edits: list[tuple[str, dict[str, Any]]] = [
+        ("drop-experts", {"count": 1}),
+        ("rescale", {"top_k": 1, "scale": 1.0}),
+        ("merge-experts", {"groups": [[0, 1]]}),
+        ("convert", {"quantize": "fp8"}),
+    ]
+    for operation, values in edits:
+        with pytest.raises(RefusedError, match=r"block_configs|draft layers"):
+            apply(plan, operation, **values)
+    ok("count-params", tmp_path / "m")
+    ok("convert", tmp_path / "m", "-o", tmp_path / "copy")
 
 
 # Unknown families
