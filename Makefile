@@ -55,7 +55,14 @@ $(CLIENTS)/llama.cpp-source:
 	cd $(CLIENTS)/node && npm install --silent --ignore-scripts --omit=optional $(NODE)
 	git clone --quiet $(CLIENTS)/node/node_modules/node-llama-cpp/llama/gitRelease.bundle $@
 
-clients: $(READY) $(READERS:%=$(CLIENTS)/%/.ready) $(CLIENTS)/llama.cpp-source
+# Of llama.cpp's tools the one that computes an imatrix, of one file, against the package's libraries.
+$(CLIENTS)/llama-imatrix: $(CLIENTS)/llama.cpp-source
+	libraries=$(abspath $(CLIENTS))/node/node_modules/@node-llama-cpp/linux-x64/bins/linux-x64 && \
+		cd $(CLIENTS)/llama.cpp-source && $(CXX) -O1 -std=c++17 -Iinclude -Icommon -Iggml/include -Ivendor \
+		tools/imatrix/imatrix.cpp -o $(abspath $@) $$libraries/libllama-common.so $$libraries/libllama.v*.so \
+		$$libraries/libggml.v*.so $$libraries/libggml-base.so -Wl,-rpath,$$libraries -Wl,--allow-shlib-undefined
+
+clients: $(READY) $(READERS:%=$(CLIENTS)/%/.ready) $(CLIENTS)/llama.cpp-source $(CLIENTS)/llama-imatrix
 	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS) --clients $(READERS)
 	OMP_NUM_THREADS=1 MOESURGERY_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients
 	$(BIN)/python docs/generate.py

@@ -28,7 +28,10 @@ def timed(command: list[str]) -> tuple[float, float, float]:
 
 
 def compare(jobs: Mapping[str, list[str]], out: Path, rounds: int) -> None:
-    """Run all jobs, which write `out`, in turn; print medians and their ratios to the first job."""
+    """Run all jobs, which write `out`, in turn; print medians, and the ratios to the first job of each round.
+
+    Of the ratios of wall time also the smallest and the largest.
+    """
     results: dict[str, list[tuple[float, float, float]]] = {job: [] for job in jobs}
     new_space: dict[str, float] = {}
     for _ in range(rounds + 1):  # the first round fills the page cache and is not counted
@@ -40,9 +43,11 @@ def compare(jobs: Mapping[str, list[str]], out: Path, rounds: int) -> None:
             after = os.statvfs(out.parent)
             new_space[job] = (before.f_bfree - after.f_bfree) * after.f_frsize / 1e6
             shutil.rmtree(out)
-    base, base_cpu = (statistics.median(run[i] for run in results[next(iter(jobs))][1:]) for i in range(2))
-    print(f"{'':32} {'wall s':>8} {'x cp':>6} {'cpu s':>7} {'x cp':>6} {'peak MB':>8} {'new disk MB':>12}")
+    first = results[next(iter(jobs))][1:]
+    spread = "from to"
+    print(f"{'':32} {'wall s':>8} {'x cp':>6} {spread:>11} {'cpu s':>7} {'x cp':>6} {'peak MB':>8} {'new disk MB':>12}")
     for job, runs in results.items():
         wall, cpu, memory = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
-        ratios = f"{wall:8.2f} {wall / base:6.2f} {cpu:7.2f} {cpu / base_cpu:6.2f}"
-        print(f"{job:32} {ratios} {memory:8.0f} {new_space[job]:12.0f}")
+        ratio, ratio_cpu = (sorted(run[i] / base[i] for run, base in zip(runs[1:], first, strict=True)) for i in (0, 1))
+        walls = f"{wall:8.2f} {statistics.median(ratio):6.2f} {ratio[0]:5.2f} {ratio[-1]:5.2f}"
+        print(f"{job:32} {walls} {cpu:7.2f} {statistics.median(ratio_cpu):6.2f} {memory:8.0f} {new_space[job]:12.0f}")

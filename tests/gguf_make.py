@@ -36,14 +36,20 @@ def write_gguf(
     experts: int = EXPERTS,
     parts: int = 1,
     bias: bool = False,
+    dense: int = 0,
+    predicting: int = 0,
     keys: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a tiny model of experts of one type with the package gguf; return its first file."""
+    """Write a tiny model of experts of one type with the package gguf; return its first file.
+
+    The first `dense` blocks have no experts; `predicting` blocks for multi-token prediction are written behind the
+    others, and a list in `keys` has an entry for every block.
+    """
     rng = np.random.default_rng(0)
-    writer = GGUFWriter(path, architecture, split_max_tensors=-(-(8 * LAYERS + 2) // parts) if parts > 1 else 0)
+    writer = GGUFWriter(path, architecture, split_max_tensors=-(-(10 * LAYERS + 2) // parts) if parts > 1 else 0)
     writer.add_name("Tiny")
     writer.add_size_label("4x1K")
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(LAYERS + predicting)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INTER)
@@ -52,24 +58,41 @@ def write_gguf(
     writer.add_expert_count(experts)
     writer.add_expert_used_count(2)
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    if dense:
+        writer.add_leading_dense_block_count(dense)
     for key, value in (keys or {}).items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
+        add_key = {float: writer.add_float32, list: writer.add_array}.get(type(value), writer.add_uint32)
+        add_key(f"{architecture}.{key}", value)
 
     def add(name: str, shape: tuple[int, ...], dtype: str = "F32") -> None:
         raw = None if dtype in ("F32", "F16") else GGMLQuantizationType[dtype]
         writer.add_tensor(name, of_type(rng, shape, dtype), raw_dtype=raw)
 
-    add("token_embd.weight", (VOCABULARY, HIDDEN), kind)
-    for layer in range(LAYERS):
+    def add_block(layer: int) -> None:
         add(f"blk.{layer}.attn_norm.weight", (HIDDEN,))
-        add(f"blk.{layer}.attn_q.weight", (HIDDEN, HIDDEN), kind)
+        for projection in ("q", "k", "v"):
+            add(f"blk.{layer}.attn_{projection}.weight", (HIDDEN, HIDDEN), kind)
         add(f"blk.{layer}.ffn_norm.weight", (HIDDEN,))
+        projections = (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER))
+        if layer < dense:
+            for projection, rows, columns in projections:
+                add(f"blk.{layer}.ffn_{projection}.weight", (rows, columns), kind)
+            return
         add(f"blk.{layer}.ffn_gate_inp.weight", (experts, HIDDEN))
         if bias:
             add(f"blk.{layer}.exp_probs_b.bias", (experts,))
-        for projection, rows, columns in (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER)):
+        for projection, rows, columns in projections:
             add(f"blk.{layer}.ffn_{projection}_exps.weight", (experts, rows, columns), kind)
+
+    add("token_embd.weight", (VOCABULARY, HIDDEN), kind)
+    for layer in range(LAYERS):
+        add_block(layer)
     add("output_norm.weight", (HIDDEN,))
+    for layer in range(LAYERS, LAYERS + predicting):
+        add_block(layer)
+        add(f"blk.{layer}.nextn.eh_proj.weight", (HIDDEN, 2 * HIDDEN), kind)
+        for norm in ("enorm", "hnorm", "shared_head_norm"):
+            add(f"blk.{layer}.nextn.{norm}.weight", (HIDDEN,))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -45,6 +45,12 @@ CONFIG_KEYS = {
 }
 _NAMES = {key: name for name, key in CONFIG_KEYS.items()}
 _LAYERS = "num_hidden_layers"
+# Arrays in which llama.cpp wants an entry for each block, prediction layers included, beside those of CONFIG_KEYS.
+_BY_BLOCK = (
+    *("attention.sliding_window_pattern", "attention.recurrent_layers", "attention.compress_ratios"),
+    *("attention.rope_pattern", "attention.indexer.types", "swiglu_clamp_exp", "swiglu_clamp_shexp"),
+    "deepstack_mapping",
+)
 _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 
 
@@ -103,12 +109,30 @@ def part_problems(headers: Sequence[GgufHeader], parts: Sequence[str]) -> Iterat
         yield Finding("G11", message, first.file, fatal=True)
 
 
+def without_prediction_entries(config: Mapping[str, Any], blocks: int, left: int) -> dict[str, Any]:
+    """Return the config with the first `left` entries of each array that has one for every one of the `blocks`."""
+    architecture = str(config["model_type"]).removeprefix(MODEL_TYPE)
+    by_block = {f"{architecture}.{key}" for key in _BY_BLOCK}
+
+    def cut(name: str, value: Any) -> Any:
+        of_blocks = name in CONFIG_KEYS or name in by_block
+        return value[:left] if of_blocks and isinstance(value, list) and len(value) == blocks else value
+
+    cut_config = {name: cut(name, value) for name, value in config.items()}
+    return {**cut_config, METADATA: {key: cut(key, value) for key, value in config[METADATA].items()}}
+
+
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Return the GGUF keys that an edited config gives another value, without the architecture before them.
 
     None where one is removed. Raises ValueError for a config key that no GGUF key stands for.
     """
-    changed: dict[str, Any] = {}
+    architecture = str(before["model_type"]).removeprefix(MODEL_TYPE)
+    changed = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in after[METADATA].items()
+        if key.startswith(f"{architecture}.") and value != before[METADATA].get(key)
+    }
     for name in before.keys() | after.keys():
         if before.get(name) == after.get(name) or name in (METADATA, _LAYERS):
             continue

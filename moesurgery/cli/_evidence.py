@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesurgery.checkpoint.strict_json import write_json
-from moesurgery.cli._pictures import Bars, Heatmap, Panel, factors_of_rules, figure, of_table
+from moesurgery.cli._pictures import Bars, Heatmap, Panel, dropped_experts, factors_of_rules, figure, of_table
 from moesurgery.errors import RecipeError
 from moesurgery.whole_file import whole_file
 
@@ -103,6 +103,8 @@ def evidence_of_edit(plan: Plan, measured: HeldOut, heading: str = "") -> Eviden
             panel = of_table(title, table.header, table.rows)
             if step.operation == "rescale" and "alternatives" in step.report:
                 panel = factors_of_rules(step.report)
+            elif step.operation == "drop-experts" and "layers" in step.report:
+                panel = dropped_experts(step.report)
             sections.append(EvidenceSection(title, table.header, table.rows, panel))
     about = (
         f"{measured.tokens:,} held-out tokens; intervals are 95 % by bootstrap over windows, paired with the original"
@@ -170,7 +172,8 @@ _PAGE = """<!doctype html>
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--paper:#16191d;--soft:#9aa4ae;--line:#3a424a}}
 body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:1.5rem auto;max-width:72rem;
 padding:0 1rem}h1{font-size:1.3rem;margin:0 0 .2rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:2rem 0 .5rem;
-overflow-wrap:anywhere}.about{color:var(--soft);margin:0}.s{overflow-x:auto}.s svg{display:block;margin-bottom:.6rem}
+overflow-wrap:anywhere}.about{color:var(--soft);margin:0}.s{overflow-x:auto}.s svg{display:block;margin-bottom:.6rem;
+height:auto;max-width:max(100%,26rem)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.2rem .7rem;border-bottom:1px solid
 var(--line);text-align:right;vertical-align:top}th:first-child{text-align:left;padding-left:0}th{font-weight:600}
 tbody th{font-weight:400}thead th{color:var(--soft)}pre{white-space:pre-wrap;overflow-wrap:anywhere}

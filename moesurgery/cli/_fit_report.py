@@ -26,8 +26,8 @@ _HEADER = ("shape", "experts", "width", "top-k", "form", "memory", "active", "to
 _SHAPE = tuple(range(1, 4))
 
 
-def show_shapes(budget: Budget) -> None:
-    """Print what fits, without any text to judge it by."""
+def show_shapes(budget: Budget, last: str) -> None:
+    """Print what fits, without any text to judge it by, and a `last` line."""
     _say_budget(budget)
     shapes = _thinned(budget.shapes(), _MOST_ROWS)
     rows = [_row(*found) for found in [(budget.original, budget.costs.of(budget.original)), *shapes]]
@@ -35,7 +35,7 @@ def show_shapes(budget: Budget) -> None:
     console.table(_HEADER, rows, right=(1, 2, 3, 5, 6, 7))
     if len(shapes) < (count := len(budget.shapes())):
         console.result(f"{len(shapes)} of {count} shapes that fit and that no other contains; --json has all")
-    console.result("which of them costs least, --text FILE finds out")
+    console.result(last)
 
 
 def show_fitted(budget: Budget, found: Fitted) -> None:

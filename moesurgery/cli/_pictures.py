@@ -20,8 +20,8 @@ from moesurgery.whole_file import whole_file
 SUFFIXES = (".svg", ".png", ".html")
 _NUMBERED = 20  # columns: with more, numbers in the cells would not be legible
 _ROW, _CHAR, _BOLD = 24, 6.6, 8.2  # pixels: of a row, of a character
-_LONGEST = 34  # characters of a label
-_MOST_BARS = 24
+_LONGEST, _LONGEST_ABOVE = 34, 18  # characters of a label beside a row, above a column
+_MOST_BARS, _LONGEST_BAR = 24, 240
 STYLE = """svg{--ink:#22262b;--paper:#ffffff}@media(prefers-color-scheme:dark){svg{--ink:#e6e9ec;--paper:#16191d}}
 text{font:11px system-ui,sans-serif;fill:var(--ink)}.h{font-weight:600;font-size:13px}.p{fill:var(--paper)}
 .w{fill:#ffffff}.f{fill:none;stroke:var(--ink);stroke-width:2}.n{fill:url(#n)}"""
@@ -52,7 +52,9 @@ class Heatmap:
     @property
     def cell(self) -> float:
         """The width of a cell in pixels."""
-        return 46.0 if len(self.columns) <= _NUMBERED else max(4.0, min(20.0, 1000 / len(self.columns)))
+        if len(self.columns) > _NUMBERED:
+            return max(4.0, min(20.0, 1000 / len(self.columns)))
+        return max(46.0, 8 + _CHAR * min(_LONGEST_ABOVE, max(map(len, self.columns), default=0)))
 
     def shade(self, value: float) -> tuple[str, float]:
         """Return the hue and the opacity of a value. What lies far from 0 throughout is spread over all shades."""
@@ -173,7 +175,14 @@ def _heatmap(panel: Heatmap, top: float) -> tuple[list[str], float, float]:
     every = 1 if numbered else math.ceil(_CHAR * 4 / cell)
     for x, label in enumerate(panel.columns):
         if x % every == 0:
-            parts.append(drawn_text(left + (x + 0.5) * cell, grid - 5, label[:8], anchor="middle"))
+            parts.append(
+                drawn_text(
+                    left + (x + 0.5) * cell,
+                    grid - 5,
+                    label[-_LONGEST_ABOVE:] if numbered else label[:8],
+                    anchor="middle",
+                )
+            )
     parts.append(drawn_text(10, grid - 5, panel.across))
     for y, (row, values) in enumerate(zip(panel.rows, panel.values, strict=True)):
         parts.append(drawn_text(left - 8, grid + y * _ROW + 16, row[-_LONGEST:], anchor="end"))
@@ -238,12 +247,12 @@ def _bars(panel: Bars, top: float) -> tuple[list[str], float, float]:
     parts = [drawn_text(10, top + 12, f"{panel.title}{f', {panel.unit}' if panel.unit else ''}", "h")]
     largest = max((abs(v) for v in panel.values), default=0) or 1
     for y, (label, value) in enumerate(zip(panel.labels, panel.values, strict=True)):
-        at, long = top + 24 + y * 20, 360 * abs(value) / largest
+        at, long = top + 24 + y * 20, _LONGEST_BAR * abs(value) / largest
         hue = MORE if value >= 0 else LESS
         parts.append(drawn_text(left - 8, at + 12, label[-_LONGEST:], anchor="end"))
         parts.append(f'<rect x="{left:.1f}" y="{at}" width="{long:.1f}" height="15" fill="{hue}"/>')
         parts.append(drawn_text(left + long + 6, at + 12, shown_number(value)))
-    return parts, left + 360 + 80, 24 + 20 * len(panel.labels)
+    return parts, left + _LONGEST_BAR + 60, 24 + 20 * len(panel.labels)
 
 
 def _page(title: str, about: str, panels: Sequence[Panel]) -> str:
@@ -349,9 +358,26 @@ def factors_of_rules(report: Mapping[str, Any]) -> Heatmap:
     return Heatmap(title, list(rules), numbers, list(rules.values()), across="layer")
 
 
+def dropped_experts(report: Mapping[str, Any]) -> Heatmap | None:
+    """Return the scores that `drop-experts` reports by layer and expert, those that are dropped framed; 1 for each
+    expert where none were ranked. None where layers have different numbers of experts."""
+    layers = report["layers"]
+    counts = {len(layer["kept"]) + len(layer["dropped"]) for layer in layers}
+    if len(counts) != 1:
+        return None
+    experts = counts.pop()
+    values = [layer.get("scores") or [1.0] * experts for layer in layers]
+    framed = {(y, expert) for y, layer in enumerate(layers) for expert in layer["dropped"]}
+    names = [layer["layer"] for layer in layers]
+    title = "drop-experts: scores by layer and expert"
+    return Heatmap(title, names, [str(e) for e in range(experts)], values, framed=framed, frame="dropped")
+
+
 def of_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Panel | None:
     """Return a table's columns of numbers as a picture: one as bars, several as a heat map; None where it has none."""
     columns = [i for i in range(1, len(header)) if any(number_of(row[i]) is not None for row in rows)]
+    broken = [i for i in columns if any("." in row[i] for row in rows)]
+    columns = broken or columns  # counts beside errors or shares would take all of the colours
     if not columns:
         return None
     if len(columns) == 1:

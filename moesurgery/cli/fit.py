@@ -29,6 +29,7 @@ from moesurgery.recipe.reader import Recipe, parse_size
 from moesurgery.stats.criteria import CRITERIA
 
 _AXES = ", ".join(AXES)
+_OF_GGUF = ("experts", "top-k")
 
 
 @taking_text_and_flags
@@ -92,6 +93,10 @@ def fit_command(
         _writing.check_early(flags)
     plan = None if looking and not model.endswith((".yaml", ".yml")) else _run_options.subject(model)
     checkpoint = open_checkpoint(model, headers_only=True) if plan is None else plan.checkpoint
+    if checkpoint.gguf is not None:
+        axes = [axis for axis in axes if axis in _OF_GGUF]
+        if not axes:
+            raise RecipeError(f"fit: of a GGUF only {' and '.join(_OF_GGUF)} can change")
     budget = budget_of(
         recognise(checkpoint.config, checkpoint.tensors) if plan is None else plan.anatomy,
         _expressions(checkpoint) if plan is None else plan.tensors,
@@ -116,7 +121,9 @@ def fit_command(
         if flags.as_json:
             console.json(shapes_document(budget))
         else:
-            show_shapes(budget)
+            measure = "which of them costs least, --text FILE finds out"
+            make = "drop-experts and rescale --top-k make them of this GGUF; fit with --text wants the original"
+            show_shapes(budget, measure if checkpoint.gguf is None else make)
         return
     _search(plan, model, budget, (by, measured, repaired), options, flags)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from moesurgery.checkpoint.gguf_files import MODEL_TYPE
+from moesurgery.count.gguf_kv_cache import gguf_kv_layers
 from moesurgery.families import components as parts
 from moesurgery.families.anatomy import Anatomy, HasShape
 
@@ -20,6 +22,8 @@ def kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tuple[i
 
     Widths come from the key and value projections that are stored; None where they cannot be told.
     """
+    if anatomy.model_type.startswith(MODEL_TYPE):
+        return gguf_kv_layers(anatomy, tensors)
     first = anatomy.settings.first
 
     def size(*keys: str) -> int | None:

@@ -160,7 +160,7 @@ def calibrate(
         run = read_calibration(settings, plan, options.text, options.tokens, keep_out)
         held_out = held_out or run.held_out
         cache = CalibrationCache(Path(output or f"{plan.checkpoint.name}-{operation}"), run, force, reporter)
-        values = _with_measured(values, declared.text, cache, _number(options.ridge))
+        values = _with_statistics(values, declared.text, cache)
     measured = HeldOutLosses(settings, held_out, reporter)
     plans = {"original": plan}
     chosen: str | None = None
@@ -172,18 +172,25 @@ def calibrate(
             measured.add(plans)
             chosen = measured.cheapest(planned)
             values = dict(candidates[chosen].parameters)
-            plans[chosen] = _with_choice(plans[chosen], measured.outcome(chosen))
-    edited = repaired = plans[chosen] if chosen else apply(plan, operation, **values)
+    fitted = _with_fits(values, declared.text, cache, _number(options.ridge)) if cache else values
+    final = chosen if fitted == values else None  # the candidate that is the edit as it stands
+    edited = plans[final] if final else apply(plan, operation, **fitted)
+    values = fitted
     steps = [RecipeStep(operation, values)]
-    if held_out and not chosen:
+    if held_out:
         usual = [Variant(declared.name, declared.name, values)]
         variants = declared.text.variants(plan, values) if declared.text.variants else usual
+        if final:  # which was measured among others of its kind
+            variants = [variant for variant in variants if variant.operation != operation]
         plans |= _planned(plan, variants, reporter, (steps[0], edited))
+    if chosen:
+        edited = _with_choice(edited, measured.outcome(chosen))
+    repaired = edited
     repair = options.repair(declared.text.repair)
     if repair is not None and cache is not None:
         steps.append(RecipeStep("refit", {"repair": cache.repair(edited, repair)}))
         repaired = apply(edited, "refit", **steps[-1].parameters)
-        name = chosen or values.get(declared.text.named_by, operation)
+        name = final or values.get(declared.text.named_by, operation)
         plans[f"{name}, refit {repair.kind}"] = repaired
     if not held_out:
         return Calibrated(repaired, tuple(steps))
@@ -201,20 +208,24 @@ def _own_texts(operation: Operation, values: Values) -> list[str]:
     return [name for name in operation.text.own_text if name in values and not values[name].endswith(SUFFIX)]
 
 
-def _with_measured(values: Values, needs: TextNeeds, cache: CalibrationCache, ridge: float | None) -> dict[str, Any]:
-    """Return the parameters with statistics and, for the groups that these give or for neurons, a fit, where they are
-    needed."""
-    values, plan = dict(values), cache.run.plan
-    statistics = needs.statistics(plan, values)
-    if statistics is not None and "stats" not in values:
-        values["stats"] = cache.statistics(statistics)
+def _with_statistics(values: Values, needs: TextNeeds, cache: CalibrationCache) -> dict[str, Any]:
+    """Return the parameters with statistics, where they are needed."""
+    statistics = needs.statistics(cache.run.plan, values)
+    if statistics is None or "stats" in values:
+        return dict(values)
+    return {**values, "stats": cache.statistics(statistics)}
+
+
+def _with_fits(values: Values, needs: TextNeeds, cache: CalibrationCache, ridge: float | None) -> dict[str, Any]:
+    """Return the parameters with a fit for the groups that statistics give, or for neurons, where one is needed."""
+    plan = cache.run.plan
     groups = needs.groups(plan, values) if needs.groups else None
     if groups is not None:
-        values["fit"] = cache.group_fits(groups)
+        return {**values, "fit": cache.group_fits(groups)}
     neurons = needs.neurons(plan, values) if needs.neurons else None
     if neurons is not None:
-        values["fit"] = cache.neuron_fit(neurons, ridge)
-    return values
+        return {**values, "fit": cache.neuron_fit(neurons, ridge)}
+    return dict(values)
 
 
 def _planned(

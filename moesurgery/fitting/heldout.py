@@ -39,10 +39,11 @@ class HeldOutLosses:
     domains: list[Domain]
     reporter: Reporter
     found: dict[str, Loss] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     by_text: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, plans: Mapping[str, Plan]) -> None:
-        """Measure the plans that were not measured yet."""
+        """Measure the plans that were not measured yet. Criteria may choose the same experts: that is measured once."""
         from moesurgery.forward.loss import losses_over, mean_loss
         from moesurgery.forward.tokens import joined
 
@@ -50,6 +51,12 @@ class HeldOutLosses:
         windows = sum(d.windows.numel() for d in self.domains)
         with self.reporter.progress("measuring", windows * len(new)) as progress:
             for name, plan in new.items():
+                same = next((n for n, p in self.plans.items() if _computes_the_same(p, plan)), None)
+                self.plans[name] = plan
+                if same is not None:
+                    self.found[name], self.by_text[name] = self.found[same], self.by_text[same]
+                    progress(windows)
+                    continue
                 engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
                 each = losses_over(engines, self.domains)
                 self.found[name], self.by_text[name] = mean_loss(each), {loss.domain: loss.nats for loss in each}
@@ -70,3 +77,8 @@ class HeldOutLosses:
             dict(self.by_text),
             chosen,
         )
+
+
+def _computes_the_same(first: Plan, second: Plan) -> bool:
+    """Whether two plans would write the same tensors and config."""
+    return first.config == second.config and first.tensors == second.tensors

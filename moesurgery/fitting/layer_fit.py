@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
-from moesurgery.fitting.ridge import RidgeSolution, solve
+from moesurgery.fitting.ridge import RidgeSolution, solve, squared_norm
 from moesurgery.fitting.router_fit import fit_router, router_of
 from moesurgery.forward.activations import check_form, down
 from moesurgery.forward.batch_passes import BatchPasses, Progress
@@ -137,7 +137,7 @@ def fit_layers(
             return _missing(repaired, block, repaired_output, originals, outputs, wants_logits)
 
         calls, missing = now()
-        total = max(_energy([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
+        total = max(squared_norm([call.rows(y) for y, call in zip(originals, calls, strict=True)]), 1e-30)
         fitted = _fit(edited, plan, block, calls, missing, total, options, now)
         if fitted.factors is not None:
             factors[block.where] = torch.tensor([*fitted.factors, 1.0])
@@ -257,7 +257,7 @@ def _fit(
     experts = block.block.experts
     index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
-    fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=_energy(missing) / total)
+    fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=squared_norm(missing) / total)
     if options.kind == "router":
         router = router_of(plan, block)
         assert block.router is not None
@@ -266,10 +266,10 @@ def _fit(
         fitted.router, change, calls, missing = fit_router(
             settings, weight, router.axis or 0, calls, missing, options.ridge, dtype, now
         )
-        changes, fitted.error_after = [change], _energy(missing) / total
+        changes, fitted.error_after = [change], squared_norm(missing) / total
     elif options.kind in MATRICES:
         changes = _fit_matrices(plan, calls, missing, options, fitted)
-        fitted.error_after = _energy(missing) / total
+        fitted.error_after = squared_norm(missing) / total
     else:
         changes = [_fit_factors(calls, missing, options, fitted)]
         fitted.error_after /= total
@@ -301,14 +301,8 @@ def _fit_factors(
     if change.change is not None:
         step += change.change[0]
     fitted.factors = (1 + step).tolist()
-    fitted.error_after = _energy(missing) + float(step @ gram.sum(0) @ step - 2 * step @ cross.sum(0))
+    fitted.error_after = squared_norm(missing) + float(step @ gram.sum(0) @ step - 2 * step @ cross.sum(0))
     return change
-
-
-def _energy(values: Sequence[torch.Tensor]) -> float:
-    import torch
-
-    return float(sum(torch.linalg.vector_norm(v, dtype=torch.float64) ** 2 for v in values))
 
 
 def _fit_matrices(

@@ -37,7 +37,7 @@ def removal_order(
     device = gram.device
     order = torch.empty(count, dtype=torch.int64, device=device)
     errors = torch.empty(count, dtype=torch.float64, device=device)
-    spread, said = inverse.diagonal().clone(), outputs.diagonal().clone()
+    spread, squares = inverse.diagonal().clone(), outputs.diagonal().clone()
     gone = torch.zeros(width, dtype=torch.bool, device=device)
     for start in range(0, count, PANEL):
         steps = min(PANEL, count - start)
@@ -45,7 +45,7 @@ def removal_order(
         # what they take from W^T W, which is symmetric.
         columns, shares, halves = (torch.zeros(width, steps, dtype=torch.float64, device=device) for _ in range(3))
         for step in range(steps):
-            scores = (said / spread).masked_fill_(gone, torch.inf)
+            scores = (squares / spread).masked_fill_(gone, torch.inf)
             chosen = int(scores.argmin())
             order[start + step], errors[start + step] = chosen, scores[chosen]
             column = inverse[:, chosen] - columns @ shares[chosen]
@@ -54,7 +54,7 @@ def removal_order(
             half = output - 0.5 * output[chosen] * share
             columns[:, step], shares[:, step], halves[:, step] = column, share, half
             spread -= column * share
-            said -= 2 * share * half
+            squares -= 2 * share * half
             gone[chosen] = True
         inverse -= columns @ shares.T
         both = shares @ halves.T

@@ -11,7 +11,7 @@ Memory beside the sums: one square matrix, in which a Cholesky factor is made fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,13 @@ class RidgeSolution:
     change: torch.Tensor | None
     ridge: float | None
     held_out: float | None = None
+
+
+def squared_norm(values: Sequence[torch.Tensor]) -> float:
+    """Return the sum of the squares of all elements, summed in float64: of what a layer's outputs miss, its error."""
+    import torch
+
+    return float(sum(torch.linalg.vector_norm(value, dtype=torch.float64) ** 2 for value in values))
 
 
 def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float | None) -> RidgeSolution:

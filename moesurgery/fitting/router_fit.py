@@ -26,7 +26,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.families.anatomy import BlockTensor
 from moesurgery.families.config_keys import Settings
 from moesurgery.families.routing import router_scores
-from moesurgery.fitting.ridge import RidgeSolution
+from moesurgery.fitting.ridge import RidgeSolution, squared_norm
 from moesurgery.forward.expert_outputs import expert_outputs
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall
@@ -236,19 +236,13 @@ def fit_router(
         return None, RidgeSolution(None, None, held_out), list(calls), list(missing)
     change = problem.solve(ridge * scale)
     change = change.T if axis == 1 else change
-    before, error = weight.clone(), _error(missing)
+    before, error = weight.clone(), squared_norm(missing)
     for halvings in range(_HALVINGS):
         weight.copy_((before.float() + 0.5**halvings * change).to(dtype))
         if torch.equal(weight, before):
             break
         new_calls, new_missing = again()
-        if _error(new_missing) < error:
+        if squared_norm(new_missing) < error:
             return weight.to(dtype).clone(), RidgeSolution(None, ridge, held_out), new_calls, new_missing
     weight.copy_(before)
     return None, RidgeSolution(None, None, None if held_out is None else 0.0), list(calls), list(missing)
-
-
-def _error(missing: Sequence[torch.Tensor]) -> float:
-    import torch
-
-    return float(sum(torch.linalg.vector_norm(left, dtype=torch.float64) ** 2 for left in missing))

@@ -10,8 +10,8 @@ from moesurgery._version import __version__
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE
+from moesurgery.checkpoint.scan import read_object
 from moesurgery.checkpoint.source import LocalSource, Source, open_source, read_in_parts
-from moesurgery.checkpoint.strict_json import parse_json
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.patch.patch_file import PATCH, Patch, PatchedFile
 from moesurgery.patch.run_patch import check_plan, opened_model, parents_given, plan_of_record
@@ -80,12 +80,9 @@ def _record_of(source: Source) -> dict[str, object]:
             f"{source.identity} has no {PROVENANCE}, which says how it was made", "pack an output of this program"
         )
     try:
-        record = parse_json(source.read(PROVENANCE, 0, min(sizes[PROVENANCE], _MOST_RECORD)), config=True)
+        return read_object(source, PROVENANCE, sizes[PROVENANCE], _MOST_RECORD)
     except ValueError as error:
-        raise CheckpointError(f"{source.identity}/{PROVENANCE} is no JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{source.identity}/{PROVENANCE} is no JSON object")
-    return record
+        raise CheckpointError(f"{source.identity}/{PROVENANCE} {error}") from None
 
 
 def _names_of_files(steps: Steps) -> Iterator[str]:

@@ -45,7 +45,12 @@ BUILT_IN = (
 
 
 MTP_VERBS = "mtp-"  # the beginning of the names of the operations that are commands under `mtp`
-FOR_GGUF = ("rescale", "drop-experts", "merge-experts")
+FOR_GGUF = ("rescale", "drop-experts", "merge-experts", "mtp-drop")
+_INSTEAD = {  # of operations that are not for GGUF files: what to do
+    "mtp-extract": "llama.cpp drafts with the layers in the whole file; a draft of the original makes"
+    " `convert_hf_to_gguf.py --mtp`",
+    "mtp-graft": "`mtp graft` onto the checkpoint that it was made from, and convert that: docs/gguf.md",
+}
 _PACKAGES = frozenset(("rescale", "upcycle", "tie-blocks"))  # those that are more than one file
 
 
@@ -66,7 +71,7 @@ class Operation:
         if plan.checkpoint.gguf is not None and self.name in BUILT_IN and self.name not in FOR_GGUF:
             raise RefusedError(
                 f"{self.name}: not for GGUF files: {', '.join(FOR_GGUF)} are",
-                "edit the checkpoint that it was made from, and convert that: docs/gguf.md",
+                _INSTEAD.get(self.name, "edit the checkpoint that it was made from, and convert that: docs/gguf.md"),
             )
         return self.function(plan, **values)
 

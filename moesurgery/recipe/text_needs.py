@@ -55,7 +55,8 @@ class TextNeeds:
     model runs once more; None where the parameters need none.
     `variants` returns what to measure on held-out text, the edit itself among it; the edit alone by default.
     `candidates` returns the edits of which the one with the least held-out loss is made, empty where the parameters
-    leave no choice. They are what is measured then, and `variants` are not.
+    leave no choice. They are measured as they are, before a fit; the `variants` of the same operation are not then,
+    unless the choice is fitted.
     `neurons` returns the FFNs (`surgery.choose_neurons.NeuronChoice`) whose neurons are chosen and fitted in a run, for
     the parameter `fit`; None where the parameters need none.
     `repair` is the kind of repair that is made unless another is asked for; "none" for none.

@@ -30,7 +30,7 @@ from moesurgery.surgery.choose_experts import (
 from moesurgery.surgery.planned_experts import planned_layers
 
 Groups = list[list[int]] | dict[LayerKey, list[list[int]]] | None
-Grouping = Literal["router-rows", "msmoe", "reap-centroid", "hc"]
+Grouping = Literal["auto", "router-rows", "msmoe", "reap-centroid", "hc"]
 By = Literal["frequency", "soft-frequency", "ean", "reap", "reap-sum"]
 MergeWeights = Literal["equal", "router-norm", "usage", "reap"]
 Align = Literal["none", "weights", "activations"]
@@ -39,6 +39,12 @@ Router = Literal["dominant", "mean", "lse"]
 NAME = "merge-experts"
 DEFAULT_GROUP: Grouping = "reap-centroid"  # where every expert was run; docs/surgery.md has the table
 DEFAULT_BY: By = "reap-sum"
+MEASURED_GROUPINGS: tuple[Mapping[str, str], ...] = (  # what `auto` measures
+    {"group": "reap-centroid", "by": "reap-sum"},
+    {"group": "reap-centroid", "by": "reap"},
+    {"group": "msmoe"},
+    {"group": "hc"},
+)
 LARGEST = 16  # members of a group around a REAP centroid: C in arXiv 2604.04356
 EVERY_EXPERT = ("reap-centroid", "hc")  # these compare what experts say to all tokens
 _CENTROIDS: Mapping[str | None, By] = {"msmoe": "frequency", "reap-centroid": "reap"}  # as published
@@ -156,6 +162,7 @@ def merger(
 
 def _way(named: bool, group: Grouping | None, by: By | None, seen: Stats | None) -> tuple[Grouping | None, By | None]:
     """Return how groups are made, and by what the experts are ranked that others join."""
+    group = None if group == "auto" else group
     if named:
         if group is not None or by is not None:
             asked = f"--group {group}" if group else f"--by {by}"

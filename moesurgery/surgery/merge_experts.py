@@ -33,8 +33,8 @@ from moesurgery.recipe.requantize import WrittenBack
 from moesurgery.recipe.text_needs import NeededStatistics, TextNeeds, Values, Variant
 from moesurgery.stats.group_fit_file import GroupFitFile, open_group_fits
 from moesurgery.surgery.group_experts import (
-    DEFAULT_GROUP,
     EVERY_EXPERT,
+    MEASURED_GROUPINGS,
     NAME,
     Align,
     By,
@@ -53,7 +53,7 @@ def _needed_statistics(plan: Plan, values: Values) -> NeededStatistics:
     given = {name: value for name, value in values.items() if name in ("groups", "to", "router", "plan_file")}
     merge_experts(plan, **{name: value for name, value in given.items() if name != "router"})
     merger(plan, **given)
-    return NeededStatistics(every_expert="to" in values and values.get("group", DEFAULT_GROUP) in EVERY_EXPERT)
+    return NeededStatistics(every_expert="to" in values and values.get("group", "auto") in ("auto", *EVERY_EXPERT))
 
 
 def _groups_to_fit(plan: Plan, values: Values) -> Merger | None:
@@ -62,6 +62,22 @@ def _groups_to_fit(plan: Plan, values: Values) -> Merger | None:
         return None
     merge = merger(plan, **{name: value for name, value in values.items() if name != "requantize"}, fitted=True)
     return merge if merge.needs_fit else None
+
+
+def _candidates(plan: Plan, values: Values) -> list[Variant]:
+    """Return the ways to make groups that are worth trying, where none is asked for and statistics are there.
+
+    They are measured before the neurons of their groups are matched: that takes a run for each, and did not change
+    which way is the best (docs/surgery.md).
+    """
+    asked = {"by", "groups", "plan_file", "fit"} & values.keys() or values.get("group", "auto") != "auto"
+    if asked or not {"to", "stats"} <= values.keys() or values.get("router") == "lse":
+        return []
+    given = {name: value for name, value in values.items() if (name, value) != ("align", "activations")}
+    return [
+        Variant(f"{way['group']} by {way['by']}" if "by" in way else way["group"], NAME, {**given, **way})
+        for way in MEASURED_GROUPINGS
+    ]
 
 
 def _merge_and_drop(plan: Plan, values: Values) -> list[Variant]:
@@ -75,7 +91,9 @@ def _merge_and_drop(plan: Plan, values: Values) -> list[Variant]:
 
 # A merge costs more than a drop: it is repaired unless told not to be.
 @operation(
-    NAME, text=TextNeeds(_needed_statistics, _groups_to_fit, _merge_and_drop, repair="down"), chooses=("groups", "to")
+    NAME,
+    text=TextNeeds(_needed_statistics, _groups_to_fit, _merge_and_drop, _candidates, repair="down"),
+    chooses=("groups", "to"),
 )
 def merge_experts(
     plan: Plan,
@@ -88,8 +106,9 @@ def merge_experts(
     group: Annotated[
         Grouping | None,
         Param(
-            "how --to groups: router-rows (the default without statistics); or by statistics: reap-centroid (the"
-            " default with text), msmoe, hc"
+            "how --to groups: auto (the default with text: the best of several on held-out text), router-rows (the"
+            " default without statistics); or by statistics: reap-centroid (the default where every expert was run),"
+            " msmoe (else), hc"
         ),
     ] = None,
     by: Annotated[

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.filenames import PROVENANCE
+from moesurgery.checkpoint.gguf_files import without_prediction_entries
 from moesurgery.checkpoint.scan import read_object
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr
@@ -46,9 +47,13 @@ def mtp_drop(plan: Plan) -> Plan:
     names = _prediction_names(anatomy)
     if not names and not prediction_layers(anatomy.settings):
         raise RefusedError("mtp drop: this model has no prediction layers, and config.json declares none")
+    _refuse_draft(plan, names)
     tensors, shard_of = plan.substituted({name: [] for name in names})
     theirs = _about_prediction(anatomy)
     config = with_changed_settings(without_prediction(anatomy.settings), lambda of, _: without_entries(of, theirs))
+    if plan.checkpoint.gguf is not None:
+        depth = anatomy.settings.layers or 0
+        config = without_prediction_entries(config, depth + prediction_layers(anatomy.settings), depth)
     files = changed_files(plan.checkpoint, plan.files, lambda content, _: without_entries(content, theirs))
     size = sum(plan.tensors[name].nbytes for name in names)
     step = Step(
@@ -158,6 +163,21 @@ def mtp_graft(
 
 def _prediction_names(anatomy: Anatomy) -> list[str]:
     return [name for name, component in anatomy.component.items() if component == MTP]
+
+
+def _refuse_draft(plan: Plan, names: Sequence[str]) -> None:
+    """Raise RefusedError where nothing would be left: a draft, of which a GGUF may declare all blocks as prediction."""
+    anatomy = plan.anatomy
+    if names:
+        draft = all(component == MTP for name, component in anatomy.component.items() if name in anatomy.layer)
+    else:
+        draft = plan.checkpoint.gguf is not None and prediction_layers(anatomy.settings) >= (
+            anatomy.settings.layers or 0
+        )
+    if draft:
+        raise RefusedError(
+            "mtp drop: all its layers are prediction layers: this is a draft", "name the model it is for"
+        )
 
 
 def _required(anatomy: Anatomy, who: str) -> list[str]:

@@ -36,6 +36,10 @@ def check_architecture(subject: Context) -> Outcome:
     if reason is not None:
         yield NotChecked(("C03", "C14"), reason)
         return
+    if method(subject.config) == "mlx" or any(".switch_mlp." in name for name in subject.tensors):
+        yield NotChecked(("C03", "C14"), "its weights are in mlx-lm's form, which transformers does not read")
+        yield from _by_table(subject)
+        return
     model_class, config = _model_class(subject)
     if isinstance(config, (NotChecked, Finding)):
         yield config

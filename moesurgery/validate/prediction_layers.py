@@ -9,8 +9,9 @@ from moesurgery.families.config_keys import PREDICTION_KEYS
 from moesurgery.families.tensor_names import name_template
 from moesurgery.validate.context import Context
 
-# What a layer for multi-token prediction has and no other: DeepSeek-V3's names, which all others took over.
-_PARTS = frozenset(("eh_proj", "enorm", "hnorm", "shared_head"))
+# What a layer for multi-token prediction has and no other: DeepSeek-V3's names, which all others took over; in a GGUF
+# they stand below `nextn`.
+_PARTS = frozenset(("eh_proj", "enorm", "hnorm", "shared_head", "nextn"))
 
 
 @dataclass(frozen=True)

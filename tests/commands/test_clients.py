@@ -120,10 +120,27 @@ def test_an_upcycle_names_the_clients_in_which_it_is_not_exact(
         assert codes_for(tmp_path / "out", client) == ({"K01"} if client in said else set()), client
 
 
-def test_it_is_said_before_anything_is_written(ok: Cli, tmp_path: Path) -> None:
-    save_dense(tmp_path / "dense", "qwen2")
-    out = ok("upcycle", tmp_path / "dense", "--experts", 4, "--no-proof", "--dry-run", "-o", tmp_path / "out").out
-    assert "not exact in mlx: it never renormalises the gates of this type" in out
+@pytest.mark.parametrize(
+    ("source", "changes", "target", "said"), SAID, ids=[f"{s}-{t}-{i}" for i, (s, _, t, _) in enumerate(SAID)]
+)
+def test_it_is_said_before_anything_is_written(
+    ok: Cli, tmp_path: Path, source: str, changes: dict[str, Any], target: str, said: dict[str, str]
+) -> None:
+    save_dense(tmp_path / "dense", source, **changes)
+    options = ("--experts", 4, "--to", target, "--no-proof", "--dry-run", "-o", tmp_path / "out")
+    lines = [line for line in ok("upcycle", tmp_path / "dense", *options).out.splitlines() if "not exact in" in line]
+    assert len(lines) == len(said)
+    for client, words in said.items():
+        assert any(f"not exact in {client}: " in line and words in line for line in lines), lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_no_mixture_computes_is_refused_before_anything_is_written(cli: Cli, tmp_path: Path) -> None:
+    save_dense(tmp_path / "dense", "gemma2", head_dim=8)
+    refused = cli("upcycle", tmp_path / "dense", "--experts", 4, "-o", tmp_path / "out")
+    assert refused.code == 2
+    assert "gemma2" in refused.err
+    assert "hint:" in refused.err
     assert not (tmp_path / "out").exists()
 
 

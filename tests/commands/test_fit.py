@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DEMO, Result
+from tests.gguf_make import write_gguf
 from tests.headers import header_checkpoint
 
 Cli = Callable[..., Result]
@@ -122,3 +123,19 @@ def test_a_model_that_fits_is_left_alone(demo: Path, tmp_path: Path, ok: Cli) ->
     told = ok("fit", demo, "--memory", "1GB", *TEXT, "-o", tmp_path / "out")
     assert "it fits as it is" in told.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fits_of_a_gguf_is_made_by_drop_experts(tmp_path: Path, ok: Cli, cli: Cli) -> None:
+    """Experts and top-k alone change; the bytes promised are those of the file, KV cache beside them."""
+    model = write_gguf(tmp_path / "m.gguf", "Q4_K")
+    command = ("fit", model, "--memory", "1.2MB", "--context", 64, "--dry-run")
+    found = ok(*command, "--json").json["shapes"]
+    assert {shape["width"] for shape in found} == {256}
+    three = next(shape for shape in found if shape["experts"] == 3)
+    assert three["kv_bytes"] == 64 * 2 * 2 * 256 * 2  # positions, layers, keys and values, their width, bytes
+    ok("drop-experts", model, "--keep", "0,1,2", "-o", tmp_path / "out")
+    size = (tmp_path / "out" / "m.gguf").stat().st_size
+    assert size <= three["weight_bytes"] < size + 4096 * 2
+    assert "rescale --top-k make them" in ok(*command).out
+    refused = cli(*command, "--only", "width")
+    assert "of a GGUF only experts and top-k" in refused.err

@@ -524,13 +524,37 @@ def test_defaults_with_text_and_what_is_told(models: Any, tmp_path: Path, ok: Cl
     assert "agree on" in out
     step, repair = json.loads((tmp_path / "a" / "moesurgery.json").read_text())["steps"]
     assert repair["report"]["kind"] == "down"
-    assert {key: step["report"][key] for key in ("group", "by", "weights", "align", "router")} == {
-        "group": "reap-centroid",
-        "by": "reap-sum",
+    assert {key: step["report"][key] for key in ("weights", "align", "router")} == {
         "weights": "usage",
         "align": "activations",
         "router": "dominant",
     }
+    measured = step["report"]["candidates"]
+    ways = {"reap-centroid by reap-sum", "reap-centroid by reap", "msmoe", "hc"}
+    assert measured["nats"].keys() == {"original", *ways}
+    assert measured["chosen"] == min(ways, key=measured["nats"].__getitem__)
+    assert all(way in out for way in ways)
+    group, _, by = measured["chosen"].partition(" by ")
+    assert step["report"]["group"] == group
+    assert not by or step["report"]["by"] == by
     stats = tmp_path / "a.stats.safetensors"
     again = ok("merge-experts", path, "--to", 4, "--stats", stats, "--dry-run", "--json").json
     assert again["steps"][0]["report"]["align"] == "none"  # nothing was run to match neurons by
+
+
+def test_groups_are_measured_as_they_are_merged(models: Any, tmp_path: Path, ok: Cli, texts: list[object]) -> None:
+    """What each way costs is what transformers finds for the same merge, written; the least is taken."""
+    path = models("mixtral")
+    text, heldout = dict(zip(texts[::2], texts[1::2], strict=True))["--text"], tmp_path / "heldout.jsonl"
+    tokens = torch.randint(0, 60, (3, 32), generator=torch.Generator().manual_seed(4))
+    heldout.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tokens.tolist()))
+    options = ("--text", text, "--window", 32, "--tokens", 256, "--heldout", heldout, "--refit", "none")
+    ok("merge-experts", path, "--to", 4, *options, "-o", tmp_path / "a")
+    measured = json.loads((tmp_path / "a" / "moesurgery.json").read_text())["steps"][0]["report"]["candidates"]
+    stats = tmp_path / "a.stats.safetensors"
+    for way in ("msmoe", "hc"):
+        ok("merge-experts", path, "--to", 4, "--group", way, "--stats", stats, "-o", tmp_path / way)
+        with torch.no_grad():
+            loss = load(tmp_path / way)(tokens, labels=tokens).loss
+        assert measured["nats"][way] == pytest.approx(float(loss), abs=2e-4)
+    assert measured["chosen"] == min(measured["nats"].keys() - {"original"}, key=measured["nats"].__getitem__)

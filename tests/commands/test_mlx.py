@@ -85,7 +85,7 @@ def test_mlx(bits: int, tmp_path: Path, ok: Ok) -> None:
         assert packed[key] == plain[key]
     before = read(model)
 
-    ok("drop-experts", model, "--experts", "0,5", "-o", tmp_path / "dropped", "-q")
+    ok("drop-experts", model, "--experts", "0,5", "-o", tmp_path / "dropped", "-q", "--validate")
     dropped = read(tmp_path / "dropped")
     kept = [1, 2, 3, 4, 6, 7]
     assert dropped.keys() == before.keys()

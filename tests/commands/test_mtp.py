@@ -14,6 +14,7 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import RefusedError
 from tests.commands.test_drop_experts import with_prediction_layer
 from tests.conftest import Result
+from tests.gguf_make import LAYERS, keys_of, stored_arrays, write_gguf
 from tests.quantise import make_form, rewrite
 from tests.tiny import load, logits, read_config, read_tensors, same_bits
 
@@ -232,3 +233,38 @@ def test_inspect_and_count_params_name_them(predicting: Path, ok: Cli) -> None:
         assert abs(document["parameters"] - parameters) <= 8
         assert document["nbytes"] == sum(t.nbytes for t in tensors.values())
         assert "1 token and the drafted ones that are accepted" in " ".join(ok(command, predicting).out.split())
+
+
+def test_blocks_of_a_gguf_are_left_out(tmp_path: Path, ok: Cli, cli: Cli) -> None:
+    """What is left is what the package gguf writes of the model without them: every tensor, every key."""
+    by_block = {"feed_forward_length": [512, 256], "attention.sliding_window_pattern": [True, False]}
+    unlike = {"rope.dimension_sections": [1, 1, 0, 0], "expert_gating_func": 2}
+    plain = write_gguf(tmp_path / "plain.gguf", "Q4_0", architecture="glm4moe", dense=1, keys={**by_block, **unlike})
+    longer = {key: [*values, *values] for key, values in by_block.items()}
+    keys = {**longer, **unlike, "nextn_predict_layers": 2}
+    model = write_gguf(tmp_path / "m.gguf", "Q4_0", architecture="glm4moe", dense=1, predicting=2, keys=keys)
+    assert ok("inspect", model, "--json").json["prediction"]["layers"] == 2
+    ok("validate", model)
+    ok("mtp", "drop", model, "-o", tmp_path / "out", "--validate")
+    out = tmp_path / "out" / "m.gguf"
+    left, wanted = stored_arrays(out), stored_arrays(plain)
+    assert list(left) == list(wanted)
+    assert all((left[name] == data).all() for name, data in wanted.items())
+    told = {key: value for key, value in keys_of(out).items() if not key.startswith(("GGUF.", "general."))}
+    theirs = {key: value for key, value in keys_of(plain).items() if not key.startswith(("GGUF.", "general."))}
+    assert told == {**theirs, "glm4moe.nextn_predict_layers": 0}
+    assert ok("validate", tmp_path / "out", "--against", model).code == 0
+    assert "no prediction layers" in cli("mtp", "drop", plain, "-o", tmp_path / "no").err
+    for verb, more, hint in (("extract", (), "convert_hf_to_gguf.py --mtp"), ("graft", ("--from", model), "onto the")):
+        refused = cli("mtp", verb, model, *more, "-o", tmp_path / "no")
+        assert refused.code == 2
+        assert hint in " ".join(refused.err.split())
+
+
+def test_a_draft_has_nothing_else(tmp_path: Path, predicting: Path, ok: Cli, cli: Cli) -> None:
+    ok("mtp", "extract", predicting, "-o", tmp_path / "draft")
+    declared = write_gguf(tmp_path / "d.gguf", architecture="gemma4-assistant", keys={"nextn_predict_layers": LAYERS})
+    for draft in (tmp_path / "draft", declared):
+        refused = cli("mtp", "drop", draft, "-o", tmp_path / "no")
+        assert refused.code == 2
+        assert "this is a draft" in refused.err

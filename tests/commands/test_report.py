@@ -52,7 +52,9 @@ def test_an_edit_with_its_evidence(demo: Path, tmp_path: Path, ok: Cli) -> None:
     assert report["heldout"]["nats"] == nats
     assert report["heldout"]["domains"]["original"]["heldout-code"] == pytest.approx(nats["original"])
     page, card = read(tmp_path / "out.report.html"), (out / "README.md").read_text()
-    assert page.plots >= 2
+    assert page.plots == 3
+    dropped = sum(len(layer["dropped"]) for layer in report["steps"][0]["report"]["layers"])
+    assert (tmp_path / "out.report.html").read_text().count('<rect class="f"') == dropped + 1  # and the key
     for name, value in nats.items():
         assert name in page.cells
         assert f"{value:.4f}" in page.cells

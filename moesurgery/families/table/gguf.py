@@ -116,6 +116,7 @@ def gguf_family(model_type: str) -> Family:
         ),
         routing=routing,
         shared=("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "ffn_gate_inp_shexp"),
+        sparse=("first_k_dense_replace",),
         nested=(),
         layers="blk",
         norm=InputNorm(

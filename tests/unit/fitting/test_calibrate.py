@@ -15,8 +15,12 @@ import pytest
 
 from moesurgery import CalibrationOptions, Checkpoint, Plan, apply, calibrate, open_checkpoint, plan_of, write_plan
 from moesurgery.errors import OutputError, RecipeError, RefusedError
-from moesurgery.fitting.reporter import Reporter
+from moesurgery.fitting.heldout import HeldOutLosses
+from moesurgery.fitting.reporter import SILENT, Reporter
+from moesurgery.fitting.run_settings import RunSettings
+from moesurgery.forward import loss
 from moesurgery.forward.batch_passes import Progress
+from moesurgery.forward.text_windows import Domain
 from moesurgery.plan.plan import Step
 from moesurgery.recipe import registry
 from moesurgery.recipe.parameters import Param
@@ -115,7 +119,8 @@ def test_a_model_is_opened_once_and_edited_once(
     assert counted == {"opened": 1, "drop-experts": 2, "refit": 1}
     counted.clear()
     stats = tmp_path / "b.stats.safetensors"
-    ok("merge-experts", path, "--to", 7, "--stats", stats, *as_arguments(texts)[2:6], "-o", tmp_path / "c")
+    options = ("--group", "msmoe", "--stats", stats, *as_arguments(texts)[2:6])
+    ok("merge-experts", path, "--to", 7, *options, "-o", tmp_path / "c")
     assert counted == {"opened": 1, "merge-experts": 1, "drop-experts": 1}
 
 
@@ -129,6 +134,26 @@ def test_a_plan_is_taken_as_it_is(models: Any, tmp_path: Path, texts: dict[str, 
     assert [step.operation for step in edited.plan.steps] == ["drop-experts", "drop-experts"]
     assert edited.heldout is not None
     assert edited.heldout.nats.keys() == {"original", "drop-experts"}
+
+
+def test_the_same_choice_is_measured_once(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two criteria that choose alike have one loss; another choice has its own."""
+    measured: list[int] = []
+    losses_over = loss.losses_over
+
+    def counting(*given: Any) -> Any:
+        measured.append(1)
+        return losses_over(*given)
+
+    monkeypatch.setattr(loss, "losses_over", counting)
+    plan = plan_of(open_checkpoint(models("mixtral")))
+    dropped = {name: apply(plan, "drop-experts", experts=[e]) for name, e in (("a", 0), ("b", 0), ("c", 1))}
+    domain = Domain("text", TEXT[6:])
+    outcome = HeldOutLosses(RunSettings(window=64), [domain], SILENT)
+    outcome.add({"original": plan, **dropped})
+    nats = outcome.outcome("a").nats
+    assert len(measured) == 3
+    assert nats["a"] == nats["b"] != nats["c"]
 
 
 def test_the_best_of_several_criteria_is_taken(
