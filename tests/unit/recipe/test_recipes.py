@@ -315,7 +315,8 @@ def test_every_shipped_recipe_runs(
         model = tmp_path / "predicting"
     if path.stem.endswith("-data"):  # the command that its comment names makes the files
         (tmp_path / "text.jsonl").write_text(json.dumps({"input_ids": list(range(3, 60)) * 12}))
-        ok("merge-experts", model, "--to", 6, "--text", "text.jsonl", "--window", 32, "-o", "merge")
+        groups = ("--group", "reap-centroid", "--by", "reap-sum")
+        ok("merge-experts", model, "--to", 6, "--text", "text.jsonl", "--window", 32, *groups, "-o", "merge")
     recipe = tmp_path / path.name
     recipe.write_text(re.sub(r"hf://[^\s,}]+", str(model), path.read_text()))  # other models that the recipe names
     ok("run", recipe, "--model", model, "-o", tmp_path / "out")
