@@ -255,7 +255,7 @@ def test_what_is_refused(models: Any, tmp_path: Path, texts: dict[str, Any], cou
         ("drop-experts", {"count": 1}, {"text": texts["text"][0]}, "expected a list"),
         ("drop-experts", {"count": 1}, {"dtype": "int8"}, "int8"),
         ("drop-experts", {"count": 1}, {"text": None, "refit": "down"}, "needs text"),
-        ("add-expert", {"source": str(path), "experts": [0]}, {}, "no parameter `stats`"),
+        ("add-expert", {"source": str(path), "experts": [0]}, {}, "is not calibrated on text"),
     ):
         with pytest.raises(RecipeError, match=message):
             calibrate(path, operation, parameters, CalibrationOptions(**texts | changes), tmp_path / "out")
