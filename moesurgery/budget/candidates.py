@@ -40,11 +40,20 @@ class Choices:
     form: Sequence[str] = (AS_STORED,)
     merging: bool = False  # whether experts may be merged instead of dropped
     tied: Sequence[bool] = (False,)
+    for_client: tuple[str, MoeShape] | None = None  # a client, and what its kernels see of the model as it is
 
     def widths(self, form: str) -> list[int]:
-        """Return the widths that experts may have in a form."""
+        """Return the widths that experts may have in a form, and that a client's kernels take as well as their own."""
         quantised = None if form == AS_STORED else FORMS[form].quantised
-        return [w for w in self.width if quantised is None or takes_width(quantised, w)]
+        if quantised is None:
+            return list(self.width)
+        widths = [w for w in self.width if takes_width(quantised, w)]
+        if self.for_client is None or quantised.form.tall == 1:
+            return widths
+        client, own = self.for_client
+        own = replace(own, block=quantised.form.tall)
+        before = set(awkward_numbers(client, own))
+        return [w for w in widths if before.issuperset(awkward_numbers(client, replace(own, width=w)))]
 
     def smallest(self, costs: ShapeCosts) -> MixtureShape:
         """Return the shape with the least of everything."""
@@ -97,7 +106,7 @@ def taken_well(choice: Choices, own: MoeShape, client: str) -> Choices:
     before = set(awkward_numbers(client, own))
     experts = [e for e in choice.experts if before.issuperset(awkward_numbers(client, replace(own, experts=e)))]
     widths = [w for w in choice.width if before.issuperset(awkward_numbers(client, replace(own, width=w)))]
-    return replace(choice, experts=experts, width=widths)
+    return replace(choice, experts=experts, width=widths, for_client=(client, own))
 
 
 def _top_ks(trained: int, experts: int) -> list[int]:

@@ -208,6 +208,8 @@ def test_engines_leave_out_what_they_take_badly(terabyte: Path, ok: Cli, cli: Cl
     assert {s["width"] % 256 for s in shapes["llama.cpp"]} == {0}  # k-quants
     assert {s["form"] for s in shapes["llama.cpp"]} == {"as stored"}
     assert len({s["experts"] for s in shapes["transformers"]}) > 1
+    blocks = ok(*command, "--engine", "vllm", "--forms", "fp8-block", "--only", "width,form", "--json").json["shapes"]
+    assert {s["width"] % 1024 for s in blocks if s["form"] == "fp8-block"} == {0}  # over eight ranks in blocks of 128
     unread = cli(*command, "--engine", "mlx", "--forms", "bfloat16,int4")
     assert unread.code == 2
     assert "mlx does not read int4" in unread.err
