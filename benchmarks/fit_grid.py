@@ -76,7 +76,7 @@ class Bench:
     def budget(self, share: float) -> Budget:
         checkpoint = self.plan.checkpoint
         limits = Limits(int(share * checkpoint.stored_bytes))
-        return budget_of(self.plan.anatomy, checkpoint.tensors, limits, context=1, batch=1, axes=_AXES, header_bytes=0)
+        return budget_of(self.plan.anatomy, self.plan.tensors, limits, context=1, batch=1, axes=_AXES, header_bytes=0)
 
     def nats(self, plan: Plan) -> float:
         measured = HeldOutLosses(self.run.settings, self.held_out, SILENT)

@@ -123,7 +123,7 @@ def width_of(anatomy: Anatomy, block: MoeBlock) -> int:
 def narrower_forms(anatomy: Anatomy, tensors: Mapping[str, HasShape], names: Sequence[str] = USUAL_FORMS) -> list[str]:
     """Return those forms of `names` that take fewer bits than the experts' weights do now, and that they can have."""
     stored = {tensors[m.name].dtype for b in anatomy.main_blocks for m in b.named("down") if m.stem.main}
-    if not stored <= PLAIN_FLOATS:
+    if not stored <= PLAIN_FLOATS or "convert" in anatomy.settings.family.refuses:
         return []
     bits = max(BITS[dtype] for dtype in stored)
     matrices = expert_matrices(anatomy, tensors)

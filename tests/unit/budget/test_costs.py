@@ -86,9 +86,11 @@ def test_costs_of_quantised_experts_are_those_of_the_edited_plan(
     assert edited.nbytes < size <= costs.of(shape).weight_bytes
 
 
-@pytest.mark.parametrize(("family", "form"), [("qwen3_moe", "int4"), ("gpt_oss", "fp8"), ("granitemoe", "fp8")])
+@pytest.mark.parametrize(
+    ("family", "form"), [("qwen3_moe", "int4"), ("gpt_oss", "fp8"), ("granitemoe", "fp8"), ("longcat_flash", "fp8")]
+)
 def test_forms_that_experts_cannot_have(models: Models, family: str, form: str) -> None:
-    """Hidden sizes that groups do not divide; experts that no layout has one by one."""
+    """Hidden sizes that groups do not divide; experts that no layout has one by one; a family that is not converted."""
     plan = plan_of(open_checkpoint(models(family, dtype="bfloat16", hidden_size=48)))
     assert narrower_forms(plan.anatomy, plan.tensors, [form]) == []
     with pytest.raises(RefusedError):
