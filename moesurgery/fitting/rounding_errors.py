@@ -40,7 +40,7 @@ def rounding_errors(plan: Plan, forms: Sequence[str]) -> dict[str, np.ndarray]:
 def _of_block(plan: Plan, block: MoeBlock, forms: Sequence[str]) -> Mapping[str, float]:
     import torch
 
-    from moesurgery.plan.quantised_form import rounding
+    from moesurgery.plan.quantised_form import rounding_squares
 
     moved = {form: [0.0, 0.0] for form in forms}  # of the first and of the second product
     whole = {form: [0.0, 0.0] for form in forms}
@@ -53,7 +53,7 @@ def _of_block(plan: Plan, block: MoeBlock, forms: Sequence[str]) -> Mapping[str,
             values = torch.from_numpy(finite_values(member.name, sample)).float()
             product = int(member.role == "down")
             for form in forms:
-                error, size = rounding(values, WRITTEN_FORMS[form].form_of(values.shape[1]))
+                error, size = rounding_squares(values, WRITTEN_FORMS[form].form_of(values.shape[1]))
                 moved[form][product] += error
                 whole[form][product] += size
     shares = {form: [m / max(w, 1e-30) for m, w in zip(moved[form], whole[form], strict=True)] for form in forms}

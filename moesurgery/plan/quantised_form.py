@@ -267,7 +267,7 @@ def overall_scale(form: Form, most: float) -> torch.Tensor:
     return 1 / needed if form.overall == "over" else needed
 
 
-def rounding(values: torch.Tensor, form: Form) -> tuple[float, float]:
+def rounding_squares(values: torch.Tensor, form: Form) -> tuple[float, float]:
     """Return what `squared_error` does for float32 values [rows, in] that are quantised in a form, whole blocks."""
     overall = overall_scale(form, float(values.abs().max())) if form.overall else None
     found = quantise(values, form, None, overall)

@@ -289,6 +289,7 @@ class OverallScale(Expr):
             return self._memo.value.clone()
 
     def _settled(self, reader: Reader) -> torch.Tensor:
+        import torch
 
         # A copy: what a reader returns is memory that it uses again, and the scale is kept.
         old = None if self.old is None else self.old.evaluate(0, 1, reader).float().clone()
