@@ -55,8 +55,11 @@ class ShapeSteps:
         if shape.tied:
             steps.append(RecipeStep("tie-blocks", TIE))
         if shape.form != AS_STORED:
-            beside = {"dtype": BESIDE} if FORMS[shape.form].quantised and self.wide else {}
-            steps.append(RecipeStep("convert", {**FORMS[shape.form].step, **beside}))
+            more: dict[str, Any] = {}
+            if FORMS[shape.form].quantised:
+                more |= {"dtype": BESIDE} if self.wide else {}
+                more |= {"stats": self.statistics} if self.stats.neurons and not steps else {}  # of the model as it is
+            steps.append(RecipeStep("convert", {**FORMS[shape.form].step, **more}))
         return tuple(steps)
 
     @cached_property

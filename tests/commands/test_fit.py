@@ -70,37 +70,46 @@ def test_the_budget_is_kept_and_the_recipe_gives_the_same_bytes(demo: Path, tmp_
     assert "record of another search: it differs in shapes" in " ".join(other.err.split())
 
 
-def test_a_quantised_form_with_fewer_experts(demo: Path, tmp_path: Path, ok: Cli) -> None:
+def on_tokens(tmp_path: Path) -> list[object]:
+    """Options of a quick search on a text of token ids, as tiny models have no tokenizer."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"input_ids": [i * i % 57 + 3 for i in range(2048)]}))
+    return ["--text", text, *QUICK[2:]]
+
+
+def size_of(model: Path) -> int:
+    return sum(map(len, weights(model).values()))
+
+
+def test_a_quantised_form_with_fewer_experts(models: Callable[..., Path], tmp_path: Path, ok: Cli) -> None:
     """What fits only in 4 bits and smaller still: repaired, then rounded, and within the limit."""
-    out = tmp_path / "out"
-    command = ["fit", demo, "--memory", "4.5MB", "--context", 128, "--only", "experts,form", *QUICK, "-o", out]
-    command += ["--refit", "expert"]
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    model, out, recipe = models("mixtral", dtype="bfloat16", **sizes), tmp_path / "out", tmp_path / "recipe.yaml"
+    common = ["fit", model, "--context", 1, *on_tokens(tmp_path), "--refit", "expert", "--forms", "int4", "--memory"]
+    limit = int(0.42 * size_of(model))
+    command = [*common, limit, "--only", "experts,form", "-o", out]
     ok(*command)
     record = json.loads((tmp_path / "out.fit.json").read_text())
-    assert record["taken"].endswith("-int4")
+    assert re.fullmatch(r"e[2-7]-w64-k2-int4", record["taken"])
     assert record["prices"][3] > 0
     assert record["repaired"][record["taken"]] != record["measured"][record["taken"]]
-    written = weights(out)
-    assert sum(map(len, written.values())) <= 4_500_000
+    assert size_of(out) <= limit
     assert read_config(out)["quantization_config"]["quant_method"] == "compressed-tensors"
-    recipe = tmp_path / "recipe.yaml"
     recipe.write_text(ok(*command, "--print-recipe").out)
     ok("run", recipe, "-o", tmp_path / "again")
-    assert weights(tmp_path / "again") == written
-    assert ok("validate", out, "--level", "forward").code == 0
-    command = ["fit", demo, "--memory", "12MB", "--context", 128, "--only", "form", *QUICK, "-o", tmp_path / "fp8"]
-    assert ok(*command, "--dry-run", "--json").json["fit"]["taken"] == "e8-w256-k2-fp8"
-    assert not (tmp_path / "fp8.refit").exists()  # nothing but rounding is missing
+    assert weights(tmp_path / "again") == weights(out)
+    whole = [*common, int(0.7 * size_of(model)), "--only", "form,width", "-o", tmp_path / "whole"]
+    assert ok(*whole, "--dry-run", "--json").json["fit"]["candidates"][0]["shape"] == "e8-w64-k2-int4"
+    assert not (tmp_path / "whole.refit").exists()  # nothing but rounding is missing
+    assert "whole.stats.safetensors" in ok(*whole, "--print-recipe").out  # by which scales are chosen
 
 
 def test_merging_is_tried_where_dropping_alone_costs_least(
     models: Callable[..., Path], tmp_path: Path, ok: Cli
 ) -> None:
-    model, text, out = models("mixtral"), tmp_path / "text.jsonl", tmp_path / "out"
-    text.write_text(json.dumps({"input_ids": [i * i % 57 + 3 for i in range(2048)]}))
-    limit = int(0.7 * sum(map(len, weights(model).values())))
-    command = ["fit", model, "--memory", limit, "--context", 1, "--only", "experts,merging", "--text", text]
-    command += ["--window", 32, "--tokens", 512, "--measured", 1, "--by", "gram", "--refit", "expert", "-o", out]
+    model, out = models("mixtral"), tmp_path / "out"
+    command = ["fit", model, "--memory", int(0.7 * size_of(model)), "--context", 1, "--only", "experts,merging"]
+    command += [*on_tokens(tmp_path), "--measured", 1, "--refit", "expert", "-o", out]
     ok(*command, "--repaired", 2)
     record = json.loads((tmp_path / "out.fit.json").read_text())
     assert sorted(record["repaired"]) == ["e4-w48-k2", "e4-w48-k2-merged"]
@@ -113,10 +122,9 @@ def test_merging_is_tried_where_dropping_alone_costs_least(
 
 
 def test_tied_blocks_where_asked(models: Callable[..., Path], tmp_path: Path, ok: Cli) -> None:
-    model, text, out = models("mixtral", num_hidden_layers=4), tmp_path / "text.jsonl", tmp_path / "out"
-    text.write_text(json.dumps({"input_ids": [i * i % 57 + 3 for i in range(2048)]}))
-    limit = int(0.4 * sum(map(len, weights(model).values())))
-    command = ["fit", model, "--memory", limit, "--context", 1, "--text", text, *QUICK[2:], "-o", out]
+    model, out = models("mixtral", num_hidden_layers=4), tmp_path / "out"
+    limit = int(0.4 * size_of(model))
+    command = ["fit", model, "--memory", limit, "--context", 1, *on_tokens(tmp_path), "-o", out]
     shapes = ok(*command[:6], "--only", "experts,tie", "--dry-run", "--json").json["shapes"]
     assert {shape["tied"] for shape in shapes} == {True}  # half of the blocks, and fewer experts
     told = ok(*command, "--only", "experts,tie").out
@@ -125,7 +133,7 @@ def test_tied_blocks_where_asked(models: Callable[..., Path], tmp_path: Path, ok
     assert record["taken"].endswith("-tied")
     assert record["taken"] in told
     assert record["repaired"][record["taken"]] == record["measured"][record["taken"]]
-    assert sum(map(len, weights(out).values())) <= min(limit, shapes[0]["weight_bytes"])
+    assert size_of(out) <= min(limit, shapes[0]["weight_bytes"])
     assert read_config(out)["layer_tie_map"] == [0, 0, 2, 2]
     assert not any(shape["tied"] for shape in ok(*command[:6], "--dry-run", "--json").json["shapes"])
 
@@ -133,12 +141,10 @@ def test_tied_blocks_where_asked(models: Callable[..., Path], tmp_path: Path, ok
 @pytest.mark.parametrize("form", ["fp8-block", "int4"])
 def test_a_quantised_model_stays_in_its_form(models: Callable[..., Path], tmp_path: Path, ok: Cli, form: str) -> None:
     make_form(models("qwen3_moe", moe_intermediate_size=64), tmp_path / "model", form)
-    limit = int(0.8 * sum(map(len, weights(tmp_path / "model").values())))
-    text, out = tmp_path / "text.jsonl", tmp_path / "out"
-    text.write_text(json.dumps({"input_ids": [i * i % 57 + 3 for i in range(2048)]}))
-    command = ["fit", tmp_path / "model", "--memory", limit, "--context", 1, "--keep", "top-k", "--text", text]
-    ok(*command, *QUICK[2:], "-o", out)
-    assert sum(map(len, weights(out).values())) <= limit
+    limit, out = int(0.8 * size_of(tmp_path / "model")), tmp_path / "out"
+    command = ["fit", tmp_path / "model", "--memory", limit, "--context", 1, "--keep", "top-k"]
+    ok(*command, *on_tokens(tmp_path), "-o", out)
+    assert size_of(out) <= limit
     before, after = read_tensors(tmp_path / "model"), read_tensors(out)
     assert {n.rpartition(".")[2] for n in before} == {n.rpartition(".")[2] for n in after}
     assert {t.dtype for t in before.values()} == {t.dtype for t in after.values()}
