@@ -1,11 +1,13 @@
 """How near `moesurgery fit` comes to the best of a grid of experts x width x top-k: the table of docs/fit.md.
 
-    python benchmarks/fit_grid.py MODEL --text CALIBRATION… --heldout OTHER… [--share 0.75 0.5] [--jobs 4]
+    python benchmarks/fit_grid.py MODEL --text CALIBRATION… --heldout OTHER… [--share 0.75 0.5] [--jobs 4] [--folder F]
 
 For each share of the model's bytes, `fit` searches on --text alone. Then every shape of a grid that fits is edited,
 repaired on the same text and measured on the first `--limit` windows of each held-out file, which the search has not
 seen: for each number of experts in steps of an eighth and each top-k, the widest experts that fit. Prints the loss
 above the original's in nats per token, as edited and repaired, the best first, and where `fit`'s choice stands.
+
+With --folder, statistics, searches, repairs and outcomes are kept there, and the same command goes on from them.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from moesurgery import open_checkpoint, plan_of
 from moesurgery.budget.budget import Budget, budget_of
-from moesurgery.budget.candidates import AXES
 from moesurgery.budget.damage import PRICED, DamagePrediction, damage_curves
 from moesurgery.budget.limits import Limits
 from moesurgery.budget.shape import MixtureShape
@@ -31,11 +33,12 @@ from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.fit_search import SearchOptions, best_fit
 from moesurgery.fitting.heldout import HeldOutLosses
 from moesurgery.fitting.reporter import SILENT
-from moesurgery.fitting.shape_steps import ShapeSteps, applied
+from moesurgery.fitting.shape_steps import ShapeSteps
 from moesurgery.plan.plan import Plan
-from moesurgery.recipe.reader import RecipeStep
 from moesurgery.recipe.text_needs import NeededStatistics
 from moesurgery.stats.statistics_file import load_stats
+
+_AXES = ("experts", "width", "top-k", "merging")  # forms stay: all numbers are compared in one
 
 
 def arguments() -> argparse.Namespace:
@@ -52,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--by", default="gram", help="how experts of the grid are chosen; the search finds its own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--search-device", help="another device for the searches")
+    parser.add_argument("--folder", type=Path, help="where all that is measured is kept; nowhere by default")
     parser.add_argument("--results", type=Path, help="also write all figures as JSON")
     return parser.parse_args()
 
@@ -72,7 +76,7 @@ class Bench:
     def budget(self, share: float) -> Budget:
         checkpoint = self.plan.checkpoint
         limits = Limits(int(share * checkpoint.stored_bytes))
-        return budget_of(self.plan.anatomy, checkpoint.tensors, limits, context=1, batch=1, axes=AXES, header_bytes=0)
+        return budget_of(self.plan.anatomy, self.plan.tensors, limits, context=1, batch=1, axes=_AXES, header_bytes=0)
 
     def nats(self, plan: Plan) -> float:
         measured = HeldOutLosses(self.run.settings, self.held_out, SILENT)
@@ -81,12 +85,40 @@ class Bench:
 
     def outcome(self, shape: MixtureShape, by: str, stats: str, name: str) -> tuple[float, float]:
         """Return the held-out loss of a shape, as edited and repaired."""
-        steps = ShapeSteps(self.plan, self.budget(1).original, stats, load_stats(stats))
-        edited = steps.planned(shape, by)
-        repair = self.options.repair("down")
         cache = CalibrationCache(self.folder / f"{name}.{shape.name}", self.run, False, SILENT)
-        step = RecipeStep("refit", {"repair": cache.repair(edited, repair)})
-        return self.nats(edited), self.nats(applied(edited, (step,)))
+        steps = ShapeSteps(self.plan, self.budget(1).original, stats, load_stats(stats), cache)
+        edited = steps.planned(shape, by)
+        folder = cache.repair(edited, self.options.repair("down"))
+        found = self.nats(edited), self.nats(steps.planned(shape, by, folder))
+        shutil.rmtree(folder)
+        return found
+
+
+class Outcomes:
+    """The losses that were measured, by share and shape, in a file that is written each time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "outcomes.json"
+        self.known: dict[str, list[float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def submitted(self, pool: ProcessPoolExecutor, task: tuple[MixtureShape, str, str, str]) -> Future[list[float]]:
+        """Return the outcome of a task: that of an earlier run, or one to come."""
+        name = f"{task[3]} {task[0].name}"
+        if name in self.known:
+            known: Future[list[float]] = Future()
+            known.set_result(self.known[name])
+            return known
+        start = time.perf_counter()
+
+        def keep(done: Future[list[float]]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self.known[name] = list(done.result())
+                self.path.write_text(json.dumps(self.known, indent=1))
+                print(f"{name} after {time.perf_counter() - start:.0f} s", flush=True)
+
+        future = pool.submit(_outcome, task)
+        future.add_done_callback(keep)
+        return future
 
 
 _bench: Bench
@@ -100,8 +132,8 @@ def _begin(given: argparse.Namespace, folder: Path) -> None:
     _bench = Bench(given, folder)
 
 
-def _outcome(task: tuple[MixtureShape, str, str, str]) -> tuple[float, float]:
-    return _bench.outcome(*task)
+def _outcome(task: tuple[MixtureShape, str, str, str]) -> list[float]:
+    return list(_bench.outcome(*task))
 
 
 def grid(budget: Budget) -> list[MixtureShape]:
@@ -131,7 +163,9 @@ def main() -> None:
     given = arguments()
     results = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder: Path = given.folder or Path(name)
+        folder.mkdir(exist_ok=True)
+        measured = Outcomes(folder)
         bench = Bench(given, folder)
         base = bench.nats(bench.plan)
         context = multiprocessing.get_context("spawn")
@@ -145,12 +179,12 @@ def main() -> None:
             searches = [pool.submit(_search, given, folder, share) for share in given.share]
             shapes = {share: grid(bench.budget(share)) for share in given.share}
             tasks = {share: [(s, given.by, stats, str(share)) for s in shapes[share]] for share in given.share}
-            outcomes = {share: [pool.submit(_outcome, task) for task in tasks[share]] for share in given.share}
+            outcomes = {share: [measured.submitted(pool, task) for task in tasks[share]] for share in given.share}
             for share, search in zip(given.share, searches, strict=True):
                 taken, prices = search.result()
                 if taken not in shapes[share]:
                     shapes[share].append(taken)
-                    outcomes[share].append(pool.submit(_outcome, (taken, given.by, stats, str(share))))
+                    outcomes[share].append(measured.submitted(pool, (taken, given.by, stats, str(share))))
                 found = {s: outcome.result() for s, outcome in zip(shapes[share], outcomes[share], strict=True)}
                 predicted = DamagePrediction(damage_curves(load_stats(stats)), tuple(prices.values()))
                 results[share] = _show(found, base, taken, predicted)
@@ -161,7 +195,7 @@ def main() -> None:
 
 
 def _show(
-    found: dict[MixtureShape, tuple[float, float]], base: float, taken: MixtureShape, predicted: DamagePrediction
+    found: dict[MixtureShape, list[float]], base: float, taken: MixtureShape, predicted: DamagePrediction
 ) -> list[object]:
     print("shape                 predicted  edited  repaired")
     rows: list[object] = []

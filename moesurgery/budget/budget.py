@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moesurgery.budget.candidates import Choices, choices, fitting_shapes, taken_well
 from moesurgery.budget.costs import Cost, ShapeCosts
 from moesurgery.budget.limits import Limits
-from moesurgery.budget.shape import USUAL_FORMS, MixtureShape, narrower_forms
+from moesurgery.budget.shape import FORMS, USUAL_FORMS, MixtureShape, narrower_forms
 from moesurgery.count.accelerators import Accelerator
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.nodes import Expr
@@ -42,7 +42,7 @@ class Budget:
         """Raise RefusedError where no shape fits, naming the smallest one and what to ask for."""
         if self.shapes():
             return
-        smallest = self.choices.smallest
+        smallest = self.choices.smallest(self.costs)
         cost = self.costs.of(smallest)
         wrong = self.limits.broken(cost)
         said, hints = [], []
@@ -74,28 +74,52 @@ def budget_of(
     batch: int,
     accelerator: Accelerator | None = None,
     axes: Collection[str],
-    forms: Sequence[str] = USUAL_FORMS,
+    forms: Sequence[str] | None = None,
     engine: str | None = None,
     header_bytes: int = 0,
+    tied: tuple[Anatomy, Mapping[str, Expr]] | None = None,
 ) -> Budget:
-    """Return a model beside a machine; with `engine`, only with numbers that its kernels take well.
+    """Return a model beside a machine; with `engine`, only with numbers that its kernels take well, in forms that it
+    reads. Without `forms` the usual ones are tried. `tied` is the model with pairs of blocks tied, for the axis of that
+    name.
 
-    Raises RecipeError for a speed without an accelerator and for an engine of which nothing is known, RefusedError
-    where the model has no experts or is of an unknown family.
+    Raises RecipeError for a speed without an accelerator, for an engine of which nothing is known and for forms that it
+    does not read, RefusedError where the model has no experts or is of an unknown family, or its width cannot change.
     """
     if limits.speed is not None and accelerator is None:
         raise RecipeError("--speed needs to know of which machine", "give --accelerator")
-    costs = ShapeCosts(
-        anatomy, tensors, context=context, batch=batch, accelerator=accelerator, header_bytes=header_bytes
-    )
+    costs: ShapeCosts | None = None
+    for one in (tied, (anatomy, tensors)):
+        if one is not None:
+            costs = ShapeCosts(
+                *one, context=context, batch=batch, accelerator=accelerator, header_bytes=header_bytes, tied=costs
+            )
+    assert costs is not None
     if "width" in axes and (reason := anatomy.settings.family.refuses.get("slim-experts")):
         raise RefusedError(f"fit: {anatomy.settings.family.name}: its width stays: {reason}", "give --keep width")
-    together = neurons_together(anatomy.main_blocks[0], tensors) if "width" in axes else 1
-    narrower = narrower_forms(anatomy, tensors, forms)
+    try:
+        together = neurons_together(anatomy.main_blocks[0], tensors) if "width" in axes else 1
+    except RefusedError as error:
+        raise RefusedError(f"fit: the width stays: {error.message}", f"give --keep width; or {error.hint}") from None
+    narrower = narrower_forms(anatomy, tensors, _read_forms(forms, engine))
     chosen = choices(anatomy, costs.shape, axes, narrower, together)
     if engine is not None:
         chosen = taken_well(chosen, replace(moe_shape(anatomy), width=costs.shape.width), engine)
     return Budget(costs, limits, chosen)
+
+
+def _read_forms(forms: Sequence[str] | None, engine: str | None) -> list[str]:
+    """Return the forms to try that an engine reads, of those that are named or of the usual ones."""
+    unread = [
+        name
+        for name in forms or USUAL_FORMS
+        if engine and (form := FORMS[name].quantised) is not None and engine not in form.readers
+    ]
+    if forms and unread:
+        raise RecipeError(
+            f"--forms: {engine} does not read {', '.join(unread)}", "docs/quantised.md has who reads what"
+        )
+    return [name for name in forms or USUAL_FORMS if name not in unread]
 
 
 def _bytes(count: float) -> str:

@@ -7,21 +7,25 @@ parameters no more than they were.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 from moesurgery.budget.costs import Cost, ShapeCosts
+from moesurgery.budget.expert_matrices import takes_width
 from moesurgery.budget.limits import Limits
-from moesurgery.budget.shape import AS_STORED, MixtureShape
+from moesurgery.budget.shape import AS_STORED, FORMS, MixtureShape
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.client_limits import NUMBER_RULES, MoeShape, awkward_numbers
 from moesurgery.moe.expert_counts import check_remaining
 
-ShapeAxis = Literal["experts", "width", "top-k", "form", "merging"]
+ShapeAxis = Literal["experts", "width", "top-k", "form", "merging", "tie"]
 AXES: tuple[ShapeAxis, ...] = get_args(ShapeAxis)
+USUAL_AXES = AXES[:-1]  # ties between blocks that were trained apart need training
 MOST_COUNTS = 64  # numbers of experts that are looked at
 SMALL_WIDTH = 256  # neurons: narrower experts go in steps of 8, wider ones of 16
 
@@ -35,10 +39,36 @@ class Choices:
     top_k: Sequence[int]
     form: Sequence[str] = (AS_STORED,)
     merging: bool = False  # whether experts may be merged instead of dropped
+    tied: Sequence[bool] = (False,)
+    for_client: tuple[str, MoeShape] | None = None  # a client, and what its kernels see of the model as it is
 
-    @property
-    def smallest(self) -> MixtureShape:
-        return MixtureShape(self.experts[0], self.width[0], self.top_k[0], self.form[-1])
+    def widths(self, form: str) -> list[int]:
+        """Return the widths that experts may have in a form, and that a client's kernels take as well as their own."""
+        quantised = None if form == AS_STORED else FORMS[form].quantised
+        if quantised is None:
+            return list(self.width)
+        widths = [w for w in self.width if takes_width(quantised, w)]
+        if self.for_client is None or quantised.form.tall == 1:
+            return widths
+        client, own = self.for_client
+        own = replace(own, block=quantised.form.tall)
+        before = set(awkward_numbers(client, own))
+        return [w for w in widths if before.issuperset(awkward_numbers(client, replace(own, width=w)))]
+
+    def smallest(self, costs: ShapeCosts) -> MixtureShape:
+        """Return the shape with the least of everything."""
+        least = [
+            MixtureShape(self.experts[0], w[0], self.top_k[0], form, tied=tied)
+            for form, tied in self.stored()
+            if (w := self.widths(form))
+        ]
+        return min(least, key=costs.weight_bytes)
+
+    def stored(self) -> Iterator[tuple[str, bool]]:
+        """Yield forms, and whether blocks are tied: quantised ones are not, as their loading was not tried."""
+        for form, tied in itertools.product(self.form, self.tied):
+            if not tied or form == AS_STORED or FORMS[form].quantised is None:
+                yield form, tied
 
 
 def choices(
@@ -62,7 +92,8 @@ def choices(
         least = -(-shape.width // (4 * step)) * step
         width = [*range(least, shape.width, step), shape.width]
     merging = "merging" in axes and "merge-experts" not in anatomy.settings.family.refuses
-    return Choices(experts, width, top_ks, (AS_STORED, *forms) if "form" in axes else (AS_STORED,), merging)
+    form = (AS_STORED, *forms) if "form" in axes else (AS_STORED,)
+    return Choices(experts, width, top_ks, form, merging, (False, True) if "tie" in axes else (False,))
 
 
 def taken_well(choice: Choices, own: MoeShape, client: str) -> Choices:
@@ -75,7 +106,7 @@ def taken_well(choice: Choices, own: MoeShape, client: str) -> Choices:
     before = set(awkward_numbers(client, own))
     experts = [e for e in choice.experts if before.issuperset(awkward_numbers(client, replace(own, experts=e)))]
     widths = [w for w in choice.width if before.issuperset(awkward_numbers(client, replace(own, width=w)))]
-    return replace(choice, experts=experts, width=widths)
+    return replace(choice, experts=experts, width=widths, for_client=(client, own))
 
 
 def _top_ks(trained: int, experts: int) -> list[int]:
@@ -110,15 +141,17 @@ def fitting_shapes(
         return limits.allow(cost) and cost.active <= most_active
 
     found: list[MixtureShape] = []
-    for form in choice.form:
+    for form, tied in choice.stored():
         for top_k in choice.top_k:
-            widest = len(choice.width)
+            width = choice.widths(form)
+            widest = len(width)
             for experts in (e for e in choice.experts if e >= top_k):
                 # The more experts, the narrower: the widest that fits is never wider than with fewer experts.
-                widest = _largest(lambda i: allowed(MixtureShape(experts, choice.width[i], top_k, form)), widest)  # noqa: B023
+                of = partial(MixtureShape, experts, top_k=top_k, form=form, tied=tied)
+                widest = _largest(lambda i: allowed(of(width=width[i])), widest)  # noqa: B023
                 if widest == 0:
                     break
-                found.append(MixtureShape(experts, choice.width[widest - 1], top_k, form))
+                found.append(of(width=width[widest - 1]))
     maximal = [s for s in found if not any(s != other and s.within(other, costs.shape.top_k) for other in found)]
     return [(s, costs.of(s)) for s in sorted(maximal, key=lambda s: (-s.experts, -s.width, -s.top_k))]
 

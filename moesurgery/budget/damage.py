@@ -6,7 +6,8 @@ A curve gives the squared error of a layer's routed output over its square, at e
              of all pairs, the set being the greedy one of `gram` (`stats.criteria`)
     width    the least-squares loss of the neurons that go, down-projections solved for those that stay
     top-k    1 - <y_n, y_m>^2 / (|y_n|^2 |y_m|^2), what a factor per layer on the output at top-k m leaves
-    form     the squared rounding error of the weights, for each of the two products
+    form     the squared rounding error of the weights over their square, for each of the two products
+    tie      1 where blocks are tied: what that costs is only known when it is measured
 
 The error of a shape is their sum, mean over layers. What an error costs in loss is another number for each axis:
 neurons that were solved for are repaired already, promoted experts make up for dropped ones. `DamagePrediction` fits
@@ -18,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from moesurgery.budget.shape import AS_STORED, FORMS, MixtureShape
@@ -26,8 +28,8 @@ from moesurgery.stats.statistics_file import BlockStats, Stats
 if TYPE_CHECKING:
     import numpy as np
 
-PRICED = ("experts", "width", "top-k", "form")  # the axes that errors are added over
-Parts = tuple[float, float, float, float]  # by axis, in that order
+PRICED = ("experts", "width", "top-k", "form", "tie")  # the axes that errors are added over
+Parts = tuple[float, float, float, float, float]  # by axis, in that order
 _PULL = 0.1  # of every number towards their common value, in units of one measurement
 
 
@@ -35,12 +37,14 @@ _PULL = 0.1  # of every number towards their common value, in units of one measu
 class DamageCurves:
     """Errors by layer. `experts` [layers, E + 1] and `width` [layers, I + 1] at each number that stays, 0 at the last.
 
-    `width` is None where nothing is known of neurons. `top_k` has [layers] for each other number of active experts.
+    `width` is None where nothing is known of neurons. `top_k` has [layers] for each other number of active experts,
+    `form` for each quantised form; that of another is known beforehand.
     """
 
     experts: np.ndarray
     width: np.ndarray | None = None
     top_k: Mapping[int, np.ndarray] = field(default_factory=dict)
+    form: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def parts(self, shape: MixtureShape) -> Parts:
         """Return the error of a shape by axis, mean over layers."""
@@ -48,11 +52,16 @@ class DamageCurves:
         width = 0.0 if self.width is None else float((self.width[:, shape.width] * (1 - experts)).mean())
         top_k = self.top_k[shape.top_k].mean() if shape.top_k in self.top_k else 0.0
         form = 0.0 if shape.form == AS_STORED else 2 * FORMS[shape.form].error
-        return float(experts.mean()), width, float(top_k), form
+        if shape.form in self.form:
+            form = float(self.form[shape.form].mean())
+        return float(experts.mean()), width, float(top_k), form, float(shape.tied)
 
 
-def damage_curves(stats: Stats) -> DamageCurves:
-    """Return the curves of a model from its statistics; that of its neurons where these were collected."""
+def damage_curves(stats: Stats, rounding: Mapping[str, np.ndarray] = MappingProxyType({})) -> DamageCurves:
+    """Return the curves of a model from its statistics; that of its neurons where these were collected.
+
+    `rounding` [layers] has the errors of quantised forms (`fitting.rounding_errors`).
+    """
     import numpy as np
 
     blocks = list(stats.blocks.values())
@@ -66,7 +75,7 @@ def damage_curves(stats: Stats) -> DamageCurves:
         top_k[k] = np.array(left)
     experts = np.stack([missing_mass(block.total("gram")) for block in blocks])
     width = np.stack([neuron_loss(block) for block in blocks]) if stats.neurons else None
-    return DamageCurves(experts, width, top_k)
+    return DamageCurves(experts, width, top_k, rounding)
 
 
 def neuron_loss(block: BlockStats) -> np.ndarray:
@@ -105,7 +114,7 @@ class DamagePrediction:
     """Loss increase of a shape in nats: the sum over axes of a price and the error there."""
 
     curves: DamageCurves
-    prices: Parts = (1.0, 1.0, 1.0, 1.0)
+    prices: Parts = (1.0, 1.0, 1.0, 1.0, 1.0)
 
     def of(self, shape: MixtureShape) -> float:
         return sum(price * error for price, error in zip(self.prices, self.curves.parts(shape), strict=True))
@@ -127,8 +136,8 @@ class DamagePrediction:
         common = float(np.median(increases / errors.sum(axis=1)))
         rows = np.concatenate([errors / increases[:, None], _PULL / common * np.eye(len(PRICED))])
         wanted = np.concatenate([np.ones(len(known)), np.full(len(PRICED), _PULL)])
-        a, b, c, d = (float(price * x) for price, x in zip(self.prices, _least_squares(rows, wanted), strict=True))
-        return DamagePrediction(self.curves, (a, b, c, d))
+        a, b, c, d, e = (float(price * x) for price, x in zip(self.prices, _least_squares(rows, wanted), strict=True))
+        return DamagePrediction(self.curves, (a, b, c, d, e))
 
 
 def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:

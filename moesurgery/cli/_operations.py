@@ -77,7 +77,7 @@ def command_for(operation: Operation) -> Callable[..., None]:
             raise RecipeError("--report has nothing to tell: nothing is measured", "give --text FILE or --heldout FILE")
         if plan_to_write is not None and not flags.print_recipe:
             plan = plan or recipe.plan()
-            _write_plan_file(operation, plan, Path(plan_to_write), flags)
+            write_plan_file(_plan_document(operation, plan), Path(plan_to_write), flags)
             if plan_only:
                 _writing.report_steps(plan, flags)
                 return
@@ -96,15 +96,22 @@ def _chosen(operation: Operation, model: str, values: Mapping[str, Any]) -> bool
     return any(name in parameters for parameters in stated for name in operation.chooses)
 
 
-def _write_plan_file(operation: Operation, plan: Plan, path: Path, flags: _writing.WriterFlags) -> None:
-    """Write what was chosen as a plan file, unless nothing is to be written."""
-    from moesurgery.write.plan_document import plan_document, save_plan_document
+def _plan_document(operation: Operation, plan: Plan) -> dict[str, Any]:
+    """Return the plan file of what the first step of an operation chose."""
+    from moesurgery.write.plan_document import plan_document
+
+    step = next(step for step in plan.steps if step.operation == operation.name)
+    return plan_document(plan_of(plan.checkpoint), step)
+
+
+def write_plan_file(document: Mapping[str, Any], path: Path, flags: _writing.WriterFlags) -> None:
+    """Write a plan file, unless nothing is to be written, and say so."""
+    from moesurgery.write.plan_document import save_plan_document
 
     if flags.dry_run:
         console.note(f"would write the plan {path}")
         return
-    step = next(step for step in plan.steps if step.operation == operation.name)
-    written = save_plan_document(plan_document(plan_of(plan.checkpoint), step), path, force=flags.force)
+    written = save_plan_document(document, path, force=flags.force)
     console.note(f"wrote the plan {path}" if written else f"the plan {path} is there already")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moesurgery.budget.budget import Budget, budget_of
-from moesurgery.budget.candidates import AXES
+from moesurgery.budget.candidates import AXES, USUAL_AXES
 from moesurgery.budget.limits import Limits, parse_parameters, parse_speed, parse_tokens
 from moesurgery.budget.shape import FORMS, USUAL_FORMS
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -17,15 +18,18 @@ from moesurgery.cli import _run_options, _writing
 from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._fit_report import document_of, shapes_document, show_fitted, show_shapes, write_front
-from moesurgery.cli._operations import taking_text_and_flags
+from moesurgery.cli._operations import taking_text_and_flags, write_plan_file
 from moesurgery.cli._output_name import default_name
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Expr, Stored
+from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.recognition import recognise
 from moesurgery.fitting.calibrate import CalibrationOptions
+from moesurgery.fitting.shape_steps import TIE
 from moesurgery.plan.plan import Plan
 from moesurgery.recipe.reader import Recipe, parse_size
+from moesurgery.recipe.registry import apply, find_operation
 from moesurgery.stats.criteria import CRITERIA
 
 _AXES = ", ".join(AXES)
@@ -56,18 +60,28 @@ def fit_command(
         str | None,
         typer.Option("--engine", help="Only numbers that its kernels take well: vllm, sglang, llama.cpp, mlx."),
     ] = None,
-    only: Annotated[str | None, typer.Option("--only", help=f"What may change, of {_AXES}. [default: all]")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help=f"What may change, of {_AXES}. [default: all but tie]")
+    ] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="What stays as it is, as top-k.")] = None,
     forms: Annotated[
-        str,
-        typer.Option("--forms", help=f"Stored forms that may be chosen where they are narrower: {', '.join(FORMS)}."),
-    ] = ",".join(USUAL_FORMS),
+        str | None,
+        typer.Option(
+            "--forms",
+            help=f"Stored forms that may be chosen where they are narrower: {', '.join(FORMS)}."
+            f" [default: {', '.join(USUAL_FORMS)}, as far as --engine reads them]",
+        ),
+    ] = None,
     by: Annotated[
         str, typer.Option("--by", help="How experts are chosen, as in drop-experts; auto is the best of several.")
     ] = "auto",
     measured: Annotated[int, typer.Option("--measured", min=1, help="Shapes to measure without repair.")] = 6,
     repaired: Annotated[int, typer.Option("--repaired", min=1, help="Shapes to repair and to measure again.")] = 4,
     device_memory: _run_options.DeviceMemory = "",
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Write which experts and neurons stay, for slim-experts and drop-experts."),
+    ] = None,
 ) -> None:
     """Find the best model that fits a machine: fewer experts, narrower experts, another top-k, a narrower form.
 
@@ -106,9 +120,10 @@ def fit_command(
         accelerator=ACCELERATORS[accelerator] if accelerator else None,
         axes=axes,
         engine="transformers5" if engine == "transformers" else engine,
-        forms=_words("--forms", forms, FORMS),
+        forms=None if forms is None else _words("--forms", forms, FORMS),
         # A header is padded to a place in a block of 4096 bytes, and has no more tensors than its source's.
         header_bytes=sum(header.data_start + 4096 for header in checkpoint.headers),
+        tied=_with_tied_blocks(plan, checkpoint) if "tie" in axes else None,
     )
     if not budget.costs.kv_known:
         console.warning("its attention layout is not known, so the KV cache is not counted")
@@ -125,7 +140,7 @@ def fit_command(
             make = "drop-experts and rescale --top-k make them of this GGUF; fit with --text wants the original"
             show_shapes(budget, measure if checkpoint.gguf is None else make)
         return
-    _search(plan, model, budget, (by, measured, repaired), options, flags)
+    _search(plan, model, budget, (by, measured, repaired), options, flags, plan_file)
 
 
 def _search(
@@ -135,9 +150,11 @@ def _search(
     how: tuple[Any, int, int],
     options: CalibrationOptions,
     flags: _writing.WriterFlags,
+    plan_file: Path | None,
 ) -> None:
     """Search, show what was found, and write the winner as the flags say."""
     from moesurgery.fitting.fit_search import SearchOptions, best_fit
+    from moesurgery.write.plan_document import plan_of_steps
 
     by, measured, repaired = how
     output = flags.folder or Path(f"{default_name(plan)}-fit")
@@ -155,8 +172,21 @@ def _search(
         show_fitted(budget, found)
     recipe = Recipe(model, found.steps, origin="command line", max_shard_size=flags.shard_bytes)
     written = recipe.finished(found.plan)
+    if plan_file is not None and not flags.print_recipe:
+        choosing = [step for step in found.plan.steps if find_operation(step.operation).chooses]
+        criterion = {"shape": found.winner.shape.name, "by": found.by}
+        write_plan_file(plan_of_steps(plan, choosing, "fit", criterion, found.about), plan_file, flags)
     shown = document_of(budget, found)
     _writing.carry_out(recipe, replace(flags, output=flags.output or str(output), picture=None), written, more=shown)
+
+
+def _with_tied_blocks(plan: Plan | None, checkpoint: Checkpoint) -> tuple[Anatomy, Mapping[str, Expr]]:
+    """Return the model with pairs of blocks tied, of which only headers may be there. Raises RefusedError."""
+    if plan is None:
+        shard_of = {name: info.file for name, info in checkpoint.tensors.items()}
+        plan = Plan((checkpoint,), _expressions(checkpoint), shard_of, checkpoint.config)
+    tied = apply(plan, "tie-blocks", **TIE)
+    return tied.anatomy, tied.tensors
 
 
 def _expressions(checkpoint: Checkpoint) -> dict[str, Expr]:
@@ -165,7 +195,7 @@ def _expressions(checkpoint: Checkpoint) -> dict[str, Expr]:
 
 
 def _chosen_axes(only: str | None, keep: str | None) -> list[str]:
-    chosen = list(AXES) if only is None else _words("--only", only, AXES)
+    chosen = list(USUAL_AXES) if only is None else _words("--only", only, AXES)
     kept = [] if keep is None else _words("--keep", keep, AXES)
     left = [axis for axis in chosen if axis not in kept]
     if not left:

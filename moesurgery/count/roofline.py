@@ -79,6 +79,10 @@ class StreamedWeights:
         share = experts * width
         return replace(self, routed_bytes=self.routed_bytes * share, routed_weights=self.routed_weights * share)
 
+    def narrowed(self, routed: float, fixed: float) -> StreamedWeights:
+        """Return those of a model whose routed experts, and whose other tensors, take these shares of their bytes."""
+        return replace(self, routed_bytes=self.routed_bytes * routed, fixed_bytes=self.fixed_bytes * fixed)
+
 
 def streamed_weights(anatomy: Anatomy, tensors: Mapping[str, HasShape], *, tied_embeddings: bool) -> StreamedWeights:
     """Return what a step of decoding streams: neither image encoders, prediction layers nor an embedding of its own."""
@@ -114,16 +118,14 @@ def decode_seconds(
     kv_read: int,
     attention: int,
     accelerator: Accelerator,
-    narrowing: float = 1.0,
 ) -> float:
     """Return the seconds of one decoding step of `batch` sequences: the larger of those of FLOPs and of bytes.
 
-    `kv_read` and `attention` are bytes of cache and FLOPs of attention per token; `narrowing` multiplies the bytes of
-    the weights, where they are stored in another form.
+    `kv_read` and `attention` are bytes of cache and FLOPs of attention per token.
     """
     flops = batch * (2 * (weights.fixed_weights + weights.routed_weights * top_k / experts) + attention)
     hit = experts_hit(experts, top_k, batch) / experts
-    nbytes = narrowing * (weights.fixed_bytes + weights.routed_bytes * hit) + batch * kv_read
+    nbytes = weights.fixed_bytes + weights.routed_bytes * hit + batch * kv_read
     return max(flops / (accelerator.tflops * 1e12), nbytes / (accelerator.terabytes_per_second * 1e12))
 
 

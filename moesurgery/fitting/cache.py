@@ -34,6 +34,7 @@ _DIGESTS = {
     "edited": "another edit",
     "token_ids": "other windows of the text",
     "statistics": "other statistics",
+    "plan": "another plan",
 }
 
 

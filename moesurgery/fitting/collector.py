@@ -101,7 +101,8 @@ def collect(
         call = seen.pop(where)
         if call.first == 0:
             for r in keep:
-                kept = torch.tensor(best_kept(engine, around, call, r))
+                with moments.paused() if moments is not None else nullcontext():
+                    kept = torch.tensor(best_kept(engine, around, call, r))
                 sums[where][f"recon@{r}"] = torch.zeros(call.block.block.experts, dtype=torch.float64).index_fill_(
                     0, kept, 1
                 )

@@ -1,15 +1,15 @@
 """The best shape of a model for a budget: predicted for all that fit, measured for a few, repaired for fewer.
 
-One pass over text gives a curve of errors for each axis (`budget.damage`). Dropping experts alone and taking neurons
-alone are measured first, on held-out windows, unwritten; the prices of the errors are fitted to that, the shape with
-the least predicted loss is measured next, and so on. A repair (`layer_fit`) changes the prices: the best single axes
-are repaired and measured again, the prices are fitted to that, and the shapes with the least predicted loss follow.
+One pass over text gives a curve of errors for each axis (`budget.damage`). The best shapes that change one axis alone
+are measured first, on held-out windows, unwritten; the prices of the errors are fitted to that, the shape with least
+predicted loss is measured next, and so on. A repair (`layer_fit`) changes the prices: the best single axes are repaired
+and measured again, the prices are fitted to that, and the shapes with the least predicted loss follow.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.budget.budget import Budget
 from moesurgery.budget.costs import Cost
 from moesurgery.budget.damage import DamagePrediction, damage_curves
-from moesurgery.budget.shape import MixtureShape
+from moesurgery.budget.shape import AS_STORED, MixtureShape
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
@@ -26,8 +26,10 @@ from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.fit_record import FitRecord, read_fit_record
 from moesurgery.fitting.heldout import HeldOut, HeldOutLosses
 from moesurgery.fitting.reporter import SILENT, Reporter
-from moesurgery.fitting.shape_steps import ShapeSteps, applied
+from moesurgery.fitting.rounding_errors import rounding_errors
+from moesurgery.fitting.shape_steps import ShapeSteps
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.written_forms import WRITTEN_FORMS
 from moesurgery.recipe.reader import RecipeStep
 from moesurgery.recipe.text_needs import NeededStatistics
 from moesurgery.stats.criteria import MeasuredCriterion
@@ -76,7 +78,8 @@ class Candidate:
 class Fitted:
     """The winner as a plan and as steps, all candidates, and how they were predicted.
 
-    `prediction` is that of the outcome, repaired where `repair` says how; `by` is how experts were chosen.
+    `prediction` is that of the outcome, repaired where `repair` says how; `by` is how experts were chosen, `about` what
+    was measured on which text.
     """
 
     plan: Plan
@@ -87,6 +90,7 @@ class Fitted:
     prediction: DamagePrediction
     by: MeasuredCriterion | None
     repair: RepairOptions | None
+    about: Mapping[str, Any]
 
 
 def best_fit(
@@ -121,13 +125,14 @@ def best_fit(
     top_ks = sorted({shape.top_k for shape, _ in shapes} - {budget.original.top_k})
     statistics = cache.statistics(NeededStatistics(top_k=top_ks, neurons=len(budget.choices.width) > 1))
     stats = load_stats(statistics)
+    quantised = sorted({shape.form for shape, _ in shapes if shape.form in WRITTEN_FORMS})
     search = _Search(
         plan,
         budget,
         dict(shapes),
         ShapeSteps(plan, budget.original, statistics, stats, cache),
         HeldOutLosses(settings, held_out or run.held_out, reporter),
-        DamagePrediction(damage_curves(stats)),
+        DamagePrediction(damage_curves(stats, rounding_errors(plan, quantised))),
         cache,
         options.repair(REPAIR),
         wanted.by or CANDIDATES[0],
@@ -198,9 +203,16 @@ class _Search:
         self.prediction = self._fitted(self.edited)
 
     def measure_repaired(self, count: int) -> None:
-        """Repair and measure the single axes that cost least, then the shapes that are predicted best."""
-        first = sorted(self.alone, key=lambda shape: self.increase(self.edited[shape]))
-        for shape in first[: max(1, min(2, count - 1))]:
+        """Repair and measure the single axes that cost least, then the shapes that are predicted best.
+
+        What no repair changes does not count.
+        """
+        whole = [shape for shape in self.edited if not self._repairs(shape)]
+        for shape in whole:
+            self._repair(shape)
+        count += len(whole)
+        first = sorted(set(self.alone) - set(whole), key=lambda shape: self.increase(self.edited[shape]))
+        for shape in first[: max(1, min(2, count - len(whole) - 1))]:
             self._repair(shape)
         while len(self.repaired) < count and (following := self._next(self.repaired)):
             self._repair(following)
@@ -212,8 +224,8 @@ class _Search:
         if not self.budget.choices.merging:
             return
         least = min(map(self.increase, self.repaired.values()))
-        for shape in [s for s in self.repaired if _changed(s, self.budget.original) == ["experts"]]:
-            if self.increase(self.repaired[shape]) <= _WORTH_MERGING * least:
+        for shape in [s for s in self.repaired if _changed(_plain(s), self.budget.original) == ["experts"]]:
+            if self.increase(self.repaired[shape]) <= max(least, _WORTH_MERGING * least):
                 merged = replace(shape, merged=True)
                 self.shapes[merged] = self.shapes[shape]
                 self._repair(merged)
@@ -244,24 +256,31 @@ class _Search:
             self.edited[shape] = shape.name
 
     def _repair(self, shape: MixtureShape) -> None:
+        """Repair and measure a shape. Forms of one shape share its repair."""
         assert self.repair is not None
         self._measure(shape)
-        edited = self.steps.planned(shape, self.by)
-        beside = replace(self.cache, output=self.cache.output.with_name(f"{self.cache.output.name}.{shape.name}"))
-        self.folders[shape] = Path(beside.repair(edited, self.repair))
+        plain = _plain(shape)
+        if not self._repairs(shape):
+            self.repaired[shape] = self.edited[shape]
+            return
+        if plain not in self.folders:
+            beside = replace(self.cache, output=self.cache.output.with_name(f"{self.cache.output.name}.{plain.name}"))
+            self.folders[plain] = Path(beside.repair(self.steps.planned(plain, self.by), self.repair))
         name = f"{shape.name}, refit {self.repair.kind}"
-        self.losses.add({name: applied(edited, (_refit(self.folders[shape]),))})
+        self.losses.add({name: self.steps.planned(shape, self.by, str(self.folders[plain]))})
         self.repaired[shape] = name
+
+    def _repairs(self, shape: MixtureShape) -> bool:
+        """Whether a repair does anything: not where only the form changes, and not where blocks are tied after it."""
+        return not shape.tied and _plain(shape) != self.budget.original
 
     def record(self) -> FitRecord:
         """Return what was measured and the best of it, whose repair gets the usual name; the others are deleted."""
         final = self.repaired or self.edited
         best = min(final, key=lambda shape: self.increase(final[shape]))
-        if best in self.folders:
-            _keep_one(self.folders, best, self.refit_folder)
-        for shape in self.edited:
-            if shape.merged and shape != best:
-                Path(self.steps.merge_parameters(shape.experts)["fit"]).unlink()
+        _keep_one(self.folders, _plain(best), self.refit_folder)
+        for experts in {s.experts for s in self.edited if s.merged and not (best.merged and s.experts == best.experts)}:
+            Path(self.steps.merge_parameters(experts)["fit"]).unlink()
         return FitRecord(
             best.name,
             self.by,
@@ -277,8 +296,8 @@ class _Search:
 
     def outcome(self, record: FitRecord) -> Fitted:
         """Return the winner of a search, by its record, and its plan."""
-        a, b, c, d = record.prices
-        prediction = replace(self.prediction, prices=(a, b, c, d))
+        a, b, c, d, e = record.prices
+        prediction = replace(self.prediction, prices=(a, b, c, d, e))
         self.shapes |= {
             merged: cost
             for shape, cost in self.shapes.items()
@@ -292,39 +311,41 @@ class _Search:
         ]
         winner = next(candidate for candidate in candidates if candidate.shape.name == record.taken)
         by: Any = record.by
-        steps, plan = self.steps.steps(winner.shape, by), self.steps.planned(winner.shape, by)
-        if self.repair is not None:
-            edited = plan
-            folder = replace(self.cache, force=False).repair(edited, self.repair)  # made just now
-            steps = (*steps, RecipeStep("refit", {"repair": folder}))
-            plan = applied(edited, steps[-1:])
-        dropped = winner.shape.experts < self.budget.original.experts
-        return Fitted(plan, steps, winner, candidates, record.heldout, prediction, by if dropped else None, self.repair)
+        plain, folder = _plain(winner.shape), None
+        if self.repair is not None and self._repairs(winner.shape):
+            folder = replace(self.cache, force=False).repair(
+                self.steps.planned(plain, by), self.repair
+            )  # made just now
+        steps, plan = self.steps.steps(winner.shape, by, folder), self.steps.planned(winner.shape, by, folder)
+        chosen_by = by if winner.shape.experts < self.budget.original.experts else None
+        about = self.cache.run.about
+        return Fitted(plan, steps, winner, candidates, record.heldout, prediction, chosen_by, self.repair, about)
+
+
+def _plain(shape: MixtureShape) -> MixtureShape:
+    return replace(shape, form=AS_STORED)
 
 
 def _changed(shape: MixtureShape, original: MixtureShape) -> list[str]:
-    names = ("experts", "width", "top_k", "form")
+    names = ("experts", "width", "top_k", "form", "tied")
     return [name for name in names if getattr(shape, name) != getattr(original, name)]
 
 
 def _near(shape: MixtureShape, other: MixtureShape, original: MixtureShape) -> bool:
     """Whether two shapes are so near that measuring one says what the other costs."""
     return (
-        (shape.top_k, shape.form) == (other.top_k, other.form)
+        (shape.top_k, shape.form, shape.tied) == (other.top_k, other.form, other.tied)
         and abs(shape.experts - other.experts) < max(1, _NEAR * original.experts)
         and abs(shape.width - other.width) < max(1, _NEAR * original.width)
     )
 
 
-def _refit(folder: Path) -> RecipeStep:
-    return RecipeStep("refit", {"repair": str(folder)})
-
-
 def _keep_one(folders: dict[MixtureShape, Path], best: MixtureShape, target: Path) -> None:
-    """Give the best repair the usual name, and delete the others."""
-    if target.exists():
+    """Give the best shape's repair, if it has one, the usual name, and delete the others."""
+    if folders and target.exists():
         shutil.rmtree(target)
-    folders[best].rename(target)
     for shape, folder in folders.items():
-        if shape != best:
+        if shape == best:
+            folder.rename(target)
+        else:
             shutil.rmtree(folder)

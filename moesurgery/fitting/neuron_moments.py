@@ -11,7 +11,9 @@ down-projection reads; and two square matrices of the width of one expert.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.families.anatomy import MoeBlock
@@ -78,6 +80,7 @@ class NeuronMoments:
         self._engine = engine
         self._calls: dict[str, list[ExpertsCall]] = {}
         self._ffns: dict[str, _Ffn] = {}
+        self._paused = False
         plan = engine.plan
         for module, block in {
             **shared_experts(plan.anatomy, plan.tensors),
@@ -89,8 +92,21 @@ class NeuronMoments:
                 continue  # not run, as in a prediction layer, or no linear module of its own
             linear = engine.skeleton.model.get_submodule(path)
             read: list[torch.Tensor] = []
-            handle = linear.register_forward_pre_hook(lambda module, args, read=read: read.append(args[0]))
+            handle = linear.register_forward_pre_hook(partial(self._hold, read))
             self._ffns[module] = _Ffn(block, engine.skeleton.unit_of(f"{path}.{leaf}").path, linear, handle, read)
+
+    def _hold(self, read: list[torch.Tensor], module: Any, args: tuple[Any, ...]) -> None:
+        if not self._paused:
+            read.append(args[0])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hold nothing of what is run within: a block that is tried again reads its shared expert again."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def see(self, call: ExpertsCall) -> None:
         """Hold a call of a block's experts."""

@@ -58,6 +58,16 @@ def neurons_together(block: MoeBlock, tensors: Mapping[str, Expr]) -> int:
     return math.lcm(*(_axis(member, expr, width).share for member, expr in members.values()))
 
 
+def tensors_with_neurons(block: MoeBlock, tensors: Mapping[str, Expr]) -> set[str]:
+    """Return the tensors of a block that have entries for neurons. Raises RefusedError as `neurons_together` does."""
+    width = neuron_count(block, tensors)
+    return {
+        member.name
+        for member, parts in _by_expert(block, tensors)
+        if parts and _axis(member, parts[0], width).axis is not None
+    }
+
+
 def with_neurons(block: MoeBlock, tensors: Mapping[str, Expr], kept: Sequence[Sequence[int]]) -> dict[str, Expr]:
     """Return the changed tensors of a block of which each expert has its neurons `kept` alone, ascending."""
     width = neuron_count(block, tensors)

@@ -36,7 +36,8 @@ class Step:
     Parameters name models as the user did, and `parents` identifies those: for a model with an adapter on it both,
     for an earlier stage of a merge its name. `places` are the paths in `parameters` where they occur, with the
     values there; None where the operation's declaration gives them. `origin` is the recipe file that
-    warnings begin with.
+    warnings begin with. `neurons` has, by block, those that stay in each expert where some go: for plan files alone, as
+    they are too many for records.
     """
 
     operation: str
@@ -50,6 +51,7 @@ class Step:
     parents: Mapping[str, tuple[Checkpoint | str, ...]] = field(default_factory=dict)
     places: Mapping[tuple[str | int, ...], str] | None = None
     origin: str = ""
+    neurons: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Numbers = Literal["e4m3", "e5m2", "e2m1", "int"]
 EXPONENTS = ("F8_E8M0", "U8")  # dtypes of scales that are powers of two
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1, by its three lower bits
+LARGEST_SCALE = 448.0  # of E4M3, in which first scales are where there are second ones
 _LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 # What the scale of a block's largest number is multiplied by where the error is weighed.
 _SCALES_NEAR = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.05)
@@ -256,6 +257,23 @@ def _near(scale: torch.Tensor, factor: float, form: Form) -> torch.Tensor:
     most = torch.finfo(scale.dtype).max
     near = (scale.float() * factor).clamp_(max=most).to(scale.dtype)
     return _chosen(near.float() > 0, near, scale)
+
+
+def overall_scale(form: Form, most: float) -> torch.Tensor:
+    """Return the second scale (float32) of matrices whose largest number is `most`, for a form that has one."""
+    import torch
+
+    needed = torch.tensor([most / (form.largest * LARGEST_SCALE) or 2.0**-23])
+    return 1 / needed if form.overall == "over" else needed
+
+
+def rounding_squares(values: torch.Tensor, form: Form) -> tuple[float, float]:
+    """Return what `squared_error` does for float32 values [rows, in] that are quantised in a form, whole blocks."""
+    overall = overall_scale(form, float(values.abs().max())) if form.overall else None
+    found = quantise(values, form, None, overall)
+    if form.tall > 1:
+        found = found._replace(scale=found.scale.repeat_interleave(form.tall, 0)[: len(values)])
+    return squared_error(values, form, found, overall)
 
 
 def _chosen(keep: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING, Literal
 from moesurgery.checkpoint.dtypes import element_count
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, Reader, evaluated
-from moesurgery.plan.quantised_form import Form, OldScales, Quantities, on_steps, quantise, scales, squared_error
+from moesurgery.plan.quantised_form import (
+    LARGEST_SCALE,
+    Form,
+    OldScales,
+    Quantities,
+    on_steps,
+    overall_scale,
+    quantise,
+    scales,
+    squared_error,
+)
 from moesurgery.plan.rounding import RecordingReader
 
 if TYPE_CHECKING:
     import torch
 
 _CODES = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2", "e2m1": "U8", "int": "U8"}
-_LARGEST_SCALE = 448.0  # of E4M3, in which first scales are
 _TOGETHER = 1 << 18  # elements of a matrix that are quantised, or looked at, together
 _WHOLE, _ONE_IN = 1 << 16, 8  # elements of a matrix whose rounding is measured in all rows; else in one of so many
 
@@ -300,14 +309,12 @@ class OverallScale(Expr):
                     same = on_steps(values, self.form, scale, old)
         if not math.isfinite(most):
             raise _not_finite(self.name)
-        needed = torch.tensor([most / (self.form.largest * _LARGEST_SCALE) or 2.0**-23])
-        if self.form.overall == "over":
-            needed = 1 / needed
+        needed = overall_scale(self.form, most)
         if old is None:
             return needed
         used = float(needed / old if self.form.overall == "times" else old / needed)
         # The smallest first scale that is as fine as the others is 2^-6: there is range to spare.
-        return old if same or _LARGEST_SCALE**-1 < used <= self.form.limit / self.form.largest else needed
+        return old if same or LARGEST_SCALE**-1 < used <= self.form.limit / self.form.largest else needed
 
 
 def _not_finite(name: str) -> RefusedError:

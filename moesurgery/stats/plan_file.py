@@ -75,7 +75,8 @@ class LayerPlan:
 class PlanFile:
     """A plan by layer, as the file names layers. `about` is the rest of a file of our own, empty for plain shapes.
 
-    `in_order`: the layers are numbered as they follow each other among the MoE layers, not as in the model.
+    `in_order`: the layers are numbered as they follow each other among the MoE layers, not as in the model. `ffns` has
+    the shared experts and dense FFNs that lose neurons, by module.
     """
 
     path: str
@@ -83,6 +84,7 @@ class PlanFile:
     layers: Mapping[str, LayerPlan]
     about: Mapping[str, Any] = field(default_factory=dict)
     in_order: bool = False
+    ffns: Mapping[str, LayerPlan] = field(default_factory=dict)
 
     def by_block(self, anatomy: Anatomy, operation: str) -> dict[str, LayerPlan]:
         """Return what is said of each MoE block, by its name; blocks of which nothing is said are left out.
@@ -179,7 +181,9 @@ def load_plan_file(path: str | Path) -> PlanFile:
     try:
         document = parse_json(data, config=True)
         if isinstance(document, dict) and "format" in document:
-            return PlanFile(str(path), sha256, _own(document), {k: v for k, v in document.items() if k != "layers"})
+            about = {k: v for k, v in document.items() if k not in ("layers", "ffns")}
+            ffns = _entries(document["ffns"], "ffns") if "ffns" in document else {}
+            return PlanFile(str(path), sha256, _own(document), about, ffns=ffns)
         layers, in_order = _plain(document)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as a plan: {error}", "docs/plan-file.md has the format") from None
@@ -191,18 +195,21 @@ def _own(document: dict[str, Any]) -> dict[str, LayerPlan]:
     if document["format"] != FORMAT:
         raise ValueError(f"its format is {one_line(repr(document['format']), 80)}, expected {FORMAT!r}")
     entry_rules.check_entries(document, _ABOUT, _ALSO)
-    layers = document.get("layers")
+    return _entries(document.get("layers"), "layers")
+
+
+def _entries(layers: Any, key: str) -> dict[str, LayerPlan]:
     if not isinstance(layers, dict):
-        raise ValueError("layers is missing or no object")
+        raise ValueError(f"{key} is missing or no object")
     found = {}
     for where, entry in layers.items():
-        entry_rules.check_entries(entry, _ENTRY, _OF_ENTRY, f"layers.{one_line(where, 80)}: ")
+        entry_rules.check_entries(entry, _ENTRY, _OF_ENTRY, f"{key}.{one_line(where, 80)}: ")
         neurons, groups, shares = entry.get("neurons"), entry.get("groups"), entry.get("shares")
-        if neurons is not None and not all(key.isdecimal() for key in neurons):
-            raise ValueError(f"layers.{one_line(where, 80)}: neurons is keyed by something else than expert numbers")
+        if neurons is not None and not all(expert.isdecimal() for expert in neurons):
+            raise ValueError(f"{key}.{one_line(where, 80)}: neurons is keyed by something else than expert numbers")
         if shares is not None and [len(s) for s in shares] != [len(g) for g in groups or ()]:
-            raise ValueError(f"layers.{one_line(where, 80)}: shares are not as many as the members of groups")
-        by_expert = None if neurons is None else {int(key): value for key, value in neurons.items()}
+            raise ValueError(f"{key}.{one_line(where, 80)}: shares are not as many as the members of groups")
+        by_expert = None if neurons is None else {int(expert): value for expert, value in neurons.items()}
         found[where] = LayerPlan(
             entry["experts"], entry.get("keep"), None, groups, shares, by_expert, entry.get("scores")
         )
@@ -314,7 +321,6 @@ def plan_file_schema() -> dict[str, Any]:
             "statistics": {"type": "object", "description": "the statistics file: its SHA-256 and what it was made of"},
             "layers": {
                 "type": "object",
-                "minProperties": 1,
                 "description": "by the name of the layer, as model.layers.3",
                 "additionalProperties": {
                     "type": "object",
@@ -322,6 +328,11 @@ def plan_file_schema() -> dict[str, Any]:
                     "anyOf": one_of,
                     "properties": layer,
                 },
+            },
+            "ffns": {
+                "type": "object",
+                "description": "shared experts and dense FFNs that lose neurons, by module, as model.layers.3.mlp",
+                "additionalProperties": {"type": "object", "required": ["experts", "neurons"], "properties": layer},
             },
         },
     }

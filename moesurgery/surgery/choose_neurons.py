@@ -7,7 +7,7 @@ obs        the last of the order in which optimal brain surgery gives them up (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -71,6 +71,12 @@ def by_statistics(block: BlockStats, by: NeuronCriterion, width: int, neurons: i
         scores = np.empty(order.shape)
         np.put_along_axis(scores, order, np.diff(block.sums["neuron_error"], axis=1, prepend=0), axis=1)
     return highest(scores, width, size)
+
+
+def in_whole_blocks(neurons: Sequence[int], size: int) -> bool:
+    """Whether ascending neurons are whole blocks of `size` neighbours."""
+    blocks = sorted({neuron // size for neuron in neurons})
+    return list(neurons) == [b * size + i for b in blocks for i in range(size)]
 
 
 def highest(scores: np.ndarray, width: int, size: int) -> Kept:

@@ -41,6 +41,12 @@ def about_plan(file: PlanFile) -> dict[str, Any]:
     }
 
 
+def other_command(file: PlanFile) -> str:
+    """Return what to type where a plan is for another command, as a hint."""
+    made_by = file.about.get("operation")
+    return f"carry it out with `moesurgery {made_by} --plan {file.path}`" if made_by else "docs/plan-file.md"
+
+
 def planned_layers(
     plan: Plan, operation: str, file: PlanFile, what: str
 ) -> tuple[dict[str, LayerPlan], tuple[str, ...]]:
@@ -54,9 +60,7 @@ def planned_layers(
     if what == "keep":
         lacking = [where for where in lacking if by_block[where].drop is None]
     if lacking:
-        other = {"keep": "merge-experts", "groups": "drop-experts"}.get(what, "drop-experts")
-        hint = f"carry it out with `moesurgery {other} --plan {file.path}`" if file.about else "docs/plan-file.md"
-        raise RefusedError(f"{operation}: {file.path} has no {what} for {lacking[0]}", hint)
+        raise RefusedError(f"{operation}: {file.path} has no {what} for {lacking[0]}", other_command(file))
     left_out = [block.where for block in plan.anatomy.main_blocks if block.where not in by_block]
     if left_out:
         raise RefusedError(

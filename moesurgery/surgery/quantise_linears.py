@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
@@ -22,77 +21,13 @@ from moesurgery.expr.tensors import Constant, Full, transpose
 from moesurgery.families import components
 from moesurgery.plan.dequantise import StoredForm
 from moesurgery.plan.plan import Plan, Step
-from moesurgery.plan.quantised_form import Form
 from moesurgery.plan.quantised_tensors import Encoding, OverallScale
 from moesurgery.plan.requantise import joined_with, parts_of
+from moesurgery.plan.written_forms import LEAST_SIZE, SCALE_BLOCK, WRITTEN_FORMS, WrittenForm
 
 QuantisedAs = Literal["fp8", "fp8-block", "mxfp4", "nvfp4", "int4"]
 Linears = Literal["experts", "all"]
-_BLOCK = 128
-_LEAST = 16  # a linear with fewer inputs or outputs is a gate: of a shared expert, of a head
 _LINEAR_PARTS = (components.ATTENTION, components.SHARED, components.DENSE_FFN, components.ROUTED)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A form of `convert --quantize`: the groups of inputs that it needs, endings of names, what config.json says."""
-
-    form: Form
-    group: int
-    main: str
-    scale: str
-    dtype: str  # of the codes as they are stored
-    format: str = ""  # of compressed-tensors; "" for transformers' own `fp8`
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    activations: Mapping[str, Any] | None = None
-
-
-_TARGETS: dict[str, _Target] = {
-    "fp8": _Target(
-        Form("e4m3", 8, 1, 1, "F32"),
-        1,
-        ".weight",
-        ".weight_scale",
-        "F8_E4M3",
-        "float-quantized",
-        {"num_bits": 8, "type": "float", "strategy": "channel"},
-        {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
-    ),
-    "fp8-block": _Target(Form("e4m3", 8, _BLOCK, _BLOCK, "F32"), 1, ".weight", ".weight_scale_inv", "F8_E4M3"),
-    "mxfp4": _Target(
-        Form("e2m1", 4, 1, 32, "U8"),
-        32,
-        ".weight_packed",
-        ".weight_scale",
-        "U8",
-        "mxfp4-pack-quantized",
-        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
-    ),
-    "nvfp4": _Target(
-        Form("e2m1", 4, 1, 16, "F8_E4M3", overall="over"),
-        16,
-        ".weight_packed",
-        ".weight_scale",
-        "U8",
-        "nvfp4-pack-quantized",
-        {
-            "num_bits": 4,
-            "type": "float",
-            "strategy": "tensor_group",
-            "group_size": 16,
-            "scale_dtype": "torch.float8_e4m3fn",
-        },
-    ),
-    "int4": _Target(
-        Form("int", 4, 1, 32, "BF16"),
-        32,
-        ".weight_packed",
-        ".weight_scale",
-        "I32",
-        "pack-quantized",
-        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
-    ),
-}
 
 
 def stays_fused(plan: Plan, form: QuantisedAs) -> bool:
@@ -109,7 +44,7 @@ def quantised_linears(
     `squares` [in] (F32) by weight, such as mean squares of its inputs: what squared errors are weighed by. Raises
     RefusedError for weights that are quantised, and for experts that the form's groups do not divide.
     """
-    target, anatomy = _TARGETS[name], plan.anatomy
+    target, anatomy = WRITTEN_FORMS[name], plan.anatomy
     anatomy.require_family(operation)
     held = [n for n, weights in anatomy.parameters.items() if weights and plan.tensors[n].dtype not in PLAIN_FLOATS]
     if held:
@@ -157,7 +92,7 @@ def _is_linear(plan: Plan, name: str) -> bool:
         and name.endswith(".weight")
         and len(expr.shape) == 2
         and expr.dtype in PLAIN_FLOATS
-        and min(expr.shape) >= _LEAST
+        and min(expr.shape) >= LEAST_SIZE
     )
 
 
@@ -169,7 +104,7 @@ def _weighed(quantised: set[str], squares: Mapping[str, Expr]) -> str:
 def _stored(
     plan: Plan,
     name: str,
-    target: _Target,
+    target: WrittenForm,
     quantised: set[str],
     squares: Expr | None,
     scales: dict[frozenset[str], Expr],
@@ -177,9 +112,7 @@ def _stored(
     """Return what a weight becomes, by name. `scales`: second scales by the weights that share them."""
     expr = cast(plan.tensors[name], "F32")
     out, width = expr.shape
-    form = target.form
-    if target.format == "float-quantized":
-        form = Form(form.numbers, form.bits, 1, width, form.scale_dtype)
+    form = target.form_of(width)
     base = name.removesuffix(".weight")
     overall: Expr | None = None
     if form.overall:
@@ -187,13 +120,7 @@ def _stored(
         shared = OverallScale(name, tuple(cast(plan.tensors[n], "F32") for n in group), form)
         overall = scales.setdefault(frozenset(group), shared)
     encoding = Encoding(name, expr, form, overall=overall, weights=squares)
-    per_word = {"U8": 2, "I32": 8}.get(target.dtype, 1)
-    like: dict[str, Expr] = {
-        target.main: Full(0, target.dtype, (out, width // per_word)),
-        target.scale: Full(0, form.scale_dtype, encoding.blocks),
-    }
-    if form.overall:
-        like[".weight_global_scale"] = Full(0, "F32", (1,))
+    like: dict[str, Expr] = {end: Full(0, dtype, shape) for end, (dtype, shape) in target.stored(out, width).items()}
     stored = StoredForm(form, like, target.main, target.scale, overall=".weight_global_scale" if form.overall else "")
     parts = parts_of(encoding, stored, like)
     if form.numbers == "int":
@@ -202,7 +129,7 @@ def _stored(
     return {base + suffix: part for suffix, part in parts.items()}
 
 
-def _settings(plan: Plan, target: _Target, quantised: set[str]) -> dict[str, Any]:
+def _settings(plan: Plan, target: WrittenForm, quantised: set[str]) -> dict[str, Any]:
     """Return the quantization_config: what is plain is listed by its own name, as vLLM compares them."""
     plain = [n.removesuffix(".weight") for n in plan.tensors if n.endswith(".weight") and n not in quantised]
     if not target.format:
@@ -210,7 +137,7 @@ def _settings(plan: Plan, target: _Target, quantised: set[str]) -> dict[str, Any
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [_BLOCK, _BLOCK],
+            "weight_block_size": [SCALE_BLOCK, SCALE_BLOCK],
             "modules_to_not_convert": _with_head(plain),
         }
     linears = [module for module in plain if len(plan.tensors[f"{module}.weight"].shape) == 2]
@@ -246,7 +173,7 @@ def _gpt_oss(plan: Plan, linears: Linears, operation: str, squares: Mapping[str,
         raise RefusedError(
             f"{operation}: the MXFP4 form of gpt-oss is one of its experts alone", "leave --linears out, or give fp8"
         )
-    form = _TARGETS["mxfp4"].form
+    form = WRITTEN_FORMS["mxfp4"].form
     tensors: dict[str, Expr] = {}
     shard_of: dict[str, str] = {}
     experts = {m.name for block in plan.anatomy.blocks for m in block.members if m.part and m.stem.main}

@@ -7,8 +7,8 @@ every other. The class builds shared experts, and in some families dense FFNs, f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, NamedTuple
 
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.evaluate import values_of
@@ -19,6 +19,7 @@ from moesurgery.plan.plan import Plan, Step, Table
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.recipe.text_needs import TextNeeds, Values
+from moesurgery.stats.plan_file import load_plan_file
 from moesurgery.stats.repair_file import Repair, open_repair
 from moesurgery.stats.statistics_file import Stats, load_stats
 from moesurgery.surgery.choose_neurons import (
@@ -29,8 +30,11 @@ from moesurgery.surgery.choose_neurons import (
     by_statistics,
     by_weights,
     highest,
+    in_whole_blocks,
 )
 from moesurgery.surgery.ffn_widths import slimmed_blocks
+from moesurgery.surgery.planned_experts import PlanOption
+from moesurgery.surgery.planned_neurons import PlannedNeurons, planned_neurons
 from moesurgery.surgery.refit import with_matrices
 
 _NAME = "slim-experts"
@@ -38,17 +42,50 @@ DEFAULT: NeuronCriterion = "obs"  # where there is text: docs/measure.md has the
 _WIDTHS = ("width", "shared", "dense")
 
 
+class _Wanted(NamedTuple):
+    """The blocks that lose neurons, the config that says so, and the plan file that decides which, if one does."""
+
+    slimmed: dict[str, Slimmed]
+    config: dict[str, Any]
+    planned: PlannedNeurons | None
+
+    def kept(self, plan: Plan) -> dict[str, Kept]:
+        """Return the neurons that stay as far as a plan file decides it."""
+        return self.planned.of(plan, self.slimmed) if self.planned else {}
+
+
+def _wanted(plan: Plan, values: Values) -> _Wanted:
+    """Return what is to be slimmed. Raises RecipeError for a plan beside what chooses, RefusedError as it says."""
+    plan.anatomy.require_family(_NAME)
+    widths = {name: values.get(name) for name in _WIDTHS}
+    if values.get("plan_file") is None:
+        return _Wanted(*slimmed_blocks(plan, **widths), None)
+    stated = [name for name in (*_WIDTHS, "by", "stats") if values.get(name) is not None]
+    if stated:
+        raise RecipeError(
+            f"{_NAME}: {' and '.join(stated)} and plan_file are given: a plan says which neurons stay", "leave one out"
+        )
+    planned = planned_neurons(plan, load_plan_file(values["plan_file"]))
+    return _Wanted(*slimmed_blocks(plan, planned.width, planned.shared, planned.dense), planned)
+
+
 def _refused_early(plan: Plan, values: Values) -> None:
     """Raise what is refused whatever the text says. No statistics are asked for: the fit chooses by itself."""
-    plan.anatomy.require_family(_NAME)
-    slimmed_blocks(plan, *(values.get(name) for name in _WIDTHS))
+    _wanted(plan, values).kept(plan)
 
 
 def _neurons_to_fit(plan: Plan, values: Values) -> NeuronChoice | None:
     """Return the neurons that need a fit; None where there is one, or none of them go."""
-    slimmed, _ = slimmed_blocks(plan, *(values.get(name) for name in _WIDTHS))
+    wanted = _wanted(plan, values)
+    slimmed = wanted.slimmed
     if "fit" in values or not slimmed:
         return None
+    if wanted.planned is not None:
+        kept = wanted.kept(plan)
+        kept |= _chosen(plan, {w: entry for w, entry in slimmed.items() if w not in kept}, "weights", None)
+        return NeuronChoice(
+            slimmed, "weights", kept, {"kind": "neurons", "by": "plan", "plan": wanted.planned.file.sha256}
+        )
     statistics = _statistics(plan, values.get("stats"))
     by: NeuronCriterion = values.get("by") or DEFAULT
     chosen = _chosen(plan, slimmed, by, statistics) if by == "weights" or statistics else {}
@@ -56,7 +93,7 @@ def _neurons_to_fit(plan: Plan, values: Values) -> NeuronChoice | None:
     return NeuronChoice(slimmed, by, chosen, described | ({"statistics": statistics.sha256} if statistics else {}))
 
 
-@operation(_NAME, text=TextNeeds(_refused_early, neurons=_neurons_to_fit))
+@operation(_NAME, text=TextNeeds(_refused_early, neurons=_neurons_to_fit), chooses=_WIDTHS)
 def slim_experts(
     plan: Plan,
     *,
@@ -86,32 +123,43 @@ def slim_experts(
         str | None,
         Param("neurons and down-projections that --text made", metavar="FOLDER", reads="file"),
     ] = None,
+    plan_file: PlanOption = None,
 ) -> Plan:
     """Keep some of the neurons of every expert.
 
-    Give one of `width`, `shared` and `dense` at least. With text, the down-projections of the neurons that stay are
-    solved for what goes. Shared experts that are so many times as wide as a routed one follow, and so do dense FFNs
-    where config.json has one number for both. Gate and up are copied by byte ranges, down by columns.
+    Give one of `width`, `shared` and `dense` at least, or a plan. With text, the down-projections of the neurons that
+    stay are solved for what goes. Shared experts that are so many times as wide as a routed one follow, and so do dense
+    FFNs where config.json has one number for both. Gate and up are copied by byte ranges, down by columns.
     """
     widths = {"width": width, "shared": shared, "dense": dense}
-    if all(count is None for count in widths.values()):
-        raise RecipeError(f"{_NAME} needs one of width, shared and dense: how many neurons stay", "as in `--width 512`")
-    plan.anatomy.require_family(_NAME)
-    slimmed, config = slimmed_blocks(plan, width, shared, dense)
+    if plan_file is None and all(count is None for count in widths.values()):
+        raise RecipeError(
+            f"{_NAME} needs one of width, shared, dense and plan_file: how many neurons stay, or which",
+            "as in `--width 512`",
+        )
+    wanted = _wanted(plan, {**widths, "by": by, "stats": stats, "plan_file": plan_file})
+    slimmed, config, planned = wanted
     statistics = _statistics(plan, stats)
     fitted = open_repair(fit) if fit is not None else None
     if fitted is not None and fitted.about["kind"] != "neurons":
         raise RefusedError(f"{_NAME}: {fit} is a repair, no choice of neurons", "apply it with `moesurgery refit`")
-    by = by or (fitted.about.get("by", DEFAULT) if fitted else DEFAULT if statistics else "weights")
-    if by != "weights" and statistics is None and fitted is None:
+    criterion: NeuronCriterion = "weights" if statistics is None or planned else DEFAULT
+    criterion = by or (fitted.about.get("by", DEFAULT) if fitted and not planned else criterion)
+    chosen_by = "plan" if planned else criterion
+    if criterion != "weights" and statistics is None and fitted is None:
         raise RecipeError(
-            f"{_NAME}: --by {by} needs to see the model run",
+            f"{_NAME}: --by {criterion} needs to see the model run",
             "give --text FILE, or --stats FILE from `moesurgery collect --neurons`",
         )
     read = {where: fitted.matrices(where) for where in slimmed.keys() & fitted.layers.keys()} if fitted else {}
     kept = {where: _kept_by_fit(where, slimmed[where], plan, matrices) for where, matrices in read.items()}
+    for where, neurons in wanted.kept(plan).items():
+        if kept.setdefault(where, neurons) != neurons:
+            raise RefusedError(
+                f"{_NAME}: {fit} keeps other neurons of {where} than {plan_file}", "leave one of them out"
+            )
     left = {where: entry for where, entry in slimmed.items() if where not in kept}
-    kept |= _chosen(plan, left, by, statistics)
+    kept |= _chosen(plan, left, criterion, statistics)
     known = {m.name for block in (*plan.anatomy.blocks, *(s.block for s in slimmed.values())) for m in block.members}
     others = {name: expr for name, expr in plan.tensors.items() if name not in known}
     changed: dict[str, Expr] = {}
@@ -120,15 +168,19 @@ def slim_experts(
         mine = with_neurons(block, plan.tensors, kept[where])
         solved = {expert: {"down": m["down"]} for expert, m in read.get(where, {}).items() if "down" in m}
         changed |= mine | (with_matrices(block, {**plan.tensors, **mine}, solved) if solved else {})
-    parameters: dict[str, Any] = {name: count for name, count in widths.items() if count is not None} | {"by": by}
-    parameters |= {name: file for name, file in (("stats", stats), ("fit", fit)) if file is not None}
+    parameters: dict[str, Any] = {name: count for name, count in widths.items() if count is not None}
+    parameters |= {} if planned else {"by": criterion}
+    files = {"stats": stats, "fit": fit, "plan_file": plan_file}
+    parameters |= {name: file for name, file in files.items() if file is not None}
     return plan.edited(
         Step(
             _NAME,
             parameters,
             _summary(plan, slimmed),
-            report=_report(plan, slimmed, by, statistics, fitted),
-            notes=_notes(slimmed, by, statistics, fitted),
+            report=_report(plan, slimmed, chosen_by, statistics, fitted) | ({"plan": planned.about} if planned else {}),
+            notes=_notes(slimmed, planned.kept if planned else (), chosen_by, statistics, fitted),
+            warnings=planned.warnings if planned else (),
+            neurons=kept,
             tables=_tables(slimmed, fitted),
         ),
         tensors=plan.with_tensors(changed),
@@ -167,17 +219,9 @@ def _kept_by_fit(where: str, slimmed: Slimmed, plan: Plan, matrices: Mapping[int
     block, width, size = slimmed
     neurons, kept = neuron_count(block, plan.tensors), []
     for expert in range(block.experts):
-        own = (
-            values_of(matrices.get(expert, {})["kept"]).astype(int).tolist()
-            if "kept" in matrices.get(expert, {})
-            else []
-        )
-        blocks = sorted({neuron // size for neuron in own})
-        if (
-            own != [b * size + i for b in blocks for i in range(size)]
-            or len(own) != width
-            or not 0 <= own[0] <= own[-1] < neurons
-        ):
+        fit = matrices.get(expert, {})
+        own = values_of(fit["kept"]).astype(int).tolist() if "kept" in fit else []
+        if len(own) != width or not in_whole_blocks(own, size) or not 0 <= own[0] <= own[-1] < neurons:
             raise RefusedError(
                 f"{_NAME}: {where}: expert {expert} is to keep {width} of {neurons}, the fit says otherwise",
                 "the fit is that of another edit: make it again with --text",
@@ -210,11 +254,15 @@ def _report(
     return report
 
 
-def _notes(slimmed: Mapping[str, Slimmed], by: str, statistics: Stats | None, fitted: Repair | None) -> tuple[str, ...]:
+def _notes(
+    slimmed: Mapping[str, Slimmed], planned: Collection[str], by: str, statistics: Stats | None, fitted: Repair | None
+) -> tuple[str, ...]:
     notes = []
-    seen = {*(fitted.layers if fitted else ()), *(statistics.blocks | statistics.ffns if statistics else ())}
+    seen = {*planned, *(fitted.layers if fitted else ()), *(statistics.blocks | statistics.ffns if statistics else ())}
     if by != "weights" and (others := [where for where in slimmed if where not in seen]):
-        notes.append(f"{', '.join(others)}: not run, so neurons were chosen by their weights")
+        notes.append(
+            f"{', '.join(others)}: not {'in the plan' if planned else 'run'}, so neurons were chosen by their weights"
+        )
     if slimmed and fitted is None:
         notes.append(
             "the down-projections are those of before, without the columns that go; with --text they are solved"

@@ -115,6 +115,79 @@ def test_routers_of_another_model_are_told(models: Any, ok: Cli, tmp_path: Path)
     assert "routers" not in ok("drop-experts", tmp_path / "copy", "--plan", plan, "--dry-run").err
 
 
+def test_neurons_of_the_bf16_copy_are_those_of_the_fp8_copy(models: Any, ok: Cli, tmp_path: Path) -> None:
+    """Rows of gate and up and columns of down are bytes of the FP8 source, for the same neurons as of the bf16 copy."""
+    model, plan = models("qwen3_moe", dtype="bfloat16", moe_intermediate_size=32), tmp_path / "plan.json"
+    ok("convert", model, "--quantize", "fp8", "-o", tmp_path / "fp8")
+    ok("slim-experts", model, "--width", 16, "--plan", plan, "-o", tmp_path / "a")
+    told = ok("slim-experts", tmp_path / "fp8", "--plan", plan, "-o", tmp_path / "b")
+    assert "warning" not in told.err
+    document = json.loads(plan.read_text())
+    jsonschema.validate(document, plan_file_schema())
+    source, plain = read_tensors(tmp_path / "fp8"), read_tensors(model)
+    out, reduced = read_tensors(tmp_path / "b"), read_tensors(tmp_path / "a")
+    for where, entry in document["layers"].items():
+        assert len({tuple(own) for own in entry["neurons"].values()}) > 1
+        for expert, own in entry["neurons"].items():
+            for role in ("gate", "up", "down"):
+                name = f"{where}.mlp.experts.{expert}.{role}_proj.weight"
+                taken = (lambda t, own=own: t[:, own]) if role == "down" else (lambda t, own=own: t[own])
+                assert same_bits(out[name], taken(source[name].view(torch.uint8)).view(torch.float8_e4m3fn))
+                assert same_bits(reduced[name], taken(plain[name]))
+
+
+def test_neurons_with_text_and_of_shared_experts(models: Any, ok: Cli, cli: Cli, tmp_path: Path) -> None:
+    """What `--text` chose is carried out again, as it is or solved on text; drop-experts leaves it alone."""
+    model, plan, text = models("deepseek_v3"), tmp_path / "plan.json", tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"input_ids": [i * i % 60 + 3 for i in range(2048)]}))
+    on_text = ("--text", text, "--window", 64, "--tokens", 512, "--no-heldout")
+    ok("slim-experts", model, "--width", 16, *on_text, "--plan", plan, "-o", tmp_path / "a")
+    document = json.loads(plan.read_text())
+    assert document["criterion"]["by"] == "obs"
+    assert document["text"][0]["file"] == "text.jsonl"
+    assert all(where.endswith("shared_experts") for where in document["ffns"])
+    ok("slim-experts", model, "--plan", plan, *on_text, "-o", tmp_path / "solved")
+    ok("slim-experts", model, "--plan", plan, "-o", tmp_path / "b")
+    first, solved, second = (read_tensors(tmp_path / name) for name in ("a", "solved", "b"))
+    assert all(same_bits(tensor, solved[name]) for name, tensor in first.items())
+    differ = {name for name, tensor in first.items() if not same_bits(tensor, second[name])}
+    assert differ
+    assert all(name.endswith("down_proj.weight") for name in differ)
+    wrong = cli("drop-experts", model, "--plan", plan, "--dry-run")
+    assert wrong.code == 2
+    assert "moesurgery slim-experts --plan" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"model.layers.0": {"experts": 8, "keep": [0, 1]}}, "says nothing of neurons"),
+        ({"model.layers.0": {"experts": 8, "neurons": {"0": [1]}}}, "does not name the neurons of each of the 8"),
+        ({"model.layers.0": {"experts": 8, "neurons": {e: [1, 0] for e in range(8)}}}, "once, in ascending order"),
+        (
+            {"model.layers.0": {"experts": 8, "neurons": {e: [0, 48] for e in range(8)}}},
+            "keeps neuron 48, there are 48",
+        ),
+        ({"model.layers.0": {"experts": 8, "neurons": {e: [0, 1] for e in range(8)}}}, "nothing of model.layers.1"),
+    ],
+)
+def test_neurons_that_cannot_be(models: Any, tmp_path: Path, layers: Any, message: str) -> None:
+    document = {"format": "moesurgery plan 1", "operation": "x", "model": {}, "layers": layers}
+    with pytest.raises(RefusedError, match=message):
+        edited(models("mixtral"), "slim-experts", plan_file=written(tmp_path / "p.json", document))
+    with pytest.raises(RecipeError, match="width and plan_file are given"):
+        edited(models("mixtral"), "slim-experts", width=8, plan_file=str(tmp_path / "p.json"))
+
+
+def test_neurons_that_go_together_in_another_form(models: Any, ok: Cli, tmp_path: Path) -> None:
+    model, plan = models("qwen3_moe", moe_intermediate_size=64, hidden_size=64), tmp_path / "plan.json"
+    ok("slim-experts", model, "--width", 32, "--plan", plan, "--plan-only")
+    quantised = apply(plan_of(open_checkpoint(model)), "convert", quantize="int4")
+    with pytest.raises(RefusedError, match="does not keep whole blocks of 32 neurons") as refused:
+        apply(quantised, "slim-experts", plan_file=str(plan))
+    assert "make the plan on this copy" in str(refused.value.hint)
+
+
 # Writing and reading by one option
 
 

@@ -204,7 +204,7 @@ def test_shared_experts_and_dense_ffns_of_their_own_width(models: Any, tmp_path:
 @pytest.mark.parametrize(
     ("model_type", "parameters", "message"),
     [
-        ("mixtral", {}, "needs one of width, shared and dense"),
+        ("mixtral", {}, "needs one of width, shared, dense and plan_file"),
         ("mixtral", {"width": 49}, "there are 48 neurons, fewer than 49"),
         ("mixtral", {"width": 16, "by": "obs"}, "needs to see the model run"),
         ("mixtral", {"shared": 8}, "have the width of the routed ones"),

@@ -8,25 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from moesurgery import apply, open_checkpoint, plan_of
+from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.budget.budget import budget_of
 from moesurgery.budget.candidates import AXES, Choices, fitting_shapes, pareto
 from moesurgery.budget.costs import ShapeCosts
 from moesurgery.budget.limits import Limits, parse_parameters, parse_speed, parse_tokens
-from moesurgery.budget.shape import MixtureShape
+from moesurgery.budget.shape import MixtureShape, narrower_forms
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.count.kv_cache import kv_bytes, kv_layers
 from moesurgery.count.params import count_params
 from moesurgery.count.roofline import roofline
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.plan.plan import Plan
+from moesurgery.plan.written_forms import WRITTEN_FORMS
+from tests.quantise import FORMS, make_form
 
 Models = Callable[..., Path]
 CONTEXT = 1000
 
 
-def costs_of(plan: Plan) -> ShapeCosts:
-    return ShapeCosts(plan.anatomy, plan.tensors, context=CONTEXT, batch=1, accelerator=ACCELERATORS["h100"])
+def costs_of(plan: Plan, header_bytes: int = 0) -> ShapeCosts:
+    card = ACCELERATORS["h100"]
+    return ShapeCosts(plan.anatomy, plan.tensors, context=CONTEXT, batch=1, accelerator=card, header_bytes=header_bytes)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -48,6 +51,60 @@ def test_costs_are_those_of_the_edited_plan(models: Models, family: str, fused: 
     layers = kv_layers(edited.anatomy, edited.tensors)
     assert layers is not None
     assert cost.kv_bytes == kv_bytes(layers, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "fused"),
+    [
+        *(("qwen3_moe", form, number % 2 == 0) for number, form in enumerate(WRITTEN_FORMS)),
+        *(("deepseek_v3", "int4", True), ("gpt_oss", "mxfp4", True), ("mixtral", "fp8", False)),
+    ],
+)
+def test_costs_of_quantised_experts_are_those_of_the_edited_plan(
+    models: Models, tmp_path: Path, family: str, form: str, fused: bool
+) -> None:
+    """To the byte; and headers are no larger than was thought."""
+    width = {"qwen3_moe": "moe_intermediate_size", "deepseek_v3": "moe_intermediate_size"}.get(
+        family, "intermediate_size"
+    )
+    dtype = "float32" if family == "mixtral" else "bfloat16"
+    checkpoint = open_checkpoint(models(family, fused=fused, dtype=dtype, hidden_size=64, **{width: 64}))
+    plan = plan_of(checkpoint)
+    assert narrower_forms(plan.anatomy, plan.tensors, [form]) == [form]
+    costs = costs_of(plan, sum(header.data_start + 4096 for header in checkpoint.headers))
+    shape = MixtureShape(costs.shape.experts // 2, 32, costs.shape.top_k, form)
+    edited = apply(plan, "drop-experts", keep=shape.experts, by="random")
+    edited = apply(edited, "slim-experts", width=shape.width, by="weights")
+    edited = apply(edited, "convert", quantize=form, **({"dtype": "bfloat16"} if dtype == "float32" else {}))
+    assert sum(costs.tensor_bytes(shape)) == edited.nbytes
+    itself = costs_of(edited)
+    assert itself.of(itself.shape).weight_bytes == edited.nbytes
+    speed = itself.of(itself.shape).tokens_per_second  # in that of another shape, routers are as large as before
+    assert costs.of(shape).tokens_per_second == pytest.approx(speed, rel=0.1)
+    write_plan(edited, tmp_path / "out")
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert edited.nbytes < size <= costs.of(shape).weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "form"), [("qwen3_moe", "int4"), ("gpt_oss", "fp8"), ("granitemoe", "fp8"), ("longcat_flash", "fp8")]
+)
+def test_forms_that_experts_cannot_have(models: Models, family: str, form: str) -> None:
+    """Hidden sizes that groups do not divide; experts that no layout has one by one; a family that is not converted."""
+    plan = plan_of(open_checkpoint(models(family, dtype="bfloat16", hidden_size=48)))
+    assert narrower_forms(plan.anatomy, plan.tensors, [form]) == []
+    with pytest.raises(RefusedError):
+        apply(plan, "convert", quantize=form)
+
+
+@pytest.mark.parametrize("form", [n for n, form in FORMS.items() if form.dequantised and n not in ("gptq", "awq")])
+def test_costs_of_a_quantised_model_are_those_of_the_edited_plan(models: Models, tmp_path: Path, form: str) -> None:
+    make_form(models("qwen3_moe", moe_intermediate_size=64), tmp_path / "model", form)
+    plan = plan_of(open_checkpoint(tmp_path / "model"))
+    costs = costs_of(plan)
+    edited = apply(plan, "slim-experts", width=32, by="weights")
+    edited = apply(edited, "drop-experts", keep=4, by="random")
+    assert costs.of(MixtureShape(4, 32, costs.shape.top_k)).weight_bytes == edited.nbytes
 
 
 def test_the_speed_is_that_of_the_roofline(models: Models) -> None:

@@ -29,7 +29,7 @@ def test_prices_are_found_again() -> None:
     experts = np.linspace(1, 0, 9)[None] ** 1.5
     width = np.linspace(1, 0, 65)[None] ** 2
     curves = DamageCurves(experts, width, {1: np.array([0.2])})
-    true = DamagePrediction(curves, (3.0, 0.5, 2.0, 1.0))
+    true = DamagePrediction(curves, (3.0, 0.5, 2.0, 1.0, 1.0))
     shapes = [MixtureShape(*n) for n in itertools.product((8, 6, 4), (64, 48), (2, 1)) if n != (8, 64, 2)]
     fitted = DamagePrediction(curves).fitted({shape: true.of(shape) for shape in shapes})
     for shape in shapes:
@@ -38,7 +38,7 @@ def test_prices_are_found_again() -> None:
 
 def test_what_was_not_measured_keeps_its_proportion() -> None:
     curves = DamageCurves(np.linspace(1, 0, 9)[None], np.linspace(1, 0, 65)[None])
-    before = DamagePrediction(curves, (4.0, 1.0, 1.0, 1.0))
+    before = DamagePrediction(curves, (4.0, 1.0, 1.0, 1.0, 1.0))
     after = before.fitted({MixtureShape(4, 64, 2): 2 * before.of(MixtureShape(4, 64, 2))})
     assert after.prices[0] / after.prices[1] == pytest.approx(4)
     assert after.of(MixtureShape(4, 64, 2)) == pytest.approx(2 * before.of(MixtureShape(4, 64, 2)))
