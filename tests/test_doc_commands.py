@@ -122,7 +122,7 @@ def test_a_command_of_the_pages_runs(
     words = words_of(page, line)
     if "-o" in words:
         words[words.index("-o") + 1] = str(tmp_path / "out")
-    elif words[0] == "slim-experts":  # what is solved is kept beside the output, and is of one width
+    elif words[0] in ("slim-experts", "merge-experts"):  # what is fitted is kept beside the output, and is of one edit
         words += ["-o", str(tmp_path / "out")]
     result = cli(*words)
     assert result.code == (1 if words[0] == "diff" else 0), result.err + result.out
