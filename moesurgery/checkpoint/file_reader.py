@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 BUFFER = 1 << 20
+MOST_OPEN = 16  # files of one reader: releases have hundreds of shards, and a process may have 1,024 files open
 
 
 class Buffer:
@@ -65,7 +67,8 @@ class FileReader:
 
     def __init__(self) -> None:
         self.fetched: Fetched | None = None
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, int] = {}  # the one last used last
+        self._lock = threading.Lock()  # of what is open: `check` may be called by another thread
         self._paths: dict[tuple[Source, str], Path | None] = {}
         self._buffers: list[Buffer] = []
         self._used = 0
@@ -73,14 +76,17 @@ class FileReader:
         self._last: tuple[Source, str, Path | None] | None = None
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    __del__ = close  # an engine's readers live as long as the engine does
 
     def check(self) -> None:
         """Raise CheckpointError where a file that was read is not what it was when its header was read."""
         for (source, file), path in list(self._paths.items()):  # another thread may be reading
-            source.check(file, self._open.get(path) if path is not None else None)
+            with self._lock:
+                source.check(file, self._open.get(path) if path is not None else None)
 
     def begin_chunk(self) -> None:
         """Release all buffers: what was read before is no longer needed."""
@@ -136,9 +142,15 @@ class FileReader:
         return self._last[2]
 
     def descriptor(self, path: Path) -> int:
-        if path not in self._open:
-            self._open[path] = open_to_read(path)
-        return self._open[path]
+        """Return the descriptor of a file, valid until the next call."""
+        with self._lock:
+            descriptor = self._open.pop(path, None)
+            if descriptor is None:
+                if len(self._open) >= MOST_OPEN:
+                    os.close(self._open.pop(next(iter(self._open))))
+                descriptor = open_to_read(path)
+            self._open[path] = descriptor
+            return descriptor
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -60,6 +61,8 @@ class HeldOutLosses:
                 engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
                 each = losses_over(engines, self.domains)
                 self.found[name], self.by_text[name] = mean_loss(each), {loss.domain: loss.nats for loss in each}
+                del engines
+                gc.collect()  # an engine and its hooks hold each other, and with them files and memory of devices
                 progress(windows)
 
     def cheapest(self, names: Iterable[str]) -> str:

@@ -68,11 +68,16 @@ class Loader:
             done.result().synchronize()
 
     def check(self) -> None:
-        """Raise CheckpointError where a file that was read is not what it was when its header was read."""
+        """Raise CheckpointError where a file that was read is not what it was when its header was read.
+
+        On the CPU the files are closed: a process may have about 1,000 open, and models have hundreds of shards.
+        """
         with self._lock:
             readers = list(self._readers)
         for reader in readers:
             reader.check()
+        if not self.on_gpu:
+            self._reader().close()
 
     def _to_memory(self, flat: torch.Tensor, start: int, span: list[Piece], expr: Expr) -> None:
         reader = self._reader()
