@@ -26,7 +26,7 @@ from moesurgery.plan.rounding import Rounding, rounding_lines
 from moesurgery.write.card import card_text, provenance
 from moesurgery.write.claim import WorkFolder
 from moesurgery.write.open_folder import OpenFolder
-from moesurgery.write.shard import ShardTask, rounding_of
+from moesurgery.write.shard import ShardTask, rounding_of, tried_again
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,11 @@ def check_and_index(
     what was planned.
     """
     with ThreadPoolExecutor(jobs or min(cores(), 8)) as pool:
-        outputs = list(pool.map(lambda shard: checked_shard(work, shard, checksums=checksums), expected.shards))
+        outputs = list(
+            pool.map(
+                lambda shard: tried_again(lambda: checked_shard(work, shard, checksums=checksums)), expected.shards
+            )
+        )
     write_record(expected, outputs, work, durable=durable)
     if durable:
         for shard in expected.shards:  # shards of an earlier attempt that did not wait among them

@@ -15,11 +15,11 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moesurgery.checkpoint.arrays import NotFiniteError, keep_freed_memory
 from moesurgery.checkpoint.digest import sampled_digest
@@ -29,7 +29,7 @@ from moesurgery.checkpoint.filenames import WORK
 from moesurgery.checkpoint.read_ahead import AHEAD, Fetched, Range, ReadAhead
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
-from moesurgery.errors import OutputError, SurgeryError
+from moesurgery.errors import CheckpointError, OutputError, SurgeryError
 from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
 from moesurgery.plan.quantised_tensors import is_scale
 from moesurgery.plan.rounding import RecordingReader, Rounding, RoundingRecord
@@ -41,6 +41,7 @@ from moesurgery.write.open_folder import OpenFolder
 
 _MOST_MANIFEST = 1 << 16
 _TRIES = 10
+_T = TypeVar("_T")
 UNIT = 16 << 20  # bytes a thread takes from the queue at a time
 
 
@@ -126,6 +127,16 @@ def done(folder: OpenFolder, name: str, plan_id: str) -> bool:
         return False
 
 
+def tried_again(read: Callable[[], _T]) -> _T:
+    """Return what `read` finds in a finished shard, which another process of the same part may put there once more."""
+    for _ in range(_TRIES):
+        try:
+            return read()
+        except CheckpointError:
+            continue
+    return read()
+
+
 def work_name(name: str) -> str:
     """Return what files about a shard are called: its name, or a digest of one that leaves no room for an ending."""
     return name if len(os.fsencode(name)) <= 100 else hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -186,7 +197,7 @@ def write_shard(
         if manner.durable:
             folder.sync()
         for _ in range(_TRIES):
-            _write_manifest(folder, task.name, plan_id, record.summary(), durable=manner.durable)
+            tried_again(lambda: _write_manifest(folder, task.name, plan_id, record.summary(), durable=manner.durable))
             if done(folder, task.name, plan_id):
                 break  # else the same part was started twice, and the other has put its own file there meanwhile
         return size

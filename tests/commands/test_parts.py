@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
+from moesurgery.checkpoint.source import LocalSource
 from moesurgery.cli import main
-from moesurgery.write import parts, shard
+from moesurgery.write import expected_output, parts, shard
 from moesurgery.write.open_folder import OpenFolder
 from tests.conftest import Result
 from tests.killing import contents
@@ -93,7 +94,9 @@ def test_parts_at_once_from_other_folders_the_last_publishes(
     ]
     ends = [outcome(job) for job in jobs]
     # Who starts when all others have ended finds the output.
-    assert all(code == 0 or (code == 2 and "exists and is not empty" in " ".join(text.split())) for code, text in ends)
+    assert all(
+        code == 0 or (code == 2 and "exists and is not empty" in " ".join(text.split())) for code, text in ends
+    ), ends
     assert sum("is published" in text for _, text in ends) == 1, ends
     assert contents(tmp_path / "out") == expected
 
@@ -131,6 +134,27 @@ def test_a_part_whose_twin_replaces_a_shard_before_its_manifest_is_written(
         return found
 
     monkeypatch.setattr(shard, "_manifest", twin)
+    assert cli(EDIT[0], demo, *EDIT[1:], "-o", tmp_path / "out", "--part", "1/1", "--finish").code == 0
+    assert contents(tmp_path / "out") == expected
+    assert len(raced) > 4
+
+
+@pytest.mark.parametrize("reader", [shard, expected_output], ids=["manifest", "check"])
+def test_a_part_whose_twin_replaces_a_shard_that_is_being_read(
+    cli: Cli, demo: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, reader: Any
+) -> None:
+    digest, raced = reader.sampled_digest, []
+
+    def twin(source: LocalSource, name: str, size: int) -> str:
+        if name not in raced:
+            raced.append(name)
+            source.read(name, 0, 8)
+            shutil.copyfile(source.root / name, tmp_path / f"twin-{name}")
+            os.replace(tmp_path / f"twin-{name}", source.root / name)
+        found: str = digest(source, name, size)
+        return found
+
+    monkeypatch.setattr(reader, "sampled_digest", twin)
     assert cli(EDIT[0], demo, *EDIT[1:], "-o", tmp_path / "out", "--part", "1/1", "--finish").code == 0
     assert contents(tmp_path / "out") == expected
     assert len(raced) > 4
