@@ -26,7 +26,8 @@ from moesurgery.plan.rounding import Rounding, rounding_lines
 from moesurgery.write.card import card_text, provenance
 from moesurgery.write.claim import WorkFolder
 from moesurgery.write.open_folder import OpenFolder
-from moesurgery.write.shard import ShardTask, rounding_of, tried_again
+from moesurgery.write.shard import ShardTask
+from moesurgery.write.shard_manifest import rounding_of, tried_again
 
 
 @dataclass(frozen=True)

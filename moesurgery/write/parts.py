@@ -29,7 +29,8 @@ from moesurgery.write.expected_output import (
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
-from moesurgery.write.shard import ShardTask, disk_error, done, rounding_of
+from moesurgery.write.shard import ShardTask, disk_error
+from moesurgery.write.shard_manifest import done, rounding_of
 from moesurgery.write.write_plan import (
     WriteOptions,
     Written,

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 
 from moesurgery.expr.nodes import Expr
-from moesurgery.write.shard import Worker, units_of
+from moesurgery.write.shard import Worker
+from moesurgery.write.shard_units import units_of
 
 
 class Recomputer:

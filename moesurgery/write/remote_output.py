@@ -32,8 +32,9 @@ from moesurgery.write.expected_output import (
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.object_store import Store, open_store
 from moesurgery.write.output_folder import is_part_of_checkpoint
-from moesurgery.write.shard import Manner, ShardTask, disk_error, work_name
+from moesurgery.write.shard import Manner, ShardTask, disk_error
 from moesurgery.write.shard_layout import output_tasks
+from moesurgery.write.shard_manifest import work_name
 from moesurgery.write.write_plan import (
     WriteOptions,
     Written,

@@ -8,41 +8,33 @@ job continues where it stopped.
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import queue
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from moesurgery.checkpoint.arrays import NotFiniteError, keep_freed_memory
-from moesurgery.checkpoint.digest import sampled_digest
 from moesurgery.checkpoint.dtypes import BITS
 from moesurgery.checkpoint.file_reader import BUFFER, PAGE, Buffer, FileReader, as_bytes
 from moesurgery.checkpoint.filenames import WORK
 from moesurgery.checkpoint.read_ahead import AHEAD, Fetched, Range, ReadAhead
 from moesurgery.checkpoint.source import Source
 from moesurgery.checkpoint.strict_json import compact_json
-from moesurgery.errors import CheckpointError, OutputError, SurgeryError
+from moesurgery.errors import OutputError, SurgeryError
 from moesurgery.expr.nodes import Compute, Copy, Expr, Piece
-from moesurgery.plan.quantised_tensors import is_scale
-from moesurgery.plan.rounding import RecordingReader, Rounding, RoundingRecord
+from moesurgery.plan.rounding import RecordingReader, RoundingRecord
 from moesurgery.write import copy_bytes
 from moesurgery.write.finite import FiniteCheck
 from moesurgery.write.gguf_container import GgufPart
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.open_folder import OpenFolder
-
-_MOST_MANIFEST = 1 << 16
-_TRIES = 10
-_T = TypeVar("_T")
-UNIT = 16 << 20  # bytes a thread takes from the queue at a time
+from moesurgery.write.shard_manifest import TRIES, done, tried_again, work_name, write_manifest
+from moesurgery.write.shard_units import aligned, chunk_elements, cut_piece, scales_later, units_of
 
 
 @dataclass(frozen=True)
@@ -112,60 +104,6 @@ def make_header(entries: tuple[tuple[str, Expr], ...], metadata: tuple[tuple[str
     return len(text).to_bytes(8, "little") + text
 
 
-def done(folder: OpenFolder, name: str, plan_id: str) -> bool:
-    """Whether shard `name` of this very plan is already complete in the working folder.
-
-    It must be the file that was written: its size, the times of its last change (of which the kernel decides one) and
-    64 blocks of it are in its manifest. What was written without waiting for the disk counts only until the machine
-    restarts.
-    """
-    try:
-        manifest = json.loads(folder.read(f"{WORK}/{work_name(name)}.json", _MOST_MANIFEST))
-        safe = manifest["boot"] is None or manifest["boot"] == boot_id()
-        return bool(safe and manifest == _manifest(folder, name, plan_id, manifest["boot"], manifest["rounding"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SurgeryError):
-        return False
-
-
-def tried_again(read: Callable[[], _T]) -> _T:
-    """Return what `read` finds in a finished shard, which another process of the same part may put there once more."""
-    for _ in range(_TRIES):
-        try:
-            return read()
-        except CheckpointError:
-            continue
-    return read()
-
-
-def work_name(name: str) -> str:
-    """Return what files about a shard are called: its name, or a digest of one that leaves no room for an ending."""
-    return name if len(os.fsencode(name)) <= 100 else hashlib.sha256(os.fsencode(name)).hexdigest()
-
-
-def rounding_of(folder: OpenFolder, name: str) -> Rounding:
-    """Return how far the quantised matrices of a finished shard are rounded: see `plan.rounding`."""
-    found: Rounding = json.loads(folder.read(f"{WORK}/{work_name(name)}.json", _MOST_MANIFEST))["rounding"]
-    return found
-
-
-def _manifest(folder: OpenFolder, name: str, plan_id: str, boot: str | None, rounding: Rounding) -> dict[str, Any]:
-    status = folder.status(name)
-    return {
-        "plan": plan_id,
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "ctime_ns": status.st_ctime_ns,
-        "sampled_sha256": sampled_digest(folder.source, name, status.st_size),
-        "boot": boot,
-        "rounding": rounding,
-    }
-
-
-def boot_id() -> str:
-    """Name this run of the machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 def write_shard(
     task: ShardTask, folder: OpenFolder, plan_id: str, manner: Manner, watch: JobControl | None = None
 ) -> int:
@@ -196,8 +134,8 @@ def write_shard(
         folder.replace(temporary, task.name)
         if manner.durable:
             folder.sync()
-        for _ in range(_TRIES):
-            tried_again(lambda: _write_manifest(folder, task.name, plan_id, record.summary(), durable=manner.durable))
+        for _ in range(TRIES):
+            tried_again(lambda: write_manifest(folder, task.name, plan_id, record.summary(), durable=manner.durable))
             if done(folder, task.name, plan_id):
                 break  # else the same part was started twice, and the other has put its own file there meanwhile
         return size
@@ -221,13 +159,6 @@ def disk_error(error: OSError, where: Path) -> SurgeryError:
             "free some space and run the same command again: finished shards are kept",
         )
     return OutputError(f"cannot write {error.filename or where}: {error.strerror}")
-
-
-def _write_manifest(folder: OpenFolder, name: str, plan_id: str, rounding: Rounding, *, durable: bool) -> None:
-    manifest = _manifest(folder, name, plan_id, None if durable else boot_id(), rounding)
-    temporary = f"{WORK}/{work_name(name)}.{os.getpid()}.{time.monotonic_ns()}.tmp"
-    folder.write(temporary, [json.dumps(manifest).encode()], durable=durable)
-    folder.replace(temporary, f"{WORK}/{work_name(name)}.json")
 
 
 def _copy_whole(
@@ -270,12 +201,12 @@ def _write_body(
 ) -> None:
     if task.whole is not None:  # a remote shard: its bytes as they are, for its header may be spelt otherwise than ours
         header, total = b"", task.whole[2]
-        units = list(_cut(Copy(task.whole[0], task.whole[1], 0, total), 0))
+        units = list(cut_piece(Copy(task.whole[0], task.whole[1], 0, total), 0))
         watch = _without_header(task, watch)
     else:
         header = task.header
         total = task.size
-        units = list(_scales_later(units_of(task.entries, len(header), task.alignment), 2 * manner.threads))
+        units = list(scales_later(units_of(task.entries, len(header), task.alignment), 2 * manner.threads))
     descriptor = folder.create(target)
     try:
         if manner.reflink:
@@ -300,74 +231,6 @@ def _tensor_at(task: ShardTask, offset: int) -> str:
             return name
         offset -= aligned(expr.nbytes, task.alignment)
     raise AssertionError(f"byte {offset} is behind the last tensor of {task.name}")
-
-
-def aligned(nbytes: int, alignment: int) -> int:
-    """Return a size with what is left up to the next multiple of `alignment`."""
-    return -(-nbytes // alignment) * alignment
-
-
-def units_of(entries: tuple[tuple[str, Expr], ...], at: int, alignment: int = 1) -> Iterator[tuple[Piece, int]]:
-    """Yield (piece, offset in the file) in units of work: neighbours joined, large pieces cut."""
-    pending: Copy | None = None
-    pending_at = 0
-    for _, expr in entries:
-        for piece in expr.pieces():
-            if pending is not None and at == pending_at + pending.nbytes and _follows(piece, pending):
-                pending = pending._replace(nbytes=pending.nbytes + piece.nbytes)
-            else:
-                if pending is not None:
-                    yield from _cut(pending, pending_at)
-                    pending = None
-                if isinstance(piece, Compute):
-                    yield from _cut(piece, at)
-                else:
-                    pending, pending_at = piece, at
-            at += piece.nbytes
-        at = aligned(at, alignment)
-    if pending is not None:
-        yield from _cut(pending, pending_at)
-
-
-def _scales_later(units: Iterable[tuple[Piece, int]], distance: int) -> Iterator[tuple[Piece, int]]:
-    """Yield the units of work with scales of quantised weights some places after their codes, which make them too."""
-    waiting: list[tuple[int, tuple[Piece, int]]] = []
-    for number, unit in enumerate(units):
-        if isinstance(unit[0], Compute) and is_scale(unit[0].expr):
-            waiting.append((number + distance, unit))
-        else:
-            yield unit
-        while waiting and waiting[0][0] <= number:
-            yield waiting.pop(0)[1]
-    yield from (unit for _, unit in waiting)
-
-
-def _follows(piece: Piece, before: Copy) -> bool:
-    """Whether `piece` continues `before` in the same file."""
-    if isinstance(piece, Compute):
-        return False
-    return piece == before._replace(start=before.start + before.nbytes, nbytes=piece.nbytes)
-
-
-def _cut(piece: Piece, at: int) -> Iterator[tuple[Piece, int]]:
-    if not isinstance(piece, Compute):
-        for offset in range(0, piece.nbytes, UNIT):
-            length = min(UNIT, piece.nbytes - offset)
-            yield piece._replace(start=piece.start + offset, nbytes=length), at + offset
-        return
-    bits = BITS[piece.expr.dtype]
-    step = chunk_elements(piece.expr, UNIT)
-    first = piece.start
-    while first < piece.stop:
-        last = min(piece.stop, (first // step + 1) * step)
-        yield piece._replace(start=first, stop=last), at + (first - piece.start) * bits // 8
-        first = last
-
-
-def chunk_elements(expr: Expr, nbytes: int) -> int:
-    """Return how many elements make up about `nbytes`, in whole multiples of `chunk_multiple`."""
-    wanted = int(max(1, nbytes * 8 // BITS[expr.dtype]))
-    return max(1, wanted // expr.chunk_multiple) * expr.chunk_multiple
 
 
 def _run_units(

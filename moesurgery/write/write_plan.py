@@ -31,8 +31,9 @@ from moesurgery.write.expected_output import Promise, check_and_index, expected_
 from moesurgery.write.job_control import JobControl
 from moesurgery.write.output_folder import check_output
 from moesurgery.write.publish import publish, recover
-from moesurgery.write.shard import Manner, ShardTask, disk_error, done, rounding_of, write_shard
+from moesurgery.write.shard import Manner, ShardTask, disk_error, write_shard
 from moesurgery.write.shard_layout import output_tasks
+from moesurgery.write.shard_manifest import done, rounding_of
 
 
 @dataclass(frozen=True)

@@ -161,10 +161,10 @@ def test_the_output_is_whole_or_not_there_and_resumes(tmp_path: Path, ok: Ok) ->
         "-q",
     ]
     killer = (
-        "import os,signal,sys;import moesurgery.write.shard as s;done=s._write_manifest;calls=[]\n"
+        "import os,signal,sys;import moesurgery.write.shard as s;done=s.write_manifest;calls=[]\n"
         "def once(*a,**k):\n done(*a,**k);calls.append(1)\n"
         " if len(calls)==1: os.kill(os.getpid(),signal.SIGKILL)\n"
-        "s._write_manifest=once\nfrom moesurgery.cli import main;sys.argv=sys.argv[1:];main(sys.argv)"
+        "s.write_manifest=once\nfrom moesurgery.cli import main;sys.argv=sys.argv[1:];main(sys.argv)"
     )
     killed = subprocess.run([sys.executable, "-c", killer, *command[3:], "-j", "1"], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL

@@ -20,7 +20,7 @@ import pytest
 
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.cli import main
-from moesurgery.write import expected_output, parts, shard
+from moesurgery.write import expected_output, parts, shard_manifest
 from moesurgery.write.open_folder import OpenFolder
 from tests.conftest import Result
 from tests.killing import contents
@@ -123,7 +123,7 @@ def test_a_part_that_begins_when_its_twin_has_published(
 def test_a_part_whose_twin_replaces_a_shard_before_its_manifest_is_written(
     cli: Cli, demo: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, raced = shard._manifest, []
+    manifest, raced = shard_manifest._manifest, []
 
     def twin(folder: OpenFolder, name: str, *more: Any) -> dict[str, Any]:
         found = manifest(folder, name, *more)
@@ -133,13 +133,13 @@ def test_a_part_whose_twin_replaces_a_shard_before_its_manifest_is_written(
             os.replace(tmp_path / "twin", folder.path / name)
         return found
 
-    monkeypatch.setattr(shard, "_manifest", twin)
+    monkeypatch.setattr(shard_manifest, "_manifest", twin)
     assert cli(EDIT[0], demo, *EDIT[1:], "-o", tmp_path / "out", "--part", "1/1", "--finish").code == 0
     assert contents(tmp_path / "out") == expected
     assert len(raced) > 4
 
 
-@pytest.mark.parametrize("reader", [shard, expected_output], ids=["manifest", "check"])
+@pytest.mark.parametrize("reader", [shard_manifest, expected_output], ids=["manifest", "check"])
 def test_a_part_whose_twin_replaces_a_shard_that_is_being_read(
     cli: Cli, demo: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, reader: Any
 ) -> None:

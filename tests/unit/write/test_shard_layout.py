@@ -11,7 +11,8 @@ from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.checkpoint.file_reader import PAGE
 from moesurgery.expr.nodes import Copy
 from moesurgery.write import shard_layout
-from moesurgery.write.shard import make_header, units_of
+from moesurgery.write.shard import make_header
+from moesurgery.write.shard_units import units_of
 from moesurgery.write.write_plan import WriteOptions
 from tests.tiny import build, load, logits, read_tensors, same_bits
 

@@ -473,7 +473,7 @@ def test_what_was_not_synced_is_not_trusted_after_a_restart(
     with pytest.raises(StoppedError):
         write_plan(plan, out, WriteOptions(jobs=1, durable=False), watch=stop_after(8_000_000))
     with monkeypatch.context() as patch:
-        patch.setattr("moesurgery.write.shard.boot_id", lambda: "another run of the machine")
+        patch.setattr("moesurgery.write.shard_manifest.boot_id", lambda: "another run of the machine")
         with pytest.raises(StoppedError):
             write_plan(plan, out, WriteOptions(jobs=1, durable=False), watch=stop_after(1))
     assert write_plan(plan, out).resumed  # but within one run of the machine it is kept
