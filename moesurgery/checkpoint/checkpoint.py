@@ -14,7 +14,8 @@ from moesurgery.checkpoint.filenames import CONFIG, INDEX, PROVENANCE
 from moesurgery.checkpoint.gguf_header import GgufHeader
 from moesurgery.checkpoint.header import Header, TensorInfo
 from moesurgery.checkpoint.scan import OTHER_WEIGHTS, Scan, scan_checkpoint
-from moesurgery.checkpoint.source import Source, open_source
+from moesurgery.checkpoint.source import Source
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.errors import RefusedError
 
 # What a directory listing adds and no model needs.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moesurgery.checkpoint.finding import Severity
-from moesurgery.checkpoint.source import open_source
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.cli._common_options import Json, Model, Quiet
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO

@@ -23,7 +23,7 @@ from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moesurgery.checkpoint.header import read_header
 from moesurgery.checkpoint.scan import read_object
-from moesurgery.checkpoint.source import open_source
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.escape import one_line
 from moesurgery.expr.elementwise import cast

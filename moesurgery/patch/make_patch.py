@@ -11,7 +11,8 @@ from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.checkpoint.digest import whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, INDEX, PROVENANCE
 from moesurgery.checkpoint.scan import read_object
-from moesurgery.checkpoint.source import LocalSource, Source, open_source, read_in_parts
+from moesurgery.checkpoint.source import LocalSource, Source, read_in_parts
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.patch.patch_file import PATCH, Patch, PatchedFile
 from moesurgery.patch.run_patch import check_plan, opened_model, parents_given, plan_of_record

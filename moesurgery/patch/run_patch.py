@@ -12,7 +12,8 @@ from typing import Any
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from moesurgery.checkpoint.digest import whole_digest
 from moesurgery.checkpoint.filenames import CARD, CONFIG, PROVENANCE
-from moesurgery.checkpoint.source import LocalSource, Source, open_source, read_in_parts
+from moesurgery.checkpoint.source import LocalSource, Source, read_in_parts
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.errors import CheckpointError, RecipeError, RefusedError
 from moesurgery.lora.apply import LoraAdapter
 from moesurgery.patch.patch_file import Patch, PatchedFile, read_patch

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from moesurgery.checkpoint.source import nearest_path
+from moesurgery.checkpoint.source_address import nearest_path
 from moesurgery.errors import RecipeError
 from moesurgery.escape import one_line
 

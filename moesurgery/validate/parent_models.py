@@ -17,7 +17,7 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.filenames import ADAPTER_CONFIG as ADAPTER
 from moesurgery.checkpoint.filenames import PROVENANCE
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.source import open_source
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.lora.apply import LoraAdapter
 from moesurgery.validate.check import finding
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from moesurgery.checkpoint.finding import Finding
 from moesurgery.checkpoint.scan import Scan, scan_checkpoint
-from moesurgery.checkpoint.source import LocalSource, open_source
+from moesurgery.checkpoint.source import LocalSource
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.errors import CheckpointError, RecipeError
 from moesurgery.families.clients import CLIENTS
 from moesurgery.validate.check import CHECKS, NotChecked

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moesurgery.checkpoint.digest import sampled_digest
-from moesurgery.checkpoint.source import LocalSource, RemoteSource
+from moesurgery.checkpoint.remote_source import RemoteSource
+from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, OutputError, SurgeryError
 
 if TYPE_CHECKING:

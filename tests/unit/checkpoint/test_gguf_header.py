@@ -18,7 +18,7 @@ from moesurgery.checkpoint.arrays import decoded
 from moesurgery.checkpoint.block_values import FACTORS, REQUANTISED, multiplied_blocks, quantised_blocks
 from moesurgery.checkpoint.dtypes import BITS, BLOCKS, GGUF_TYPES
 from moesurgery.checkpoint.gguf_header import encoded_key, scan_gguf_header
-from moesurgery.checkpoint.source import open_source
+from moesurgery.checkpoint.source_address import open_source
 from moesurgery.count.params import count_params
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.families.recognition import recognise

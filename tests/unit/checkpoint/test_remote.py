@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 
 from moesurgery.checkpoint.http_answers import Asked
-from moesurgery.checkpoint.source import RemoteSource
+from moesurgery.checkpoint.remote_source import RemoteSource
 from moesurgery.errors import CheckpointError
 from tests.conftest import ROOT, Result
 from tests.gguf_make import write_gguf
@@ -475,7 +475,7 @@ def test_many_threads_may_read_first(hub: dict[str, str], demo: Path) -> None:
     code = f"""
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from moesurgery.checkpoint.source import HubSource
+from moesurgery.checkpoint.remote_source import HubSource
 source = HubSource(url={url!r}, label={url!r})
 with ThreadPoolExecutor(8) as pool:
     parts = pool.map(lambda i: source.read("model-00001-of-00003.safetensors", 100 * i, 100), range(40))

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.checkpoint.digest import sampled_digest, whole_digest
-from moesurgery.checkpoint.source import LocalSource, RemoteSource
+from moesurgery.checkpoint.remote_source import RemoteSource
+from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import CheckpointError, OutputError
 from moesurgery.merge.merge_recipe import load_merge_recipe
 from moesurgery.plan.plan import Plan
