@@ -62,7 +62,7 @@ def collect(
     is added to `imatrix`. Raises RefusedError for a family whose routing cannot be read, or for `neurons` or `imatrix`
     whose activations cannot.
     """
-    stats, hidden = _collect_run(
+    stats, hidden, batch = _collect_run(
         engine, tokens, other_top_k, keep, progress, every_expert, neurons=neurons, scratch=scratch, imatrix=imatrix
     )
     for number, block in enumerate(prediction_blocks(engine, hidden), 1):
@@ -71,8 +71,9 @@ def collect(
         except SurgeryError:
             break  # its config or code is of another form: no statistics, as for a layer in a module of its own
         begin = Resume(block.layer, prediction_inputs(engine, block, number, tokens, hidden))
-        predicted = with_next(tokens, number)
-        part, hidden = _collect_run(longer, predicted, other_top_k, keep, every_expert=every_expert, begin=begin)
+        part, hidden, _ = _collect_run(
+            longer, with_next(tokens, number), other_top_k, keep, every_expert=every_expert, begin=begin, batch=batch
+        )
         stats.prediction |= part.blocks
     stats.about["prediction"] = list(stats.prediction)
     return stats
@@ -90,8 +91,12 @@ def _collect_run(
     scratch: Scratch | None = None,
     imatrix: ImatrixSums | None = None,
     begin: Resume | None = None,
-) -> tuple[Stats, list[Any]]:
-    """Return the statistics of one model's layers, from `begin` on, and what the last returned for each batch."""
+    batch: int | None = None,
+) -> tuple[Stats, list[Any], int]:
+    """Return the statistics of one model's layers, from `begin` on, of `batch` windows at a time where that is given.
+
+    Also what the last layer returned for each batch, and the windows of a batch.
+    """
     import torch
 
     first = begin.layer if begin is not None else 0
@@ -143,7 +148,7 @@ def _collect_run(
                 )
         return result
 
-    batch, resume = engine.windows_per_batch(tokens, False), begin
+    batch, resume = batch or engine.windows_per_batch(tokens, False), begin
     if scratch is not None and (state := scratch.load([engine])) is not None:
         resume, batch, sums = state.resume(0), state.batch, state.sums
         progress(state.layer * tokens.count)
@@ -166,7 +171,7 @@ def _collect_run(
                     engine.weights.unpin()
                 if scratch is not None:
                     scratch.keep([passes], batch, sums)
-        hidden = passes.outputs if resume is None or resume.layer < len(engine.layers) else resume.outputs
+        hidden = passes.outputs
     finally:
         if moments is not None:
             moments.close()
@@ -190,7 +195,8 @@ def _collect_run(
         "windows": len(tokens),
     }
     by_where = {where: BlockStats(where, as_numpy(values)) for where, values in sums.items()}
-    return Stats({b.where: by_where[b.where] for b in blocks}, about, ffns={w: by_where[w] for w in ffns}), hidden
+    stats = Stats({b.where: by_where[b.where] for b in blocks}, about, ffns={w: by_where[w] for w in ffns})
+    return stats, hidden, batch
 
 
 def collect_over(

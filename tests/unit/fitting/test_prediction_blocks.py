@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 
 from moesurgery import apply, open_checkpoint, plan_of
+from moesurgery.fitting import collector
 from moesurgery.fitting.collector import collect, collect_over
+from moesurgery.forward import engine as engine_module
+from moesurgery.forward import scratch as scratch_module
 from moesurgery.forward.engine import Engine
+from moesurgery.forward.scratch import Scratch
 from moesurgery.forward.tokens import Tokens, padded
 from moesurgery.stats.criteria import scores
 from moesurgery.stats.statistics_file import Stats, load_stats
@@ -74,6 +79,11 @@ def predicting(trunk: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def one_window_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "BATCH_TOKENS", PROMPT.shape[1])
+
+
 def stats_of(path: Path, tokens: Tokens | None = None, **options: Any) -> Stats:
     return collect(Engine(plan_of(open_checkpoint(path))), tokens or Tokens(PROMPT), **options)
 
@@ -100,14 +110,27 @@ def test_only_tokens_with_a_next_one_count(predicting: Path) -> None:
             assert_close(found[where].total(name), sum(part[where].total(name) for part in apart), name)
 
 
-def test_two_engines_add_up(predicting: Path) -> None:
+@pytest.mark.parametrize("engines", [[{}, {}], [{"device": ["cpu", "cpu"]}]])
+def test_several_devices(predicting: Path, engines: list[dict[str, Any]]) -> None:
     plan = plan_of(open_checkpoint(predicting))
-    both = collect_over([Engine(plan), Engine(plan)], Tokens(PROMPT), scratch=[None, None])
+    each = [Engine(plan, **options) for options in engines]
+    both = collect_over(each, Tokens(PROMPT), scratch=[None] * len(each))
     alone = stats_of(predicting)
     assert both.about["prediction"] == LAYERS
     for where in LAYERS:
         for name in ("tokens", "count", "gate_norm", "gram", "output"):
             assert_close(both.prediction[where].total(name), alone.prediction[where].total(name), name)
+
+
+def test_killed_behind_the_trunk(predicting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch_module, "SAVE_SECONDS", 0)
+    folder, expected = tmp_path / "scratch", stats_of(predicting).save(tmp_path / "whole").read_bytes()
+    with monkeypatch.context() as killing:
+        killing.setattr(collector, "prediction_inputs", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stats_of(predicting, scratch=Scratch(folder, {}))
+    assert json.loads((folder / "state.json").read_text())["layer"] == 1
+    assert stats_of(predicting, scratch=Scratch(folder, {})).save(tmp_path / "again").read_bytes() == expected
 
 
 @pytest.mark.parametrize("by", ["reap-sum", "frequency"])
