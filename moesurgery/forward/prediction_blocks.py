@@ -64,6 +64,7 @@ def longer_engine(engine: Engine, layers: int) -> Engine:
         keep=0,
         memory=engine.memory,
     )
+    longer.skeleton.donor = skeleton
     last = longer.layers[-1]
     engine.weights.make_room(last.stage, last.nbytes)
     return longer
