@@ -112,7 +112,8 @@ def collect_command(
     if as_json:
         console.json(document)
         return
-    console.result(f"{len(stats.blocks)} MoE layers, {stats.about['tokens']:,} tokens; wrote {target}")
+    also = f" and {len(stats.prediction)} of prediction layers" if stats.prediction else ""
+    console.result(f"{len(stats.blocks)} MoE layers{also}, {stats.about['tokens']:,} tokens; wrote {target}")
     console.result()
     rows = [
         (by, f"{halves['spearman']:.3f}", f"{halves['spearman_worst']:.3f}", f"{100 * halves['overlap']:.0f} %")
@@ -185,6 +186,6 @@ def _document(stats: Stats, target: Path) -> dict[str, Any]:
                     **{by: scores(block, by).tolist() for by in CRITERIA},
                 },
             }
-            for where, block in stats.blocks.items()
+            for where, block in stats.with_prediction.items()
         ],
     }

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.errors import RecipeError, RefusedError
+from moesurgery.errors import RecipeError, RefusedError, SurgeryError
 from moesurgery.families.config_keys import Settings
 from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.keep_search import best_kept
@@ -26,8 +26,10 @@ from moesurgery.forward.expert_outputs import (
 from moesurgery.forward.experts_module import ExpertsModule, RoutingTensors
 from moesurgery.forward.hooks import BlockCall, ExpertsCall, Hooks
 from moesurgery.forward.paired_run import PairedRun
+from moesurgery.forward.prediction_blocks import longer_engine, prediction_blocks, prediction_inputs, with_next
 from moesurgery.forward.scratch import Scratch
 from moesurgery.forward.tokens import Tokens, shared_out
+from moesurgery.forward.unit_runner import Resume
 from moesurgery.moe.expert_counts import check_remaining
 from moesurgery.moe.neuron_axis import neurons_together
 from moesurgery.plan.plan import Plan
@@ -52,16 +54,54 @@ def collect(
 ) -> Stats:
     """Return the statistics of every MoE block, also for routing to other numbers of experts.
 
+    Those of prediction (MTP) layers are run on the trunk's last hidden states (`forward.prediction_blocks`).
     For each number of experts in `keep`, also which of them reproduce a block best, on the first batch of windows.
     With `every_expert`, also each expert's outputs for tokens that are not routed to it. With `neurons`, also which
-    neurons of each expert matter: the inputs of one layer's experts are held for all tokens, and one expert's moments.
-    With `scratch`, resumes from the state saved there by a killed run. What llama-imatrix would see is added to
-    `imatrix`. Raises RefusedError for a family whose routing cannot be read, or for `neurons` or `imatrix` whose
-    activations cannot.
+    neurons of each expert of the trunk matter: the inputs of one layer's experts are held for all tokens, and one
+    expert's moments. With `scratch`, resumes from the state saved there by a killed run. What llama-imatrix would see
+    is added to `imatrix`. Raises RefusedError for a family whose routing cannot be read, or for `neurons` or `imatrix`
+    whose activations cannot.
+    """
+    stats, hidden, batch = _collect_run(
+        engine, tokens, other_top_k, keep, progress, every_expert, neurons=neurons, scratch=scratch, imatrix=imatrix
+    )
+    for number, block in enumerate(prediction_blocks(engine, hidden), 1):
+        try:
+            longer = longer_engine(engine, number)
+        except SurgeryError:
+            break  # its config or code is of another form: no statistics, as for a layer in a module of its own
+        begin = Resume(block.layer, prediction_inputs(engine, block, number, tokens, hidden))
+        part, hidden, _ = _collect_run(
+            longer, with_next(tokens, number), other_top_k, keep, every_expert=every_expert, begin=begin, batch=batch
+        )
+        stats.prediction |= part.blocks
+    stats.about["prediction"] = list(stats.prediction)
+    return stats
+
+
+def _collect_run(
+    engine: Engine,
+    tokens: Tokens,
+    other_top_k: Sequence[int],
+    keep: Sequence[int],
+    progress: Progress = lambda count: None,
+    every_expert: bool = False,
+    *,
+    neurons: bool = False,
+    scratch: Scratch | None = None,
+    imatrix: ImatrixSums | None = None,
+    begin: Resume | None = None,
+    batch: int | None = None,
+) -> tuple[Stats, list[Any], int]:
+    """Return the statistics of one model's layers, from `begin` on, of `batch` windows at a time where that is given.
+
+    Also what the last layer returned for each batch, and the windows of a batch.
     """
     import torch
 
-    blocks = check_routing(engine, "collect")
+    first = begin.layer if begin is not None else 0
+    run = [layer.path for layer in engine.layers[first:]]
+    blocks = [block for block in check_routing(engine, "collect") if not first or block.unit in run]
     for r in keep:
         check_remaining(engine.plan.anatomy, "collect --recon", r)
     settings = engine.plan.anatomy.settings
@@ -108,7 +148,7 @@ def collect(
                 )
         return result
 
-    batch, resume = engine.windows_per_batch(tokens, False), None
+    batch, resume = batch or engine.windows_per_batch(tokens, False), begin
     if scratch is not None and (state := scratch.load([engine])) is not None:
         resume, batch, sums = state.resume(0), state.batch, state.sums
         progress(state.layer * tokens.count)
@@ -131,6 +171,7 @@ def collect(
                     engine.weights.unpin()
                 if scratch is not None:
                     scratch.keep([passes], batch, sums)
+        hidden = passes.outputs
     finally:
         if moments is not None:
             moments.close()
@@ -154,7 +195,8 @@ def collect(
         "windows": len(tokens),
     }
     by_where = {where: BlockStats(where, as_numpy(values)) for where, values in sums.items()}
-    return Stats({b.where: by_where[b.where] for b in blocks}, about, ffns={w: by_where[w] for w in ffns})
+    stats = Stats({b.where: by_where[b.where] for b in blocks}, about, ffns={w: by_where[w] for w in ffns})
+    return stats, hidden, batch
 
 
 def collect_over(
@@ -215,14 +257,20 @@ def added(parts: Sequence[Stats]) -> Stats:
 
     first = parts[0]
     about = first.about | {name: sum(p.about[name] for p in parts) for name in ("tokens", "windows")}
-    blocks = {}
-    for where, block in first.blocks.items():
-        sums: dict[str, np.ndarray] = {}
-        for name, values in block.sums.items():
-            each = [p.blocks[where].sums[name] for p in parts if name in p.blocks[where].sums]
-            sums[name] = np.max(each, axis=0) if name == "peak" else np.sum(each, axis=0) if len(each) > 1 else values
-        blocks[where] = BlockStats(where, sums)
-    return Stats(blocks, about)
+
+    def summed(by_part: Sequence[Mapping[str, BlockStats]]) -> dict[str, BlockStats]:
+        blocks = {}
+        for where, block in by_part[0].items():
+            sums: dict[str, np.ndarray] = {}
+            for name, values in block.sums.items():
+                each = [part[where].sums[name] for part in by_part if name in part[where].sums]
+                sums[name] = (
+                    np.max(each, axis=0) if name == "peak" else np.sum(each, axis=0) if len(each) > 1 else values
+                )
+            blocks[where] = BlockStats(where, sums)
+        return blocks
+
+    return Stats(summed([p.blocks for p in parts]), about, prediction=summed([p.prediction for p in parts]))
 
 
 def check_routing(engine: Engine, operation: str) -> list[ExpertsModule]:

@@ -54,6 +54,10 @@ class LoadedWeights:
         if self.resident.pop(unit.path, None) is not None:
             self._free(unit)
 
+    def make_room(self, stage: int, nbytes: int) -> None:
+        """Free units of a device, so that another model has `nbytes` more of its memory."""
+        self._evict(stage, max(0, self.held(stage) - nbytes))
+
     def unpin(self) -> None:
         self._pinned.clear()
         for stage, keep in enumerate(self.keep):

@@ -126,6 +126,15 @@ class MetaModel:
         self._on_host.check()
         return weights
 
+    def value(self, name: str) -> torch.Tensor:
+        """Return a tensor of the plan by its name, on the first device, also where no parameter is made of it."""
+        import torch
+
+        value = torch.empty(tuple(self.tensors[name].shape), dtype=self.dtype, device=self.device)
+        self._loaders[0].fill([(value, self.tensors[name])])
+        self._loaders[0].check()
+        return value
+
     def put(self, unit: LayerUnit, weights: Mapping[str, torch.Tensor]) -> None:
         """Set the weights that `read` returned on a unit's module."""
         import torch

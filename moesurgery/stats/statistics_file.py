@@ -36,7 +36,8 @@ With `neurons`, of the I neurons of each expert, h being the input of its down-p
     neuron_error            [E, I]: sum of g^2 |f - f'|^2, f' being the output without the first 1, 2, ... of these and
                             with the best down-projection
 
-docs/measure.md has the formulas that use them.
+Of prediction (MTP) layers, which are run on the trunk's last hidden states, the same sums but for those of `neurons`;
+their tokens are those with a token after them. docs/measure.md has the formulas that use all of this.
 """
 
 from __future__ import annotations
@@ -105,12 +106,19 @@ class Stats:
     """Statistics of all MoE blocks of a model, and what they were collected on.
 
     `ffns` has, by module, those of the neurons of shared experts and dense FFNs, each as of a block of one expert.
+    `prediction` has those of the MoE blocks of prediction (MTP) layers, as far as they were run.
     """
 
     blocks: dict[str, BlockStats]
     about: dict[str, Any]
     sha256: str = ""  # of the file that they were read from
     ffns: dict[str, BlockStats] = field(default_factory=dict)
+    prediction: dict[str, BlockStats] = field(default_factory=dict)
+
+    @property
+    def with_prediction(self) -> dict[str, BlockStats]:
+        """The statistics of all MoE blocks that were run, prediction layers last."""
+        return {**self.blocks, **self.prediction}
 
     @property
     def top_k(self) -> int:
@@ -148,32 +156,36 @@ class Stats:
         """
         if not anatomy.model_type.startswith(MODEL_TYPE) or str(self.about["model_type"]).startswith(MODEL_TYPE):
             return self
-        names = {block.layer: block.where for block in anatomy.main_blocks}
+        names = {block.layer: block.where for block in reversed(anatomy.blocks)}  # main layers come first, and win
 
         def renamed(where: str) -> str:
             layer = find_layer(f"{where}.")
             return names.get(layer[1], where) if layer is not None else where
 
-        blocks = {renamed(where): BlockStats(renamed(where), block.sums) for where, block in self.blocks.items()}
+        def all_renamed(blocks: Mapping[str, BlockStats]) -> dict[str, BlockStats]:
+            return {renamed(where): BlockStats(renamed(where), block.sums) for where, block in blocks.items()}
+
+        blocks, prediction = all_renamed(self.blocks), all_renamed(self.prediction)
         if len(blocks) != len(self.blocks):
             return self  # two stacks of layers: `check` says what does not fit
-        about = {**self.about, "model_type": anatomy.model_type, "blocks": list(blocks)}
+        about = {**self.about, "model_type": anatomy.model_type, "blocks": list(blocks), "prediction": list(prediction)}
         about["unread"] = {renamed(where): reason for where, reason in self.unread.items()}
-        return Stats(blocks, about, self.sha256)
+        return Stats(blocks, about, self.sha256, prediction=prediction)
 
     def check(self, anatomy: Anatomy, operation: str) -> None:
         """Raise RefusedError where the statistics are those of another model."""
         blocks = {block.where: block.experts for block in anatomy.main_blocks if block.where not in self.unread}
         collected = {where: block.experts for where, block in self.blocks.items()}
+        predicted = {block.where: block.experts for block in anatomy.blocks if block.where in self.prediction}
         problem = None
         if anatomy.model_type != self.about["model_type"]:
             problem = f"this is a {anatomy.model_type}, they were collected on a {self.about['model_type']}"
         elif blocks.keys() != collected.keys():
             where = next(iter(blocks.keys() ^ collected.keys()))
             problem = f"{where} is in {'the model' if where in blocks else 'the statistics'} only"
-        elif blocks != collected:
-            where = next(w for w in blocks if blocks[w] != collected[w])
-            problem = f"{where} has {blocks[where]} experts, the statistics have {collected[where]}"
+        elif other := [w for w, n in (blocks | predicted).items() if n != self.with_prediction[w].experts]:
+            seen = self.with_prediction[other[0]].experts
+            problem = f"{other[0]} has {(blocks | predicted)[other[0]]} experts, the statistics have {seen}"
         elif anatomy.settings.top_k != self.top_k:
             problem = f"the model routes to {anatomy.settings.top_k} experts, the statistics saw {self.top_k}"
         if problem:
@@ -186,7 +198,7 @@ class Stats:
         """Raise RefusedError where a sum is NaN or infinite: nothing can be decided by it."""
         import numpy as np
 
-        for where, block in {**self.blocks, **self.ffns}.items():
+        for where, block in {**self.with_prediction, **self.ffns}.items():
             for name, values in block.sums.items():
                 if not np.isfinite(values).all():
                     raise RefusedError(
@@ -207,7 +219,7 @@ class Stats:
         target = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
         arrays = {
             f"{where}/{name}": np.ascontiguousarray(values, np.float32 if name in WHOLE else np.float64)
-            for where, block in {**self.blocks, **self.ffns}.items()
+            for where, block in {**self.with_prediction, **self.ffns}.items()
             for name, values in block.sums.items()
         }
         save_arrays(target, arrays, {"about": compact_json(self.about), "format": _FORMAT})
@@ -226,6 +238,7 @@ _ALSO = {
     "every_expert": entry_rules.SWITCH,
     "neurons": entry_rules.SWITCH,
     "ffns": entry_rules.listed(entry_rules.A_TEXT),
+    "prediction": entry_rules.listed(entry_rules.A_TEXT),
     "text": entry_rules.FILES,
 }
 _MAX_BYTES = 8_000_000_000  # of a file: 60 layers of 512 experts, at ten numbers of active ones
@@ -264,10 +277,13 @@ def load_stats(path: str | Path) -> Stats:
                 where, _, name = key.rpartition("/")
                 blocks.setdefault(where, BlockStats(where)).sums[name] = file.get_tensor(key)
         source.check(held)
-        if odd := sorted(blocks.keys() ^ {*about["blocks"], *about.get("ffns", ())}):
+        prediction = about.get("prediction", ())
+        if odd := sorted(blocks.keys() ^ {*about["blocks"], *about.get("ffns", ()), *prediction}):
             raise ValueError(f"{odd[0]!r} is in its {'tensors' if odd[0] in blocks else 'list of blocks'} only")
         for where in about["blocks"]:
             _check_block(blocks[where], about)
+        for where in prediction:
+            _check_block(blocks[where], {**about, "neurons": False})
         for where in about.get("ffns", ()):
             _check_sums(blocks[where], _there(blocks[where], NEURONS), 1)
     except CheckpointError:
@@ -280,7 +296,8 @@ def load_stats(path: str | Path) -> Stats:
         reason = f"{path} cannot be read as statistics: {error}"
         raise CheckpointError(reason, "make them again with `moesurgery collect`") from None
     ffns = {where: blocks[where] for where in about.get("ffns", ())}
-    stats = Stats({where: blocks[where] for where in about["blocks"]}, about, sha256, ffns)
+    by_list = [{where: blocks[where] for where in names} for names in (about["blocks"], prediction)]
+    stats = Stats(by_list[0], about, sha256, ffns, by_list[1])
     stats.check_finite(str(path))
     return stats
 

@@ -180,7 +180,7 @@ def ranking(
 ) -> Ranking:
     """Rank the experts of every block by `by`, of which `count` are to be given up.
 
-    Blocks that are not run, such as prediction layers, are ranked by their routers. Raises RecipeError where
+    Blocks that were not run, as prediction layers of other forms, are ranked by their routers. Raises RecipeError where
     statistics are needed and missing, RefusedError where they are of another model.
     """
     blocks = plan.anatomy.blocks
@@ -203,9 +203,10 @@ def ranking(
             f"{operation}: {stats} has no choice of {kept} experts by reconstruction",
             f"collect again with `moesurgery collect --recon {kept}`",
         )
+    seen = statistics.with_prediction
     ranked = {
-        b.where: scores(statistics.blocks[b.where], by, kept).tolist()
-        if b.where in statistics.blocks
+        b.where: scores(seen[b.where], by, kept).tolist()
+        if b.where in seen
         else expert_scores(plan, b, "router-norm", seed)
         for b in blocks
     }
@@ -216,9 +217,9 @@ def ranking(
     protected = super_experts(statistics) if protect_super else {}
     if protected:
         notes.append(protected_note(protected))
-    if others := [where for where in ranked if where not in statistics.blocks]:
+    if others := [where for where in ranked if where not in seen]:
         notes.append(not_run_note(others))
-    matrices = {where: pairs(block, by) for where, block in statistics.blocks.items()} if by in PAIR_SUMS else {}
+    matrices = {where: pairs(block, by) for where, block in seen.items()} if by in PAIR_SUMS else {}
     return Ranking(ranked, matrices, protected, tuple(notes), {"sha256": statistics.sha256, **statistics.about})
 
 
@@ -261,7 +262,7 @@ def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: st
             "choose a smaller --protect-share, or keep more experts",
         )
     protected = {where: list(experts) for where, experts in ranked.protected.items()}
-    for where, block in statistics.blocks.items():
+    for where, block in statistics.with_prediction.items():
         standing = scores(block, "reap-sum")
         for part in range(parts):
             members = range(part * size, (part + 1) * size)

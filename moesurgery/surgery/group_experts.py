@@ -192,7 +192,7 @@ def _statistics(anatomy: Anatomy, stats: str | None) -> Stats | None:
 
 def _seen(seen: Stats | None, block: MoeBlock) -> BlockStats | None:
     """Return the statistics of a block; None without any, and for blocks that are not run."""
-    return seen.blocks.get(block.where) if seen is not None else None
+    return seen.with_prediction.get(block.where) if seen is not None else None
 
 
 def _check_statistics(
@@ -350,6 +350,6 @@ def _notes(
         notes.append(f"two halves of the text agree on {100 * share:.0f} % of the experts that join others")
     if protected:
         notes.append(protected_note(protected))
-    if others := [block.where for block in anatomy.blocks if block.where not in seen.blocks]:
+    if others := [block.where for block in anatomy.blocks if block.where not in seen.with_prediction]:
         notes.append(not_run_note(others))
     return tuple(notes)

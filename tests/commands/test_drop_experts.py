@@ -209,6 +209,7 @@ def with_prediction_layer(source: Path, target: Path) -> dict[str, torch.Tensor]
     tensors = read_tensors(source)
     extra = {n.replace("layers.1.", "layers.2."): t + 1 for n, t in tensors.items() if ".layers.1." in n}
     extra["model.layers.2.eh_proj.weight"] = torch.randn(32, 64)
+    extra |= {f"model.layers.2.{norm}.weight": torch.rand(32) + 0.5 for norm in ("enorm", "hnorm")}
     rewrite(source, target, {**tensors, **extra}, {"num_nextn_predict_layers": 1})
     return {**tensors, **extra}
 

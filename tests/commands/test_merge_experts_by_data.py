@@ -31,7 +31,7 @@ from moesurgery.surgery import group_experts
 from tests.commands.test_drop_experts import with_prediction_layer
 from tests.commands.test_merge_experts import EXPERTS, with_experts, with_permuted_copy
 from tests.conftest import Result
-from tests.quantise import make_form
+from tests.quantise import make_form, rewrite
 from tests.tiny import load, logits, read_config, read_tensors, same_bits
 from tests.unit.fitting.test_collector import Seen, assert_close
 from tests.unit.fitting.test_layer_fit import TEXT
@@ -356,8 +356,10 @@ def test_a_repair_never_makes_what_it_fits_worse(models: Any, tmp_path: Path, mo
 
 
 def test_a_prediction_layer_goes_by_weights(models: Any, tmp_path: Path) -> None:
-    """It is not run: grouped by router rows, matched by weights; and the step says so."""
-    with_prediction_layer(models("deepseek_v3"), tmp_path / "mtp")
+    """Of a form that is not run it is grouped by router rows, matched by weights; and the step says so."""
+    tensors = with_prediction_layer(models("deepseek_v3"), tmp_path / "run")
+    del tensors["model.layers.2.hnorm.weight"]
+    rewrite(models("deepseek_v3"), tmp_path / "mtp", tensors, {"num_nextn_predict_layers": 1})
     _, stats = stats_of(tmp_path / "mtp", tmp_path / "s", every_expert=False)
     parameters = {"to": 4, "stats": stats, "align": "activations", "weights": "equal"}
     fit = fit_of(tmp_path / "mtp", tmp_path / "fit.safetensors", **parameters)
