@@ -297,9 +297,9 @@ def main() -> None:
         table.time("ours, weights read in each pass", lambda: streamed.run(tokens), 2)
     if "load" in what:
         fresh = Engine(plan, device=device, dtype=dtype, keep=0)
-        fresh.skeleton.read(fresh.layers[0])
+        fresh.meta_model.read(fresh.layers[0])
         layers = fresh.layers[: min(4, len(fresh.layers))]
-        seconds = table._once(lambda: [fresh.skeleton.read(layer) for layer in layers])
+        seconds = table._once(lambda: [fresh.meta_model.read(layer) for layer in layers])
         nbytes = sum(e.nbytes for layer in layers for g in layer.groups for _, n in g.names for e in stored(fresh, n))
         print(f"a layer arrives: {nbytes / 1e9:.2f} GB as stored in {seconds:.2f} s, {nbytes / seconds / 1e9:.2f} GB/s")
     if "collect" in what:
@@ -328,7 +328,7 @@ def main() -> None:
 
 
 def stored(engine: Engine, name: str) -> list[Any]:
-    return list(engine.skeleton.tensors[name].stored())
+    return list(engine.meta_model.tensors[name].stored())
 
 
 if __name__ == "__main__":

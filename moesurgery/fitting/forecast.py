@@ -47,7 +47,7 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
     try:
         passes.to_layer(first.layer)
         began = time.perf_counter()
-        engine.skeleton.read(first)
+        engine.meta_model.read(first)
         load = time.perf_counter() - began
         with engine.weights.loaded(first, pin=True):
             passes.peek(passes.hooks)  # warm-up: kernels, caches
@@ -60,7 +60,7 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
         passes.close()
     each = step * tokens.count / max(1, batch.count) / devices
     together = max(load, each) if engine.on_gpu else load + each
-    sizes = [unit.nbytes for unit in engine.skeleton.units.values()]
+    sizes = [unit.nbytes for unit in engine.meta_model.units.values()]
     hidden = engine.hidden_bytes(tokens) // devices
     work = engine.batch_bytes(batch)
     held = min(sum(sizes), sum(engine.weights.keep) + (2 if engine.on_gpu else 1) * max(sizes))
@@ -69,7 +69,7 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
         for unit in engine.layers
         for g in unit.groups
         for _, n in g.names
-        for part in engine.skeleton.tensors[n].stored()
+        for part in engine.meta_model.tensors[n].stored()
     }
     count = len(engine.layers)
     return Forecast(
@@ -78,7 +78,7 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
         load_seconds=load,
         read_bytes=sum(part.nbytes for part in stored.values()),
         memory_bytes=held + hidden + work,
-        scratch_bytes=scratch_bytes(tokens.ids.numel(), engine.width, engine.skeleton.dtype.itemsize),
+        scratch_bytes=scratch_bytes(tokens.ids.numel(), engine.width, engine.meta_model.dtype.itemsize),
         layers=count,
     )
 

@@ -69,7 +69,7 @@ class ImatrixSums:
 
         handles = []
         names = {} if tokens.counts is not None else _gguf_names(engine)
-        for path, module in engine.skeleton.model.named_modules():
+        for path, module in engine.meta_model.model.named_modules():
             if path in names and isinstance(module, torch.nn.Linear):
                 handles.append(module.register_forward_pre_hook(self._hook(names[path])))
         try:
@@ -104,7 +104,7 @@ def _gguf_names(engine: Engine) -> dict[str, str]:
     anatomy = engine.plan.anatomy
     wanted = {
         name: target.removesuffix(".weight")
-        for name, target in engine.skeleton.target.items()
+        for name, target in engine.meta_model.target.items()
         if name in anatomy.layer and name.endswith(".weight")
     }
     best: dict[str, str] = {}

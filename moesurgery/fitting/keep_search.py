@@ -84,8 +84,8 @@ def routing_without(engine: Engine, around: BlockCall, banned: Sequence[int]) ->
         routings.append((seen.index, seen.weights))
         return torch.zeros_like(seen.hidden)
 
-    unit = engine.skeleton.units[around.block.unit]
-    module = engine.skeleton.model.get_submodule(around.block.path)
+    unit = engine.meta_model.units[around.block.unit]
+    module = engine.meta_model.model.get_submodule(around.block.path)
     hooks = Hooks(experts=experts, ban=lambda block: banned if block.where == around.block.where else [])
     with torch.no_grad(), engine.hooked(hooks, around.tokens, around.first, unit):
         module(*around.args, **around.kwargs)

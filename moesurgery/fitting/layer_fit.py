@@ -128,7 +128,7 @@ def fit_layers(
     def repair(block: ExpertsModule, outputs: Sequence[Any], originals: Sequence[torch.Tensor]) -> None:
         """Fit one block, in a function of its own so that its memory is freed before the next."""
         assert repaired is not None
-        device = edited.skeleton.devices[edited.skeleton.units[block.unit].stage]
+        device = edited.meta_model.devices[edited.meta_model.units[block.unit].stage]
         originals = [y.to(device) for y in originals]
         wants_logits = options.kind == "router"
 
@@ -261,7 +261,7 @@ def _fit(
     if options.kind == "router":
         router = router_of(plan, block)
         assert block.router is not None
-        weight, dtype = edited.skeleton.tensor(block.router), torch_dtype(plan.tensors[router.name].dtype)
+        weight, dtype = edited.meta_model.tensor(block.router), torch_dtype(plan.tensors[router.name].dtype)
         settings = plan.anatomy.settings
         fitted.router, change, calls, missing = fit_router(
             settings, weight, router.axis or 0, calls, missing, options.ridge, dtype, now

@@ -87,13 +87,13 @@ class NeuronMoments:
             **dense_ffns(plan.anatomy, plan.tensors),
         }.items():
             name = next(m.name for m in block.named("down") if m.stem.main)
-            path, _, leaf = engine.skeleton.target.get(name, "").rpartition(".")
+            path, _, leaf = engine.meta_model.target.get(name, "").rpartition(".")
             if leaf != "weight" or block.members[0].expert is None:
                 continue  # not run, as in a prediction layer, or no linear module of its own
-            linear = engine.skeleton.model.get_submodule(path)
+            linear = engine.meta_model.model.get_submodule(path)
             read: list[torch.Tensor] = []
             handle = linear.register_forward_pre_hook(partial(self._hold, read))
-            self._ffns[module] = _Ffn(block, engine.skeleton.unit_of(f"{path}.{leaf}").path, linear, handle, read)
+            self._ffns[module] = _Ffn(block, engine.meta_model.unit_of(f"{path}.{leaf}").path, linear, handle, read)
 
     def _hold(self, read: list[torch.Tensor], module: Any, args: tuple[Any, ...]) -> None:
         if not self._paused:

@@ -137,7 +137,7 @@ class BatchPasses:
 
     def _held_by_several(self) -> bool:
         resident = self.runner.weights.resident
-        return len(self.runner.skeleton.devices) > 1 and all(layer.path in resident for layer in self.runner.layers)
+        return len(self.runner.meta_model.devices) > 1 and all(layer.path in resident for layer in self.runner.layers)
 
 
 def _is_cut_by_windows(output: Any, tokens: Tokens) -> bool:

@@ -62,14 +62,14 @@ class Engine(UnitRunner):
         self.on_gpu = self.device.type == "cuda"
         self.memory = memory
         self._keeps_what_fits = keep is None
-        text = self.skeleton.model.config.get_text_config()
-        self._shape = memory_budget.shape_of(text, plan.anatomy.settings.top_k or 1, self.skeleton.dtype.itemsize)
+        text = self.meta_model.model.config.get_text_config()
+        self._shape = memory_budget.shape_of(text, plan.anatomy.settings.top_k or 1, self.meta_model.dtype.itemsize)
         if self.on_gpu and self._keeps_what_fits:
             _on_gpus.add(self)
 
     @property
     def vocabulary(self) -> int:
-        return int(self.skeleton.model.config.get_text_config().vocab_size)
+        return int(self.meta_model.model.config.get_text_config().vocab_size)
 
     @property
     def width(self) -> int:
@@ -134,8 +134,8 @@ class Engine(UnitRunner):
         if self.on_gpu:
             room = memory_budget.ACTIVATIONS * self._budget()
             limit = min(memory_budget.GPU_BATCH_TOKENS, int(room / per_token))
-            if len(self.skeleton.devices) > 1:  # so many batches that each device has one to compute
-                limit = min(limit, -(-tokens.ids.numel() // (4 * len(self.skeleton.devices))))
+            if len(self.meta_model.devices) > 1:  # so many batches that each device has one to compute
+                limit = min(limit, -(-tokens.ids.numel() // (4 * len(self.meta_model.devices))))
         elif logits:
             limit = min(limit, LOGITS_BYTES // (4 * self.vocabulary))
         return max(1, limit // tokens.length)
@@ -156,13 +156,13 @@ class Engine(UnitRunner):
 
     def fits(self, tokens: Tokens) -> bool:
         """Whether all weights can stay on the first device beside what a run over `tokens` needs."""
-        return sum(unit.nbytes for unit in self.skeleton.units.values()) <= self._room_for_weights(tokens, 0)
+        return sum(unit.nbytes for unit in self.meta_model.units.values()) <= self._room_for_weights(tokens, 0)
 
     def _budget(self, stage: int = 0) -> int:
         """Return the bytes of a GPU's memory this engine may use, including weights that are already loaded."""
-        device = self.skeleton.devices[stage]
-        others = sum(1 for other in _on_gpus if device in other.skeleton.devices)
-        held = self.weights.held(stage % len(self.skeleton.devices))
+        device = self.meta_model.devices[stage]
+        others = sum(1 for other in _on_gpus if device in other.meta_model.devices)
+        held = self.weights.held(stage % len(self.meta_model.devices))
         free = (memory_budget.free_bytes(device) + held) // max(1, others)
         return min(free, self.memory) if self.memory else free
 
@@ -174,8 +174,8 @@ class Engine(UnitRunner):
         """Set how many bytes of weights may stay loaded, next to hidden states, activations and the unit read ahead."""
         if not self._keeps_what_fits:
             return
-        for stage in range(len(self.skeleton.devices)):
-            sizes = [unit.nbytes for unit in self.skeleton.units.values() if unit.stage == stage]
+        for stage in range(len(self.meta_model.devices)):
+            sizes = [unit.nbytes for unit in self.meta_model.units.values() if unit.stage == stage]
             if self.on_gpu:
                 room = self._room_for_weights(tokens, stage)
                 self.weights.keep[stage] = room if sum(sizes) <= room else max(0, room - 2 * max(sizes))

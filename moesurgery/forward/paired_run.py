@@ -19,10 +19,10 @@ class PairedRun:
     """Runs single MoE blocks of `plan`. Weights in common with `original` are shared in memory."""
 
     def __init__(self, original: Engine, plan: Plan) -> None:
-        skeleton = original.skeleton
-        devices = [str(device) for device in skeleton.devices]
-        self.engine = Engine(plan, device=devices, dtype=str(skeleton.dtype).removeprefix("torch."), keep=0)
-        self.engine.skeleton.donor = skeleton
+        meta_model = original.meta_model
+        devices = [str(device) for device in meta_model.devices]
+        self.engine = Engine(plan, device=devices, dtype=str(meta_model.dtype).removeprefix("torch."), keep=0)
+        self.engine.meta_model.donor = meta_model
         self.original = original
         self.original.weights.freed.append(self._free)
         self._unit: str | None = None
@@ -31,18 +31,18 @@ class PairedRun:
         """Free the weights of a unit that the original engine has freed, before the next unit is loaded."""
         if unit.path == self._unit:
             self._unit = None
-            self.engine.weights.forget(self.engine.skeleton.units[unit.path])
+            self.engine.weights.forget(self.engine.meta_model.units[unit.path])
 
     def run(self, call: BlockCall, experts: Callable[[ExpertsCall], Any]) -> None:
         """Run the block of `call` on the call's inputs, with `experts` in place of its experts module."""
         import torch
 
-        unit = self.engine.skeleton.units[call.block.unit]
+        unit = self.engine.meta_model.units[call.block.unit]
         if self._unit != unit.path:
             self.engine.weights.unpin()
             with self.engine.weights.loaded(unit, pin=True):
                 self._unit = unit.path
-        module = self.engine.skeleton.model.get_submodule(call.block.path)
+        module = self.engine.meta_model.model.get_submodule(call.block.path)
         hooks = Hooks(experts=experts, router_logits=True)
         with torch.no_grad(), self.engine.hooked(hooks, call.tokens, call.first, unit):
             module(*call.args, **call.kwargs)

@@ -35,7 +35,7 @@ def prediction_blocks(engine: Engine, hidden: Sequence[Any]) -> list[MoeBlock]:
     import torch
 
     anatomy, width = engine.plan.anatomy, engine.width
-    tensors, target = engine.skeleton.tensors, engine.skeleton.target
+    tensors, target = engine.meta_model.tensors, engine.meta_model.target
     shapes = {**dict.fromkeys(_NORMS, (width,)), _PROJECTION: (width, 2 * width)}
     found: list[MoeBlock] = []
     for block in anatomy.blocks:
@@ -56,15 +56,15 @@ def longer_engine(engine: Engine, layers: int) -> Engine:
 
     Raises RefusedError where config.json cannot say so, CheckpointError where tensors are missing.
     """
-    skeleton = engine.skeleton
+    meta_model = engine.meta_model
     longer = Engine(
         _longer(engine.plan, layers),
-        device=[str(device) for device in skeleton.devices],
-        dtype=str(skeleton.dtype).removeprefix("torch."),
+        device=[str(device) for device in meta_model.devices],
+        dtype=str(meta_model.dtype).removeprefix("torch."),
         keep=0,
         memory=engine.memory,
     )
-    longer.skeleton.donor = skeleton
+    longer.meta_model.donor = meta_model
     last = longer.layers[-1]
     engine.weights.make_room(last.stage, last.nbytes)
     return longer
@@ -91,16 +91,16 @@ def prediction_inputs(
     """
     import torch
 
-    skeleton = engine.skeleton
-    norms = [skeleton.value(f"{block.layer_path}.{name}") for name in _NORMS]
-    projection = skeleton.value(f"{block.layer_path}.{_PROJECTION}")
-    eps = skeleton.model.config.get_text_config().rms_norm_eps
+    meta_model = engine.meta_model
+    norms = [meta_model.value(f"{block.layer_path}.{name}") for name in _NORMS]
+    projection = meta_model.value(f"{block.layer_path}.{_PROJECTION}")
+    eps = meta_model.model.config.get_text_config().rms_norm_eps
 
-    units = {n: skeleton.unit_of(skeleton.target[f"{block.root}{n}.weight"]) for n in ("norm", "embed_tokens")}
+    units = {n: meta_model.unit_of(meta_model.target[f"{block.root}{n}.weight"]) for n in ("norm", "embed_tokens")}
 
     def run(name: str, values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = units[name].module(values.to(skeleton.devices[units[name].stage]))
-        return result.to(skeleton.device)
+        result: torch.Tensor = units[name].module(values.to(meta_model.devices[units[name].stage]))
+        return result.to(meta_model.device)
 
     def normed(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return weight * torch.nn.functional.rms_norm(values.float(), weight.shape, eps=eps).to(values.dtype)
@@ -114,7 +114,7 @@ def prediction_inputs(
             for states in hidden:
                 ids = tokens.ids[start : start + len(states), : states.shape[1]]
                 start += len(states)
-                before = run("norm", states) if number == 1 else states.to(skeleton.device)
+                before = run("norm", states) if number == 1 else states.to(meta_model.device)
                 embedded = run("embed_tokens", ids.roll(-number, dims=1))
                 both = torch.cat([normed(embedded, norms[0]), normed(before, norms[1])], dim=-1)
                 inputs.append(both @ projection.T)

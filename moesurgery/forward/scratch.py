@@ -79,7 +79,7 @@ class Scratch:
                     sums.setdefault(where, {})[key] = value
             outputs = []
             for number, (runner, shapes) in enumerate(zip(runners, state["outputs"], strict=True)):
-                device = runner.skeleton.devices[runner.layers[layer - 1].stage]
+                device = runner.meta_model.devices[runner.layers[layer - 1].stage]
                 outputs.append([self._output(layer, number, i, shape, device) for i, shape in enumerate(shapes)])
             found = ScratchState(layer, int(state["batch"]), sums, list(state["entries"]), outputs)
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError):

@@ -85,25 +85,25 @@ class UnitRunner:
 
     def __init__(self, plan: Plan, devices: Sequence[str], dtype: str, keep: int) -> None:
         self.plan = plan
-        self.skeleton = MetaModel(plan, devices, dtype)
-        self.layers = self.skeleton.layers
-        self.blocks = self.skeleton.blocks()
-        self.weights = LoadedWeights(self.skeleton, keep)
+        self.meta_model = MetaModel(plan, devices, dtype)
+        self.layers = self.meta_model.layers
+        self.blocks = self.meta_model.blocks()
+        self.weights = LoadedWeights(self.meta_model, keep)
         self._active: _Active | None = None
         self._tap: RouterTap | None = None
         for block in self.blocks:
             if block.experts is not None:
-                self._wrap(self.skeleton.model.get_submodule(block.experts), partial(self._at_experts, block))
-            self._wrap(self.skeleton.model.get_submodule(block.path), partial(self._at_block, block))
-        for unit in self.skeleton.units.values():
+                self._wrap(self.meta_model.model.get_submodule(block.experts), partial(self._at_experts, block))
+            self._wrap(self.meta_model.model.get_submodule(block.path), partial(self._at_block, block))
+        for unit in self.meta_model.units.values():
             self._wrap(unit.module, partial(self._at_unit, unit))
-        for module in modules_without_weights(self.skeleton.model):
+        for module in modules_without_weights(self.meta_model.model):
             self._wrap(module, self._at_once)
 
     @property
     def device(self) -> torch.device:
         """The device of the embedding: the only one, or the first."""
-        return self.skeleton.device
+        return self.meta_model.device
 
     @property
     def routed(self) -> list[ExpertsModule]:
@@ -118,7 +118,7 @@ class UnitRunner:
         tokens = batch_pass.tokens
         with torch.no_grad():
             mask = None if tokens.mask is None else tokens.mask.to(self.device, torch.long)
-            output = self.skeleton.text_model(tokens.ids.to(self.device), attention_mask=mask, use_cache=False)
+            output = self.meta_model.text_model(tokens.ids.to(self.device), attention_mask=mask, use_cache=False)
         return output.logits
 
     def run_unit(self, batch_pass: BatchPass, hooks: Hooks) -> Any:
@@ -127,8 +127,8 @@ class UnitRunner:
 
         request: UnitRequest = batch_pass.coroutine.request
         args, kwargs = request.args, request.kwargs
-        if len(self.skeleton.devices) > 1:
-            device = self.skeleton.devices[request.unit.stage]
+        if len(self.meta_model.devices) > 1:
+            device = self.meta_model.devices[request.unit.stage]
             args, kwargs = _moved(args, device), _moved(kwargs, device)
         with torch.no_grad(), self.hooked(hooks, batch_pass.tokens, batch_pass.first, request.unit):
             return request.call(*args, **kwargs)
@@ -143,7 +143,7 @@ class UnitRunner:
         with ExitStack() as stack:
             for block in blocks:
                 if banned.get(block.where) and block.correction is not None:
-                    stack.enter_context(_lowered(self.skeleton.tensor(block.correction), banned[block.where]))
+                    stack.enter_context(_lowered(self.meta_model.tensor(block.correction), banned[block.where]))
             try:
                 yield
             finally:
@@ -191,7 +191,7 @@ class UnitRunner:
             banned = active.banned.get(block.where, [])
             if block.router is None or not (active.hooks.router_logits or banned):
                 return forward(*args, **kwargs)
-            before, self._tap = self._tap, RouterTap(self.skeleton.tensor(block.router), banned)
+            before, self._tap = self._tap, RouterTap(self.meta_model.tensor(block.router), banned)
             try:
                 with self._tap:
                     return forward(*args, **kwargs)

@@ -182,13 +182,13 @@ def test_a_paired_run_holds_no_layer_that_the_original_has_given_free(
     """Else the layer before would be there beside the next."""
     engine = Engine(plan_of(open_checkpoint(models("mixtral"))), keep=0)
     paired = PairedRun(engine, plan_with_top_k(engine, 3))
-    load_unit, held = engine.skeleton.load, []
+    load_unit, held = engine.meta_model.load, []
 
     def loading(unit: Any) -> None:
         held.append([u.path for u in paired.engine.layers if u.path in paired.engine.weights.resident])
         load_unit(unit)
 
-    monkeypatch.setattr(engine.skeleton, "load", loading)
+    monkeypatch.setattr(engine.meta_model, "load", loading)
     routings: list[str] = []
 
     def block(around: BlockCall) -> Any:

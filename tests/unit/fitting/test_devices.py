@@ -45,7 +45,7 @@ def plan(models: Any) -> Plan:
 def test_layers_are_spread_in_order(plan: Plan, devices: int) -> None:
     engine = Engine(plan, device=["cpu"] * devices)
     assert [unit.stage for unit in engine.layers] == [i * devices // LAYERS for i in range(LAYERS)]
-    others = {unit.path: unit.stage for unit in engine.skeleton.units.values() if unit.layer is None}
+    others = {unit.path: unit.stage for unit in engine.meta_model.units.values() if unit.layer is None}
     assert others == {"model.embed_tokens": 0, "model.norm": devices - 1, "lm_head": devices - 1}
 
 
@@ -127,14 +127,14 @@ def test_what_engines_there_are(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> 
     settings = RunSettings()
     room = 1 << 40
     monkeypatch.setattr(Engine, "fits", lambda engine, tokens: room > 0)
-    assert [len(e.skeleton.devices) for e in settings.engines(plan, TOKENS)] == [1] * 4
-    assert [len(e.skeleton.devices) for e in settings.pair(plan, plan, TOKENS)] == [1, 1]
-    assert len(settings.engine(plan, TOKENS).skeleton.devices) == 1
+    assert [len(e.meta_model.devices) for e in settings.engines(plan, TOKENS)] == [1] * 4
+    assert [len(e.meta_model.devices) for e in settings.pair(plan, plan, TOKENS)] == [1, 1]
+    assert len(settings.engine(plan, TOKENS).meta_model.devices) == 1
     room = 0
-    assert [len(e.skeleton.devices) for e in settings.engines(plan, TOKENS)] == [4]
-    assert [len(e.skeleton.devices) for e in settings.pair(plan, plan, TOKENS)] == [2, 2]
-    assert len(settings.engine(plan, TOKENS).skeleton.devices) == 4
-    assert [[len(e.skeleton.devices) for e in group] for group in settings.groups([plan, plan], TOKENS)] == [[4, 4]]
+    assert [len(e.meta_model.devices) for e in settings.engines(plan, TOKENS)] == [4]
+    assert [len(e.meta_model.devices) for e in settings.pair(plan, plan, TOKENS)] == [2, 2]
+    assert len(settings.engine(plan, TOKENS).meta_model.devices) == 4
+    assert [[len(e.meta_model.devices) for e in group] for group in settings.groups([plan, plan], TOKENS)] == [[4, 4]]
 
 
 def test_windows_are_shared_out_in_pairs() -> None:

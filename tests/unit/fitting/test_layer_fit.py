@@ -388,7 +388,7 @@ def test_what_a_change_of_router_rows_does_is_what_the_models_code_computes(mode
         return calls[0]
 
     with engine.weights.loaded(engine.layers[streams.passed], pin=True):
-        weight = engine.skeleton.tensor(block.router or "").detach()
+        weight = engine.meta_model.tensor(block.router or "").detach()
         call = call_now()
         missing = torch.randn(
             call.hidden.reshape(-1, call.hidden.shape[-1]).shape, generator=torch.Generator().manual_seed(0)

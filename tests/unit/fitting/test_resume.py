@@ -79,8 +79,8 @@ def test_only_layers_that_are_not_done_are_run_again(models: Any, tmp_path: Path
     assert len(list((tmp_path / "s").glob("layer-*"))) == 2  # a file for each batch, of one layer
     engine = Engine(plan_of(open_checkpoint(path)))
     loaded: list[str] = []
-    load = engine.skeleton.load
-    engine.skeleton.load = lambda unit: (loaded.append(unit.path), load(unit))[1]  # type: ignore[method-assign]
+    load = engine.meta_model.load
+    engine.meta_model.load = lambda unit: (loaded.append(unit.path), load(unit))[1]  # type: ignore[method-assign]
     collect(engine, TOKENS, (3,), scratch=Scratch(tmp_path / "s", {}))
     assert [name for name in loaded if "layers" in name] == ["model.layers.4", "model.layers.5"]
 
@@ -165,7 +165,7 @@ def test_memory_bounds_what_stays_loaded(models: Any) -> None:
     whole = Engine(plan, memory=1 << 30)
     whole.run(TOKENS)
     assert len(whole.weights.resident) == LAYERS + 1  # the embedding too; the head was never asked for
-    largest = max(unit.nbytes for unit in whole.skeleton.units.values())
+    largest = max(unit.nbytes for unit in whole.meta_model.units.values())
     small = Engine(plan, memory=3 * largest + whole.hidden_bytes(TOKENS))
     small.run(TOKENS)
     assert sum(unit.nbytes for unit in small.weights.resident.values()) <= 2 * largest

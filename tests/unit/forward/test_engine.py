@@ -70,7 +70,7 @@ def test_logits_and_routing_are_those_of_transformers(models: Any, model_type: s
     # Doge's own code gives other logits for windows side by side than one by one.
     alone = [logits(reference, window) for window in PROMPT.split(1)] if model_type == "doge" else [logits(reference)]
     assert (torch.cat(found) - torch.cat(alone)).abs().max() < 1e-5
-    assert engine.skeleton.unused == []
+    assert engine.meta_model.unused == []
     assert len(seen) == len(engine.routed)
     assert len(engine.routed) == len(engine.blocks) or model_type in ("jetmoe", "doge")
     if model_type in ADAPTED | LOOPED:
@@ -198,24 +198,24 @@ def test_padding_changes_nothing(models: Any) -> None:
 def test_only_one_unit_is_in_memory(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(models("mixtral", num_hidden_layers=4))
     held: list[int] = []
-    load_unit = engine.skeleton.load
+    load_unit = engine.meta_model.load
 
     def watched(unit: Any) -> None:
         load_unit(unit)
-        parameters = engine.skeleton.model.parameters()
+        parameters = engine.meta_model.model.parameters()
         held.append(sum(p.untyped_storage().nbytes() for p in parameters if p.untyped_storage().nbytes() > 4))
 
-    monkeypatch.setattr(engine.skeleton, "load", watched)
+    monkeypatch.setattr(engine.meta_model, "load", watched)
     engine.logits(WINDOWS)
     assert len(held) == 7  # embedding, four layers, norm, head
     # The norm stays beside the head while batches are finished one by one.
-    assert max(held) <= max(u.nbytes for u in engine.skeleton.units.values()) + 32 * 4
+    assert max(held) <= max(u.nbytes for u in engine.meta_model.units.values()) + 32 * 4
 
 
 def test_units_under_the_budget_stay(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(plan_of(open_checkpoint(models("mixtral"))))
     engine.logits(WINDOWS)
-    monkeypatch.setattr(engine.skeleton, "load", lambda unit: pytest.fail(f"{unit.path} is read again"))
+    monkeypatch.setattr(engine.meta_model, "load", lambda unit: pytest.fail(f"{unit.path} is read again"))
     engine.logits(WINDOWS)
 
 

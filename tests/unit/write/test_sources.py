@@ -350,12 +350,12 @@ def test_statistics_that_change_while_they_are_read(
 def test_a_measurement_ends_when_its_model_changes(model: Path, tmp_path: Path, cli: Cli) -> None:
     from moesurgery.forward.meta_model import MetaModel
 
-    skeleton = MetaModel(plan_of(open_checkpoint(model)), ("cpu",), "float32")
+    meta_model = MetaModel(plan_of(open_checkpoint(model)), ("cpu",), "float32")
     for shard in SHARDS:
         replaced(model / shard)
-    unit = next(iter(skeleton.units.values()))
+    unit = next(iter(meta_model.units.values()))
     with pytest.raises(CheckpointError, match="was replaced by another file"):
-        skeleton.load(unit)
+        meta_model.load(unit)
 
 
 # Other places than folders
