@@ -129,8 +129,8 @@ def test_a_part_whose_twin_replaces_a_shard_before_its_manifest_is_written(
         found = manifest(folder, name, *more)
         if name not in raced:
             raced.append(name)
-            shutil.copyfile(folder.path / name, tmp_path / "twin")
-            os.replace(tmp_path / "twin", folder.path / name)
+            shutil.copyfile(folder.path / name, tmp_path / f"twin-{name}")
+            os.replace(tmp_path / f"twin-{name}", folder.path / name)
         return found
 
     monkeypatch.setattr(shard_manifest, "_manifest", twin)
