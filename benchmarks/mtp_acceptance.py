@@ -172,14 +172,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--heldout", type=Path, nargs="+", required=True)
-    parser.add_argument("--keep", type=int, nargs="+", default=[12, 8])
+    parser.add_argument("--keep", type=int, nargs="+", default=[12, 8, 4])
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=49_152, help="tokens of --text that statistics are collected of")
-    parser.add_argument("--limit", type=int, default=10, help="windows of each held-out file, evenly spaced")
+    parser.add_argument("--limit", type=int, default=20, help="windows of each held-out file, evenly spaced")
     given = parser.parse_args()
     folder = given.folder / "model"
     trained = folder.exists()
@@ -219,12 +219,11 @@ def main() -> None:
         trunk = chosen(by_stats)
         at_random = [drop(experts={**trunk, last: chosen(draw)[last]}) for draw in draws]
         base = after(by_norms)
-        rows = {
-            "statistics": after(by_stats),
-            "router norms": base,
-            f"random, mean of {DRAWS}": np.mean([after(edited) for edited in at_random], axis=0),
-            f"random, and the trunk's, mean of {DRAWS}": np.mean([after(edited) for edited in draws], axis=0),
-        }
+        rows = {"statistics": after(by_stats), "router norms": base}
+        for name, edits in (("random", at_random), ("random, the trunk's too", draws)):
+            found = np.array([after(edited) for edited in edits])
+            low, *_, high = sorted(found[:, 1].mean(axis=1))
+            rows[f"{name}: mean of {DRAWS} draws, {low:.4f} to {high:.4f}"] = found.mean(axis=0)
         for name, (loss, accepted) in rows.items():
             over = "" if name == "router norms" else shown(accepted - base[1], "+")
             print(f"| {keep} | {name} | {loss.mean():.4f} | {shown(accepted)} | {over} |", flush=True)
