@@ -1,7 +1,7 @@
 """Prediction (MTP) layers, run on the last hidden states of the trunk.
 
-transformers' code for them (`MtpModel`, in 5.24) finds them under the numbers that its model classes list: 46 and 92 for
-GLM-4-MoE.
+transformers' code for them (`MtpModel`, in 5.24) finds them under the numbers that its model classes list: 46 and 92
+for GLM-4-MoE.
 
 Those of DeepSeek-V3 (arXiv 2412.19437, section 2.2), GLM-4-MoE and their like stand behind the stack. What goes into
 the k-th at position t is
