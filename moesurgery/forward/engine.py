@@ -67,6 +67,17 @@ class Engine(UnitRunner):
         if self.on_gpu and self._keeps_what_fits:
             _on_gpus.add(self)
 
+    def sharing(self, plan: Plan) -> Engine:
+        """Return the engine of another plan on the same devices, which keeps nothing loaded.
+
+        Where both have the same tensors it uses the weights that this one has loaded. Raises as the class does.
+        """
+        model = self.meta_model
+        devices, dtype = [str(device) for device in model.devices], str(model.dtype).removeprefix("torch.")
+        other = Engine(plan, device=devices, dtype=dtype, keep=0, memory=self.memory)
+        other.meta_model.donor = model
+        return other
+
     @property
     def vocabulary(self) -> int:
         return int(self.meta_model.model.config.get_text_config().vocab_size)

@@ -19,10 +19,7 @@ class PairedRun:
     """Runs single MoE blocks of `plan`. Weights in common with `original` are shared in memory."""
 
     def __init__(self, original: Engine, plan: Plan) -> None:
-        meta_model = original.meta_model
-        devices = [str(device) for device in meta_model.devices]
-        self.engine = Engine(plan, device=devices, dtype=str(meta_model.dtype).removeprefix("torch."), keep=0)
-        self.engine.meta_model.donor = meta_model
+        self.engine = original.sharing(plan)
         self.original = original
         self.original.weights.freed.append(self._free)
         self._unit: str | None = None

@@ -59,15 +59,7 @@ def longer_engine(engine: Engine, layers: int) -> Engine:
 
     Raises RefusedError where config.json cannot say so, CheckpointError where tensors are missing.
     """
-    meta_model = engine.meta_model
-    longer = Engine(
-        _longer(engine.plan, layers),
-        device=[str(device) for device in meta_model.devices],
-        dtype=str(meta_model.dtype).removeprefix("torch."),
-        keep=0,
-        memory=engine.memory,
-    )
-    longer.meta_model.donor = meta_model
+    longer = engine.sharing(_longer(engine.plan, layers))
     last = longer.layers[-1]
     engine.weights.make_room(last.stage, last.nbytes)
     return longer

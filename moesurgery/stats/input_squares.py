@@ -29,6 +29,24 @@ def input_squares(path: str, plan: Plan, operation: str) -> Squares:
 
     Raises RefusedError where they are those of another model, or where the file has none.
     """
+    found = _squares(path, plan, operation)
+    if not found:
+        raise RefusedError(
+            f"{operation}: {path} has no squares of what experts' projections read",
+            "collect them with `moesurgery collect --neurons`, or with `--imatrix`",
+        )
+    return found
+
+
+def collected_squares(path: str | None, plan: Plan, operation: str) -> Squares:
+    """Return what `input_squares` does, and nothing where no file is given or the statistics have no such sums."""
+    if path is None:
+        return {}
+    return input_squares(path, plan, operation) if is_imatrix(path) else _squares(path, plan, operation)
+
+
+def _squares(path: str, plan: Plan, operation: str) -> Squares:
+    """Return the mean squares of inputs that a file has, if any. Raises RefusedError for those of another model."""
     found: Squares = {}
     widths: dict[str, int] = {}
 
@@ -50,11 +68,6 @@ def input_squares(path: str, plan: Plan, operation: str) -> Squares:
             for member in _weights(block):
                 if member.role == "down":
                     add(member, sums)
-    if not found:
-        raise RefusedError(
-            f"{operation}: {path} has no squares of what experts' projections read",
-            "collect them with `moesurgery collect --neurons`, or with `--imatrix`",
-        )
     for name, expr in found.items():
         if expr.shape[-1] != widths[name]:
             raise RefusedError(
@@ -62,13 +75,6 @@ def input_squares(path: str, plan: Plan, operation: str) -> Squares:
                 "they belong to another model",
             )
     return found
-
-
-def collected_squares(path: str | None, plan: Plan, operation: str) -> Squares:
-    """Return what `input_squares` does, and nothing where no file is given or the statistics have no such sums."""
-    if path is None or (not is_imatrix(path) and not _collected(stats_for(path, plan.anatomy, operation), plan)):
-        return {}
-    return input_squares(path, plan, operation)
 
 
 def _weights(block: MoeBlock) -> list[BlockTensor]:

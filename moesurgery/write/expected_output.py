@@ -122,12 +122,12 @@ def check_and_index(
     `jobs`: threads. `checksums`: read every shard once more for its SHA-256. Raises OutputError where a shard is not
     what was planned.
     """
+
+    def checked(shard: ExpectedShard) -> dict[str, Any]:
+        return tried_again(lambda: checked_shard(work, shard, checksums=checksums))
+
     with ThreadPoolExecutor(jobs or min(cores(), 8)) as pool:
-        outputs = list(
-            pool.map(
-                lambda shard: tried_again(lambda: checked_shard(work, shard, checksums=checksums)), expected.shards
-            )
-        )
+        outputs = list(pool.map(checked, expected.shards))
     write_record(expected, outputs, work, durable=durable)
     if durable:
         for shard in expected.shards:  # shards of an earlier attempt that did not wait among them
