@@ -2,10 +2,11 @@
 
     python benchmarks/fit_grid.py MODEL --text CALIBRATION… --heldout OTHER… [--share 0.75 0.5] [--jobs 4] [--folder F]
 
-For each share of the model's bytes, `fit` searches on --text alone. Then every shape of a grid that fits is edited,
-repaired on the same text and measured on the first `--limit` windows of each held-out file, which the search has not
-seen: for each number of experts in steps of an eighth and each top-k, the widest experts that fit. Prints the loss
-above the original's in nats per token, as edited and repaired, the best first, and where `fit`'s choice stands.
+For each share of the model's bytes, `fit` searches on --text alone. Then every shape of a grid is edited, repaired on
+the same text and measured on the first `--limit` windows of each held-out file, which the search has not seen: all
+shapes that fit and that no other contains, and for each eighth of the experts and each top-k the widest experts that
+fit. Prints the loss above the original's in nats per token, as edited and repaired, the best first, and where `fit`'s
+choice stands.
 
 With --folder, statistics, searches, repairs and outcomes are kept there, and the same command goes on from them.
 """
@@ -137,11 +138,12 @@ def _outcome(task: tuple[MixtureShape, str, str, str]) -> list[float]:
 
 
 def grid(budget: Budget) -> list[MixtureShape]:
-    """Return for each eighth of the experts and each top-k the widest experts that fit."""
+    """Return all shapes that fit and that no other contains, and for each eighth of the experts and each top-k the
+    widest experts that fit."""
     own = budget.original
     experts = sorted({max(1, own.experts * i // 8) for i in range(2, 9)})
     choice = replace(budget.choices, experts=[e for e in experts if e >= own.top_k])
-    return [shape for shape, _ in replace(budget, choices=choice).shapes()]
+    return list(dict(budget.shapes()) | dict(replace(budget, choices=choice).shapes()))
 
 
 def _search(given: argparse.Namespace, folder: Path, share: float) -> tuple[MixtureShape, dict[str, float]]:
