@@ -54,6 +54,9 @@ def show_fitted(budget: Budget, found: Fitted) -> None:
         f"loss above the original's {base:.4f} in nats per token, over {found.heldout.tokens:,} held-out tokens;"
         f" 95 % interval of the one taken {low:+.4f} to {high:+.4f}"
     )
+    if found.further:
+        figures = ", ".join(f"{name} {_signed(x)}" for name, x in sorted(found.further.items(), key=lambda i: i[1]))
+        console.result(f"not told apart there, these were measured on {found.further_tokens:,} tokens more: {figures}")
     others = len(found.candidates) - len(known)
     chosen = f"; experts chosen by {found.by}" if found.by else ""
     console.result(f"{others} more shapes fit, and are predicted to cost more or nearly the same{chosen}")
@@ -198,6 +201,7 @@ def document_of(budget: Budget, found: Fitted) -> dict[str, Any]:
                 for c in found.candidates
             ],
             "with_10_percent_more": None if more is None else {**_entry(more[0], more[1]), "predicted": more[2]},
+            "further": {"tokens": found.further_tokens, "increases": dict(found.further)},
             "front": [{**_entry(s, c), "predicted": p} for s, c, p in _front(budget, found)],
             "by_layer": {axis: {"uniform": a, "best": b} for axis, (a, b) in _by_layer(budget, found).items()},
         },

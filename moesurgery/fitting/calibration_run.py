@@ -121,9 +121,7 @@ def read_calibration(
     """
     from moesurgery.forward.tokens import mixed
 
-    files = [text_of(str(text)) for text in texts]
-    whole, least = sum(file.weight for file in files), 2 if hold_out else 1
-    limits = [max(least, int(tokens * file.weight / whole / settings.window)) for file in files]
+    files, limits = _shares(settings, texts, tokens, 2 if hold_out else 1)
     domains = [
         replace(settings, limit=limit).domain(plan.checkpoint, file) for file, limit in zip(files, limits, strict=True)
     ]
@@ -138,3 +136,22 @@ def read_calibration(
             "give more text, a smaller --window, or --no-heldout",
         )
     return CalibrationRun(settings, plan, tuple(files), mixed([d.as_tokens for d in domains]), held_out)
+
+
+def windows_left(settings: RunSettings, plan: Plan, texts: Sequence[str | Path], tokens: int) -> list[Domain]:
+    """Return as many windows again of the files as `read_calibration` reads to hold some out: others, where they have
+    more."""
+    domains = [
+        replace(settings, limit=limit, skip=limit).domain(plan.checkpoint, file)
+        for file, limit in zip(*_shares(settings, texts, tokens, 2), strict=True)
+    ]
+    return [domain for domain in domains if len(domain.windows)]
+
+
+def _shares(
+    settings: RunSettings, texts: Sequence[str | Path], tokens: int, least: int
+) -> tuple[list[Text], list[int]]:
+    """Return the text files, and how many windows of each are read."""
+    files = [text_of(str(text)) for text in texts]
+    whole = sum(file.weight for file in files)
+    return files, [max(least, int(tokens * file.weight / whole / settings.window)) for file in files]

@@ -19,7 +19,10 @@ from moesurgery.whole_file import whole_file
 
 @dataclass(frozen=True)
 class FitRecord:
-    """Loss increases by name of shape, as edited and repaired; prices by axis; the criterion; what was measured."""
+    """Loss increases by name of shape, as edited and repaired; prices by axis; the criterion; what was measured.
+
+    `further` are loss increases on `further_tokens` tokens more, of the shapes that were told apart there.
+    """
 
     taken: str
     by: str
@@ -27,6 +30,8 @@ class FitRecord:
     measured: Mapping[str, float]
     repaired: Mapping[str, float]
     heldout: HeldOut
+    further: Mapping[str, float]
+    further_tokens: int
 
     def save(self, path: Path, asked: Mapping[str, Any]) -> None:
         held = self.heldout
@@ -45,6 +50,8 @@ class FitRecord:
                 "domains": {name: dict(losses) for name, losses in held.domains.items()},
                 "chosen": held.chosen,
             },
+            "further": dict(self.further),
+            "further_tokens": self.further_tokens,
         }
         with whole_file(path) as new:
             new.write_text(write_json(document))
@@ -69,6 +76,8 @@ def read_fit_record(path: Path, asked: Mapping[str, Any]) -> FitRecord | None:
             {str(name): float(value) for name, value in document["measured"].items()},
             {str(name): float(value) for name, value in document["repaired"].items()},
             HeldOut(int(held["tokens"]), dict(held["nats"]), intervals, dict(held["domains"]), held["chosen"]),
+            {str(name): float(value) for name, value in document["further"].items()},
+            int(document["further_tokens"]),
         )
         before = document["asked"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

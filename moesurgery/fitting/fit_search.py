@@ -3,13 +3,14 @@
 One pass over text gives a curve of errors for each axis (`budget.damage`). The best shapes that change one axis alone
 are measured first, on held-out windows, unwritten; the prices of the errors are fitted to that, the shape with least
 predicted loss is measured next, and so on. A repair (`layer_fit`) changes the prices: the best single axes are repaired
-and measured again, the prices are fitted to that, and the shapes with the least predicted loss follow.
+and measured again, the prices are fitted to that, and the shapes with the least predicted loss follow. Those that the
+held-out windows do not tell from the best are measured on more of the text, where there is more.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from moesurgery.budget.shape import AS_STORED, MixtureShape
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
-from moesurgery.fitting.calibration_run import read_calibration
+from moesurgery.fitting.calibration_run import read_calibration, windows_left
 from moesurgery.fitting.fit_record import FitRecord, read_fit_record
 from moesurgery.fitting.heldout import HeldOut, HeldOutLosses
 from moesurgery.fitting.reporter import SILENT, Reporter
@@ -79,7 +80,8 @@ class Fitted:
     """The winner as a plan and as steps, all candidates, and how they were predicted.
 
     `prediction` is that of the outcome, repaired where `repair` says how; `by` is how experts were chosen, `about` what
-    was measured on which text.
+    was measured on which text. `further` are loss increases on more text, by name of shape, of those that were told
+    apart there, and `further_tokens` how many that was.
     """
 
     plan: Plan
@@ -91,6 +93,8 @@ class Fitted:
     by: MeasuredCriterion | None
     repair: RepairOptions | None
     about: Mapping[str, Any]
+    further: Mapping[str, float] = field(default_factory=dict)
+    further_tokens: int = 0
 
 
 def best_fit(
@@ -118,13 +122,23 @@ def best_fit(
     settings.check()
     held_out: list[Domain] = []
     if options.heldout:
-        held_out = replace(settings, limit=options.limit, seed=None).domains(plan.checkpoint, options.heldout)
+        chosen = replace(settings, limit=options.limit, seed=None)
+        held_out = chosen.domains(plan.checkpoint, options.heldout)
     run = read_calibration(settings, plan, options.text, options.tokens, 0 if held_out else HELD_OUT_SHARE)
     cache = CalibrationCache(output, run, force, reporter)
     shapes = budget.shapes()
     top_ks = sorted({shape.top_k for shape, _ in shapes} - {budget.original.top_k})
     statistics = cache.statistics(NeededStatistics(top_k=top_ks, neurons=len(budget.choices.width) > 1))
     stats = load_stats(statistics)
+
+    def further() -> list[Domain]:
+        if not options.heldout:
+            return windows_left(settings, plan, options.text or (), options.tokens)
+        if options.limit is None:
+            return []
+        left = replace(chosen, skip=options.limit).domains(plan.checkpoint, options.heldout)
+        return [domain for domain in left if len(domain.windows)]
+
     quantised = sorted({shape.form for shape, _ in shapes if shape.form in WRITTEN_FORMS})
     search = _Search(
         plan,
@@ -136,6 +150,7 @@ def best_fit(
         cache,
         options.repair(REPAIR),
         wanted.by or CANDIDATES[0],
+        further,
     )
     asked = {
         **run.about,
@@ -154,6 +169,7 @@ def best_fit(
         search.measure(wanted)
         if search.repair is not None:
             search.measure_repaired(wanted.repaired)
+        search.tell_apart()
         record = search.record()
         record.save(kept, asked)
         reporter.note(f"the search is in {kept}")
@@ -164,7 +180,10 @@ def best_fit(
 
 @dataclass
 class _Search:
-    """A search under way: losses by name, and the names of the shapes that were measured, edited and repaired."""
+    """A search under way: losses by name, and the names of the shapes that were measured, edited and repaired.
+
+    `further` reads windows of more text, on which `told_apart` has losses.
+    """
 
     plan: Plan
     budget: Budget
@@ -175,6 +194,8 @@ class _Search:
     cache: CalibrationCache
     repair: RepairOptions | None
     by: MeasuredCriterion
+    further: Callable[[], list[Domain]]
+    told_apart: HeldOutLosses | None = None
     edited: dict[MixtureShape, str] = field(default_factory=dict)
     repaired: dict[MixtureShape, str] = field(default_factory=dict)
     folders: dict[MixtureShape, Path] = field(default_factory=dict)
@@ -189,7 +210,7 @@ class _Search:
         return list(by_axis.values()) or [min(self.shapes, key=self.prediction.of)]
 
     def increase(self, name: str) -> float:
-        return self.losses.found[name].nats - self.losses.found[ORIGINAL].nats
+        return self.losses.increase(name)
 
     def measure(self, wanted: SearchOptions) -> None:
         """Measure the single axes, then the shapes that are predicted best, without repair."""
@@ -274,10 +295,23 @@ class _Search:
         """Whether a repair does anything: not where only the form changes, and not where blocks are tied after it."""
         return not shape.tied and _plain(shape) != self.budget.original
 
+    def tell_apart(self) -> None:
+        """Measure the shapes that the held-out windows do not tell from the best on more text, where there is more."""
+        final = list((self.repaired or self.edited).values())
+        near = self.losses.near(final, self.losses.cheapest(final))
+        if len(near) > 1 and (domains := self.further()):
+            self.told_apart = HeldOutLosses(self.losses.settings, domains, self.losses.reporter)
+            self.told_apart.add({ORIGINAL: self.plan} | {name: self.losses.plans[name] for name in near})
+
     def record(self) -> FitRecord:
         """Return what was measured and the best of it, whose repair gets the usual name; the others are deleted."""
         final = self.repaired or self.edited
+        further, tokens = {}, 0
         best = min(final, key=lambda shape: self.increase(final[shape]))
+        if (more := self.told_apart) is not None:
+            further = {shape: more.increase(name) for shape, name in final.items() if name in more.found}
+            tokens, before = more.tokens, self.losses.tokens
+            best = min(further, key=lambda shape: tokens * further[shape] + before * self.increase(final[shape]))
         _keep_one(self.folders, _plain(best), self.refit_folder)
         for experts in {s.experts for s in self.edited if s.merged and not (best.merged and s.experts == best.experts)}:
             Path(self.steps.merge_parameters(experts)["fit"]).unlink()
@@ -288,6 +322,8 @@ class _Search:
             {shape.name: self.increase(name) for shape, name in self.edited.items()},
             {shape.name: self.increase(name) for shape, name in self.repaired.items()},
             self.losses.outcome(final[best]),
+            {shape.name: increase for shape, increase in further.items()},
+            tokens,
         )
 
     @property
@@ -319,7 +355,8 @@ class _Search:
         steps, plan = self.steps.steps(winner.shape, by, folder), self.steps.planned(winner.shape, by, folder)
         chosen_by = by if winner.shape.experts < self.budget.original.experts else None
         about = self.cache.run.about
-        return Fitted(plan, steps, winner, candidates, record.heldout, prediction, chosen_by, self.repair, about)
+        more = (record.further, record.further_tokens)
+        return Fitted(plan, steps, winner, candidates, record.heldout, prediction, chosen_by, self.repair, about, *more)
 
 
 def _plain(shape: MixtureShape) -> MixtureShape:

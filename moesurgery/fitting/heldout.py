@@ -65,8 +65,23 @@ class HeldOutLosses:
                 gc.collect()  # an engine and its hooks hold each other, and with them files and memory of devices
                 progress(windows)
 
+    @property
+    def tokens(self) -> int:
+        return sum(domain.tokens for domain in self.domains)
+
+    def increase(self, name: str) -> float:
+        """Return by how much the loss is above the original's, in nats per token."""
+        return self.found[name].nats - self.found["original"].nats
+
     def cheapest(self, names: Iterable[str]) -> str:
         return min(names, key=lambda name: self.found[name].nats)
+
+    def near(self, names: Iterable[str], best: str) -> list[str]:
+        """Return the names whose loss cannot be told from that of `best`, by the interval of their difference."""
+        from moesurgery.forward.bootstrap import interval
+
+        least, tokens = self.found[best].by_window, self.found[best].window_tokens
+        return [name for name in names if name == best or interval(self.found[name].by_window - least, tokens)[0] <= 0]
 
     def outcome(self, chosen: str | None) -> HeldOut:
         from moesurgery.forward.bootstrap import interval

@@ -38,7 +38,8 @@ def check_device(name: str) -> None:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """`limit` is windows per file at most; with `seed` they are a random sample, without it the first ones.
+    """`limit` is windows per file at most; with `seed` they are a random sample, without it the first ones. `skip`
+    leaves out those of a limit of as many.
 
     `device` is one, or "cuda" for all GPUs that are visible; `dtype` one of float32, bfloat16 and float16, or "auto".
     `memory` bounds the memory used on each device, as 40GB. With `apart` documents have windows of their own, with
@@ -53,6 +54,7 @@ class RunSettings:
     memory: str = ""
     apart: bool = False
     assistant_only: bool = False
+    skip: int = 0
 
     def check(self) -> None:
         """Raise RecipeError for a dtype or device that is not there, and for `memory` that is no amount."""
@@ -129,4 +131,4 @@ class RunSettings:
                 f"--window {self.window} is longer than the model's {longest} positions", f"use --window {longest}"
             )
         reading = Reading(checkpoint, self.assistant_only)
-        return read_domain(text, reading, self.window, self.limit, self.seed, apart=self.apart)
+        return read_domain(text, reading, self.window, self.limit, self.seed, skip=self.skip, apart=self.apart)

@@ -144,18 +144,20 @@ def read_domain(
     limit: int | None = None,
     seed: int | None = None,
     *,
+    skip: int = 0,
     apart: bool = False,
 ) -> Domain:
     """Return a file as windows of `length` tokens; what is left of the last one is dropped.
 
     With `apart` every document has windows of its own, sorted by length, and nothing is dropped. `limit` bounds the
-    number of windows, or of tokens over `length` with `apart`: the first ones, or with `seed` a sample.
+    number of windows, or of tokens over `length` with `apart`: the first ones, or with `seed` a sample. `skip` leaves
+    out the windows that a `limit` of as many would return: what comes after them has none where they are all.
     Raises RecipeError for an unreadable or too short file, and for a token that the model does not have.
     """
     import numpy as np
     import torch
 
-    enough = limit * length if limit is not None and seed is None else None
+    enough = (skip + limit) * length if limit is not None and seed is None else None
     tokenised: list[Tokenised] = []
     total = 0
     for document in reading.documents(text):
@@ -164,7 +166,7 @@ def read_domain(
         if enough is not None and total >= enough:
             break
     if apart:
-        return _apart(text, tokenised, length, limit, seed)
+        return _apart(text, tokenised, length, limit, seed, skip)
     ids = [i for document in tokenised for i in document.ids]
     count = len(ids) // length
     if count == 0:
@@ -175,14 +177,15 @@ def read_domain(
     counted = None
     if reading.assistant:
         counted = torch.tensor([c for d in tokenised for c in d.counted or ()][: count * length]).view(count, length)
-    if limit is not None and limit < count:
-        chosen = range(limit) if seed is None else sorted(np.random.default_rng(seed).permutation(count)[:limit])
-        rows = list(map(int, chosen))
+    end = count if limit is None else skip + limit
+    if skip > 0 or end < count:
+        order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+        rows = sorted(map(int, order[skip:end]))
         windows, counted = windows[rows], None if counted is None else counted[rows]
     return Domain(text.name.rpartition(".")[0] or text.name, windows, None, counted)
 
 
-def _apart(text: Text, found: list[Tokenised], length: int, limit: int | None, seed: int | None) -> Domain:
+def _apart(text: Text, found: list[Tokenised], length: int, limit: int | None, seed: int | None, skip: int) -> Domain:
     """Return every document, cut where it is longer than a window, in windows of its own, the longest first."""
     import numpy as np
 
@@ -194,14 +197,11 @@ def _apart(text: Text, found: list[Tokenised], length: int, limit: int | None, s
     ]
     if seed is not None:
         pieces = [pieces[i] for i in np.random.default_rng(seed).permutation(len(pieces))]
-    if limit is not None:
-        room, kept = limit * length, 0
-        while kept < len(pieces) and room > 0:
-            room -= len(pieces[kept].ids)
-            kept += 1
-        pieces = pieces[:kept]
     if not pieces:
         raise RecipeError(f"{text} has no document of two tokens or more")
+    before = np.cumsum([0, *(len(piece.ids) for piece in pieces)])[:-1]  # tokens of the pieces before each
+    end = np.inf if limit is None else (skip + limit) * length
+    pieces = [piece for piece, start in zip(pieces, before, strict=True) if skip * length <= start < end]
     pieces.sort(key=lambda piece: -len(piece.ids))
     tokens = padded([piece.ids for piece in pieces], [p.counted for p in pieces if p.counted is not None])
     return Domain(text.name.rpartition(".")[0] or text.name, tokens.ids, tokens.mask, tokens.counted)

@@ -141,7 +141,7 @@ def padded(sequences: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]]
     """Return sequences of any length as windows padded on the right; `counted` of each where not all tokens do."""
     import torch
 
-    longest = max(map(len, sequences))
+    longest = max(map(len, sequences), default=0)
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
     counts = torch.zeros_like(mask) if counted else None

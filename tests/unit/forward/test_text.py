@@ -206,6 +206,20 @@ def test_windows_of_documents_apart(chatty: Callable[[str], Path], tmp_path: Pat
     assert found.tokens == 16 + 8 + 5 + 4 - 4
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_windows_that_were_left_out(chatty: Callable[[str], Path], tmp_path: Path, seed: int | None) -> None:
+    """Those after a limit are the others, each once; documents that stand apart likewise."""
+    reading = Reading(open_checkpoint(chatty("qwen")))
+    text = Text(lines(tmp_path / "t.jsonl", [{"text": chr(97 + n) * (n + 5)} for n in range(26)]))
+    for apart in (False, True):
+        whole = read_domain(text, reading, 16, apart=apart)
+        parts = [read_domain(text, reading, 16, 5, seed, skip=skip, apart=apart) for skip in range(0, 50, 5)]
+        rows = [tuple(row[:16].tolist()) for part in parts for row in torch.nn.functional.pad(part.windows, (0, 16))]
+        assert sorted(rows) == sorted(tuple(row.tolist()) for row in whole.windows)
+        assert 0 < len(parts[0].windows) < len(whole.windows)
+        assert len(parts[-1].windows) == 0
+
+
 def test_weights_share_out_the_tokens(chatty: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(chatty("qwen"))
     for letter in "ab":
