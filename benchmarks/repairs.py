@@ -25,7 +25,7 @@ from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.collector import collect
 from moesurgery.fitting.group_fit import fit_groups
-from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
+from moesurgery.fitting.layer_fit import SWEEPS, RepairOptions, fit_layers
 from moesurgery.fitting.run_settings import RunSettings
 from moesurgery.forward.bootstrap import interval
 from moesurgery.forward.engine import Engine
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--by", nargs="+", help="reap-sum, frequency and reap, every rule, or the default merge")
     parser.add_argument("--refit", nargs="*", default=["scalar", "expert", "router", "down", "all"])
     parser.add_argument("--ridge", type=float, help="found on held-out windows by default")
-    parser.add_argument("--sweeps", type=int, default=1)
+    parser.add_argument("--sweeps", type=int, help="over the experts; by default as the command's")
     parser.add_argument("--tokens", type=int, default=49_152)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--limit", type=int, default=10)
@@ -122,7 +122,7 @@ def main() -> None:
                 folder = Path(place, f"{choice}-{kind}")
                 writer = RepairWriter(folder)
                 start = time.monotonic()
-                options = RepairOptions(kind, given.ridge, given.sweeps)
+                options = RepairOptions(kind, given.ridge, given.sweeps or SWEEPS[kind])
                 fit_layers(*run.pair(plan, edited, windows), windows, options, writer.add)
                 seconds = time.monotonic() - start
                 writer.close({"kind": kind, "tokens": windows.count})

@@ -44,7 +44,12 @@ _Ridge = Annotated[
     str,
     typer.Option("--ridge", help="How strongly --refit is drawn to no change: a number, or auto, by held-out windows."),
 ]
-_Sweeps = Annotated[int, typer.Option("--sweeps", min=1, help="How often --refit down and all go over the experts.")]
+_Sweeps = Annotated[
+    int | None,
+    typer.Option(
+        "--sweeps", min=1, help="How often --refit down and all go over the experts. [default: 1 for down, 2 for all]"
+    ),
+]
 _Limit = Annotated[int, typer.Option("--limit", min=1, help="Windows per file of --heldout at most.")]
 _NoHeldOut = Annotated[bool, typer.Option("--no-heldout", help="Do not measure the outcome.")]
 

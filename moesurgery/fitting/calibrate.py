@@ -44,13 +44,13 @@ class CalibrationOptions:
     four is kept out to measure the outcome on, or the first `limit` windows of each file of `heldout`, unless
     `no_heldout`. `refit` is the kind of repair (none, scalar, expert, router, down, all; None for what is usual with
     the operation), `ridge` a number, or "auto" to find it on held-out windows, and `sweeps` how often `down` and `all`
-    go over the experts. The rest is as in `RunSettings`.
+    go over the experts (None: `layer_fit.SWEEPS`). The rest is as in `RunSettings`.
     """
 
     text: Sequence[str | Path] | None = None
     refit: str | None = None
     ridge: float | str = AUTO
-    sweeps: int = 1
+    sweeps: int | None = None
     heldout: Sequence[str | Path] | None = None
     limit: int = HELD_OUT_WINDOWS
     no_heldout: bool = False
@@ -74,15 +74,15 @@ class CalibrationOptions:
         if self.ridge != AUTO and _number(self.ridge) is None:
             raise RecipeError(f"--ridge is {self.ridge!r}, expected {AUTO} or a number that is not negative")
         for name, least in (("sweeps", 1), ("limit", 1), ("window", 2), ("tokens", 1)):
-            if getattr(self, name) < least:
-                raise RecipeError(f"--{name} is {getattr(self, name)}, expected {least} or more")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise RecipeError(f"--{name} is {value}, expected {least} or more")
 
     def repair(self, usual: str) -> RepairOptions | None:
         """Return how to repair, `usual` being the kind where none is asked for; None for not at all."""
-        from moesurgery.fitting.layer_fit import RepairOptions
+        from moesurgery.fitting.layer_fit import SWEEPS, RepairOptions
 
         kind: Any = (self.refit or usual) if self.text else "none"
-        return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps)
+        return None if kind == "none" else RepairOptions(kind, _number(self.ridge), self.sweeps or SWEEPS[kind])
 
     def run_settings(self, seed: int, usual: str, *, fits: bool = False) -> RunSettings:
         """Return how the model is run, `usual` being the kind of repair where none is asked for.

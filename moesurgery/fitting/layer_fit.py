@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 RepairKind = Literal["scalar", "expert", "router", "down", "all"]
 MATRICES = ("down", "all")
+SWEEPS: dict[RepairKind, int] = {"scalar": 1, "expert": 1, "router": 1, "down": 1, "all": 2}  # where none are asked for
 
 
 @dataclass(frozen=True)

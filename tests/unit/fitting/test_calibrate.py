@@ -209,6 +209,15 @@ def test_the_best_rule_is_taken(models: Any, tmp_path: Path, texts: dict[str, An
     assert apply(plan, "rescale", top_k=3, scale="auto", stats=stats).steps[0].report["rule"] == "measured-expert"
 
 
+@pytest.mark.parametrize(("kind", "asked", "made"), [("all", None, 2), ("down", None, 1), ("all", 1, 1)])
+def test_how_often_a_repair_goes_over_the_experts(
+    models: Any, tmp_path: Path, texts: dict[str, Any], kind: str, asked: int | None, made: int
+) -> None:
+    options = CalibrationOptions(**texts, refit=kind, sweeps=asked, ridge=1.0)
+    calibrate(plan_of(open_checkpoint(models("mixtral"))), "drop-experts", {"count": 1}, options, tmp_path / "out")
+    assert json.loads((tmp_path / "out.refit" / "refit.json").read_text())["sweeps"] == made
+
+
 def test_without_text_it_is_apply(models: Any, tmp_path: Path) -> None:
     plan = plan_of(open_checkpoint(models("mixtral")))
     edited = calibrate(plan, "rescale", {"top_k": 1})
