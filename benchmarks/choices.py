@@ -61,8 +61,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     plan = plan_of(open_checkpoint(given.model))
-    run = RunSettings(given.window, None, 0, given.device)
-    held_out = RunSettings(given.window, given.limit, None, given.device).domains(plan.checkpoint, given.heldout)
+    run = RunSettings(given.window, None, 0, given.device, "float32")
+    held_out = RunSettings(given.window, given.limit, None, given.device, "float32").domains(
+        plan.checkpoint, given.heldout
+    )
 
     def by_window(variant: Plan) -> np.ndarray:
         return mean_loss(losses(run.engine(variant, held_out[0].as_tokens), held_out)).by_window

@@ -5,11 +5,11 @@
     python benchmarks/engine.py FOLDER --shape large --layers 8 --device cuda --dtype bfloat16 --tokens 1000000
 
 Writes a random Qwen3-MoE into FOLDER: `small` has 775 M parameters (128 experts, top-8, 10 layers), `tiny` 28 M
-(64 experts), `large` layers of 6 GB (256 experts in FP8 with a scale per 128 x 128 block). Then it times, after a pass
-to warm up: `forward` (weights in memory, and read again in each pass), `load` (a layer's way to the device), `collect`,
-`probe`, `fit_layers` (scalar and down), `devices` (all GPUs against one: windows shared), `pipeline` (layers spread
-over all GPUs, `--memory` of each), `parity` (our pass and transformers' in turn, several rounds). transformers is not
-run on `large`, which need not fit into memory.
+(64 experts), `large` layers of 6 GB (256 experts in FP8 with a scale per 128 x 128 block), `medium` layers of 1.5 GB.
+Then it times, after a pass to warm up: `forward` (weights in memory, and read again in each pass), `load` (a layer's
+way to the device), `collect`, `probe`, `refit` (scalar and down), `devices` (all GPUs against one: windows shared, for
+each of `--tokens`), `pipeline` (layers spread over all GPUs, `--memory` of each), `parity` (our pass and transformers'
+in turn, several rounds). transformers is not run on `medium` and `large`, which need not fit into memory.
 docs/performance.md has figures. Read the ratios.
 """
 
@@ -21,6 +21,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,19 @@ from moesurgery.fitting.ablation import ablate, ablate_over
 from moesurgery.fitting.collector import collect, collect_over
 from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.forward import engine as engine_module
+from moesurgery.forward.device_threads import side_by_side
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.loss import losses_over
 from moesurgery.forward.memory_budget import parse_bytes
 from moesurgery.forward.text_windows import Domain
-from moesurgery.forward.tokens import Tokens
+from moesurgery.forward.tokens import Tokens, shared_out
 from moesurgery.plan.plan import Plan
 
 VOCABULARY, WINDOW, HEAD = 4096, 512, 64
 SHAPES = {
     "tiny": {"hidden": 256, "width": 64, "experts": 64, "layers": 8, "heads": 4, "kv": 2},
     "small": {"hidden": 768, "width": 256, "experts": 128, "layers": 10, "heads": 12, "kv": 4},
+    "medium": {"hidden": 5120, "width": 1536, "experts": 64, "layers": 8, "heads": 64, "kv": 8},
     "large": {"hidden": 5120, "width": 1536, "experts": 256, "layers": 8, "heads": 64, "kv": 8},
 }
 WHAT = ("forward", "load", "collect", "probe", "refit", "devices", "pipeline", "parity")
@@ -174,35 +177,54 @@ def parity(engine: Engine, model: Path, ids: torch.Tensor, device: str, dtype: s
         print(f"{name:14} {windows} windows: median {statistics.median(runs[1:]):.3f} s, least {min(runs[1:]):.3f} s")
 
 
-def over_devices(table: Table, plan: Plan, edited: Plan, tokens: Tokens, dtype: str, keep: int | None) -> None:
-    """Time what runs a model on all GPUs, windows shared, against one."""
-    engines = [Engine(plan, device=f"cuda:{i}", dtype=dtype, keep=keep) for i in range(torch.cuda.device_count())]
-    domains, few = [Domain("random", tokens.ids)], Tokens(tokens.ids[:64])
+def all_devices(device: str) -> list[str]:
+    """Return all GPUs; to try this script, the processor twice."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device.startswith("cuda") else ["cpu", "cpu"]
+
+
+def over_devices(
+    table: Table, plan: Plan, edited: Plan, tokens: Tokens, dtype: str, keep: int | None, kinds: tuple[str, ...]
+) -> None:
+    """Time what runs a model on all GPUs, windows shared, against one. A repair has one model on each half of them."""
+    devices = all_devices(table.device)
+    engines = [Engine(plan, device=device, dtype=dtype, keep=keep) for device in devices]
+    pairs = {
+        n: [Engine(p, device=devices[i % n], dtype=dtype, keep=keep) for i, p in enumerate((plan, edited))]
+        for n in (1, 2)
+    }
+    few = Tokens(tokens.ids[: len(tokens) // 8])
     wanted = {block.where: list(range(4)) for block in engines[0].routed}
-    options = RepairOptions("scalar", minimum=0.5)
     none: list[Any] = [None] * len(engines)
 
-    def refit(devices: int) -> None:
-        pair = [Engine(p, device=f"cuda:{i % devices}", dtype=dtype, keep=keep) for i, p in enumerate((plan, edited))]
-        fit_layers(*pair, tokens, options, lambda fitted: None)  # type: ignore[misc]
+    def through(count: int) -> None:
+        parts = shared_out(tokens, count)
+        side_by_side([partial(engine.run, part) for engine, part in zip(engines, parts, strict=False)])
 
-    jobs: dict[str, Callable[[int], Any]] = {
-        "losses": lambda n: losses_over(engines[:n], domains),
-        "collect": lambda n: collect_over(engines[:n], tokens, scratch=none),
-        "probe": lambda n: ablate_over(engines[:n], few, wanted, ["zero"], kept=none),
-        "refit": lambda n: refit(min(n, 2)),
+    def refit(count: int, kind: Any, some: Tokens) -> None:
+        fit_layers(*pairs[min(count, 2)], some, RepairOptions(kind, minimum=0.5), lambda fitted: None)  # type: ignore[misc]
+
+    jobs: dict[str, tuple[Tokens, int, Callable[[int], Any]]] = {  # tokens, runs that are timed
+        "losses": (tokens, 3, lambda n: losses_over(engines[:n], [Domain("random", tokens.ids)])),
+        "pass without logits": (tokens, 3, through),
+        "collect": (tokens, 3, lambda n: collect_over(engines[:n], tokens, scratch=none)),
+        "probe": (few, 1, lambda n: ablate_over(engines[:n], few, wanted, ["zero"], kept=none)),
     }
-    for name, job in jobs.items():
-        job(1)
-        job(len(engines))
-        alone = table.time(f"{name}, one GPU", lambda job=job: job(1), 2)  # type: ignore[misc]
-        every = table.time(f"{name}, {len(engines)} GPUs", lambda job=job: job(len(engines)), 2)  # type: ignore[misc]
-        print(f"{'':44} {every / alone:9.2f} times one")
+    for kind in kinds:
+        some = tokens if kind == "scalar" else few
+        jobs[f"--refit {kind}"] = some, kind == "scalar", lambda n, kind=kind, some=some: refit(n, kind, some)  # type: ignore[misc]
+    for name, (some, rounds, job) in jobs.items():
+        rates = {}
+        for count in (1, len(engines)):
+            if rounds:
+                job(count)  # warms up
+            label = f"{name}, {some.ids.numel():,} tokens, {count} GPUs"
+            rates[count] = table.time(label, lambda job=job, n=count: job(n), rounds or 1, some.ids.numel())  # type: ignore[misc]
+        print(f"{'':44} {rates[len(engines)] / rates[1]:9.2f} times one", flush=True)
 
 
 def pipeline(table: Table, plan: Plan, tokens: Tokens, dtype: str, memory: int) -> None:
     """Time layers spread over all GPUs against one GPU with as much memory, which reads what it cannot hold."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = all_devices(table.device)
     names = {1: "one GPU", len(devices): f"layers over {len(devices)} GPUs"}
     found: dict[int, Any] = {}
     for count, name in names.items():
@@ -251,14 +273,14 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=[], choices=[*WHAT, []])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tokens", type=int, default=49_152)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[49_152], help="several for `devices`")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--memory", default="", help="of each GPU, for `pipeline`")
     parser.add_argument("--json", type=Path)
     given = parser.parse_intermixed_args()
     what = given.what or [name for name in WHAT if name not in ("devices", "pipeline", "parity")]
-    large = given.shape == "large"
+    large = given.shape in ("medium", "large")
     shape = SHAPES[given.shape] | ({"layers": given.layers} if given.layers else {})
     model = given.folder / given.shape
     if not (model / "config.json").exists():
@@ -268,7 +290,8 @@ def main() -> None:
         print(f"wrote {model} in {time.perf_counter() - began:.0f} s", flush=True)
     plan = plan_of(open_checkpoint(model))
     device, dtype = given.device, given.dtype
-    ids = torch.randint(0, VOCABULARY, (given.tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(1))
+    count = given.tokens[0] // WINDOW
+    ids = torch.randint(0, VOCABULARY, (count, WINDOW), generator=torch.Generator().manual_seed(1))
     tokens = Tokens(ids)
     table = Table(ids.numel(), device)
     print(f"{ids.numel():,} tokens in windows of {WINDOW}, {device}, {dtype}")
@@ -278,8 +301,10 @@ def main() -> None:
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     keep = 1 << 40 if not large else None
-    if "devices" in what:
-        over_devices(table, plan, edited, tokens, dtype, keep)
+    for number in given.tokens if "devices" in what else ():
+        some = Tokens(ids.repeat(-(-number // ids.numel()), 1)[: number // WINDOW])
+        kinds = ("scalar", "down") if number == given.tokens[0] else ("scalar",)
+        over_devices(table, plan, edited, some, dtype, keep, kinds)
     if "pipeline" in what:
         pipeline(table, plan, tokens, dtype, parse_bytes(given.memory))
     if not set(what) - {"devices", "pipeline"}:

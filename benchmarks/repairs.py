@@ -76,9 +76,11 @@ def main() -> None:
     usual = ["none", "measured", "measured-expert"] if given.top_k else ["reap-sum", "frequency", "reap"]
     choices = given.by or (["default"] if given.to else usual)
     plan = plan_of(open_checkpoint(given.model))
-    run = RunSettings(given.window, None, 0, given.device)
+    run = RunSettings(given.window, None, 0, given.device, "float32")
     windows = read_calibration(run, plan, given.text, given.tokens).windows
-    held_out = RunSettings(given.window, given.limit, None, given.device).domains(plan.checkpoint, given.heldout)
+    held_out = RunSettings(given.window, given.limit, None, given.device, "float32").domains(
+        plan.checkpoint, given.heldout
+    )
 
     def loss(variant: Plan) -> tuple[list[float], np.ndarray]:
         found = losses(run.engine(variant, windows), held_out)

@@ -7,17 +7,18 @@ Two ways to leave one out: `mask` bans it in the router, as dropping it would, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesurgery.fitting.collector import check_routing
 from moesurgery.fitting.kept_losses import KeptLosses
 from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.device_threads import side_by_side
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.experts_module import ExpertsModule
 from moesurgery.forward.hooks import ExpertsCall, Hooks
-from moesurgery.forward.loss import window_losses
+from moesurgery.forward.loss import check_finite, summed_loss
 from moesurgery.forward.tokens import Tokens, shared_out
 from moesurgery.forward.unit_runner import Resume
 
@@ -71,6 +72,7 @@ def ablate(
     size = engine.windows_per_batch(tokens, True)
     abreast = max(1, ABREAST_BYTES // (4 * tokens.count * engine.width))
     kept = kept or KeptLosses()
+    tokens = replace(tokens, ids=tokens.ids.to(engine.device))  # for all runs: each would wait to copy them
     base = engine.start(tokens, batch=size)
 
     def measured(
@@ -103,7 +105,7 @@ def ablate(
                     losses = measured(mode, wanted[block.where], block.where, resume)
                     ablations.single[mode][block.where] = losses
         base.to_layer(len(engine.layers), progress)
-        ablations.base = _finished(base, engine.windows_per_head(tokens))
+        (ablations.base,) = _means([_summed(base, engine.windows_per_head(tokens))], tokens)
     finally:
         base.close()
     return ablations
@@ -124,12 +126,11 @@ def ablate_over(
     parts = shared_out(tokens, len(engines))
     if len(parts) == 1:
         return ablate(engines[0], tokens, wanted, modes, progress, kept[0])
-    with ThreadPoolExecutor(len(parts), "device") as pool:
-        jobs = [
-            pool.submit(ablate, engine, part, wanted, modes, progress, of_part)
-            for engine, part, of_part in zip(engines, parts, kept, strict=False)
-        ]
-        found = [each.result() for each in jobs]
+    jobs = [
+        partial(ablate, engine, part, wanted, modes, progress, of_part)
+        for engine, part, of_part in zip(engines, parts, kept, strict=False)
+    ]
+    found = side_by_side(jobs)
     first = found[0]
 
     def mean(values: Sequence[float]) -> float:
@@ -170,20 +171,26 @@ def _losses(
                 for run in runs:
                     run.step(progress)
             engine.weights.unpin()
-        return [_finished(run, engine.windows_per_head(tokens)) for run in runs]
+        windows = engine.windows_per_head(tokens)
+        return _means([_summed(run, windows) for run in runs], tokens)
     finally:
         for run in runs:
             run.close()
 
 
-def _finished(run: BatchPasses, windows: int) -> float:
-    """Return the loss of a run that is past its layers, in nats per predicted token."""
-    nats, count = 0.0, 0
-    for number in range(len(run)):
-        for _, part, logits in run.logits(number, windows):
-            nats += sum(window_losses(logits, part))
-            count += part.predicted
-    return nats / max(1, count)  # a part of the windows may have no token that counts
+def _summed(run: BatchPasses, windows: int) -> torch.Tensor:
+    """Return the summed loss of a run past its layers, of `windows` of logits at a time, without waiting for it."""
+    parts = [summed_loss(logits, part) for i in range(len(run)) for _, part, logits in run.logits(i, windows)]
+    return sum(parts[1:], parts[0])
+
+
+def _means(sums: Sequence[torch.Tensor], tokens: Tokens) -> list[float]:
+    """Return losses in nats per predicted token. Raises CheckpointError where one is not finite."""
+    import torch
+
+    nats: list[float] = torch.stack(list(sums)).tolist()
+    check_finite(sum(nats))
+    return [each / max(1, tokens.predicted) for each in nats]  # a part of the windows may have no token that counts
 
 
 def takers(engines: Sequence[Engine], tokens: Tokens) -> dict[str, list[list[tuple[int, int, float]]]]:
@@ -204,11 +211,7 @@ def takers(engines: Sequence[Engine], tokens: Tokens) -> dict[str, list[list[tup
         keys[call.block.where].append((index * engine.vocabulary + ids).flatten().cpu())
 
     parts = shared_out(tokens, len(engines))
-    if len(parts) == 1:
-        engine.run(tokens, Hooks(experts=record))
-    else:
-        with ThreadPoolExecutor(len(parts), "device") as pool:
-            list(pool.map(lambda pair: pair[0].run(pair[1], Hooks(experts=record)), zip(engines, parts, strict=False)))
+    side_by_side([partial(e.run, part, Hooks(experts=record)) for e, part in zip(engines, parts, strict=False)])
     values, counts = torch.unique(tokens.ids, return_counts=True)
     occurs = dict(zip(values.tolist(), counts.tolist(), strict=True))
     by_block: dict[str, list[list[tuple[int, int, float]]]] = {}

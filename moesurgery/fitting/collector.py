@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.errors import RecipeError, RefusedError, SurgeryError
@@ -13,6 +13,7 @@ from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.keep_search import best_kept
 from moesurgery.fitting.neuron_moments import NeuronMoments, neuron_sums
 from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.device_threads import side_by_side
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.expert_outputs import (
     ExpertOutputs,
@@ -246,9 +247,7 @@ def collect_over(
             scratch=scratch[number],
         )
 
-    with ThreadPoolExecutor(len(parts), "device") as pool:
-        collected = list(pool.map(one, range(len(parts))))
-    return added(collected)
+    return added(side_by_side([partial(one, number) for number in range(len(parts))]))
 
 
 def added(parts: Sequence[Stats]) -> Stats:

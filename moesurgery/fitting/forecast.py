@@ -14,7 +14,10 @@ from moesurgery.forward.tokens import Tokens
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of all and of one layer (computing all tokens, and being read); bytes read and held; `layers` in all."""
+    """Seconds of all and of one layer (computing all tokens, and being read); bytes read and held; `layers` in all.
+
+    `seconds` are with what the first use of each device takes (kernels, libraries), one device after the other.
+    """
 
     seconds: float
     layer_seconds: float
@@ -43,9 +46,12 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
         sums = empty_sums(call.block.block.experts, call.hidden.shape[-1], [], call.hidden.device)
         return add(sums, call, {"": (call.index, call.weights)}, settings)
 
+    begun = time.perf_counter()
     passes = engine.start(batch, Hooks(experts=experts, router_logits=True), batch=size)
     try:
         passes.to_layer(first.layer)
+        if engine.on_gpu:  # pinned memory, streams and threads, which are made once
+            engine.meta_model.read(engine.layers[(first.layer + 1) % len(engine.layers)])
         began = time.perf_counter()
         engine.meta_model.read(first)
         load = time.perf_counter() - began
@@ -53,6 +59,7 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
             passes.peek(passes.hooks)  # warm-up: kernels, caches
             _wait(engine)
             began = time.perf_counter()
+            start = began - begun - (3 if engine.on_gpu else 2) * load  # all before this, but what was read
             passes.step()
             _wait(engine)
             step = time.perf_counter() - began
@@ -73,7 +80,7 @@ def forecast(engine: Engine, tokens: Tokens, devices: int = 1) -> Forecast:
     }
     count = len(engine.layers)
     return Forecast(
-        seconds=count * together + load,
+        seconds=devices * max(0.0, start - step) + count * together + load,
         layer_seconds=each,
         load_seconds=load,
         read_bytes=sum(part.nbytes for part in stored.values()),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.checkpoint import Checkpoint
 from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward.batch_passes import BatchPasses, Progress
+from moesurgery.forward.device_threads import side_by_side
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.text_windows import Domain
 from moesurgery.forward.tokens import Tokens, joined, shared_out
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _ROWS = 512  # of logits per softmax call
-_ROWS_GPU = 8192
+_NUMBERS_GPU = 1 << 26  # of logits per softmax call on a GPU, if that is more rows
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class TokenFigures:
     agreement: np.ndarray | None = None
     overlap: np.ndarray | None = None
     counted: np.ndarray | None = None
+
+    def of(self, window: int) -> TokenFigures:
+        """Return the figures of one window."""
+        each = (self.nats, self.divergence, self.agreement, self.overlap, self.counted)
+        return TokenFigures(*(None if values is None else values[window] for values in each))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,8 @@ def compared_over(
 ) -> list[list[Loss]]:
     """Return what `compared` returns, with the windows split among groups of engines: all models on one device each."""
     parts = shared_out(_together(domains), len(groups))
-    if len(parts) == 1:
-        by_part = [_figures(groups[0], parts[0], progress)]
-    else:
-        with ThreadPoolExecutor(len(parts), "device") as pool:
-            jobs = [pool.submit(_figures, group, part, progress) for group, part in zip(groups, parts, strict=False)]
-            by_part = [each.result() for each in jobs]
+    jobs = [partial(_figures, group, part, progress) for group, part in zip(groups, parts, strict=False)]
+    by_part = side_by_side(jobs)
     by_model = [
         [part[model][i] for part in by_part for i in range(len(part[model]))] for model in range(len(groups[0]))
     ]
@@ -142,9 +144,8 @@ def _figures(engines: Sequence[Engine], windows: Tokens, progress: Progress) -> 
             for ends in zip(*(run.logits(number, heads) for run in runs), strict=True):
                 first, part, reference = ends[0]
                 for by_window, (_, _, logits) in zip(figures, ends, strict=True):
-                    for row, ids in enumerate(part.ids):
-                        base = None if logits is reference else reference[row]
-                        by_window[first + row] = token_figures(logits[row], base, ids)
+                    found = token_figures(logits, None if logits is reference else reference, part.ids)
+                    by_window |= {first + row: found.of(row) for row in range(len(part))}
     finally:
         for run in runs:
             run.close()
@@ -165,8 +166,7 @@ def _loss_of(domain: Domain, windows: Sequence[TokenFigures]) -> Loss:
     values = {name: np.stack([_wide(getattr(window, name)[:width], width) for window in windows]) for name in names}
     if counted is not None:
         values = {name: np.where(counted, value, 0.0) for name, value in values.items()}
-    if not math.isfinite(values["nats"].sum()):
-        raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
+    check_finite(float(values["nats"].sum()))
     means = {name: float(value.sum()) / domain.tokens for name, value in values.items()}
     return Loss(domain.name, domain.tokens, **means, by_token=TokenFigures(**values, counted=counted))
 
@@ -175,16 +175,21 @@ def _wide(values: np.ndarray, width: int) -> np.ndarray:
     """Return an array with zeros at the end of its last axis, `width` long."""
     import numpy as np
 
+    if values.shape[-1] == width:
+        return values
     return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
 
 
 def token_figures(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> TokenFigures:
-    """Return the metrics [S - 1] of one window's tokens `ids` [S] from the second on, given its logits [S, V]."""
+    """Return the metrics [b, S - 1] of windows of tokens `ids` [b, S] from the second on, given logits [b, S, V]."""
     return TokenFigures(**{n: values.cpu().numpy() for n, values in _by_token(logits, reference, ids).items()})
 
 
 def _by_token(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the fields of `TokenFigures` for one window, in float64 on the device of its logits."""
+    """Return the fields of `TokenFigures` for windows, in float64 on the device of their logits.
+
+    All rows of logits are gone through, also those of last tokens, which predict nothing: so none is copied.
+    """
     import torch
 
     by_field: dict[str, list[torch.Tensor]] = {}
@@ -192,10 +197,11 @@ def _by_token(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.T
     def add(name: str, values: torch.Tensor) -> None:
         by_field.setdefault(name, []).append(values.double())
 
-    targets = ids[1:].to(logits.device)
-    step = _ROWS_GPU if logits.is_cuda else _ROWS
+    targets = ids.to(logits.device).roll(-1, dims=-1).flatten()
+    logits, reference = logits.flatten(0, -2), None if reference is None else reference.flatten(0, -2)
+    step = max(_ROWS, _NUMBERS_GPU // logits.shape[-1]) if logits.is_cuda else _ROWS
     for start in range(0, len(targets), step):
-        rows = slice(start, min(start + step, len(targets)))
+        rows = slice(start, start + step)
         log = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
         add("nats", -log.gather(1, targets[rows, None])[:, 0])
         if reference is not None:
@@ -204,25 +210,23 @@ def _by_token(logits: torch.Tensor, reference: torch.Tensor | None, ids: torch.T
             add("divergence", (expected * (base - log)).sum(-1))
             add("agreement", log.argmax(-1) == base.argmax(-1))
             add("overlap", torch.minimum(likely, expected).sum(-1))
-    return {name: torch.cat(values) for name, values in by_field.items()}
+    return {name: torch.cat(values).view(ids.shape)[..., :-1] for name, values in by_field.items()}
 
 
-def window_losses(logits: torch.Tensor, tokens: Tokens) -> list[float]:
-    """Return for each window the summed loss of its predictions. `logits` are [b, S, V] for b windows.
-
-    Raises CheckpointError where a loss is not finite.
-    """
+def summed_loss(logits: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Return the summed loss of windows, given logits [b, S, V]: a float64 scalar on their device, not waited for."""
     import torch
 
-    counts = None if tokens.counts is None else tokens.counts[:, 1:].to(logits.device)
-    sums = []
-    for window, ids in enumerate(tokens.ids):
-        nats = _by_token(logits[window], None, ids)["nats"]
-        sums.append((nats if counts is None else torch.where(counts[window], nats, 0.0)).sum())
-    by_window: list[float] = torch.stack(sums).tolist()
-    if not all(map(math.isfinite, by_window)):
+    nats = _by_token(logits, None, tokens.ids)["nats"]
+    if tokens.counts is not None:
+        nats = torch.where(tokens.counts[:, 1:].to(nats.device), nats, 0.0)
+    return nats.sum()
+
+
+def check_finite(nats: float) -> None:
+    """Raise CheckpointError where a summed loss is not finite."""
+    if not math.isfinite(nats):
         raise CheckpointError("the model computes NaN or infinite logits", "`moesurgery validate` looks for bad values")
-    return by_window
 
 
 def _together(domains: Sequence[Domain]) -> Tokens:

@@ -93,10 +93,12 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     """Return the windows of all parts, one after the other, the shorter padded on the right."""
     import torch
 
+    if len(parts) == 1:
+        return parts[0]
     longest = max(part.length for part in parts)
 
     def wide(values: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(values, (0, longest - values.shape[1]))
+        return values if values.shape[1] == longest else torch.nn.functional.pad(values, (0, longest - values.shape[1]))
 
     masks = [torch.ones_like(p.ids, dtype=torch.bool) if p.mask is None else p.mask for p in parts]
     mask = None

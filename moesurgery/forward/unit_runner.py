@@ -7,11 +7,13 @@ run (`UnitRequest`); MoE blocks and their experts modules call the hooks that ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moesurgery.errors import RefusedError
 from moesurgery.forward.coroutine import Coroutine, Errand, current
@@ -91,6 +93,7 @@ class UnitRunner:
         self.weights = LoadedWeights(self.meta_model, keep)
         self._active: _Active | None = None
         self._tap: RouterTap | None = None
+        self._copies: dict[torch.device, WeakTensorKeyDictionary] = {}  # of arguments, on another device
         for block in self.blocks:
             if block.experts is not None:
                 self._wrap(self.meta_model.model.get_submodule(block.experts), partial(self._at_experts, block))
@@ -129,7 +132,8 @@ class UnitRunner:
         args, kwargs = request.args, request.kwargs
         if len(self.meta_model.devices) > 1:
             device = self.meta_model.devices[request.unit.stage]
-            args, kwargs = _moved(args, device), _moved(kwargs, device)
+            copies = self._copies.setdefault(device, WeakTensorKeyDictionary())
+            args, kwargs = moved(args, device, copies), moved(kwargs, device, copies)
         with torch.no_grad(), self.hooked(hooks, batch_pass.tokens, batch_pass.first, request.unit):
             return request.call(*args, **kwargs)
 
@@ -233,18 +237,26 @@ class UnitRunner:
         return result if adapter is None else adapter.returned(module, given[0], result)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return an argument of a unit with its tensors on a device. What layers share to write to is changed in place."""
+def moved(value: Any, device: torch.device, copies: MutableMapping[torch.Tensor, torch.Tensor]) -> Any:
+    """Return an argument of a unit with its tensors on a device. What layers share to write to is changed in place.
+
+    A tensor that each layer is given, such as rotary embeddings, is copied once and found in `copies` afterwards: for
+    every copy torch has the stream that it comes from wait for all work of the other, so devices would take turns.
+    """
     import torch
 
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        if value.device == device:
+            return value
+        if value not in copies:
+            copies[value] = value.to(device, non_blocking=True)
+        return copies[value]
     if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
+        return tuple(moved(part, device, copies) for part in value)
     if isinstance(value, list):
-        value[:] = [_moved(part, device) for part in value]
+        value[:] = [moved(part, device, copies) for part in value]
     elif isinstance(value, dict):
-        value.update({key: _moved(part, device) for key, part in value.items()})
+        value.update({key: moved(part, device, copies) for key, part in value.items()})
     return value
 
 

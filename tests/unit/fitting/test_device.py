@@ -22,6 +22,7 @@ from moesurgery.forward.engine import Engine
 from moesurgery.forward.tokens import Tokens
 from moesurgery.stats.repair_file import FittedBlock
 from moesurgery.surgery.group_experts import merger
+from tests.commands.test_drop_experts import with_prediction_layer
 from tests.quantise import make_fp8, make_mxfp4
 from tests.tiny import PROMPT, load, logits
 from tests.unit.fitting.test_layer_fit import TEXT
@@ -66,6 +67,17 @@ def test_statistics_do_not_depend_on_device_or_batch(
                 assert np.abs(there.blocks[where].sums[name] - values).max() < 1e-4 * scale, name
 
 
+def test_statistics_of_prediction_layers(models: Any, tmp_path: Path) -> None:
+    with_prediction_layer(models("deepseek_v3"), tmp_path / "predicting")
+    plan = plan_of(open_checkpoint(tmp_path / "predicting"))
+    there, here = (collect(Engine(plan, device=device), Tokens(TEXT)).prediction for device in (DEVICE, "cpu"))
+    assert list(there) == list(here) == ["model.layers.2"]
+    for where, block in here.items():
+        for name, values in block.sums.items():
+            scale = max(1.0, float(np.abs(values).max()))
+            assert np.abs(there[where].sums[name] - values).max() < 1e-4 * scale, name
+
+
 @pytest.mark.parametrize("kind", ["scalar", "expert", "down", "all"])
 def test_repairs(models: Any, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     plan = plan_of(open_checkpoint(models("mixtral")))
@@ -76,7 +88,9 @@ def test_repairs(models: Any, monkeypatch: pytest.MonkeyPatch, kind: Any) -> Non
     monkeypatch.setattr(engine_module, "BATCH_TOKENS", TEXT.shape[1])
     fit_layers(Engine(plan, device="cpu"), Engine(edited, device="cpu"), Tokens(TEXT), options, found["here"].append)
     for there, here in zip(found["there"], found["here"], strict=True):
-        assert there.error_after == pytest.approx(here.error_after, abs=1e-3)
+        # Conjugate gradients of few steps in float32 enlarge what the order of sums changes: on one processor alone,
+        # by other batches or weights that differ by 1e-7, these errors are .2595 to .2612.
+        assert there.error_after == pytest.approx(here.error_after, abs=5e-3 if kind == "all" else 1e-3)
         assert there.error_after < there.error_before
         assert there.matrices.keys() == here.matrices.keys()
 

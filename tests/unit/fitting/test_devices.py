@@ -5,11 +5,15 @@ Several devices are simulated by naming the processor several times.
 
 from __future__ import annotations
 
+import threading
+import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moesurgery import apply, open_checkpoint, plan_of
 from moesurgery.errors import RecipeError
@@ -18,10 +22,12 @@ from moesurgery.fitting.collector import collect
 from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.fitting.run_settings import RunSettings
 from moesurgery.forward import engine as engine_module
+from moesurgery.forward.device_threads import side_by_side
 from moesurgery.forward.engine import Engine
 from moesurgery.forward.loss import compared, compared_over
 from moesurgery.forward.text_windows import Domain
 from moesurgery.forward.tokens import Tokens, shared_out
+from moesurgery.forward.unit_runner import moved
 from moesurgery.plan.plan import Plan
 from moesurgery.stats.repair_file import FittedBlock
 
@@ -74,6 +80,40 @@ def test_where_all_layers_are_held_batch_after_batch_goes_through(plan: Plan) ->
     engine.run(TOKENS)
     layers = [(batch, layer) for batch, layer in order if layer is not None]
     assert layers == [(batch, layer) for batch in range(5) for layer in range(LAYERS)]
+
+
+def test_arguments_of_all_layers_are_copied_once() -> None:
+    """To the meta device, since there may be no other beside the processor."""
+    meta, copies = torch.device("meta"), WeakTensorKeyDictionary()
+    hidden, rotary = torch.zeros(2), (torch.zeros(3), torch.zeros(3))
+    first, second = (moved({"rotary": rotary, "none": None}, meta, copies)["rotary"] for _ in range(2))
+    assert all(part.device == meta for part in first)
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    given = [hidden]
+    assert moved(given, meta, copies) is given
+    assert given[0].device == meta
+    assert moved(given, meta, copies)[0] is given[0]
+    del hidden
+    assert len(copies) == 2  # a copy lives no longer than what it is of
+
+
+def test_jobs_keep_their_threads() -> None:
+    def who(number: int) -> tuple[int, int]:
+        return number, threading.get_ident()
+
+    first, second = (side_by_side([partial(who, i) for i in range(3)]) for _ in range(2))
+    assert first == second
+    assert [number for number, _ in first] == [0, 1, 2]
+    assert len({thread for _, thread in first}) == 3
+    assert side_by_side([partial(who, 7)]) == [(7, threading.get_ident())]
+    ended = []
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        side_by_side([fail, lambda: (time.sleep(0.05), ended.append(1))[1]])
+    assert ended  # the others are waited for
 
 
 def test_each_device_keeps_its_share(plan: Plan) -> None:

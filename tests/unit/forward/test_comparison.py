@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from moesurgery import open_checkpoint
 from moesurgery.errors import CheckpointError
+from moesurgery.forward import loss as loss_module
 from moesurgery.forward.bootstrap import interval
 from moesurgery.forward.generation import loops
 from moesurgery.forward.loss import token_figures
@@ -43,6 +44,20 @@ def test_two_tokens_by_hand() -> None:
     assert other.agreement.tolist() == [0, 0]
     alone = token_figures(logits, None, torch.tensor([0, 1, 0]))
     assert alone.divergence is alone.agreement is alone.overlap is None
+
+
+def test_windows_at_once_or_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_ROWS", 4)  # parts that end within windows of five
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = (torch.randn(3, 5, 7, generator=generator) for _ in range(2))
+    ids = torch.randint(7, (3, 5), generator=generator)
+    found = token_figures(logits, reference, ids)
+    for row in range(3):
+        one = token_figures(logits[row], reference[row], ids[row])
+        for name in ("nats", "divergence", "agreement", "overlap"):
+            np.testing.assert_array_equal(getattr(found.of(row), name), getattr(one, name))
+    by_hand = -logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    np.testing.assert_allclose(found.nats, by_hand, rtol=1e-5)
 
 
 def test_figures_by_a_loop_over_transformers(demo: Path, tmp_path: Path, ok: Cli) -> None:
