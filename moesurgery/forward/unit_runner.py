@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.weak import WeakTensorKeyDictionary
-
 from moesurgery.errors import RefusedError
 from moesurgery.forward.coroutine import Coroutine, Errand, current
 from moesurgery.forward.experts_module import ExpertsModule
@@ -29,6 +27,8 @@ from moesurgery.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+    Copies = MutableMapping[torch.Tensor, tuple[int, torch.Tensor]]  # of tensors, with the versions that were copied
 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
@@ -93,7 +93,7 @@ class UnitRunner:
         self.weights = LoadedWeights(self.meta_model, keep)
         self._active: _Active | None = None
         self._tap: RouterTap | None = None
-        self._copies: dict[torch.device, WeakTensorKeyDictionary] = {}  # of arguments, on another device
+        self._copies: dict[torch.device, Copies] = {}  # of arguments, on another device
         for block in self.blocks:
             if block.experts is not None:
                 self._wrap(self.meta_model.model.get_submodule(block.experts), partial(self._at_experts, block))
@@ -131,6 +131,8 @@ class UnitRunner:
         request: UnitRequest = batch_pass.coroutine.request
         args, kwargs = request.args, request.kwargs
         if len(self.meta_model.devices) > 1:
+            from torch.utils.weak import WeakTensorKeyDictionary
+
             device = self.meta_model.devices[request.unit.stage]
             copies = self._copies.setdefault(device, WeakTensorKeyDictionary())
             args, kwargs = moved(args, device, copies), moved(kwargs, device, copies)
@@ -237,7 +239,7 @@ class UnitRunner:
         return result if adapter is None else adapter.returned(module, given[0], result)
 
 
-def moved(value: Any, device: torch.device, copies: MutableMapping[torch.Tensor, torch.Tensor]) -> Any:
+def moved(value: Any, device: torch.device, copies: Copies) -> Any:
     """Return an argument of a unit with its tensors on a device. What layers share to write to is changed in place.
 
     A tensor that each layer is given, such as rotary embeddings, is copied once and found in `copies` afterwards: for
@@ -248,9 +250,11 @@ def moved(value: Any, device: torch.device, copies: MutableMapping[torch.Tensor,
     if isinstance(value, torch.Tensor):
         if value.device == device:
             return value
-        if value not in copies:
-            copies[value] = value.to(device, non_blocking=True)
-        return copies[value]
+        version, copy = copies.get(value, (None, None))
+        if version != value._version:  # new, or written to since
+            copy = value.to(device, non_blocking=True)
+            copies[value] = value._version, copy
+        return copy
     if isinstance(value, tuple):
         return tuple(moved(part, device, copies) for part in value)
     if isinstance(value, list):

@@ -89,6 +89,8 @@ def test_arguments_of_all_layers_are_copied_once() -> None:
     first, second = (moved({"rotary": rotary, "none": None}, meta, copies)["rotary"] for _ in range(2))
     assert all(part.device == meta for part in first)
     assert all(one is other for one, other in zip(first, second, strict=True))
+    rotary[0].add_(1)
+    assert moved(rotary, meta, copies)[0] is not first[0]  # of what was written to since, again
     given = [hidden]
     assert moved(given, meta, copies) is given
     assert given[0].device == meta
