@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.http_answers import CHANGED, Asked, http_answers, hub_answers
+from moesurgery.checkpoint.http_answers import CHANGED, Asked, http_answers
+from moesurgery.checkpoint.hub_client import bound_the_hub, bounded
 from moesurgery.checkpoint.source import (
     MAX_FILE_BYTES,
     MAX_FILES,
@@ -19,7 +20,6 @@ from moesurgery.checkpoint.source import (
     gguf_stem,
     is_contained,
 )
-from moesurgery.checkpoint.web import bound_the_hub, bounded
 from moesurgery.errors import CheckpointError
 
 _HUB_MODEL = re.compile(
@@ -227,10 +227,10 @@ class HubSource(RemoteSource):
         commit, _, folder = below.partition("/")
         url = hf_hub_url(repository, asked.file, subfolder=folder or None, revision=commit)
         headers = {**build_hf_headers(), "range": f"bytes={asked.start}-{asked.stop - 1}"}
-        with hub_answers(asked):
-            answer = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-            hf_raise_for_status(answer)
-            return answer.content
+        answer = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        hf_raise_for_status(answer)
+        asked.check(answer.status_code, answer.headers)
+        return answer.content
 
     def check(self, file: str, descriptor: int | None = None) -> None:
         if self.snapshot is not None and self.local(file) is not None:

@@ -521,7 +521,7 @@ def test_a_server_costs_what_was_asked_for(fault: str, hub: dict[str, str]) -> N
     Hub.fault = fault
     begun = time.monotonic()
     # A process of its own, which may take less memory than an answer would.
-    quick = "import moesurgery.checkpoint.web as w; w.GRACE = 1.0; " if fault == "slow" else ""
+    quick = "import moesurgery.checkpoint.hub_client as w; w.GRACE = 1.0; " if fault == "slow" else ""
     code = f"{quick}import sys; from moesurgery.cli import main; code = main(['inspect', 'hf://acme/tiny']); "
     code += "print(next(v.split()[1] for v in open('/proc/self/status') if v.startswith('VmHWM'))); sys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], env=hub, cwd=ROOT, capture_output=True, text=True, timeout=120)
