@@ -9,15 +9,38 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.arrays import NotFiniteError, beyond, decoded, encoded, multiplied, rounded
+from moesurgery.checkpoint.arrays import LARGEST_FINITE, NotFiniteError, beyond, decoded, encoded, multiplied, rounded
 from moesurgery.checkpoint.block_values import REQUANTISED, multiplied_blocks
 from moesurgery.checkpoint.dtypes import BLOCKS, PLAIN_FLOATS, block_elements
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+
+def _largest(kind: torch.dtype) -> float:
+    """Return the largest finite number of a floating dtype of torch; infinity for integers."""
+    import torch
+
+    return torch.finfo(kind).max if kind.is_floating_point else math.inf
+
+
+def narrowed(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return a tensor rounded to `dtype`, itself where that is its dtype.
+
+    Raises NotFiniteError where a finite number would become infinite.
+    """
+    import torch
+
+    rounded = values.to(torch_dtype(dtype))
+    if dtype not in LARGEST_FINITE or torch.finfo(rounded.dtype).max >= _largest(values.dtype):
+        return rounded
+    infinite = rounded.isinf()
+    if bool(infinite.any()) and bool((infinite & values.isfinite()).any()):
+        raise beyond(dtype)
+    return rounded
 
 
 @dataclass(frozen=True)

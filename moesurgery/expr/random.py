@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.arrays import rounded
-from moesurgery.expr.nodes import Expr, Reader, narrowed
+from moesurgery.expr.elementwise import narrowed
+from moesurgery.expr.nodes import Expr, Reader
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
-from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
-from moesurgery.expr.tensors import transpose
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape
+from moesurgery.expr.tensors import take, transpose
 from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
 from moesurgery.families.quantisation_settings import names_experts
 from moesurgery.families.quantised import quantisation_config

@@ -14,5 +14,5 @@ class JobControl:
     """How a running task is seen and stopped from outside; not used across processes."""
 
     progress: ByteProgress = field(default=lambda count: None)
-    expect: ByteProgress = field(default=lambda count: None)  # is told how many bytes there will be in all
     stop: threading.Event = field(default_factory=threading.Event)
+    expect: ByteProgress = field(default=lambda count: None)  # is told how many bytes there will be in all
