@@ -53,10 +53,6 @@ class Scale(Unary):
         # A Python float multiplies bf16 and f16 in float32 with one rounding; a tensor would round first.
         return self.of.evaluate(start, stop, reader).mul_(self.factor)
 
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         values = self.of.array(start, stop, reader)
         values *= self.factor
@@ -106,10 +102,6 @@ class BlockScale(Unary):
 
         return torch.from_numpy(self.array(start, stop, reader))
 
-    @property
-    def numpy_only(self) -> bool:
-        return True
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         return decoded(self.raw(start, stop, reader), self.dtype)
 
@@ -150,10 +142,6 @@ class Cast(Unary):
             return narrowed(self.of.evaluate(start, stop, reader), self.to)
         except NotFiniteError:
             raise beyond(self.to, _name(self)) from None
-
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         try:

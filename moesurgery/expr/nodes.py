@@ -107,8 +107,8 @@ class Expr:
 
     @property
     def numpy_only(self) -> bool:
-        """Whether `array` needs no torch."""
-        return False
+        """Whether `array` needs no torch: the node has one of its own, and so have its inputs."""
+        return type(self).array is not Expr.array and all(part.numpy_only for part in self.inputs)
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         """Return elements `start:stop` (flattened) as float32, or float64 for F64, owned by the caller."""
@@ -283,10 +283,6 @@ class Slice(Unary):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         return evaluated(self.of, self.offset + start, self.offset + stop, reader)
 
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         return _array(self.of, self.offset + start, self.offset + stop, reader)
 
@@ -325,10 +321,6 @@ class Concat(Expr):
 
         tensors = [evaluated(part, first, last, reader) for part, first, last in self.within(start, stop)]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    @property
-    def numpy_only(self) -> bool:
-        return all(part.numpy_only for part in self.parts)
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np

@@ -52,10 +52,6 @@ class _Drawn(Expr):
 
         return narrowed(torch.from_numpy(self._numbers(start, stop)), self.dtype)
 
-    @property
-    def numpy_only(self) -> bool:
-        return True
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         return rounded(self._numbers(start, stop), self.dtype, strict=True)
 

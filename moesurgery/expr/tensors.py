@@ -103,10 +103,6 @@ class SliceLast(Unary):
         rows = self.of.evaluate(start // width * whole, stop // width * whole, reader)
         return rows.view(-1, whole)[:, self.start : self.stop].reshape(-1)
 
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         width, whole = self.stop - self.start, self.of.shape[-1]
         rows = self.of.array(start // width * whole, stop // width * whole, reader)
@@ -148,10 +144,6 @@ class TakeLast(Unary):
         # As bytes where an entry is one: torch does not select among all of these types.
         plain = rows.view(torch.uint8) if rows.element_size() == 1 else rows
         return plain.view(-1, whole)[:, list(self.indices)].reshape(-1).view(rows.dtype)
-
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         width, whole = len(self.indices), self.of.shape[-1]
