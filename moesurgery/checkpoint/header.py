@@ -76,8 +76,8 @@ def scan_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: boo
             header.problems.append(Finding(code, message, file, tensor, severity=severity, fatal=fatal))
 
     first = read_at(0, min(FIRST_READ, file_size)) if file_size else b""
-    if disguise := _disguise(first):
-        bad("S08", f"is {disguise}, not safetensors")
+    if other := _other_file_type(first):
+        bad("S08", f"is {other}, not safetensors")
         return header
     if file_size < LENGTH_BYTES:
         bad("S01", f"is {file_size} bytes long, too short for a safetensors file")
@@ -120,16 +120,16 @@ def scan_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: boo
     return header
 
 
-def read_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: bool = False) -> Header:
+def read_header(file: str, file_size: int, read_at: ReadAt) -> Header:
     """Read a header; raise CheckpointError at its first fatal problem."""
-    header = scan_header(file, file_size, read_at, headers_only=headers_only)
+    header = scan_header(file, file_size, read_at)
     for problem in header.problems:
         if problem.fatal:
             raise problem.as_error()
     return header
 
 
-def _disguise(first: bytes) -> str | None:
+def _other_file_type(first: bytes) -> str | None:
     """Name the actual file type where it is a common one in place of weights (HTML, pickle, …)."""
     if first.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (run `git lfs pull`)"

@@ -19,7 +19,7 @@ CHANGED = "wait until nothing writes to it, then start again from the beginning"
 
 
 @dataclass(frozen=True)
-class Asked:
+class RangeRequest:
     """A range of a file: bytes `start:stop` of `where`, which has `size` bytes (None: not known).
 
     `seen` holds, by file, the ETag of the first answer, or its Last-Modified: all others must have it.
@@ -67,11 +67,11 @@ class Asked:
         return CheckpointError(f"{self.where}: {wanted} were asked for, the server answered {what}", hint)
 
 
-def http_answers(asked: Asked) -> dict[str, Any]:
+def http_answers(request: RangeRequest) -> dict[str, Any]:
     """Return options with which `cat_file` of fsspec's HTTP file system (aiohttp) checks its response."""
 
     async def look(response: Any) -> None:
         if response.status < 300:
-            asked.check(response.status, {key.lower(): value for key, value in response.headers.items()})
+            request.check(response.status, {key.lower(): value for key, value in response.headers.items()})
 
     return {"raise_for_status": look, "headers": {"Accept-Encoding": "identity"}}

@@ -206,8 +206,8 @@ def _metavar(parameter: Parameter) -> str | None:
 def _help(parameter: Parameter) -> str:
     text = parameter.param.help[:1].upper() + parameter.param.help[1:]
     words = words_of(parameter.annotation)
-    told = parameter.default is None and all(re.search(rf"\b{word}\b", text) for word in words)
-    if words and not told:
+    listed = parameter.default is None and all(re.search(rf"\b{word}\b", text) for word in words)
+    if words and not listed:
         text += ": " + ", ".join(words)
     if not parameter.required and parameter.default not in (None, False):
         text += f" [default: {parameter.default}]"

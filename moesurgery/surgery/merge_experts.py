@@ -199,7 +199,7 @@ def _merged(plan: Plan, *, fit: str | None = None, **chosen: Any) -> Plan:
         report={"experts": remaining, "old_experts": total, "layers": layers, **how}
         | ({"statistics": dict(choice.statistics)} if choice.statistics else {})
         | ({"fit": dict(fits.about)} if fits else {}),
-        notes=(*choice.notes, *_notes(anatomy, choice, remaining)),
+        notes=(*choice.notes, *_notes(anatomy, remaining)),
         warnings=choice.warnings,
         tables=(_table(choice.groups),),
     )
@@ -222,7 +222,7 @@ def _fits(found: Merger, fit: str | None) -> GroupFitFile | None:
     return fits
 
 
-def _notes(anatomy: Anatomy, found: Merger, remaining: int) -> tuple[str, ...]:
+def _notes(anatomy: Anatomy, remaining: int) -> tuple[str, ...]:
     total = anatomy.experts
     if remaining == total:
         return ()

@@ -111,7 +111,7 @@ def _load(subject: Context, model_class: Any, config: Any) -> Outcome:
         reason = f"{len(unknown)} packed tensors whose shape the header does not tell, such as {unknown[0]}"
         yield NotChecked(("C03",), reason)
         return
-    with _quiet() as heard:
+    with _quiet() as logged:
         state = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
         try:
             _, report = model_class.from_pretrained(
@@ -123,7 +123,7 @@ def _load(subject: Context, model_class: Any, config: Any) -> Outcome:
                 ignore_mismatched_sizes=True,
             )
         except Exception as error:
-            detail = next((line for line in heard if "CONVERSION" in line), "")
+            detail = next((line for line in logged if "CONVERSION" in line), "")
             message = f"{library} cannot load the shapes: {_first_line(error)}"
             yield finding("C03", message, hint=f"its report: {' '.join(detail.split())[:300]}" if detail else None)
             return
@@ -170,11 +170,11 @@ def _quiet() -> Iterator[list[str]]:
     """Keep what transformers logs to itself; yield it as a list of lines."""
     import transformers
 
-    heard: list[str] = []
+    logged: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            heard.extend(record.getMessage().splitlines())
+            logged.extend(record.getMessage().splitlines())
 
     logger = logging.getLogger("transformers")
     library: Any = transformers.utils.logging
@@ -182,7 +182,7 @@ def _quiet() -> Iterator[list[str]]:
     logger.handlers[:] = [listener]
     library.disable_progress_bar()
     try:
-        yield heard
+        yield logged
     finally:
         logger.handlers[:] = handlers
         if bars:
