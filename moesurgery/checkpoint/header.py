@@ -11,7 +11,7 @@ import hashlib
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
@@ -163,6 +163,16 @@ def _read_metadata(header: Header, metadata: object, bad: Bad) -> None:
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
 
+def bounded_count(shape: Sequence[int]) -> int | None:
+    """Return the number of elements of a shape; None where a factor takes it beyond MAX_ELEMENTS."""
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements > MAX_ELEMENTS:
+            return None
+    return elements
+
+
 def _read_entry(header: Header, name: str, entry: object, bad: Bad) -> TensorInfo | None:
     if not isinstance(entry, dict):
         bad("S02", "the entry is not an object", name)
@@ -184,12 +194,10 @@ def _read_entry(header: Header, name: str, entry: object, bad: Bad) -> TensorInf
     if not _are_sizes(offsets) or len(offsets) != 2:
         bad("S05", f"data_offsets {reprlib.repr(offsets)} are not two non-negative integers", name)
         return None
-    elements = 1
-    for n in shape:
-        elements *= n
-        if elements > MAX_ELEMENTS:
-            bad("S04", f"shape {reprlib.repr(shape)} has more elements than a file can hold", name)
-            return None
+    elements = bounded_count(shape)
+    if elements is None:
+        bad("S04", f"shape {reprlib.repr(shape)} has more elements than a file can hold", name)
+        return None
     begin, end = offsets
     if 8 * (end - begin) != elements * bits:
         needed = f"{dtype} {reprlib.repr(shape)} takes {elements * bits / 8:g} bytes"

@@ -81,6 +81,7 @@ def _line(finding: Finding) -> str:
 
 
 def to_json(report: Report) -> str:
+    """Return the report as one JSON document."""
     return ascii_json(as_json(report))
 
 
