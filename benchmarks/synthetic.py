@@ -27,9 +27,10 @@ def write_checkpoint(folder: Path, config: dict[str, Any], shards: int, layer: L
         return block.repeat(-(-count // len(block)))[:count].view(shape).clone()
 
     folder.mkdir(parents=True)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for shard in range(shards):
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for i in range(layers * shard // shards, layers * (shard + 1) // shards):
             at = f"model.layers.{i}."
             tensors |= {f"{at}self_attn.{p}_proj.weight": normal(hidden, hidden) for p in "qkvo"}
