@@ -108,16 +108,19 @@ class WriterFlags:
 
     @property
     def shard_bytes(self) -> int | None:
-        if self.max_shard_size is None:
-            return None
-        try:
-            return parse_size(self.max_shard_size)
-        except ValueError as error:
-            raise RecipeError(f"--max-shard-size: {error}") from None
+        return None if self.max_shard_size is None else size_of_option("--max-shard-size", self.max_shard_size)
 
     def executor(self) -> MakeExecutor | None:
         """Return what gives the workers that write; None for threads of this process."""
         return None if self.scheduler is None else Scheduler(self.scheduler).executor
+
+
+def size_of_option(option: str, text: str) -> int:
+    """Return the bytes that an option names, as in 5GB. Raises RecipeError."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise RecipeError(f"{option}: {error}") from None
 
 
 def check_early(flags: WriterFlags) -> None:

@@ -20,7 +20,7 @@ from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._fit_report import document_of, shapes_document, show_fitted, show_shapes, write_front
 from moesurgery.cli._operations import taking_text_and_flags, write_plan_file
 from moesurgery.cli._output_name import default_name
-from moesurgery.cli._writer_flags import WriterFlags, check_early
+from moesurgery.cli._writer_flags import WriterFlags, check_early, size_of_option
 from moesurgery.cli._writing import carry_out
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.errors import RecipeError
@@ -30,7 +30,7 @@ from moesurgery.families.recognition import recognise
 from moesurgery.fitting.calibrate import CalibrationOptions
 from moesurgery.fitting.shape_steps import TIE
 from moesurgery.plan.plan import Plan
-from moesurgery.recipe.reader import Recipe, parse_size
+from moesurgery.recipe.reader import Recipe
 from moesurgery.recipe.registry import apply, find_operation
 from moesurgery.stats.criteria import CRITERIA
 
@@ -94,7 +94,7 @@ def fit_command(
     console.quiet = flags.quiet
     axes = _chosen_axes(only, keep)
     limits = Limits(
-        _size(memory_limit),
+        size_of_option("--memory", memory_limit),
         None if active is None else parse_parameters(active),
         None if speed is None else parse_speed(speed),
     )
@@ -211,13 +211,6 @@ def _words(option: str, text: str, known: Any) -> list[str]:
         if word not in known:
             raise RecipeError(f"{option}: {word!r} is not known", f"known: {', '.join(known)}")
     return words
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise RecipeError(f"--memory: {error}") from None
 
 
 def _say_it_fits(budget: Budget, *, as_json: bool) -> None:

@@ -137,14 +137,15 @@ def _outliers(subject: Context, measured: list[MeasuredSpan]) -> Iterator[Findin
         far = FAR if group[0].component in (ROUTED, ROUTER) and len(group[0].span.info.shape) > 1 else VERY_FAR
         if len(group) < 3:
             continue
-        for what, of, bound in (("root mean square", _rms, far), ("largest value", _largest, 10 * far)):
-            middle = median(of(one) for one in group)
+        for what, of, bound in (("root mean square", "rms", far), ("largest value", "largest", 10 * far)):
+            sized: list[tuple[MeasuredSpan, float]] = [(one, getattr(one.statistics, of)) for one in group]
+            middle = median(size for _, size in sized)
             if middle <= 0:
                 continue
-            odd = [one for one in group if of(one) and not 1 / bound <= of(one) / middle <= bound]
+            odd = [(one, size) for one, size in sized if size and not 1 / bound <= size / middle <= bound]
             if odd:
-                one, names = odd[0], [o.span.info.name for o in odd]
-                message = f"{one.where}its {what} is {of(one):.3g}, the median of its siblings {middle:.3g}"
+                (one, size), names = odd[0], [o.span.info.name for o, _ in odd]
+                message = f"{one.where}its {what} is {size:.3g}, the median of its siblings {middle:.3g}"
                 yield finding("V04", message + and_more(names), tensor=one.span.info.name)
                 break
 
@@ -153,14 +154,6 @@ def _is_scale(one: MeasuredSpan) -> bool:
     """Whether it is the scale of an expert's quantised weight."""
     companion = one.member.stem.companion if one.member is not None else None
     return companion is not None and companion.kind in ("scale", "divisor")
-
-
-def _rms(one: MeasuredSpan) -> float:
-    return one.statistics.rms
-
-
-def _largest(one: MeasuredSpan) -> float:
-    return one.statistics.largest
 
 
 @check("V06")

@@ -19,6 +19,7 @@ from moesurgery.families.table.common import (
     GATE,
     GATE_AND_BIAS,
     OTHER_NAMES,
+    SELECTION_BIAS,
     SHARED_EXPERTS,
     W123,
     norm_topk,
@@ -104,7 +105,7 @@ DEEPSEEK: tuple[Family, ...] = (
             per_expert_layout("ffn.experts.#", **W123),
             fused_layout(
                 moved=(
-                    ("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+                    ("ffn.gate.bias", SELECTION_BIAS),
                     ("ffn.shared_experts.w1.", "mlp.shared_experts.gate_proj."),
                     ("ffn.shared_experts.w2.", "mlp.shared_experts.down_proj."),
                     ("ffn.shared_experts.w3.", "mlp.shared_experts.up_proj."),
@@ -114,7 +115,7 @@ DEEPSEEK: tuple[Family, ...] = (
         ),
         along=(
             *router_tensor("ffn.gate", "mlp.gate", bias=False),
-            *correction("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+            *correction("ffn.gate.bias", SELECTION_BIAS),
             ExpertAxisTensor("ffn.gate.tid2eid", "expert_table", parameter=False),
             ExpertAxisTensor("mlp.gate.tid2eid", "expert_table", parameter=False),
         ),
