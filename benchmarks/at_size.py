@@ -22,13 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import rescale
 import upcycle
-from timing import ENVIRONMENT, timed
+from timing import ENVIRONMENT, in_own_process, timed
 
 
 def main() -> None:
@@ -39,11 +37,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
-        # In a process of its own: a child's peak memory starts at its parent's.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
-            for model in ("a", "b"):
-                maker.submit(rescale.make_checkpoint, work / model, options.gb, options.shards).result()
-            maker.submit(upcycle.make_checkpoint, work / "dense", options.gb, options.shards).result()
+        for model in ("a", "b"):
+            in_own_process(rescale.make_checkpoint, work / model, options.gb, options.shards)
+        in_own_process(upcycle.make_checkpoint, work / "dense", options.gb, options.shards)
         recipe = work / "merge.yaml"
         models = ", ".join(f"{{model: {work / model}}}" for model in ("a", "b"))
         recipe.write_text(f"merge_method: linear\nparameters: {{weight: 0.5}}\nmodels: [{models}]\n")

@@ -18,13 +18,10 @@ import shutil
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.rescale import make_checkpoint, timed
+from rescale import make_checkpoint
+from timing import in_own_process, timed
 
 HEAD = "models: [{{model: {a}}}, {{model: {b}}}]\n"
 METHODS = {
@@ -115,13 +112,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
         a, b = options.models or (work / "a", work / "b")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:  # a child's peak starts at its parent's
-            if not options.models:
-                maker.submit(make_checkpoint, a, options.gb, 4).result()
-                maker.submit(add_noise, a, b).result()
-            if options.many:
-                maker.submit(make_many, work / "many-a").result()
-                maker.submit(add_noise, work / "many-a", work / "many-b").result()
+        if not options.models:
+            in_own_process(make_checkpoint, a, options.gb, 4)
+            in_own_process(add_noise, a, b)
+        if options.many:
+            in_own_process(make_many, work / "many-a")
+            in_own_process(add_noise, work / "many-a", work / "many-b")
         size = sum(f.stat().st_size for f in a.iterdir())
         print(
             f"two of {size / 1e9:.2f} GB; {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}",

@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from quantised_loss import make_adapter
 from rescale import make_checkpoint
-from timing import compare, timed
+from timing import compare, in_own_process, timed
 
 
 def main() -> None:
@@ -31,10 +29,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         model, out = work / "model", work / "out"
-        maker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        maker.submit(make_checkpoint, model, options.gb, 2).result()
-        maker.submit(make_adapter, model, work / "adapter").result()
-        maker.shutdown()
+        in_own_process(make_checkpoint, model, options.gb, 2)
+        in_own_process(make_adapter, model, work / "adapter")
         jobs = {"cp": ["cp", "-r", str(model), str(out)]}
         for form in options.forms:
             quantise = [*tool, "convert", str(model), "--quantize", form, "--no-fsync", "-q"]

@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -23,8 +22,8 @@ from moesurgery import CalibrationOptions, WriteOptions, apply, calibrate, open_
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.collector import collect
 from moesurgery.fitting.run_settings import RunSettings
-from moesurgery.forward.bootstrap import interval
-from moesurgery.forward.loss import losses, mean_loss
+from moesurgery.forward.comparison import over_interval
+from moesurgery.forward.loss import Loss, losses, mean_loss
 from moesurgery.forward.tokens import joined
 from moesurgery.merge.merge_recipe import parse_merge_recipe
 from moesurgery.plan.plan import Plan
@@ -54,6 +53,12 @@ def merged(model: Path, *others: str, method: str = "passthrough") -> Plan:
     weight = ", parameters: {weight: 0.5}" if method == "linear" else ""
     models = "\n".join(f"- {{model: {model}{other}{weight}}}" for other in others)
     return parse_merge_recipe(f"models:\n{models}\nmerge_method: {method}\n").plan()
+
+
+def above(loss: Loss, base: Loss) -> str:
+    """Return by how much a loss is above another, with its 95 % interval."""
+    low, high = over_interval(base, loss)
+    return f"{loss.nats - base.nats:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def main() -> None:
@@ -120,12 +125,7 @@ def main() -> None:
                 write_plan(plan, out, WriteOptions(force=True, durable=False))
                 plan = plan_of(open_checkpoint(out))
             found[name] = mean_loss(losses(settings.engine(plan, windows), domains))
-        base = found["plain"]
-        added = []
-        for name in options.forms:
-            difference = np.asarray(found[name].by_window) - np.asarray(base.by_window)
-            low, high = interval(difference, base.window_tokens)
-            added.append(f"{name} {found[name].nats - base.nats:+.4f} ({low:+.4f} to {high:+.4f})")
+        added = [f"{name} {above(found[name], found['plain'])}" for name in options.forms]
         print(
             f"| {edit} |",
             " | ".join(f"{loss.nats:.4f}" for loss in found.values()),

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
+from quantised_loss import above
 
 from moesurgery import WriteOptions, apply, open_checkpoint, plan_of, write_plan
 from moesurgery.fitting.calibration_run import read_calibration
 from moesurgery.fitting.collector import collect
 from moesurgery.fitting.imatrix_sums import ImatrixSums
 from moesurgery.fitting.run_settings import RunSettings
-from moesurgery.forward.bootstrap import interval
 from moesurgery.forward.loss import losses, mean_loss
 from moesurgery.forward.tokens import joined
 from moesurgery.stats.imatrix_file import save_imatrix
@@ -54,10 +53,7 @@ def main() -> None:
             quantised = apply(plan, "convert", quantize=form, **given)
             write_plan(quantised, out, WriteOptions(force=True, durable=False))
             found = mean_loss(losses(settings.engine(plan_of(open_checkpoint(out)), windows), domains))
-            difference = np.asarray(found.by_window) - np.asarray(base.by_window)
-            low, high = interval(difference, base.window_tokens)
-            change = f"{found.nats - base.nats:+.4f} ({low:+.4f} to {high:+.4f})"
-            print(f"| {form} | {kind} | {found.nats:.4f} | {change} |", flush=True)
+            print(f"| {form} | {kind} | {found.nats:.4f} | {above(found, base)} |", flush=True)
 
 
 if __name__ == "__main__":

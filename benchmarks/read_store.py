@@ -19,13 +19,11 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import timing
 from rescale import make_checkpoint
-from timing import timed
+from timing import in_own_process, timed
 
 
 def main() -> None:
@@ -39,9 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
-        maker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        maker.submit(make_checkpoint, work / "store" / "model", options.gb, options.shards).result()
-        maker.shutdown()
+        in_own_process(make_checkpoint, work / "store" / "model", options.gb, options.shards)
         heads = f"{'GB':>6} {'requests':>8} {'wall s':>8} {'cpu s':>7} {'peak MB':>8} {'of the rate':>12}"
         print(f"{'':36} {heads} {'while it reads':>14}")
         for kind, more in {

@@ -18,11 +18,12 @@ import os
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from timing import compare, timed
+from synthetic import write_checkpoint
+from timing import compare, in_own_process, timed
 
 MERGEKIT_RECIPE = """\
 slices:
@@ -41,61 +42,31 @@ dtype: bfloat16
 
 def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> None:
     """Write a Mixtral-shaped checkpoint of about `gigabytes` GB of bf16 normals."""
-    import torch
-    from safetensors.torch import save_file
-
-    hidden, width, experts, vocabulary = 1024, 3584, 8, 32000
+    hidden, width, experts = 1024, 3584, 8
     layer_bytes = 2 * (experts * 3 * hidden * width + 4 * hidden * hidden)
-    layers = max(shards, round(gigabytes * 1e9 / layer_bytes))
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(4_000_037, generator=generator).mul_(0.02).bfloat16()
-
-    def normal(*shape: int) -> torch.Tensor:
-        count = int(torch.tensor(shape).prod())
-        return block.repeat(-(-count // len(block)))[:count].view(shape).clone()
-
-    folder.mkdir(parents=True)
-    weight_map, total = {}, 0
-    for shard in range(shards):
-        tensors = {}
-        for i in range(layers * shard // shards, layers * (shard + 1) // shards):
-            p = f"model.layers.{i}."
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                tensors[f"{p}self_attn.{name}.weight"] = normal(hidden, hidden)
-            for e in range(experts):
-                tensors[f"{p}block_sparse_moe.experts.{e}.w1.weight"] = normal(width, hidden)
-                tensors[f"{p}block_sparse_moe.experts.{e}.w2.weight"] = normal(hidden, width)
-                tensors[f"{p}block_sparse_moe.experts.{e}.w3.weight"] = normal(width, hidden)
-            tensors[f"{p}block_sparse_moe.gate.weight"] = normal(experts, hidden)
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{p}{name}.weight"] = torch.ones(hidden).bfloat16()
-        if shard == 0:
-            tensors["model.embed_tokens.weight"] = normal(vocabulary, hidden)
-        if shard == shards - 1:
-            tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
-            tensors["lm_head.weight"] = normal(vocabulary, hidden)
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        for name, tensor in tensors.items():
-            weight_map[name] = file
-            total += tensor.numel() * 2
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "vocab_size": vocabulary,
+        "vocab_size": 32000,
         "hidden_size": hidden,
         "intermediate_size": width,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": max(shards, round(gigabytes * 1e9 / layer_bytes)),
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "num_local_experts": experts,
         "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
+
+    def layer(at: str, normal: Callable[..., Any]) -> dict[str, Any]:
+        tensors = {f"{at}block_sparse_moe.gate.weight": normal(experts, hidden)}
+        for e in range(experts):
+            tensors[f"{at}block_sparse_moe.experts.{e}.w1.weight"] = normal(width, hidden)
+            tensors[f"{at}block_sparse_moe.experts.{e}.w2.weight"] = normal(hidden, width)
+            tensors[f"{at}block_sparse_moe.experts.{e}.w3.weight"] = normal(width, hidden)
+        return tensors
+
+    write_checkpoint(folder, config, shards, layer)
 
 
 def main() -> None:
@@ -110,10 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
         model = work / "model"
-        # In a process of its own: a child's peak memory starts at its parent's.
-        maker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        maker.submit(make_checkpoint, model, options.gb, options.shards).result()
-        maker.shutdown()
+        in_own_process(make_checkpoint, model, options.gb, options.shards)
         size = sum(f.stat().st_size for f in model.iterdir())
         layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
         load = f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}"

@@ -7,11 +7,20 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 # Bytecode is cached, as it is wherever packages were installed by pip.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function in a process of its own: the peak memory of what is timed later starts at that of this one."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
+        maker.submit(function, *arguments).result()
 
 
 def timed(command: list[str]) -> tuple[float, float, float]:

@@ -13,69 +13,42 @@ number of seconds, in a row of its own. Memory flat means: as much for `--gb 4` 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from timing import compare, timed
+from synthetic import write_checkpoint
+from timing import compare, in_own_process, timed
 
 EXPERTS = 8
-HIDDEN, WIDTH, VOCABULARY, HEADS = 1024, 3584, 8192, 16
+HIDDEN, WIDTH = 1024, 3584
 
 
 def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> None:
     """Write a Mistral-shaped checkpoint of bf16 normals whose FFNs, eight times over, make about `gigabytes` GB."""
-    import torch
-    from safetensors.torch import save_file
-
     layer_bytes = 2 * (EXPERTS * 3 * HIDDEN * WIDTH + 4 * HIDDEN * HIDDEN)
-    layers = max(shards, round(gigabytes * 1e9 / layer_bytes))
-    block = torch.randn(4_000_037, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-
-    def normal(*shape: int) -> torch.Tensor:
-        count = int(torch.tensor(shape).prod())
-        return block.repeat(-(-count // len(block)))[:count].view(shape).clone()
-
-    folder.mkdir(parents=True)
-    weight_map, total = {}, 0
-    for shard in range(shards):
-        tensors = {}
-        for i in range(layers * shard // shards, layers * (shard + 1) // shards):
-            at = f"model.layers.{i}."
-            tensors |= {f"{at}self_attn.{p}_proj.weight": normal(HIDDEN, HIDDEN) for p in "qkvo"}
-            tensors |= {f"{at}mlp.{p}_proj.weight": normal(WIDTH, HIDDEN) for p in ("gate", "up")}
-            tensors[f"{at}mlp.down_proj.weight"] = normal(HIDDEN, WIDTH)
-            tensors |= {f"{at}{n}_layernorm.weight": torch.ones(HIDDEN).bfloat16() for n in ("input", "post_attention")}
-        if shard == 0:
-            tensors["model.embed_tokens.weight"] = normal(VOCABULARY, HIDDEN)
-        if shard == shards - 1:
-            tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
-            tensors["lm_head.weight"] = normal(VOCABULARY, HIDDEN)
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(2 * t.numel() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
-        "vocab_size": VOCABULARY,
+        "vocab_size": 8192,
         "hidden_size": HIDDEN,
         "intermediate_size": WIDTH,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_hidden_layers": max(shards, round(gigabytes * 1e9 / layer_bytes)),
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
         "max_position_embeddings": 32768,
         "sliding_window": None,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
+
+    def layer(at: str, normal: Callable[..., Any]) -> dict[str, Any]:
+        tensors = {f"{at}mlp.{p}_proj.weight": normal(WIDTH, HIDDEN) for p in ("gate", "up")}
+        return {**tensors, f"{at}mlp.down_proj.weight": normal(HIDDEN, WIDTH)}
+
+    write_checkpoint(folder, config, shards, layer)
 
 
 def main() -> None:
@@ -90,10 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
         model, whole, out = work / "model", work / "whole", work / "out"
-        # In a process of its own: a child's peak memory starts at its parent's.
-        maker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        maker.submit(make_checkpoint, model, options.gb, options.shards).result()
-        maker.shutdown()
+        in_own_process(make_checkpoint, model, options.gb, options.shards)
         upcycle = [*tool, "upcycle", str(model), "--experts", str(EXPERTS), "-q"]
         timed([*upcycle, "--no-proof", "-o", str(whole)])
         size = sum(f.stat().st_size for f in whole.iterdir())

@@ -125,12 +125,12 @@ def encoded(values: np.ndarray, dtype: str, *, strict: bool = False) -> memoryvi
     if dtype == "BF16":
         with np.errstate(invalid="ignore"):
             high = flat.max() if len(flat) else 0.0  # one pass over what seldom holds a NaN
-            strange = np.isnan(high)
-            large = strict and bool(strange or max(high, -flat.min(initial=0.0)) >= _BF16_END)
+            not_a_number = np.isnan(high)
+            large = strict and bool(not_a_number or max(high, -flat.min(initial=0.0)) >= _BF16_END)
             if large and bool((np.isfinite(flat) & (np.abs(flat) >= _BF16_END)).any()):
                 raise beyond(dtype)
             out = np.ascontiguousarray(flat, np.float32).astype(bfloat16).view(np.uint16)
-        if strange:
+        if not_a_number:
             out[np.isnan(flat)] = 0x7FC0  # as torch has it, whatever the sign
     else:
         try:

@@ -91,12 +91,10 @@ def part_problems(headers: Sequence[GgufHeader], parts: Sequence[str]) -> Iterat
         yield Finding("G10", f"has no {ARCHITECTURE}: it is not said what model it is", first.file, fatal=True)
     names: dict[str, str] = {}
     for number, header in enumerate(headers):
-        said = [header.values.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT)]
-        if said != [number, len(parts)] and (len(parts) > 1 or said[1] not in (None, 0, 1)):
-            message = (
-                f"says that it is part {said[0]} of {said[1]}, counted from 0; its name says {number} of {len(parts)}"
-            )
-            yield Finding("G11", message, header.file, fatal=True)
+        stated = [header.values.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT)]
+        if stated != [number, len(parts)] and (len(parts) > 1 or stated[1] not in (None, 0, 1)):
+            message = f"says that it is part {stated[0]} of {stated[1]}, counted from 0;"
+            yield Finding("G11", f"{message} its name says {number} of {len(parts)}", header.file, fatal=True)
         for info in header.tensors:
             if info.name in names:
                 yield Finding(

@@ -15,7 +15,7 @@ from typing import Any
 
 from moesurgery.checkpoint.dtypes import BLOCKS, GGUF_TYPES, byte_count
 from moesurgery.checkpoint.finding import Finding
-from moesurgery.checkpoint.header import MAX_ELEMENTS, MAX_PROBLEMS, Header, ReadAt, TensorInfo, wrong_name
+from moesurgery.checkpoint.header import MAX_PROBLEMS, Header, ReadAt, TensorInfo, bounded_count, wrong_name
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -240,12 +240,9 @@ def _read_info(header: GgufHeader, cursor: _Cursor, bad: _Bad) -> TensorInfo | N
     if dtype is None:
         bad("G07", f"is of type {kind}, which is not known", name)
         return None
-    elements = 1
-    for size in sizes:
-        elements *= size
-        if elements > MAX_ELEMENTS:
-            bad("G06", f"shape {list(shape)} has more elements than a file can hold", name)
-            return None
+    if bounded_count(sizes) is None:
+        bad("G06", f"shape {list(shape)} has more elements than a file can hold", name)
+        return None
     if dtype in BLOCKS and (not shape or shape[-1] % BLOCKS[dtype][0]):
         bad("G06", f"{dtype} {list(shape)}: its rows do not fill blocks of {BLOCKS[dtype][0]}", name)
         return None

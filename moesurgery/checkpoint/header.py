@@ -11,7 +11,7 @@ import hashlib
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
@@ -76,8 +76,8 @@ def scan_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: boo
             header.problems.append(Finding(code, message, file, tensor, severity=severity, fatal=fatal))
 
     first = read_at(0, min(FIRST_READ, file_size)) if file_size else b""
-    if disguise := _disguise(first):
-        bad("S08", f"is {disguise}, not safetensors")
+    if other := _other_file_type(first):
+        bad("S08", f"is {other}, not safetensors")
         return header
     if file_size < LENGTH_BYTES:
         bad("S01", f"is {file_size} bytes long, too short for a safetensors file")
@@ -120,16 +120,16 @@ def scan_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: boo
     return header
 
 
-def read_header(file: str, file_size: int, read_at: ReadAt, *, headers_only: bool = False) -> Header:
+def read_header(file: str, file_size: int, read_at: ReadAt) -> Header:
     """Read a header; raise CheckpointError at its first fatal problem."""
-    header = scan_header(file, file_size, read_at, headers_only=headers_only)
+    header = scan_header(file, file_size, read_at)
     for problem in header.problems:
         if problem.fatal:
             raise problem.as_error()
     return header
 
 
-def _disguise(first: bytes) -> str | None:
+def _other_file_type(first: bytes) -> str | None:
     """Name the actual file type where it is a common one in place of weights (HTML, pickle, …)."""
     if first.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (run `git lfs pull`)"
@@ -163,6 +163,16 @@ def _read_metadata(header: Header, metadata: object, bad: Bad) -> None:
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
 
+def bounded_count(shape: Sequence[int]) -> int | None:
+    """Return the number of elements of a shape; None where a factor takes it beyond MAX_ELEMENTS."""
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements > MAX_ELEMENTS:
+            return None
+    return elements
+
+
 def _read_entry(header: Header, name: str, entry: object, bad: Bad) -> TensorInfo | None:
     if not isinstance(entry, dict):
         bad("S02", "the entry is not an object", name)
@@ -184,12 +194,10 @@ def _read_entry(header: Header, name: str, entry: object, bad: Bad) -> TensorInf
     if not _are_sizes(offsets) or len(offsets) != 2:
         bad("S05", f"data_offsets {reprlib.repr(offsets)} are not two non-negative integers", name)
         return None
-    elements = 1
-    for n in shape:
-        elements *= n
-        if elements > MAX_ELEMENTS:
-            bad("S04", f"shape {reprlib.repr(shape)} has more elements than a file can hold", name)
-            return None
+    elements = bounded_count(shape)
+    if elements is None:
+        bad("S04", f"shape {reprlib.repr(shape)} has more elements than a file can hold", name)
+        return None
     begin, end = offsets
     if 8 * (end - begin) != elements * bits:
         needed = f"{dtype} {reprlib.repr(shape)} takes {elements * bits / 8:g} bytes"

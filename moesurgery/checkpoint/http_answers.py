@@ -7,11 +7,8 @@ and an ETag that identifies a version of the file (8.8.3). Client libraries chec
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from moesurgery.errors import CheckpointError
@@ -22,7 +19,7 @@ CHANGED = "wait until nothing writes to it, then start again from the beginning"
 
 
 @dataclass(frozen=True)
-class Asked:
+class RangeRequest:
     """A range of a file: bytes `start:stop` of `where`, which has `size` bytes (None: not known).
 
     `seen` holds, by file, the ETag of the first answer, or its Last-Modified: all others must have it.
@@ -70,49 +67,11 @@ class Asked:
         return CheckpointError(f"{self.where}: {wanted} were asked for, the server answered {what}", hint)
 
 
-CLIENT_LOCK = threading.Lock()  # a client that is replaced while another thread uses it is closed under its hands
-_last = threading.local()  # the last response to a range request, per thread
-
-
-@contextmanager
-def hub_answers(asked: Asked) -> Iterator[None]:
-    """Check the Hub's response to the range request that is made within the context, in this thread.
-
-    The last response is checked: huggingface_hub retries interrupted requests.
-    """
-    with CLIENT_LOCK:
-        _remember_answers()
-    _last.answer = None
-    yield
-    if _last.answer is not None:
-        asked.check(*_last.answer)
-
-
-@cache
-def _remember_answers() -> None:
-    """Have huggingface_hub make its requests through a client that keeps the last response. Existing hooks are kept."""
-    from huggingface_hub import get_session, set_client_factory
-
-    present: Any = get_session()
-    kind, hooks, timeout = type(present), present.event_hooks, present.timeout
-
-    def look(response: Any) -> None:
-        if "range" in response.request.headers and response.status_code < 300:
-            _last.answer = response.status_code, response.headers
-
-    def client() -> Any:
-        both = {"request": hooks["request"], "response": [*hooks["response"], look]}
-        return kind(event_hooks=both, follow_redirects=True, timeout=timeout)
-
-    set_client_factory(client)
-
-
-def http_answers(asked: Asked) -> dict[str, Any]:
+def http_answers(request: RangeRequest) -> dict[str, Any]:
     """Return options with which `cat_file` of fsspec's HTTP file system (aiohttp) checks its response."""
 
     async def look(response: Any) -> None:
         if response.status < 300:
-            asked.check(response.status, {key.lower(): value for key, value in response.headers.items()})
+            request.check(response.status, {key.lower(): value for key, value in response.headers.items()})
 
-    check: Callable[[Any], Awaitable[None]] = look
-    return {"raise_for_status": check, "headers": {"Accept-Encoding": "identity"}}
+    return {"raise_for_status": look, "headers": {"Accept-Encoding": "identity"}}

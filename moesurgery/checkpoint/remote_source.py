@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesurgery.checkpoint.http_answers import CHANGED, Asked, http_answers, hub_answers
+from moesurgery.checkpoint.http_answers import CHANGED, RangeRequest, http_answers
+from moesurgery.checkpoint.hub_client import bound_the_hub, bounded
 from moesurgery.checkpoint.source import (
     MAX_FILE_BYTES,
     MAX_FILES,
@@ -19,7 +20,6 @@ from moesurgery.checkpoint.source import (
     gguf_stem,
     is_contained,
 )
-from moesurgery.checkpoint.web import bound_the_hub, bounded
 from moesurgery.errors import CheckpointError
 
 _HUB_MODEL = re.compile(
@@ -126,21 +126,21 @@ class RemoteSource:
         stop = start + length if size is None else min(start + length, size)
         if stop <= start:
             return b""
-        asked = Asked(f"{self.label}/{contained(file)}", start, stop, size, file, self.seen)
-        with remote_errors(asked.where):
-            data = self._range(asked)
+        request = RangeRequest(f"{self.label}/{contained(file)}", start, stop, size, file, self.seen)
+        with remote_errors(request.where):
+            data = self._range(request)
         if size is not None:
-            asked.check_length(len(data))
+            request.check_length(len(data))
         return data
 
-    def _range(self, asked: Asked) -> bytes:
+    def _range(self, request: RangeRequest) -> bytes:
         """Request a range, and check what the answer says of itself."""
         system, root = self._open()
-        path = f"{root.rstrip('/')}/{asked.file}"
-        more: dict[str, Any] = http_answers(asked) if self._is_http else {}
-        if not self._is_hub and not self._is_http and asked.file not in self.seen:
-            self.check(asked.file)
-        return bytes(system.cat_file(path, start=asked.start, end=asked.stop, **more))
+        path = f"{root.rstrip('/')}/{request.file}"
+        more: dict[str, Any] = http_answers(request) if self._is_http else {}
+        if not self._is_hub and not self._is_http and request.file not in self.seen:
+            self.check(request.file)
+        return bytes(system.cat_file(path, start=request.start, end=request.stop, **more))
 
     @property
     def _is_hub(self) -> bool:
@@ -213,7 +213,7 @@ class HubSource(RemoteSource):
             return self.snapshot.read(file, start, length)
         return super().read(file, start, length)
 
-    def _range(self, asked: Asked) -> bytes:
+    def _range(self, request: RangeRequest) -> bytes:
         # Not by fsspec, whose file systems, one for each thread, ask again which commit and what file it is.
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -225,12 +225,12 @@ class HubSource(RemoteSource):
         bound_the_hub()  # here too: a shard may be written by a process of its own
         repository, _, below = self.url.removeprefix("hf://").partition("@")
         commit, _, folder = below.partition("/")
-        url = hf_hub_url(repository, asked.file, subfolder=folder or None, revision=commit)
-        headers = {**build_hf_headers(), "range": f"bytes={asked.start}-{asked.stop - 1}"}
-        with hub_answers(asked):
-            answer = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-            hf_raise_for_status(answer)
-            return answer.content
+        url = hf_hub_url(repository, request.file, subfolder=folder or None, revision=commit)
+        headers = {**build_hf_headers(), "range": f"bytes={request.start}-{request.stop - 1}"}
+        answer = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        hf_raise_for_status(answer)
+        request.check(answer.status_code, answer.headers)
+        return answer.content
 
     def check(self, file: str, descriptor: int | None = None) -> None:
         if self.snapshot is not None and self.local(file) is not None:

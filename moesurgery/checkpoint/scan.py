@@ -61,19 +61,19 @@ class Scan:
         if sum(p.code == code for p in self.problems[-MAX_ALIKE:]) < MAX_ALIKE:
             self.problems.append(Finding(code, message, file, tensor, hint, severity, fatal))
 
-    def read_object(self, file: str, code: str, limit: int, *, fatal: bool) -> dict[str, Any] | None:
+    def read_object(self, file: str, code: str, limit: int) -> dict[str, Any] | None:
         """Read one JSON object; where it cannot be read, add a finding `code` and return None."""
         try:
             self.source.local(file)
         except CheckpointError as error:
-            self.add("P03", error.message, file, hint=error.hint, fatal=fatal)
+            self.add("P03", error.message, file, hint=error.hint)
             return None
         try:
             return read_object(self.source, file, self.sizes[file], limit)
         except CheckpointError as error:
-            self.add("S11", error.message, file, hint=error.hint, fatal=fatal)
+            self.add("S11", error.message, file, hint=error.hint)
         except ValueError as error:
-            self.add(code, str(error), file, fatal=fatal)
+            self.add(code, str(error), file)
         return None
 
     @property
@@ -138,7 +138,7 @@ def _read_config(scan: Scan) -> None:
     if CONFIG not in scan.sizes:
         scan.add("C01", f"{scan.source.identity} has no {CONFIG}", hint=_hint_without_config(scan.source))
         return
-    scan.config = scan.read_object(CONFIG, "C01", MAX_CONFIG_BYTES, fatal=True)
+    scan.config = scan.read_object(CONFIG, "C01", MAX_CONFIG_BYTES)
     for key in repeated_keys(scan.config):
         scan.add("C01", f"has the key {key!r} twice; readers take the last", CONFIG, fatal=False, severity="warning")
 
@@ -154,7 +154,7 @@ def _hint_without_config(source: Source) -> str:
 
 def _read_index(scan: Scan) -> list[str]:
     """Read the index; return the shards that it names and that are there."""
-    index = scan.read_object(INDEX, "I01", MAX_INDEX_BYTES, fatal=True)
+    index = scan.read_object(INDEX, "I01", MAX_INDEX_BYTES)
     if index is None:
         return _top_level_shards(scan)
     for key in repeated_keys(index):
@@ -223,8 +223,8 @@ def _check_numbering(scan: Scan, files: list[str]) -> None:
     """`-of-N` in the shards' names is the number of shards."""
     numbered = [int(match[1]) for file in files if (match := _NUMBERED.search(file))]
     if set(numbered) - {len(numbered)}:
-        said = " and ".join(f"-of-{n:05d}" for n in sorted(set(numbered)))
-        message = f"names {len(numbered)} numbered shards, their names say {said}"
+        counts = " and ".join(f"-of-{n:05d}" for n in sorted(set(numbered)))
+        message = f"names {len(numbered)} numbered shards, their names say {counts}"
         scan.add("I04", message, INDEX, fatal=False, severity="warning")
 
 

@@ -100,7 +100,7 @@ def _other(error: Exception) -> int:
         return FAILED
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    if (expected := _of_the_machine(error)) is not None:
+    if (expected := _system_error(error)) is not None:
         console.error(expected.message, expected.hint)
         return 2
     console.error(
@@ -110,7 +110,7 @@ def _other(error: Exception) -> int:
     return FAILED
 
 
-def _of_the_machine(error: Exception) -> SurgeryError | None:
+def _system_error(error: Exception) -> SurgeryError | None:
     """Say what the machine refused; None for an error that is none of its."""
     if isinstance(error, MemoryError):
         return SurgeryError("there is not enough memory", "close other programs, or use fewer threads: --jobs 1")

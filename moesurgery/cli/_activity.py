@@ -59,7 +59,7 @@ class Activity:
             with self._lock:
                 if self._ended.is_set() or self._paused or time.monotonic() - self._since < AFTER:
                     continue
-                text = f"{self._name}: {_doing()}, {time.monotonic() - self._started:.0f} s"
+                text = f"{self._name}: {_current_work()}, {time.monotonic() - self._started:.0f} s"
                 self._write("\r" + text.ljust(self._shown))
                 self._shown = len(text)
 
@@ -71,7 +71,7 @@ class Activity:
             self._ended.set()  # the terminal is gone
 
 
-def _doing() -> str:
+def _current_work() -> str:
     """Say what takes long: the import of a large library, or work on the checkpoint."""
     for library in ("torch", "transformers"):
         spec = getattr(sys.modules.get(library), "__spec__", None)

@@ -13,7 +13,7 @@ import typer
 from moesurgery.cli import _run_options
 from moesurgery.cli._console import console
 from moesurgery.cli._evidence import Evidence, evidence_of_edit
-from moesurgery.cli._writing import WriterFlags
+from moesurgery.cli._writer_flags import WriterFlags
 from moesurgery.fitting.calibrate import CalibrationOptions, calibrate
 from moesurgery.fitting.heldout import HeldOut
 from moesurgery.plan.plan import Plan

@@ -171,8 +171,11 @@ class Console:
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     @contextmanager
-    def progress(self, what: str, total: int, *, of_bytes: bool = True) -> Iterator[JobControl]:
-        """Show bytes and rate (or the share done) and time left on stderr while a job runs, on a terminal."""
+    def progress(self, what: str, total: int | None, *, of_bytes: bool = True) -> Iterator[JobControl]:
+        """Show bytes and rate (or the share done) and time left on stderr while a job runs, on a terminal.
+
+        `total`: None where the job says with `expect` how many bytes there are.
+        """
         watch = JobControl()
         if self.quiet or total == 0 or not sys.stderr.isatty():
             yield watch
@@ -220,7 +223,7 @@ class Console:
                     shown = time.monotonic()
                     bar.update(task, completed=moved)
 
-        watch.progress = advance
+        watch.progress, watch.expect = advance, lambda count: bar.update(task, total=count)
         with self._instead_of_activity(), bar:
             yield watch
             bar.update(task, completed=moved)

@@ -77,15 +77,15 @@ def show_fitted(budget: Budget, found: Fitted) -> None:
 
 def _say_budget(budget: Budget) -> None:
     limits, cost = budget.limits, budget.costs.of(budget.original)
-    said = [
+    stated = [
         f"{human_bytes(limits.memory)}: {human_bytes(cost.kv_bytes)} for the KV cache,"
         f" {human_bytes(max(0, limits.memory - cost.kv_bytes))} for weights"
     ]
     if limits.active is not None:
-        said.append(f"at most {human_count(limits.active)} active parameters")
+        stated.append(f"at most {human_count(limits.active)} active parameters")
     if limits.speed is not None:
-        said.append(f"at least {limits.speed:g} tokens per second")
-    console.result("; ".join(said))
+        stated.append(f"at least {limits.speed:g} tokens per second")
+    console.result("; ".join(stated))
     console.result()
 
 

@@ -12,12 +12,14 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from moesurgery.cli import _writing
 from moesurgery.cli._calibrated import OPTIONS, calibrated
 from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console
 from moesurgery.cli._evidence import ReportKinds, check_reports
 from moesurgery.cli._help import completed
+from moesurgery.cli._step_report import report_steps
+from moesurgery.cli._writer_flags import WriterFlags, check_early
+from moesurgery.cli._writing import carry_out
 from moesurgery.errors import RecipeError
 from moesurgery.fitting.calibrate import CalibrationOptions, needs_run
 from moesurgery.plan.plan import Plan, plan_of
@@ -27,9 +29,9 @@ from moesurgery.recipe.registry import Operation, problems
 
 _PLAN_FILE = "plan_file"  # the parameter of operations that choose, as `--plan`
 _PlanOnly = Annotated[bool, typer.Option("--plan-only", help="Write the plan that --plan names, and no checkpoint.")]
-_TYPES = get_type_hints(_writing.WriterFlags, include_extras=True)
+_TYPES = get_type_hints(WriterFlags, include_extras=True)
 WRITER_OPTIONS: dict[str, tuple[Any, Any]] = {
-    field.name: (_TYPES[field.name], field.default) for field in fields(_writing.WriterFlags)
+    field.name: (_TYPES[field.name], field.default) for field in fields(WriterFlags)
 }
 
 
@@ -40,7 +42,7 @@ def command_for(operation: Operation) -> Callable[..., None]:
     report_options = {"report": (ReportKinds, None)} if text_options else {}
 
     def command(**given: Any) -> None:
-        flags = _writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
+        flags = WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS})
         options = CalibrationOptions(**{key: given.pop(key) for key in text_options})
         plan_only = given.pop("plan_only", False)
         model, kinds = given.pop("model"), given.pop("report", None) or []
@@ -55,7 +57,7 @@ def command_for(operation: Operation) -> Callable[..., None]:
         recipe = recipe_from_command(operation, model, values)
         console.quiet = flags.quiet
         if not flags.print_recipe and not plan_only:
-            _writing.check_early(flags)
+            check_early(flags)
         if len(recipe.steps) > 1 and plan_to_write is not None:
             raise RecipeError("a plan is written for a model or a recipe of one step", f"{model} has more steps")
         if len(recipe.steps) > 1 and options != CalibrationOptions():
@@ -79,9 +81,9 @@ def command_for(operation: Operation) -> Callable[..., None]:
             plan = plan or recipe.plan()
             write_plan_file(_plan_document(operation, plan), Path(plan_to_write), flags)
             if plan_only:
-                _writing.report_steps(plan, flags)
+                report_steps(plan, flags)
                 return
-        _writing.carry_out(recipe, flags, plan, report, kinds)
+        carry_out(recipe, flags, plan, report, kinds)
 
     with_signature(command, operation, {**plan_options, **text_options, **report_options})
     return command
@@ -104,7 +106,7 @@ def _plan_document(operation: Operation, plan: Plan) -> dict[str, Any]:
     return plan_document(plan_of(plan.checkpoint), step)
 
 
-def write_plan_file(document: Mapping[str, Any], path: Path, flags: _writing.WriterFlags) -> None:
+def write_plan_file(document: Mapping[str, Any], path: Path, flags: WriterFlags) -> None:
     """Write a plan file, unless nothing is to be written, and say so."""
     from moesurgery.write.plan_document import save_plan_document
 
@@ -143,7 +145,7 @@ def _standing_for(function: Callable[..., None], text: Mapping[str, tuple[Any, A
     def command(**given: Any) -> None:
         if text:
             given["options"] = CalibrationOptions(**{key: given.pop(key) for key in text})
-        function(flags=_writing.WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS}), **given)
+        function(flags=WriterFlags(**{key: given.pop(key) for key in WRITER_OPTIONS}), **given)
 
     _declare(command, [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own], text)
     command.__doc__ = function.__doc__
@@ -204,8 +206,8 @@ def _metavar(parameter: Parameter) -> str | None:
 def _help(parameter: Parameter) -> str:
     text = parameter.param.help[:1].upper() + parameter.param.help[1:]
     words = words_of(parameter.annotation)
-    told = parameter.default is None and all(re.search(rf"\b{word}\b", text) for word in words)
-    if words and not told:
+    listed = parameter.default is None and all(re.search(rf"\b{word}\b", text) for word in words)
+    if words and not listed:
         text += ": " + ", ".join(words)
     if not parameter.required and parameter.default not in (None, False):
         text += f" [default: {parameter.default}]"

@@ -188,13 +188,13 @@ def _heatmap(panel: Heatmap, top: float) -> tuple[list[str], float, float]:
         parts.append(drawn_text(left - 8, grid + y * _ROW + 16, row[-_LONGEST:], anchor="end"))
         for x, value in enumerate(values):
             place = f'x="{left + x * cell:.1f}" y="{grid + y * _ROW}" width="{cell - 1:.1f}" height="{_ROW - 1}"'
-            said = f"<title>{html.escape(f'{row}, {panel.across} {panel.columns[x]}: ')}"
+            label = f"<title>{html.escape(f'{row}, {panel.across} {panel.columns[x]}: ')}"
             if value is None or not math.isfinite(value):
-                parts.append(f'<rect class="n" {place}>{said}not measured</title></rect>')
+                parts.append(f'<rect class="n" {place}>{label}not measured</title></rect>')
                 continue
             hue, opacity = panel.shade(value)
             says = html.escape(f"{panel.shown(value)} {panel.unit}".strip())
-            parts.append(f'<rect {place} fill="{hue}" fill-opacity="{opacity:.3f}">{said}{says}</title></rect>')
+            parts.append(f'<rect {place} fill="{hue}" fill-opacity="{opacity:.3f}">{label}{says}</title></rect>')
             if numbered:
                 kind = "w" if opacity > 0.6 else ""
                 parts.append(

@@ -59,8 +59,8 @@ def points_svg(panel: Points, top: float) -> tuple[list[str], float, float]:
     for hue, chosen in ((LESS, panel.points), (MORE, panel.marked)):
         for x, y, name in chosen:
             at, level = place(x, y)
-            said = html.escape(f"{name}: {x:.4g}, {y:.4g}")
-            parts.append(f'<circle cx="{at:.1f}" cy="{level:.1f}" r="4" fill="{hue}"><title>{said}</title></circle>')
+            label = html.escape(f"{name}: {x:.4g}, {y:.4g}")
+            parts.append(f'<circle cx="{at:.1f}" cy="{level:.1f}" r="4" fill="{hue}"><title>{label}</title></circle>')
             if chosen is panel.marked:
                 parts.append(drawn_text(at + 7, level - 6, name))
     parts.append(drawn_text(_LEFT + _WIDE / 2, top + 28 + _HIGH + 34, panel.across, anchor="middle"))

@@ -46,8 +46,8 @@ def about_probe(document: Mapping[str, Any]) -> str:
 def probe_page(document: Mapping[str, Any]) -> str:
     """Return the page. It is walked by Tab and the arrow keys as well as by clicks."""
     data = ascii_json(document, indent=None).replace("<", "\\u003c")
-    name, told = html.escape(str(document["name"])), html.escape(about_probe(document))
-    return _PAGE.replace("@NAME@", name).replace("@ABOUT@", told).replace("@DATA@", data)
+    name, about = html.escape(str(document["name"])), html.escape(about_probe(document))
+    return _PAGE.replace("@NAME@", name).replace("@ABOUT@", about).replace("@DATA@", data)
 
 
 _PAGE = """<!doctype html>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -235,11 +235,6 @@ def _report(entries: Sequence[dict[str, Any]]) -> Evidence:
     about = f"{first['domains'][-1]['tokens']:,} predicted tokens; intervals are 95 % by bootstrap over windows"
     title = f"{', '.join(e['name'] for e in others)} against {first['name']}"
     return Evidence(title, about, sections, {"models": list(entries)}, command_line())
-
-
-def _with_interval(domain: Mapping[str, Any]) -> str:
-    low, high = domain["interval"]
-    return f"{domain['over']:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _in_short(reference: Loss, loss: Loss) -> str:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli import _writing
 from moesurgery.cli._common_options import Force, Json, Quiet
 from moesurgery.cli._console import console, human_bytes
+from moesurgery.cli._writer_flags import Checksums, Jobs, ShareWith, group_id
 from moesurgery.plan.rounding import rounding_lines
 from moesurgery.write.parts import finish_parts
 from moesurgery.write.write_plan import WriteOptions
@@ -18,9 +18,9 @@ from moesurgery.write.write_plan import WriteOptions
 def finish_command(
     output: Annotated[Path, typer.Argument(help="The output that was named when its parts were written.")],
     force: Force = False,
-    checksums: _writing.Checksums = False,
-    jobs: _writing.Jobs = None,
-    share_with: _writing.ShareWith = None,
+    checksums: Checksums = False,
+    jobs: Jobs = None,
+    share_with: ShareWith = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -29,7 +29,7 @@ def finish_command(
     Needs neither the model nor the recipe. An output that lacks shards stays unpublished.
     """
     console.quiet = quiet
-    group = None if share_with is None else _writing.group_id(share_with)
+    group = None if share_with is None else group_id(share_with)
     written = finish_parts(output, WriteOptions(jobs=jobs, force=force, checksums=checksums), group=group)
     if as_json:
         document = {"output": str(written.path), "shards": written.shards, "bytes": written.nbytes}

@@ -14,12 +14,14 @@ from moesurgery.budget.candidates import AXES, USUAL_AXES
 from moesurgery.budget.limits import Limits, parse_parameters, parse_speed, parse_tokens
 from moesurgery.budget.shape import FORMS, USUAL_FORMS
 from moesurgery.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from moesurgery.cli import _run_options, _writing
+from moesurgery.cli import _run_options
 from moesurgery.cli._common_options import Model
 from moesurgery.cli._console import console, human_bytes
 from moesurgery.cli._fit_report import document_of, shapes_document, show_fitted, show_shapes, write_front
 from moesurgery.cli._operations import taking_text_and_flags, write_plan_file
 from moesurgery.cli._output_name import default_name
+from moesurgery.cli._writer_flags import WriterFlags, check_early, size_of_option
+from moesurgery.cli._writing import carry_out
 from moesurgery.count.accelerators import ACCELERATORS
 from moesurgery.errors import RecipeError
 from moesurgery.expr.nodes import Expr, Stored
@@ -28,7 +30,7 @@ from moesurgery.families.recognition import recognise
 from moesurgery.fitting.calibrate import CalibrationOptions
 from moesurgery.fitting.shape_steps import TIE
 from moesurgery.plan.plan import Plan
-from moesurgery.recipe.reader import Recipe, parse_size
+from moesurgery.recipe.reader import Recipe
 from moesurgery.recipe.registry import apply, find_operation
 from moesurgery.stats.criteria import CRITERIA
 
@@ -38,7 +40,7 @@ _OF_GGUF = ("experts", "top-k")
 
 @taking_text_and_flags
 def fit_command(
-    flags: _writing.WriterFlags,
+    flags: WriterFlags,
     options: CalibrationOptions,
     memory_limit: Annotated[
         str, typer.Option("--memory", help="What weights and KV cache may take together, as 24GB.", show_default=False)
@@ -92,7 +94,7 @@ def fit_command(
     console.quiet = flags.quiet
     axes = _chosen_axes(only, keep)
     limits = Limits(
-        _size(memory_limit),
+        size_of_option("--memory", memory_limit),
         None if active is None else parse_parameters(active),
         None if speed is None else parse_speed(speed),
     )
@@ -104,7 +106,7 @@ def fit_command(
     options.check()
     looking = flags.dry_run and not options.text
     if not looking and not flags.print_recipe:
-        _writing.check_early(flags)
+        check_early(flags)
     plan = None if looking and not model.endswith((".yaml", ".yml")) else _run_options.subject(model)
     checkpoint = open_checkpoint(model, headers_only=True) if plan is None else plan.checkpoint
     if checkpoint.gguf is not None:
@@ -149,7 +151,7 @@ def _search(
     budget: Budget,
     how: tuple[Any, int, int],
     options: CalibrationOptions,
-    flags: _writing.WriterFlags,
+    flags: WriterFlags,
     plan_file: Path | None,
 ) -> None:
     """Search, show what was found, and write the winner as the flags say."""
@@ -177,7 +179,7 @@ def _search(
         criterion = {"shape": found.winner.shape.name, "by": found.by}
         write_plan_file(plan_of_steps(plan, choosing, "fit", criterion, found.about), plan_file, flags)
     shown = document_of(budget, found)
-    _writing.carry_out(recipe, replace(flags, output=flags.output or str(output), picture=None), written, more=shown)
+    carry_out(recipe, replace(flags, output=flags.output or str(output), picture=None), written, more=shown)
 
 
 def _with_tied_blocks(plan: Plan | None, checkpoint: Checkpoint) -> tuple[Anatomy, Mapping[str, Expr]]:
@@ -209,13 +211,6 @@ def _words(option: str, text: str, known: Any) -> list[str]:
         if word not in known:
             raise RecipeError(f"{option}: {word!r} is not known", f"known: {', '.join(known)}")
     return words
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise RecipeError(f"--memory: {error}") from None
 
 
 def _say_it_fits(budget: Budget, *, as_json: bool) -> None:

@@ -118,11 +118,11 @@ def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo], predicting: Pred
         "moe_layers": _layers(main),
         "prediction_layers": _layers([block for block in anatomy.blocks if block.mtp]),
         "prediction": predicting.as_json() if predicting else None,
-        "experts": _said(lambda: f"{anatomy.experts} per layer ({keys_present(settings, EXPERTS_KEYS)})")
+        "experts": _or_reason(lambda: f"{anatomy.experts} per layer ({keys_present(settings, EXPERTS_KEYS)})")
         if main
         else None,
-        "top_k": _said(lambda: f"{settings.top_k} ({keys_present(settings, TOP_K_KEYS)})") if main else None,
-        "groups": _said(lambda: "{1} of {0} kept".format(*settings.groups) if settings.groups else "") or None,
+        "top_k": _or_reason(lambda: f"{settings.top_k} ({keys_present(settings, TOP_K_KEYS)})") if main else None,
+        "groups": _or_reason(lambda: "{1} of {0} kept".format(*settings.groups) if settings.groups else "") or None,
         "routing_class": f"{letter}: {CLASSES[letter]}" if letter else None,
         "rescale": shown.factor if shown and main else None,
         "drop_experts": shown.drop if shown and main else None,
@@ -133,7 +133,7 @@ def _facts(anatomy: Anatomy, tensors: Mapping[str, TensorInfo], predicting: Pred
     }
 
 
-def _said(value: Callable[[], str]) -> str:
+def _or_reason(value: Callable[[], str]) -> str:
     """Return a value, or what is wrong with it: `inspect` shows the rest all the same."""
     try:
         return value()

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli import _writing
 from moesurgery.cli._operations import taking_flags
 from moesurgery.cli._shipped_recipes import check_recipe_file
+from moesurgery.cli._writer_flags import WriterFlags
+from moesurgery.cli._writing import carry_out
 from moesurgery.fitting.run_settings import check_device
 from moesurgery.merge.compute.method import load_methods
 from moesurgery.merge.merge_recipe import load_merge_recipe
@@ -20,7 +21,7 @@ from moesurgery.plan.requantise import Requantize
 @taking_flags
 def merge_command(
     recipe: Annotated[Path, typer.Argument(help="A merge recipe, as for mergekit-yaml or mergekit-multi.")],
-    flags: _writing.WriterFlags,
+    flags: WriterFlags,
     methods: Annotated[
         list[Path] | None,
         typer.Option("--methods", metavar="FILE", help="A Python file with merge methods of your own; it is run."),
@@ -44,6 +45,4 @@ def merge_command(
         check_device(device)
     check_recipe_file(recipe)
     operation = load_merge_recipe(recipe)
-    _writing.carry_out(
-        replace(operation, max_shard_size=flags.shard_bytes, device=device, requantize=requantize), flags
-    )
+    carry_out(replace(operation, max_shard_size=flags.shard_bytes, device=device, requantize=requantize), flags)

@@ -69,8 +69,8 @@ def push_command(
     if not dry_run:
         console.result(str(document["commit"]))
         if same is not None:
-            told = f"{same[0]} of the files, {human_bytes(same[1])}, are those of the base, byte for byte"
-            console.result(f"{told}: stored once (parts of other files that Xet stores once are not told)")
+            shared = f"{same[0]} of the files, {human_bytes(same[1])}, are those of the base, byte for byte"
+            console.result(f"{shared}: stored once (parts of other files that Xet stores once are not told)")
 
 
 def _check(folder: Path) -> None:

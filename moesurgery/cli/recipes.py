@@ -10,12 +10,13 @@ from typing import Annotated
 
 import typer
 
-from moesurgery.cli import _writing
 from moesurgery.cli._console import console
 from moesurgery.cli._exit_codes import ANSWER_IS_NO
 from moesurgery.cli._help import completed
 from moesurgery.cli._operations import taking_flags
 from moesurgery.cli._shipped_recipes import check_recipe_file, shipped_recipes
+from moesurgery.cli._writer_flags import WriterFlags, check_early
+from moesurgery.cli._writing import carry_out, print_recipe
 from moesurgery.errors import RecipeError
 from moesurgery.merge.merge_recipe import load_any_recipe
 from moesurgery.patch.patch_file import PATCH
@@ -33,7 +34,7 @@ recipes_app = typer.Typer(
 @taking_flags
 def run_command(
     recipe: Annotated[str, typer.Argument(help="A recipe file (see `moesurgery recipes ls`), or a patch.")],
-    flags: _writing.WriterFlags,
+    flags: WriterFlags,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,10 +56,10 @@ def run_command(
         loaded = replace(loaded, model=model[0], model_line=0)
     if flags.shard_bytes is not None:
         loaded = replace(loaded, max_shard_size=flags.shard_bytes)
-    _writing.carry_out(loaded, flags)
+    carry_out(loaded, flags)
 
 
-def _run_patch(reference: str, models: list[str], flags: _writing.WriterFlags) -> None:
+def _run_patch(reference: str, models: list[str], flags: WriterFlags) -> None:
     """Write what a patch makes of the user's models, and nothing else."""
     from moesurgery.patch.run_patch import open_patch
 
@@ -69,18 +70,18 @@ def _run_patch(reference: str, models: list[str], flags: _writing.WriterFlags) -
         if given:
             raise RecipeError(f"{option} is not for a patch, which gives its publisher's bytes", "leave it out")
     if flags.print_recipe:
-        _writing.print_recipe(open_patch(reference), as_json=flags.as_json)
+        print_recipe(open_patch(reference), as_json=flags.as_json)
         return
     if not models:
         raise RecipeError(f"{reference} is a patch, and needs the model that it was made from", "give it with --model")
     console.quiet = flags.quiet
-    _writing.check_early(flags)
+    check_early(flags)
     opened = open_patch(reference)
     output = flags.folder or Path(f"{Path(reference.rstrip('/')).name}-applied")
     folder = Path(f"{output}.patch-files")
     with console.progress(f"checking {', '.join(models)}", opened.bytes_checked) as watch:
         plan = opened.plan_on(models, folder, watch.progress)
-    _writing.carry_out(None, replace(flags, output=str(output)), plan=plan, promise=opened.promise)
+    carry_out(None, replace(flags, output=str(output)), plan=plan, promise=opened.promise)
     if folder.exists() and not flags.dry_run:
         shutil.rmtree(folder)
 

@@ -35,10 +35,10 @@ def gguf_kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tu
     one row of `attn_kv_a_mqa`, of an indexer one key.
     """
     config, architecture = anatomy.settings.config, anatomy.model_type.removeprefix(MODEL_TYPE)
-    said = {key.removeprefix(f"{architecture}."): value for key, value in config[METADATA].items()}
+    entries = {key.removeprefix(f"{architecture}."): value for key, value in config[METADATA].items()}
     hidden, depth = anatomy.settings.hidden, anatomy.settings.layers
     heads = config.get("num_attention_heads")
-    if not hidden or not depth or not heads or any(said.get(key) not in (None, 1) for key in _OTHER_CACHES):
+    if not hidden or not depth or not heads or any(entries.get(key) not in (None, 1) for key in _OTHER_CACHES):
         return None
     kv_heads = config.get("num_key_value_heads", heads)
     rows: dict[int, dict[str, int]] = {}
@@ -47,16 +47,16 @@ def gguf_kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tu
         if layer is not None and anatomy.component[name] == parts.ATTENTION and name.endswith(".weight"):
             rows.setdefault(layer, {})[name.partition(f".{layer}.")[2].removesuffix(".weight")] = info.shape[0]
     layers = []
-    for layer in range(depth - (_number(said.get("attention.shared_kv_layers")) or 0)):
+    for layer in range(depth - (_number(entries.get("attention.shared_kv_layers")) or 0)):
         stored, of_keys, of_queries = rows.get(layer, {}), _of(kv_heads, layer), _of(heads, layer)
-        if of_keys == 0 or _keeps_a_state(architecture, said, layer):
+        if of_keys == 0 or _keeps_a_state(architecture, entries, layer):
             continue
         if not of_queries or not of_keys:
             return None
-        window = _window(architecture, said, layer)
+        window = _window(architecture, entries, layer)
         local = "_swa" if window is not None else ""
-        key = _number(said.get(f"attention.key_length{local}")) or config.get("head_dim") or hidden // of_queries
-        value = _number(said.get(f"attention.value_length{local}", said.get("attention.value_length")))
+        key = _number(entries.get(f"attention.key_length{local}")) or config.get("head_dim") or hidden // of_queries
+        value = _number(entries.get(f"attention.value_length{local}", entries.get("attention.value_length")))
         value = value or hidden // of_queries
         if "attn_kv_a_mqa" in stored and "attn_k_b" in stored:
             width = stored["attn_kv_a_mqa"]
@@ -67,7 +67,7 @@ def gguf_kv_layers(anatomy: Anatomy, tensors: Mapping[str, HasShape]) -> list[tu
         else:
             continue
         if any(part.startswith("indexer.") for part in stored):
-            width += _number(said.get("attention.indexer.key_length")) or 0
+            width += _number(entries.get("attention.indexer.key_length")) or 0
         layers.append((width, of_queries * (key + value), window))
     return layers or None
 
@@ -83,22 +83,23 @@ def _of(value: Any, layer: int) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _keeps_a_state(architecture: str, said: Mapping[str, Any], layer: int) -> bool:
+def _keeps_a_state(architecture: str, entries: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer is recurrent, and so keeps nothing per position."""
-    stated = said.get("attention.recurrent_layers")
+    stated = entries.get("attention.recurrent_layers")
     if isinstance(stated, list):
         return layer < len(stated) and bool(stated[layer])
     if architecture not in _ATTENTION_EVERY:
         return False
-    return (layer + 1) % (_number(said.get("full_attention_interval")) or _ATTENTION_EVERY[architecture]) != 0
+    return (layer + 1) % (_number(entries.get("full_attention_interval")) or _ATTENTION_EVERY[architecture]) != 0
 
 
-def _window(architecture: str, said: Mapping[str, Any], layer: int) -> int | None:
+def _window(architecture: str, entries: Mapping[str, Any], layer: int) -> int | None:
     """Return the positions that a layer sees; None where it sees all, as in architectures that read no window."""
-    window, pattern = _number(said.get("attention.sliding_window")), said.get("attention.sliding_window_pattern")
+    window = _number(entries.get("attention.sliding_window"))
+    pattern = entries.get("attention.sliding_window_pattern")
     if architecture not in _FULL_EVERY and architecture not in _BY_LIST:
         return None
-    if architecture == "llama4" and said.get("attention.sliding_window") != 0:
+    if architecture == "llama4" and entries.get("attention.sliding_window") != 0:
         window = _CHUNK
     if isinstance(pattern, list):
         return window if layer < len(pattern) and pattern[layer] else None

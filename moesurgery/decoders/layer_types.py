@@ -25,6 +25,7 @@ Layers = tuple[AttentionKind, ...]
 
 
 def count_layers(config: Config) -> int:
+    """Return the number of layers. Raises CheckpointError where the config states none."""
     return whole_number(config, "num_hidden_layers")
 
 

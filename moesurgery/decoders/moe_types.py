@@ -10,7 +10,7 @@ from moesurgery.decoders.architecture import Architecture, Moe, SharedExpertName
 from moesurgery.decoders.layer_types import LayerTypes, MixedLayers, OneWindow, RopeFlags
 from moesurgery.decoders.rope import Rope
 from moesurgery.decoders.shared_traits import (
-    COHERE,
+    COHERE2,
     COHERE_MODULES,
     CONVOLUTION_MODULES,
     DELTA_MODULES,
@@ -53,6 +53,7 @@ SPARSE = {"mlp_layer_types": "sparse"}
 
 
 def deepseek(per_layer: Mapping[str, Any] | None = None, **settings: Any) -> Moe:
+    """Return the MoE block of DeepSeek's names, with the config settings that a mixture made here gets."""
     shared = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, **settings}
     return Moe("moe_intermediate_size", _SHARED_EXPERTS, shared, per_layer or {})
 
@@ -232,21 +233,8 @@ MOE_TYPES: tuple[Architecture, ...] = (
     mixture(
         "cohere2_moe",
         "Cohere2MoeForCausalLM",
-        COHERE,
-        QKVO_BIAS,
+        COHERE2,
         wide(HEAD_DIM_128),
-        {
-            "layers": LayerTypes(
-                4096,
-                lambda c, i: (i + 1) % (c.get("sliding_window_pattern") or 4) != 0,
-                rope_when_sliding=True,
-                extra=("sliding_window_pattern",),
-            ),
-        },
-        rounded_eps(1e-5, "layer_norm_eps"),
-        tokens(pad=0, bos=5, eos=255001),
-        context(8192),
-        tie(True),
         modules=COHERE_MODULES,
         moe=Moe(
             "intermediate_size",

@@ -32,14 +32,17 @@ HEAD_DIM_128 = TraitKey("head_dim", 128)
 
 
 def wide(head_dim: Codec) -> dict[str, Codec]:
+    """Return the width of a head, and the scale of attention scores that follows from it."""
     return {"head_dim": head_dim, "attention_multiplier": scale_of(head_dim)}
 
 
 def rounded_eps(default: float, key: str = "rms_norm_eps") -> dict[str, Codec]:
+    """Return the epsilon of norms, with its default and its key."""
     return {"norm_eps": TraitKey(key, default)}
 
 
 def tokens(pad: int | None = None, bos: int | None = 1, eos: Any = 2) -> dict[str, Codec]:
+    """Return the ids of special tokens; None is null."""
     return {
         name: TraitKey(f"{name}_token_id", default, null=True)
         for name, default in (("pad", pad), ("bos", bos), ("eos", eos))
@@ -47,6 +50,7 @@ def tokens(pad: int | None = None, bos: int | None = 1, eos: Any = 2) -> dict[st
 
 
 def biases(qkv: Codec, o: Codec | None = None, mlp: Codec | None = None) -> dict[str, Codec]:
+    """Return which projections have a bias; none where nothing is said."""
     return {"qkv_bias": qkv, "o_bias": o or Always(False), "mlp_bias": mlp or Always(False)}
 
 
@@ -58,10 +62,12 @@ ALL_BIASES = biases(ATTENTION_BIAS, ATTENTION_BIAS, MLP_BIAS)
 
 
 def context(longest: int) -> dict[str, Codec]:
+    """Return the longest context, in tokens."""
     return {"max_position_embeddings": TraitKey("max_position_embeddings", longest)}
 
 
 def tie(default: bool, *aliases: str) -> dict[str, Codec]:
+    """Return whether head and embedding are one, by default and under which other keys."""
     return {"tied": TraitKey("tie_word_embeddings", default, aliases=aliases)}
 
 
@@ -107,6 +113,20 @@ COHERE: dict[str, Codec] = {
     "block": Always("one before attention and FFN in parallel"),
     "logit_multiplier": TraitKey("logit_scale", 0.0625),
     "rope_pairs": Always("neighbours"),
+    **QKVO_BIAS,
+    **rounded_eps(1e-5, "layer_norm_eps"),
+    **tokens(pad=0, bos=5, eos=255001),
+    **context(8192),
+    **tie(True),
+}
+COHERE2: dict[str, Codec] = {
+    **COHERE,
+    "layers": LayerTypes(
+        4096,
+        lambda c, i: (i + 1) % (c.get("sliding_window_pattern") or 4) != 0,
+        rope_when_sliding=True,
+        extra=("sliding_window_pattern",),
+    ),
 }
 LATENT: dict[str, Codec] = {
     "attention": Always("latent (MLA)"),
@@ -168,6 +188,7 @@ WHOLE_NORMS: dict[str, Codec] = {
 
 
 def qwen_windows(slides: Callable[[Config, int], bool]) -> dict[str, Codec]:
+    """Return the layers of which those have a window for which `slides(config, layer)` is true."""
     return {"layers": LayerTypes(4096, slides, "use_sliding_window", extra=("max_window_layers",))}
 
 
@@ -213,6 +234,7 @@ def dense(
     some: tuple[str, ...] = (),
     own: tuple[str, ...] = (),
 ) -> Architecture:
+    """Return a dense type: a plain Llama but for `traits`."""
     return Architecture(model_type, causal_lm, _joined(traits), modules, ffn=ffn, some=some, own=own)
 
 
@@ -225,6 +247,7 @@ def mixture(
     some: tuple[str, ...] = (),
     own: tuple[str, ...] = (),
 ) -> Architecture:
+    """Return a type with a MoE block: a plain Llama but for `traits`."""
     return Architecture(model_type, causal_lm, _joined(traits), modules, moe=moe, some=some, own=own)
 
 

@@ -143,6 +143,7 @@ def whole_number(config: Config, key: str) -> int:
 
 
 def heads(config: Config) -> int:
+    """Return the number of attention heads. Raises CheckpointError where the config states none."""
     return whole_number(config, "num_attention_heads")
 
 

@@ -9,15 +9,38 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesurgery.checkpoint.arrays import NotFiniteError, beyond, decoded, encoded, multiplied, rounded
+from moesurgery.checkpoint.arrays import LARGEST_FINITE, NotFiniteError, beyond, decoded, encoded, multiplied, rounded
 from moesurgery.checkpoint.block_values import REQUANTISED, multiplied_blocks
 from moesurgery.checkpoint.dtypes import BLOCKS, PLAIN_FLOATS, block_elements
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed, torch_dtype
+from moesurgery.expr.nodes import Expr, Reader, Unary, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+
+def _largest(kind: torch.dtype) -> float:
+    """Return the largest finite number of a floating dtype of torch; infinity for integers."""
+    import torch
+
+    return torch.finfo(kind).max if kind.is_floating_point else math.inf
+
+
+def narrowed(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return a tensor rounded to `dtype`, itself where that is its dtype.
+
+    Raises NotFiniteError where a finite number would become infinite.
+    """
+    import torch
+
+    rounded = values.to(torch_dtype(dtype))
+    if dtype not in LARGEST_FINITE or torch.finfo(rounded.dtype).max >= _largest(values.dtype):
+        return rounded
+    infinite = rounded.isinf()
+    if bool(infinite.any()) and bool((infinite & values.isfinite()).any()):
+        raise beyond(dtype)
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -29,10 +52,6 @@ class Scale(Unary):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         # A Python float multiplies bf16 and f16 in float32 with one rounding; a tensor would round first.
         return self.of.evaluate(start, stop, reader).mul_(self.factor)
-
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         values = self.of.array(start, stop, reader)
@@ -83,10 +102,6 @@ class BlockScale(Unary):
 
         return torch.from_numpy(self.array(start, stop, reader))
 
-    @property
-    def numpy_only(self) -> bool:
-        return True
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         return decoded(self.raw(start, stop, reader), self.dtype)
 
@@ -127,10 +142,6 @@ class Cast(Unary):
             return narrowed(self.of.evaluate(start, stop, reader), self.to)
         except NotFiniteError:
             raise beyond(self.to, _name(self)) from None
-
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         try:

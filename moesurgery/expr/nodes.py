@@ -17,8 +17,16 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from moesurgery.checkpoint.arrays import LARGEST_FINITE, beyond, decoded, encoded
-from moesurgery.checkpoint.dtypes import BITS, BLOCKS, PLAIN_FLOATS, block_elements, byte_count, element_count
+from moesurgery.checkpoint.arrays import decoded, encoded
+from moesurgery.checkpoint.dtypes import (
+    BITS,
+    BLOCKS,
+    CONFIG_NAMES,
+    PLAIN_FLOATS,
+    block_elements,
+    byte_count,
+    element_count,
+)
 from moesurgery.checkpoint.header import TensorInfo
 from moesurgery.checkpoint.source import Source
 
@@ -99,8 +107,8 @@ class Expr:
 
     @property
     def numpy_only(self) -> bool:
-        """Whether `array` needs no torch."""
-        return False
+        """Whether `array` needs no torch: the node has one of its own, and so have its inputs."""
+        return type(self).array is not Expr.array and all(part.numpy_only for part in self.inputs)
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         """Return elements `start:stop` (flattened) as float32, or float64 for F64, owned by the caller."""
@@ -128,51 +136,24 @@ class Expr:
             yield from part.ranges(*_in_multiples(part, first, last))
 
 
+_TORCH_NAMES = {
+    **CONFIG_NAMES,
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     """Return torch's name for a safetensors dtype. Raises ValueError for types torch cannot hold."""
     import torch
 
-    names = {
-        "F64": "float64",
-        "F32": "float32",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E5M2": "float8_e5m2",
-        "F8_E8M0": "float8_e8m0fnu",
-        "I64": "int64",
-        "I32": "int32",
-        "I16": "int16",
-        "I8": "int8",
-        "U8": "uint8",
-        "BOOL": "bool",
-    }
-    if dtype not in names:
+    if dtype not in _TORCH_NAMES:
         raise ValueError(f"no arithmetic on {dtype}")
-    return getattr(torch, names[dtype])  # type: ignore[no-any-return]
-
-
-def _largest(kind: torch.dtype) -> float:
-    """Return the largest finite number of a floating dtype of torch; infinity for integers."""
-    import torch
-
-    return torch.finfo(kind).max if kind.is_floating_point else math.inf
-
-
-def narrowed(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return a tensor rounded to `dtype`, itself where that is its dtype.
-
-    Raises NotFiniteError where a finite number would become infinite.
-    """
-    import torch
-
-    rounded = values.to(torch_dtype(dtype))
-    if dtype not in LARGEST_FINITE or torch.finfo(rounded.dtype).max >= _largest(values.dtype):
-        return rounded
-    infinite = rounded.isinf()
-    if bool(infinite.any()) and bool((infinite & values.isfinite()).any()):
-        raise beyond(dtype)
-    return rounded
+    return getattr(torch, _TORCH_NAMES[dtype])  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -208,8 +189,7 @@ class Stored(Expr):
         return self.info.start + int(start * bits // 8), int((stop - start) * bits // 8)
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
-        kind = torch_dtype(self.dtype)
-        return reader.read(self.source, self.info.file, *self._range(start, stop)).view(kind)
+        return reader.read(self.source, self.info.file, *self._range(start, stop)).view(torch_dtype(self.dtype))
 
     @property
     def numpy_only(self) -> bool:
@@ -293,31 +273,24 @@ class Slice(Unary):
         return (self.stop - self.start, *self.of.shape[1:])
 
     @property
-    def row(self) -> int:
-        return element_count(self.of.shape[1:])
+    def offset(self) -> int:
+        """The element of `of` that is the first of these."""
+        return self.start * element_count(self.of.shape[1:])
 
     def pieces(self) -> Iterator[Piece]:
-        return window(self.of.pieces(), self.start * self.row, self.stop * self.row, BITS[self.dtype])
+        return window(self.of.pieces(), self.offset, self.offset + self.numel, BITS[self.dtype])
 
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
-        offset = self.start * self.row
-        return evaluated(self.of, offset + start, offset + stop, reader)
-
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
+        return evaluated(self.of, self.offset + start, self.offset + stop, reader)
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
-        offset = self.start * self.row
-        return _array(self.of, offset + start, offset + stop, reader)
+        return _array(self.of, self.offset + start, self.offset + stop, reader)
 
     def raw(self, start: int, stop: int, reader: Reader) -> memoryview:
-        offset = self.start * self.row
-        return _raw(self.of, offset + start, offset + stop, reader)
+        return _raw(self.of, self.offset + start, self.offset + stop, reader)
 
     def ranges(self, start: int, stop: int) -> Iterator[Copy]:
-        offset = self.start * self.row
-        yield from self.of.ranges(*_in_multiples(self.of, offset + start, offset + stop))
+        yield from self.of.ranges(*_in_multiples(self.of, self.offset + start, self.offset + stop))
 
 
 @dataclass(frozen=True)
@@ -348,10 +321,6 @@ class Concat(Expr):
 
         tensors = [evaluated(part, first, last, reader) for part, first, last in self.within(start, stop)]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    @property
-    def numpy_only(self) -> bool:
-        return all(part.numpy_only for part in self.parts)
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
@@ -400,19 +369,6 @@ def reshape(of: Expr, shape: tuple[int, ...]) -> Expr:
     if element_count(shape) != of.numel:
         raise ValueError(f"cannot see {of.shape} as {shape}")
     return of if of.shape == shape else Concat((of,), shape)
-
-
-def take(of: Expr, indices: list[int]) -> Expr:
-    """Select entries of the first axis, in the given order; neighbours become one byte range."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1]:
-            runs[-1][1] += 1
-        else:
-            runs.append([index, index + 1])
-    if runs == [[0, of.shape[0]]]:
-        return of
-    return concat([Slice(of, first, last) for first, last in runs])
 
 
 def window(pieces: Iterator[Piece], start: int, stop: int, bits: int | Fraction) -> Iterator[Piece]:

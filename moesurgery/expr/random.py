@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moesurgery.checkpoint.arrays import rounded
-from moesurgery.expr.nodes import Expr, Reader, narrowed
+from moesurgery.expr.elementwise import narrowed
+from moesurgery.expr.nodes import Expr, Reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,10 +51,6 @@ class _Drawn(Expr):
         import torch
 
         return narrowed(torch.from_numpy(self._numbers(start, stop)), self.dtype)
-
-    @property
-    def numpy_only(self) -> bool:
-        return True
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         return rounded(self._numbers(start, stop), self.dtype, strict=True)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesurgery.expr.nodes import Copy, Expr, Reader, Unary, narrowed
-from moesurgery.expr.tensors import Gather
+from moesurgery.expr.elementwise import narrowed
+from moesurgery.expr.nodes import Copy, Expr, Reader, Unary
+from moesurgery.expr.tensors import Gather, function_name
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,7 @@ class SharedComputation:
     parameters: tuple[tuple[str, Any], ...] = ()
 
     def __repr__(self) -> str:
-        # The digest of a plan is made of this; a function's own text has its address in it.
-        name = f"{self.function.__module__}.{self.function.__qualname__}"
-        return f"Solution({name}, {self.of!r}, {self.parameters!r})"
+        return f"Solution({function_name(self.function)}, {self.of!r}, {self.parameters!r})"
 
     def results(self, reader: Reader) -> tuple[torch.Tensor, ...]:
         """Return the function's results, computing them in one thread at a time."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from moesurgery.checkpoint.arrays import decoded, rounded
 from moesurgery.checkpoint.dtypes import BITS, PLAIN_FLOATS, element_count
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Copy, Expr, Reader, Slice, Unary, narrowed, torch_dtype
+from moesurgery.expr.elementwise import narrowed
+from moesurgery.expr.nodes import Copy, Expr, Reader, Slice, Unary, concat, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,10 +103,6 @@ class SliceLast(Unary):
         rows = self.of.evaluate(start // width * whole, stop // width * whole, reader)
         return rows.view(-1, whole)[:, self.start : self.stop].reshape(-1)
 
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         width, whole = self.stop - self.start, self.of.shape[-1]
         rows = self.of.array(start // width * whole, stop // width * whole, reader)
@@ -147,10 +144,6 @@ class TakeLast(Unary):
         # As bytes where an entry is one: torch does not select among all of these types.
         plain = rows.view(torch.uint8) if rows.element_size() == 1 else rows
         return plain.view(-1, whole)[:, list(self.indices)].reshape(-1).view(rows.dtype)
-
-    @property
-    def numpy_only(self) -> bool:
-        return self.of.numpy_only
 
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         width, whole = len(self.indices), self.of.shape[-1]
@@ -235,9 +228,22 @@ def transpose(of: Expr) -> Expr:
     return of.of if isinstance(of, Transposed) else Transposed(of)
 
 
+def take(of: Expr, indices: list[int]) -> Expr:
+    """Select entries of the first axis, in the given order; neighbours become one byte range."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([index, index + 1])
+    if runs == [[0, of.shape[0]]]:
+        return of
+    return concat([Slice(of, first, last) for first, last in runs])
+
+
 @dataclass(frozen=True)
 class Gather(Unary):
-    """Rows of the first axis in any order, as for a permutation of neurons. For few, long runs use `expr.take`."""
+    """Rows of the first axis in any order, as for a permutation of neurons. For few, long runs use `take`."""
 
     indices: tuple[int, ...]
 
@@ -335,6 +341,11 @@ class Constant(Expr):
         return memoryview(self.data)[start * size : stop * size]
 
 
+def function_name(function: Callable[..., Any]) -> str:
+    """Return what stands for a module-level function in the digest of a plan: its own text has its address in it."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 @dataclass(frozen=True)
 class Applied(Expr):
     """`function(*values, **parameters)` on whole tensors: for what cannot be done in parts.
@@ -350,9 +361,9 @@ class Applied(Expr):
     parameters: tuple[tuple[str, Any], ...] = field(default=())
 
     def __repr__(self) -> str:
-        # The digest of a plan is made of this; a function's own text has its address in it.
-        name = f"{self.function.__module__}.{self.function.__qualname__}"
-        return f"Applied({name}, {self.of!r}, {self.dtype!r}, {self.shape!r}, {self.parameters!r})"
+        return (
+            f"Applied({function_name(self.function)}, {self.of!r}, {self.dtype!r}, {self.shape!r}, {self.parameters!r})"
+        )
 
     @property
     def chunk_multiple(self) -> int:

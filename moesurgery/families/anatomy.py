@@ -196,6 +196,7 @@ def check_stated_top_k(anatomy: Anatomy) -> None:
 
 
 def model_type_of(config: Mapping[str, Any]) -> str:
+    """Return `model_type` of a config, "?" where it has none."""
     return str(config.get("model_type", "")) or "?"
 
 

@@ -35,7 +35,7 @@ class MoeShape:
 
 @dataclass(frozen=True)
 class NumberRule:
-    """What one client wants of a number, what happens otherwise (`stops`: it does not run), and where that was read.
+    """What one client wants of a number, what happens otherwise, and where that was read.
 
     `misses` returns the awkward number in words, "" where there is none.
     """
@@ -43,12 +43,11 @@ class NumberRule:
     client: str
     wants: str
     otherwise: str
-    stops: bool
     source: str
     misses: Callable[[MoeShape], str]
 
-    def said_of(self, shape: MoeShape) -> str:
-        """Return what is to be said of a model, "" where its numbers are as wanted."""
+    def warning_for(self, shape: MoeShape) -> str:
+        """Return what a user of the model must know, "" where its numbers are as wanted."""
         awkward = self.misses(shape)
         return f"{awkward}: {self.client} wants {self.wants}; otherwise {self.otherwise}" if awkward else ""
 
@@ -116,7 +115,6 @@ NUMBER_RULES: tuple[NumberRule, ...] = (
         "vllm",
         "a power of two up to 512, or 192, 320, 384, 448 or 576 experts",
         "routing takes a general path of two kernels instead of the fused one",
-        False,
         "csrc/moe/topk_softmax_kernels.cu; vLLM PR 22211",
         _not_fused,
     ),
@@ -124,16 +122,14 @@ NUMBER_RULES: tuple[NumberRule, ...] = (
         "vllm",
         "a power of two up to 512, or 192, 320, 384, 448 or 576 experts in this type",
         "it stops with `Unsupported expert number`",
-        True,
         "vLLM issue 51521; a way round in PR 50982, open",
         _not_sqrt_softplus,
     ),
-    NumberRule("vllm", _SHARDED, "it stops while loading", True, "vLLM issues 54178 and 25292", _width_over_ranks),
+    NumberRule("vllm", _SHARDED, "it stops while loading", "vLLM issues 54178 and 25292", _width_over_ranks),
     NumberRule(
         "vllm",
         "as many experts on each rank of expert parallelism",
         "some ranks hold one more, and its load balancer (EPLB) refuses",
-        False,
         "vllm/model_executor/layers/fused_moe: expert_map_manager.py, layer.py",
         _experts_over_ranks,
     ),
@@ -141,16 +137,14 @@ NUMBER_RULES: tuple[NumberRule, ...] = (
         "sglang",
         "as many experts on each rank of expert parallelism",
         "it stops",
-        True,
         "sglang/srt/layers/moe/fused_moe_triton/layer.py",
         _experts_over_ranks,
     ),
-    NumberRule("sglang", _SHARDED, "it stops while loading", True, "SGLang issues 3345 and 26107", _width_over_ranks),
+    NumberRule("sglang", _SHARDED, "it stops while loading", "SGLang issues 3345 and 26107", _width_over_ranks),
     NumberRule(
         "sglang",
         "a power of two of experts, at most 32 in a group, where routing is in groups",
         "routing takes a slower path than the fused kernel",
-        False,
         "SGLang PR 4445",
         _not_fused_groups,
     ),
@@ -158,7 +152,6 @@ NUMBER_RULES: tuple[NumberRule, ...] = (
         "llama.cpp",
         "a width that is a multiple of 256",
         "k-quants of the down-projections become larger forms (Q4_K Q5_0, Q6_K Q8_0): up to a third more bytes",
-        False,
         "llama.cpp issue 6614; PR 28474, where a whole model took 6.18 bits instead of 4.5 a weight",
         _width_multiple(256),
     ),
@@ -166,7 +159,6 @@ NUMBER_RULES: tuple[NumberRule, ...] = (
         "mlx",
         "a width that is a multiple of the group size, 64 by default",
         "quantisation leaves the down-projections as they are, unless --q-group-size 32 divides them",
-        False,
         "mlx_lm/utils.py, quantize_model",
         _width_multiple(64),
     ),
@@ -174,7 +166,6 @@ NUMBER_RULES: tuple[NumberRule, ...] = (
         "transformers5",
         "a width that is a multiple of 8",
         "its grouped products of 16-bit weights fail (`strides should be multiple of 16 bytes`)",
-        True,
         "torch._grouped_mm, torch 2.x, run here",
         _width_multiple(8),
     ),

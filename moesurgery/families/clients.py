@@ -9,7 +9,7 @@ because the program has no code for the type or computes something else, is a `F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -327,10 +327,10 @@ CLIENTS: Mapping[str, Client] = {
 
 @dataclass(frozen=True)
 class Wants:
-    """What one or several clients want of one model: `for_all` gives a form that every one of them reads."""
+    """What clients want of one model: all of them by default, for a form that every one of them reads."""
 
     config: Config
-    clients: tuple[Client, ...]
+    clients: tuple[Client, ...] = tuple(CLIENTS.values())
 
     @cached_property
     def keys(self) -> dict[str, Any]:
@@ -351,11 +351,6 @@ class Wants:
         kind = model_type_of(self.config)
         any_will_do = all(c.other_layouts is None or kind in c.other_layouts for c in self.clients)
         return None if any_will_do else published
-
-
-def wants_of(config: Config, clients: Iterable[str] = tuple(CLIENTS)) -> Wants:
-    """Return what the clients of these names want of a model; all of them by default."""
-    return Wants(config, tuple(CLIENTS[name] for name in clients))
 
 
 def with_keys(config: Config, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def is_mtp(name: str) -> bool:
 
 
 def is_vision(components: list[str]) -> bool:
+    """Whether one of the parts of a name belongs to a vision or audio tower."""
     return not _VISION_NAMES.isdisjoint(components)
 
 

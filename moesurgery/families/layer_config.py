@@ -52,12 +52,12 @@ def layer_settings(settings: Settings, layer: int) -> dict[str, Any]:
     depth = settings.layers or 0
     for part in settings.sections():
         for inside, place in _places(part):
-            for key, value in _said(place, layer, depth):
+            for key, value in _entries_of_layer(place, layer, depth):
                 by_key.setdefault(inside + key, value)
     return {key: value for key, value in by_key.items() if OVERRULED.get(key) not in by_key}
 
 
-def _said(place: Mapping[str, Any], layer: int, depth: int) -> Iterator[tuple[str, Any]]:
+def _entries_of_layer(place: Mapping[str, Any], layer: int, depth: int) -> Iterator[tuple[str, Any]]:
     """Yield what one object of the config says of one layer."""
     for key, value in place.items():
         if key in LISTS and isinstance(value, (list, str)) and len(value) >= depth > layer:
@@ -165,8 +165,8 @@ def _check_followed(before: Settings, after: Settings, origins: Sequence[LayerOr
                 )
     for new, origin in enumerate(origins):
         for key in (_SHARERS, "index_topk_pattern"):
-            lender, old = _lender(after, key, new), _lender(origin.settings, key, origin.layer)
-            same = lender is not None and old is not None and origins[lender] == LayerOrigin(origin.settings, old)
+            used, old = _indexer_layer(after, key, new), _indexer_layer(origin.settings, key, origin.layer)
+            same = used is not None and old is not None and origins[used] == LayerOrigin(origin.settings, old)
             if not same:
                 raise RefusedError(
                     f"config.json: {key}: layer {origin.layer} shares the indexer of layer {old}, which would not be"
@@ -182,7 +182,7 @@ def _value(settings: Settings, key: str) -> Any:
     return next((place[last] for place in places if place.get(last) is not None), None)
 
 
-def _lender(settings: Settings, key: str, layer: int) -> int | None:
+def _indexer_layer(settings: Settings, key: str, layer: int) -> int | None:
     """Return the layer whose indexer a layer uses, itself where it has one or none is shared; None where none is."""
     depth = settings.layers or 0
     kinds = settings.first((key,))

@@ -42,7 +42,7 @@ def recognise(
     anatomy = Anatomy(
         config=config,
         family=family,
-        is_moe=_looks_moe(config, names),
+        is_moe=_has_experts(config, names),
         blocks=[],
         component=dict.fromkeys(tensors, parts.OTHER),
         layer={},
@@ -70,7 +70,7 @@ def recognise(
         anatomy.blocks = sorted(with_experts, key=lambda b: (b.mtp, b.root, b.layer, b.where))
         for block in anatomy.blocks:
             try:
-                _settle(block, family, tensors, anatomy)
+                _choose_layout(block, family, tensors, anatomy)
             except CheckpointError as error:
                 if broken is None:
                     raise
@@ -142,7 +142,7 @@ def _divide(anatomy: Anatomy, family: Family, blocks: _Blocks) -> None:
             block.members = [m for m in block.members if m.expert is None or m.expert < stated]
 
 
-def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
+def _has_experts(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
     """Whether a model has experts at all: by its tensors, or by a config that counts some."""
     if any(re.search(r"\bexperts?\b|\.moe\.|expert_#|_exps\b", t) for t in templates):
         return True
@@ -150,7 +150,7 @@ def _looks_moe(config: Mapping[str, Any], templates: Mapping[str, Any]) -> bool:
     return any(isinstance(c, int) and c > 1 for c in counts)
 
 
-def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], anatomy: Anatomy) -> None:
+def _choose_layout(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], anatomy: Anatomy) -> None:
     """Choose the block's layout, count its experts and check that none is missing."""
     weights = [m for m in block.members if m.part and m.stem.main]
     present = {m.part.path for m in weights if m.part}
@@ -184,7 +184,7 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
         block.experts = _fused_experts(block, weights, tensors, anatomy)
     around = router_modules(block.of or family)
     block.router_modules = tuple(f"{block.layer_path}.{module}" for module in around)
-    _settle_quantised_router(block, tensors, anatomy)
+    _check_quantised_router(block, tensors, anatomy)
     for member in block.members:
         if member.along is not None and member.along.role != "expert_table" and not member.quantised_router:
             shape = tensors[member.name].shape
@@ -195,7 +195,7 @@ def _settle(block: MoeBlock, family: Family, tensors: Mapping[str, HasShape], an
                 raise CheckpointError(f"{member.name} has {length} entries for {block.experts} experts")
 
 
-def _settle_quantised_router(block: MoeBlock, tensors: Mapping[str, HasShape], anatomy: Anatomy) -> None:
+def _check_quantised_router(block: MoeBlock, tensors: Mapping[str, HasShape], anatomy: Anatomy) -> None:
     """Enter where the experts are in the tensors of a quantised router. Raises CheckpointError for another number."""
     routers: dict[str, list[BlockTensor]] = {}
     for member in block.members:

@@ -68,10 +68,6 @@ class LowRank(Unary):
     def inputs(self) -> tuple[Expr, ...]:
         return (self.of, self.left, self.right)
 
-    @property
-    def numpy_only(self) -> bool:
-        return all(expr.numpy_only for expr in self.inputs)
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         rank, width = self.right.shape
         first, last = start // width, stop // width

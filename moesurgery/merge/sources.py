@@ -10,7 +10,7 @@ from moesurgery.errors import RecipeError, RefusedError, at_line
 from moesurgery.families.quantised import without_quantisation
 from moesurgery.merge.compatibility import config_differences, tokenizers_differ
 from moesurgery.merge.recipe.parameter_values import ParameterValues
-from moesurgery.merge.recipe.stage import Input, LayerSlice, Stage
+from moesurgery.merge.recipe.stage import LayerSlice, Stage
 from moesurgery.merge.references import Models, split
 from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
 
@@ -125,7 +125,9 @@ class MergeSources:
         for entry in part.inputs:
             with at_line(self.origin, entry.line):
                 parts = self.opened(entry.model)
-                _check_range(entry, parts)
+                if entry.layers is not None and entry.layers[1] > parts.layers:
+                    ends = f"layer_range ends at {entry.layers[1]}, but {entry.model} has {parts.layers} layers"
+                    raise RecipeError(ends)
             first = entry.layers[0] if entry.layers else 0
             sources.append(MergeSource(entry.model, parts, entry.parameters, first, entry.line))
         base = part.base or self.stage.base
@@ -138,8 +140,3 @@ class MergeSources:
         if self.stage.method.base == "first":
             sources.sort(key=lambda s: s.reference != base)
         return sources
-
-
-def _check_range(entry: Input, parts: CanonicalTensors) -> None:
-    if entry.layers is not None and entry.layers[1] > parts.layers:
-        raise RecipeError(f"layer_range ends at {entry.layers[1]}, but {entry.model} has {parts.layers} layers")

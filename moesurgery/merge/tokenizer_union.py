@@ -56,10 +56,6 @@ class Gathered(Expr):
     def inputs(self) -> tuple[Expr, ...]:
         return self.options
 
-    @property
-    def numpy_only(self) -> bool:
-        return all(expr.numpy_only for expr in self.options)
-
     def array(self, start: int, stop: int, reader: Reader) -> np.ndarray:
         import numpy as np
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS, element_count
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
-from moesurgery.expr.tensors import Full, concat_last, slice_last
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape
+from moesurgery.expr.tensors import Full, concat_last, slice_last, take
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.moe.expert_table import GONE, is_expert_table, remapped_table
 from moesurgery.plan.select_packed import PackedEntries

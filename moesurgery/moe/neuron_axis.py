@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moesurgery.errors import RefusedError
-from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
-from moesurgery.expr.tensors import Full, take_last
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape
+from moesurgery.expr.tensors import Full, take, take_last
 from moesurgery.families.anatomy import BlockTensor, MoeBlock
 from moesurgery.moe.neurons import restacked_experts
 

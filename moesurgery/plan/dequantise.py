@@ -18,7 +18,7 @@ from moesurgery.checkpoint.dtypes import BLOCKS, PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr, Reader, Slice, evaluated
-from moesurgery.expr.tensors import transpose
+from moesurgery.expr.tensors import function_name, transpose
 from moesurgery.families.quantised import (
     AWQ_ORDER,
     COMPANIONS,
@@ -29,9 +29,10 @@ from moesurgery.families.quantised import (
     quantisation_config,
     split_name,
 )
+from moesurgery.plan.code_values import float_values, fp4_values, integer_values, packed_values
 from moesurgery.plan.packed_codes import UnpackedCodes
 from moesurgery.plan.plan import Plan
-from moesurgery.plan.quantised_form import EXPONENTS, MAGNITUDES, Form, Numbers, as_floats
+from moesurgery.plan.quantised_form import EXPONENTS, Form, Numbers
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,10 @@ class Dequantised(Expr):
     parts: tuple[tuple[Expr, int], ...]
     shape: tuple[int, ...]
     parameters: tuple[tuple[str, Any], ...] = field(default=())
-    held: StoredForm | None = field(default=None, repr=False, compare=False)
+    held: StoredForm | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Dequantised({function_name(self.function)}, {self.parts!r}, {self.shape!r}, {self.parameters!r})"
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
@@ -88,9 +92,8 @@ class Dequantised(Expr):
         out, width = self.shape[-2:]
         if any(expr.chunk_multiple != 1 for expr, _ in self.parts):
             return max(out * width, 1)
-        return (
-            math.lcm(*(share for _, share in self.parts if 1 <= share < out), 1) * width if self._even else out * width
-        )
+        rows = math.lcm(*(share for _, share in self.parts if 1 <= share < out), 1) if self._even else out
+        return rows * width
 
     @property
     def _even(self) -> bool:
@@ -196,6 +199,11 @@ class _Weight:
     beside: list[tuple[QuantTensor, Expr]]
     config: Mapping[str, Any]
 
+    @property
+    def tensors(self) -> dict[str, Expr]:
+        """All of its tensors by what their names end in."""
+        return {self.suffix: self.expr, **{c.suffix: e for c, e in self.beside}}
+
     def of_kind(self, kind: str, rank: int) -> Expr | None:
         return next((e for c, e in self.beside if c.kind == kind and c.rank == rank), None)
 
@@ -231,7 +239,7 @@ def _values(weight: _Weight) -> Expr:
     if expr.dtype in _FP8 and over is None and under is None:
         numbers: Numbers = "e4m3" if expr.dtype == "F8_E4M3" else "e5m2"
         return _scaled(weight, float_values, expr.shape, scale, numbers)
-    if expr.dtype == "I8" and not _is_exponent(scale):
+    if expr.dtype == "I8" and scale.dtype not in EXPONENTS:
         return _scaled(weight, float_values, expr.shape, scale, "int", 8)
     if expr.dtype not in ("U8", "I8") or (weight.suffix == "" and over is not None):
         raise weight.refused()
@@ -300,17 +308,12 @@ def _of_integers(
     groups = scale.shape[1]
     if scale.shape[0] != out or width % groups or (zeros is not None and zeros.shape != scale.shape):
         raise weight.refused(f" with scales {list(scale.shape)} for {[out, width]}")
-    parts = [
-        (codes, 1),
-        (scale, 1),
-        *([] if zeros is None else [(zeros, 1)]),
-        *([] if columns is None else [(columns, 0)]),
-    ]
+    parts = [(codes, 1), (scale, 1), *((e, share) for e, share in ((zeros, 1), (columns, 0)) if e is not None)]
     form = Form("int", bits, 1, width // groups, scale.dtype, zeros=zeros is not None, less=less, fixed=fixed)
-    ends = {c.suffix for c, _ in weight.beside}
+    ends = weight.tensors
     stored = StoredForm(
         form,
-        {weight.suffix: weight.expr, **{c.suffix: e for c, e in weight.beside}},
+        weight.tensors,
         weight.suffix,
         next(s for s in (".scales", ".weight_scale") if s in ends),
         next((s for s in (".qzeros", ".weight_zero_point") if s in ends), ""),
@@ -323,10 +326,6 @@ def _of_integers(
 
 def _wider(expr: Expr, times: int) -> tuple[int, ...]:
     return (*expr.shape[:-1], expr.shape[-1] * times)
-
-
-def _is_exponent(scale: Expr) -> bool:
-    return scale.dtype in EXPONENTS
 
 
 def _scaled(
@@ -366,7 +365,7 @@ def _scaled(
     ends = {id(expr): c.suffix for c, expr in weight.beside}
     stored = StoredForm(
         form,
-        {weight.suffix: weight.expr, **{c.suffix: e for c, e in weight.beside}},
+        weight.tensors,
         weight.suffix,
         ends[id(scale)],
         overall="" if overall is None else ends[id(overall)],
@@ -394,67 +393,3 @@ def _block(weight: _Weight, shape: tuple[int, ...], scale: Expr) -> tuple[int, i
         else:
             raise weight.refused(f" with scales {list(scale.shape)} for {list(shape)}")
     return sizes[0], sizes[1]
-
-
-def _spread(scale: torch.Tensor, width: int, wide: int) -> torch.Tensor:
-    """Return scales [rows, columns/wide] as float32 [rows, columns], or [rows, 1] where one holds for a row."""
-    factor = as_floats(scale)
-    return factor if factor.shape[1] == 1 else factor.repeat_interleave(wide, 1)[:, :width]
-
-
-def float_values(width: int, weight: torch.Tensor, scale: torch.Tensor, wide: int) -> torch.Tensor:
-    """Return FP8 or int8 weights [rows, width] times their scales."""
-    return weight.float().mul_(_spread(scale, width, wide))
-
-
-def fp4_values(
-    width: int,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    overall: torch.Tensor | None = None,
-    wide: int = 32,
-    divide: bool = False,
-) -> torch.Tensor:
-    """Return 4-bit floats [rows, width / 2] bytes times their scales, times or divided by the overall one."""
-    import torch
-
-    table = torch.tensor([*MAGNITUDES, *(-v for v in MAGNITUDES)], device=packed.device)
-    nibbles = packed.view(torch.uint8)
-    values = torch.stack([table[(nibbles & 15).long()], table[(nibbles >> 4).long()]], dim=-1).flatten(1)
-    factor = _spread(scale, width, wide)
-    if overall is not None:
-        factor = factor / overall.float() if divide else factor * overall.float()
-    return values.mul_(factor)
-
-
-def packed_values(width: int, packed: torch.Tensor, scale: torch.Tensor, bits: int, wide: int) -> torch.Tensor:
-    """Return integers packed into 32-bit words, the first in the lowest bits, offset by half their range."""
-    import torch
-
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    values = (packed.view(torch.int32)[:, :, None] >> shifts) & ((1 << bits) - 1)
-    return (values.flatten(1) - (1 << (bits - 1))).float().mul_(_spread(scale, width, wide))
-
-
-def integer_values(
-    width: int,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    *more: torch.Tensor,
-    wide: int,
-    middle: int,
-    zeros: bool,
-    less: int,
-) -> torch.Tensor:
-    """Return integers [rows, width] (U8) less their zero points, times their scales [rows, width / wide].
-
-    `more` are the zero points where there are some, stored less `less`; then the group of each input where groups are
-    not neighbours.
-    """
-    zero = more[0].float() + less if zeros else scale.new_full((1, 1), middle).float()
-    factor = scale.float()
-    if len(more) > zeros:
-        order = more[-1].view(-1).long()
-        return (codes.float() - (zero[:, order] if zeros else zero)).mul_(factor[:, order])
-    wide_zero = zero.repeat_interleave(wide, 1) if zeros else zero
-    return (codes.float() - wide_zero).mul_(factor.repeat_interleave(wide, 1))

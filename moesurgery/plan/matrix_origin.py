@@ -50,8 +50,7 @@ def _pieces(expr: Expr, start: int, stop: int) -> Iterator[_Run]:
         for part, first, last in expr.within(start, stop):
             yield from _pieces(part, first, last)
     elif isinstance(expr, Slice):
-        offset = expr.start * expr.row
-        yield from _pieces(expr.of, offset + start, offset + stop)
+        yield from _pieces(expr.of, expr.offset + start, expr.offset + stop)
     else:
         yield _Run(expr, start, stop)
 

@@ -285,10 +285,10 @@ class OverallScale(Expr):
     def evaluate(self, start: int, stop: int, reader: Reader) -> torch.Tensor:
         with self._memo.lock:
             if self._memo.value is None:
-                self._memo.value = self._settled(reader)
+                self._memo.value = self._computed(reader)
             return self._memo.value.clone()
 
-    def _settled(self, reader: Reader) -> torch.Tensor:
+    def _computed(self, reader: Reader) -> torch.Tensor:
         import torch
 
         # A copy: what a reader returns is memory that it uses again, and the scale is kept.

@@ -143,7 +143,7 @@ def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
     with suppress(TooManyMistakes):
         recipe = build(document, wrong, origin) if not wrong or isinstance(document.value, dict) else None
     if wrong:
-        raise RecipeError(wrong.told(origin), "`moesurgery schema` prints what a recipe may hold")
+        raise RecipeError(wrong.text(origin), "`moesurgery schema` prints what a recipe may hold")
     assert recipe is not None
     return recipe
 

@@ -52,7 +52,7 @@ class Mistakes(list[tuple[int, str]]):
         if len(self) > MAX_MISTAKES:
             raise TooManyMistakes
 
-    def told(self, origin: str) -> str:
+    def text(self, origin: str) -> str:
         """Return a line for each, in the order of lines."""
         lines = [f"{origin}:{line}: {one_line(message, 1000)}" for line, message in sorted(set(self))]
         more = len(lines) - SHOWN_MISTAKES

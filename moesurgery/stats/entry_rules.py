@@ -25,16 +25,19 @@ SWITCH = EntryRule("true or false", lambda v: type(v) is bool)
 
 
 def listed(rule: EntryRule) -> EntryRule:
+    """Return the rule of a list of what fits `rule`."""
     return EntryRule(f"a list, each {rule.what}", lambda v: isinstance(v, list) and all(map(rule.fits, v)))
 
 
 def mapping_to(rule: EntryRule) -> EntryRule:
+    """Return the rule of an object whose values fit `rule`."""
     return EntryRule(
         f"an object, each entry {rule.what}", lambda v: isinstance(v, dict) and all(map(rule.fits, v.values()))
     )
 
 
 def maybe(rule: EntryRule) -> EntryRule:
+    """Return the rule of null or what fits `rule`."""
     return EntryRule(f"{rule.what} or null", lambda v: v is None or rule.fits(v))
 
 

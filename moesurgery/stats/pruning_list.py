@@ -60,7 +60,7 @@ def keep_list(plan: PlanFile, reader: str) -> KeepList:
 
 
 def _vllm(plan: PlanFile, layers: Mapping[int, LayerPlan]) -> KeepList:
-    pruned = [[layer, e] for layer, entry in layers.items() for e in _gone(entry)]
+    pruned = [[layer, e] for layer, entry in layers.items() for e in _dropped(entry)]
     profile = {"version": 1, "model": str(plan.about["model"].get("name")), "pruned_experts": pruned}
     return KeepList(compact_json(profile) + "\n", ("vllm serve MODEL --riy-expert-profile FILE (vLLM, PR 37824)",))
 
@@ -71,9 +71,9 @@ def _vllm_ascend(plan: PlanFile, layers: Mapping[int, LayerPlan]) -> KeepList:
     for layer, entry in layers.items():
         scores = _scores(plan, layer, entry)
         kept = sorted(entry.keep or (), key=lambda e: (-scores[e], e))
-        gone = sorted(_gone(entry), key=lambda e: (-scores[e], e))
-        lines.append(compact_json({str(layer): [*kept, *gone]}))
-        shares.add(len(gone) / len(scores))
+        dropped = sorted(_dropped(entry), key=lambda e: (-scores[e], e))
+        lines.append(compact_json({str(layer): [*kept, *dropped]}))
+        shares.add(len(dropped) / len(scores))
     if len(shares) > 1:
         raise RefusedError(
             f"{plan.path} keeps different numbers of experts in its layers; vllm-ascend prunes one share of all",
@@ -93,7 +93,7 @@ READERS: Mapping[str, Callable[[PlanFile, Mapping[int, LayerPlan]], KeepList]] =
 }
 
 
-def _gone(entry: LayerPlan) -> list[int]:
+def _dropped(entry: LayerPlan) -> list[int]:
     stay = set(entry.keep or ())
     return [e for e in range(entry.experts or 0) if e not in stay]
 

@@ -371,4 +371,5 @@ def empty_sums(experts: int, hidden: int, others: list[int], device: torch.devic
 
 
 def as_numpy(sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return sums that were made on a device as arrays of the same shapes and dtypes."""
     return {name: values.cpu().numpy() for name, values in sums.items()}

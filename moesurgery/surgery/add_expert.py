@@ -10,9 +10,9 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
-from moesurgery.expr.nodes import Expr, Slice, concat, reshape, take
-from moesurgery.expr.tensors import transpose
-from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
+from moesurgery.expr.nodes import Expr, Slice, concat, reshape
+from moesurgery.expr.tensors import take, transpose
+from moesurgery.families.anatomy import Anatomy, BlockTensor
 from moesurgery.families.quantisation_settings import names_experts
 from moesurgery.families.quantised import quantisation_config
 from moesurgery.moe.canonical_names import CanonicalName, CanonicalTensors
@@ -76,7 +76,7 @@ def add_expert(
                     f"{_NAME}: {member.name} is part of a quantised router, which takes no rows of another",
                     "dequantise both first with `moesurgery convert --dequantize`",
                 )
-            entries[member.name] = joined.entries(block, member)
+            entries[member.name] = joined.entries(member)
     tensors, shard_of = plan.substituted(entries)
     step = Step(
         _NAME,
@@ -118,7 +118,7 @@ class _Joined:
     def __init__(self, ours: CanonicalTensors, theirs: CanonicalTensors, chosen: Sequence[int], total: int) -> None:
         self.ours, self.theirs, self.chosen, self.total = ours, theirs, chosen, total
 
-    def entries(self, block: MoeBlock, member: BlockTensor) -> list[tuple[str, Expr]]:
+    def entries(self, member: BlockTensor) -> list[tuple[str, Expr]]:
         """Return what takes the place of a tensor: itself with more entries, or with more tensors after it."""
         expr = self.ours.plan.tensors[member.name]
         holder = self.ours.tensors[member.name]

@@ -273,11 +273,13 @@ def with_protection(ranked: Ranking, anatomy: Anatomy, operation: str, stats: st
 
 
 def protected_note(protected: Mapping[str, Sequence[int]]) -> str:
+    """Return the note on experts, by block, that no choice may drop."""
     named = ", ".join(f"{where}: {', '.join(map(str, e))}" for where, e in protected.items())
     return f"protected, for outputs far above all others' ({named}); --no-protect-super lets them go"
 
 
 def not_run_note(blocks: Sequence[str]) -> str:
+    """Return the note on blocks that the statistics did not see."""
     return f"{', '.join(blocks)}: not run, so experts were chosen by their router rows"
 
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from moesurgery.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, PLAIN_FLOATS
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.elementwise import cast
-from moesurgery.families.anatomy import Anatomy, MoeBlock
+from moesurgery.families.anatomy import Anatomy
 from moesurgery.families.clients import CLIENTS, Client
 from moesurgery.families.config_keys import DTYPE_KEYS, with_dtype
-from moesurgery.families.family import Family, Layout
+from moesurgery.families.family import Layout
 from moesurgery.families.quantisation_settings import with_renamed_settings
 from moesurgery.families.quantised import method, without_quantisation
 from moesurgery.moe.expert_axis import Entries
@@ -116,7 +116,7 @@ def convert(
 def unread_layout(plan: Plan) -> list[str]:
     """Return the clients that have code for the type of a plan, and not for the layout that its experts are in."""
     family = plan.anatomy.family
-    if family is None or all(block.layout == _published(block, family) for block in plan.anatomy.blocks):
+    if family is None or all(block.layout == (block.of or family).layouts[0] for block in plan.anatomy.blocks):
         return []
     kind = plan.anatomy.model_type
     return [
@@ -124,10 +124,6 @@ def unread_layout(plan: Plan) -> list[str]:
         for name, client in CLIENTS.items()
         if client.has_code(kind) and client.other_layouts is not None and kind not in client.other_layouts
     ]
-
-
-def _published(block: MoeBlock, family: Family) -> Layout:
-    return (block.of.layouts if block.of else family.layouts)[0]
 
 
 def _for_client(plan: Plan, client: Client, layout: _Kind | None) -> tuple[Plan, str]:

@@ -172,7 +172,7 @@ def drop_experts(
         warnings = planned.warnings
     else:
         dropped = _named(anatomy, experts, keep)
-    kept = {where: [e for e in range(total) if e not in gone] for where, gone in dropped.items()}
+    kept = {where: [e for e in range(total) if e not in lost] for where, lost in dropped.items()}
     try:
         remaining = equal_count(_NAME, kept)
     except RefusedError as error:
@@ -220,7 +220,7 @@ def drop_experts(
             f"{family.name} uses raw softmax weights: without the dropped experts those of the others grow, by"
             " 1/(1 - what the dropped ones had), and so does the routed output"
         )
-    same = len({tuple(gone) for gone in dropped.values()}) == 1
+    same = len({tuple(lost) for lost in dropped.values()}) == 1
     which = f": {_listed(next(iter(dropped.values())))}" if same else ""
     step = Step(
         _NAME,
@@ -265,7 +265,7 @@ def _awkward_notes(anatomy: Anatomy, remaining: int) -> list[str]:
     rules = [r for c in CLIENTS.values() if c.has_code(anatomy.model_type) for r in awkward_numbers(c.name, after)]
     # What a rule says begins with the number of experts, if it is about that.
     return [
-        rule.said_of(after)
+        rule.warning_for(after)
         for rule in rules
         if rule.misses(after).removeprefix(f"{remaining} ") != rule.misses(before).removeprefix(f"{before.experts} ")
     ]
@@ -287,5 +287,5 @@ def _listed(experts: Sequence[int]) -> str:
 
 
 def _table(dropped: Mapping[str, Sequence[int]]) -> Table:
-    rows = [(where, _listed(gone)) for where, gone in dropped.items()]
+    rows = [(where, _listed(lost)) for where, lost in dropped.items()]
     return Table(("layer", "dropped"), tuple(rows))

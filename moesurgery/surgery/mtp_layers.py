@@ -207,13 +207,13 @@ def _about_prediction(anatomy: Anatomy) -> Callable[[str], bool]:
 def _check_fit(anatomy: Anatomy, other: Anatomy) -> None:
     """Raise RefusedError where the layers do not fit: another type, hidden size or vocabulary."""
 
-    def said(of: Settings) -> dict[str, Any]:
+    def sizes(of: Settings) -> dict[str, Any]:
         return {"hidden size": of.hidden, "vocab_size": of.first(("vocab_size",))}
 
     if anatomy.model_type != other.model_type:
         raise RefusedError(f"mtp graft: this is a {anatomy.model_type}, --from is a {other.model_type}")
-    theirs = said(other.settings)
-    for what, value in said(anatomy.settings).items():
+    theirs = sizes(other.settings)
+    for what, value in sizes(anatomy.settings).items():
         if value != theirs[what]:
             hint = "the tokens that were added are unknown to the layers" if what == "vocab_size" else None
             raise RefusedError(f"mtp graft: this model's {what} is {value}, that of --from {theirs[what]}", hint)

@@ -74,7 +74,7 @@ def quantised_linears(
         for new, part in made.items():
             tensors[new], shard_of[new] = part, plan.shard_of[n]
     config = {**plan.config, "quantization_config": _settings(plan, target, quantised)}
-    what = f"{len(quantised)} weights of {len(plan.tensors)} to {name} ({target.form})" + _weighed(quantised, squares)
+    what = f"{len(quantised)} weights of {len(plan.tensors)} to {name} ({target.form})" + _note(quantised, squares)
     return plan.edited(Step(operation, {}, what), tensors=tensors, shard_of=shard_of, config=config), what
 
 
@@ -96,7 +96,7 @@ def _is_linear(plan: Plan, name: str) -> bool:
     )
 
 
-def _weighed(quantised: set[str], squares: Mapping[str, Expr]) -> str:
+def _note(quantised: set[str], squares: Mapping[str, Expr]) -> str:
     count = len(quantised.intersection(squares))
     return f", scales of {count} by the squares of their inputs" if count else ""
 
@@ -194,5 +194,5 @@ def _gpt_oss(plan: Plan, linears: Linears, operation: str, squares: Mapping[str,
             tensors[new], shard_of[new] = part, plan.shard_of[name]
     plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     config = {**plan.config, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": plain}}
-    what = f"{len(experts)} weights of {len(plan.tensors)} to mxfp4 ({form})" + _weighed(experts, squares)
+    what = f"{len(experts)} weights of {len(plan.tensors)} to mxfp4 ({form})" + _note(experts, squares)
     return plan.edited(Step(operation, {}, what), tensors=tensors, shard_of=shard_of, config=config), what

@@ -18,7 +18,7 @@ from moesurgery.expr.evaluate import values_of
 from moesurgery.expr.nodes import Expr, Slice, concat
 from moesurgery.expr.tensors import concat_last, mean
 from moesurgery.families.anatomy import Anatomy, BlockTensor, MoeBlock
-from moesurgery.families.clients import CLIENTS, Client, wants_of, with_keys
+from moesurgery.families.clients import CLIENTS, Client, Wants, with_keys
 from moesurgery.families.components import MTP
 from moesurgery.families.layer_config import without_prediction
 from moesurgery.families.layer_keys import KEYED
@@ -353,7 +353,7 @@ def _dense_config(anatomy: Anatomy, pair: DensePair, width: int) -> dict[str, An
     config["intermediate_size"] = width
     config["model_type"] = pair.target
     config["architectures"] = [pair.architecture]
-    return with_keys(config, wants_of(config).keys)
+    return with_keys(config, Wants(config).keys)
 
 
 def _notes(plan: Plan, anatomy: Anatomy, pair: DensePair, joins: bool) -> list[str]:

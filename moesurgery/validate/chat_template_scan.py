@@ -47,8 +47,8 @@ class Template:
         except (RecursionError, ValueError, MemoryError) as error:
             return f"is no template: {type(error).__name__}"
 
-    def reaches_out(self) -> Iterator[str]:
-        """Say what the template reaches for that no chat template needs."""
+    def problems(self) -> Iterator[str]:
+        """Yield what the template reads that no chat template needs."""
         from jinja2 import nodes
 
         if isinstance(self.parsed, str):
@@ -57,7 +57,7 @@ class Template:
             for node in _every(self.parsed):
                 if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
                     yield f"reads the attribute {node.attr!r}"
-                elif isinstance(node, nodes.Getitem) and _puts_together(node.arg):
+                elif isinstance(node, nodes.Getitem) and _builds_a_name(node.arg):
                     yield "reads an item whose hidden name it puts together"
                 elif isinstance(node, nodes.Filter) and node.name in ("attr", "map", "selectattr", "rejectattr"):
                     yield from _through_filter(node)
@@ -77,7 +77,7 @@ def _every(tree: nodes.Node) -> Iterator[nodes.Node]:
         waiting.extend(node.iter_child_nodes())
 
 
-def _puts_together(node: nodes.Node) -> bool:
+def _builds_a_name(node: nodes.Node) -> bool:
     """Whether an expression builds a name from parts with underscores: `'__cl' ~ 'ass__'`."""
     from jinja2 import nodes
 

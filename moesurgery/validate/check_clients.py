@@ -33,7 +33,7 @@ def read_by_client(subject: Context) -> Outcome:
     if subject.anatomy.blocks and subject.anatomy.family is not None:
         shape = moe_shape(subject.anatomy)
         for rule in awkward_numbers(client.name, shape):
-            yield finding("K07", rule.said_of(shape), CONFIG, hint=rule.source)
+            yield finding("K07", rule.warning_for(shape), CONFIG, hint=rule.source)
     wants = Wants(subject.config, (client,))
     if subject.anatomy.blocks and client.name in unread_layout(plan):
         name = subject.anatomy.blocks[0].members[0].name

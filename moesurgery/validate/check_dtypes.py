@@ -59,12 +59,12 @@ def _mixed(subject: Context, quantised: bool) -> Iterator[Finding]:
     for name, weights in subject.anatomy.parameters.items():
         if weights and not quantised:
             roles.setdefault(name_template(name)[0], {}).setdefault(subject.tensors[name].dtype, []).append(name)
-    told: set[str] = set()
+    reported: set[str] = set()
     for by_dtype in roles.values():
         common = max(by_dtype, key=lambda kind: len(by_dtype[kind]))
         odd = [name for kind, names in by_dtype.items() if kind != common for name in names]
-        if told.isdisjoint(odd) and odd:
-            told.update(odd)
+        if reported.isdisjoint(odd) and odd:
+            reported.update(odd)
             message = f"is {subject.tensors[odd[0]].dtype}, the others of its kind are {common}" + and_more(odd)
             yield finding("C10", message, tensor=odd[0])
 
@@ -158,9 +158,9 @@ def check_quantisation_files(subject: Context) -> Outcome:
             continue
         if content is None:
             continue
-        told = quantisation_method(content)
-        if told is not None and not quantised:
-            message = f"says {told}, but no weight is quantised: vLLM and SGLang obey it"
+        form = quantisation_method(content)
+        if form is not None and not quantised:
+            message = f"says {form}, but no weight is quantised: vLLM and SGLang obey it"
             yield finding("C15", message, file, hint="remove it, or copy the weights that it is about")
             continue
         here, there = (bits_named(place) for place in (content, quantisation_config(subject.config)))

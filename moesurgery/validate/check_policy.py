@@ -53,8 +53,8 @@ def no_pickles(subject: Context) -> Outcome:
         if pickle is None:
             continue
         hint = "moesurgery never opens it; remove it, or let nobody load it"
-        if pickle.strange:
-            named = ", ".join(pickle.strange[:5])
+        if pickle.unexpected:
+            named = ", ".join(pickle.unexpected[:5])
             yield finding("P01", f"is {pickle.kind} that names {named}", file, hint=hint, severity="error")
         else:
             partly = " (only its beginning was read)" if pickle.partial else ""
@@ -127,7 +127,7 @@ def names(subject: Context) -> Outcome:
 def templates(subject: Context) -> Outcome:
     """Chat templates are read as a syntax tree, never rendered."""
     for template in chat_templates(subject):
-        for problem in template.reaches_out():
+        for problem in template.problems():
             yield finding(
                 "P08", f"{template.place} {problem}", template.file, hint="do not render it outside a sandbox"
             )

@@ -15,11 +15,11 @@ from moesurgery.validate.check import NotChecked, Outcome, and_more, check, find
 from moesurgery.validate.check_vocabulary import embedding_of, head_of, is_tied
 from moesurgery.validate.context import Context
 from moesurgery.validate.identical_weights import same_layers, twin_experts
-from moesurgery.validate.judged_tensors import Judged, same_bytes, survey_of
+from moesurgery.validate.measured_spans import MeasuredSpan, measured_spans, same_bytes
 from moesurgery.validate.tensor_statistics import BLOCK, FLOAT_FORMATS, SHORTEST_RUN, Span
 
-FAR = 100.0  # times the median of its siblings: what makes an expert strange in its layer
-VERY_FAR = 1000.0  # what makes a tensor strange among the layers: norms and biases do vary
+FAR = 100.0  # times the median of its siblings: what makes an expert an outlier in its layer
+VERY_FAR = 1000.0  # what makes a tensor an outlier among the layers: norms and biases do vary
 NEAR_OVERFLOW = {"F16": 60_000.0, "BF16": 1e30, "F32": 1e30}
 
 
@@ -27,23 +27,23 @@ NEAR_OVERFLOW = {"F16": 60_000.0, "BF16": 1e30, "F32": 1e30}
 def values(subject: Context) -> Outcome:
     """Judge every tensor by itself and among its siblings."""
     try:
-        judged = survey_of(subject)
+        measured = measured_spans(subject)
     except CheckpointError as error:
         yield finding("V01", f"the weights cannot be read: {error.message}", hint=error.hint)
         return
-    for one in judged:
+    for one in measured:
         yield from _not_finite(subject, one)
         yield from _zero(subject, one)
         yield from _stretches(subject, one)
-    yield from twin_experts(subject, judged)
-    yield from same_layers(subject, judged)
-    yield from _strange(subject, judged)
-    yield from _tails(subject, judged)
+    yield from twin_experts(subject, measured)
+    yield from same_layers(subject, measured)
+    yield from _outliers(subject, measured)
+    yield from _tails(measured)
     parameters = subject.anatomy.parameters
     unknown = sorted(
-        {j.span.info.dtype for j in judged if parameters[j.span.info.name]} - FLOAT_FORMATS.keys() - BLOCKS.keys()
+        {j.span.info.dtype for j in measured if parameters[j.span.info.name]} - FLOAT_FORMATS.keys() - BLOCKS.keys()
     )
-    unread = sorted({j.span.info.dtype for j in judged if j.statistics.unread})
+    unread = sorted({j.span.info.dtype for j in measured if j.statistics.unread})
     if unread:
         reason = f"the values of {', '.join(unread)} tensors: the package gguf is not there, or does not know them"
         yield NotChecked(("V04",), reason)
@@ -51,7 +51,7 @@ def values(subject: Context) -> Outcome:
         yield NotChecked(("V01", "V04"), f"the values of {', '.join(unknown)} tensors: packed, judged as bytes only")
 
 
-def _not_finite(subject: Context, one: Judged) -> Iterator[Finding]:
+def _not_finite(subject: Context, one: MeasuredSpan) -> Iterator[Finding]:
     statistics, name = one.statistics, one.span.info.name
     if statistics.nan or statistics.infinite:
         counts = [f"{n:,} {what}" for n, what in ((statistics.nan, "NaN"), (statistics.infinite, "infinities")) if n]
@@ -59,7 +59,7 @@ def _not_finite(subject: Context, one: Judged) -> Iterator[Finding]:
         yield finding("V01", f"{one.where}it holds {' and '.join(counts)}", tensor=name, severity=severity)
 
 
-def _zero(subject: Context, one: Judged) -> Iterator[Finding]:
+def _zero(subject: Context, one: MeasuredSpan) -> Iterator[Finding]:
     """All zero: a norm, embedding or head silences the model, an expert or a router itself."""
     info = one.span.info
     if not one.statistics.zero or not one.span.nbytes or not subject.anatomy.parameters[info.name]:
@@ -74,7 +74,7 @@ def _zero(subject: Context, one: Judged) -> Iterator[Finding]:
         yield finding("V02", f"{one.where}it is all zero", tensor=info.name, severity="warning")
 
 
-def _stretches(subject: Context, one: Judged) -> Iterator[Finding]:
+def _stretches(subject: Context, one: MeasuredSpan) -> Iterator[Finding]:
     """Zeros in part of a weight, unless they are whole rows: those may be meant (padding, pruning)."""
     info, statistics = one.span.info, one.statistics
     if statistics.zero or not subject.anatomy.parameters[info.name] or len(info.shape) < 2:
@@ -90,17 +90,17 @@ def _stretches(subject: Context, one: Judged) -> Iterator[Finding]:
 _WRITTEN_PARTLY = "copy or download the shard again: part of it was never written"
 
 
-def _whole_rows(one: Judged, first: int, last: int) -> bool:
+def _whole_rows(one: MeasuredSpan, first: int, last: int) -> bool:
     """Whether bytes `first:last` of a tensor are whole rows, as far as that is seen in blocks."""
     shape = one.span.info.shape
     row = one.span.info.nbytes // max(1, element_count(shape[:-1]))
     return row > 0 and first % row < BLOCK and -last % row < BLOCK
 
 
-def _tails(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
+def _tails(measured: list[MeasuredSpan]) -> Iterator[Finding]:
     """Zeros from inside a weight to the end of its file, through whatever tensors come after it."""
-    files: dict[str, list[Judged]] = {}
-    for one in judged:
+    files: dict[str, list[MeasuredSpan]] = {}
+    for one in measured:
         files.setdefault(one.span.info.file, []).append(one)
     for file, spans in files.items():
         zeros = 0
@@ -119,10 +119,10 @@ def _tails(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
             break
 
 
-def _strange(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
+def _outliers(subject: Context, measured: list[MeasuredSpan]) -> Iterator[Finding]:
     """Root mean square and largest value, against the median of the siblings."""
-    groups: dict[str, list[Judged]] = {}
-    for one in judged:
+    groups: dict[str, list[MeasuredSpan]] = {}
+    for one in measured:
         name = one.span.info.name
         if not subject.anatomy.parameters[name] and not _is_scale(one):
             continue
@@ -137,30 +137,23 @@ def _strange(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
         far = FAR if group[0].component in (ROUTED, ROUTER) and len(group[0].span.info.shape) > 1 else VERY_FAR
         if len(group) < 3:
             continue
-        for what, of, bound in (("root mean square", _rms, far), ("largest value", _largest, 10 * far)):
-            middle = median(of(one) for one in group)
+        for what, of, bound in (("root mean square", "rms", far), ("largest value", "largest", 10 * far)):
+            sized: list[tuple[MeasuredSpan, float]] = [(one, getattr(one.statistics, of)) for one in group]
+            middle = median(size for _, size in sized)
             if middle <= 0:
                 continue
-            odd = [one for one in group if of(one) and not 1 / bound <= of(one) / middle <= bound]
+            odd = [(one, size) for one, size in sized if size and not 1 / bound <= size / middle <= bound]
             if odd:
-                one, names = odd[0], [o.span.info.name for o in odd]
-                message = f"{one.where}its {what} is {of(one):.3g}, the median of its siblings {middle:.3g}"
+                (one, size), names = odd[0], [o.span.info.name for o, _ in odd]
+                message = f"{one.where}its {what} is {size:.3g}, the median of its siblings {middle:.3g}"
                 yield finding("V04", message + and_more(names), tensor=one.span.info.name)
                 break
 
 
-def _is_scale(one: Judged) -> bool:
+def _is_scale(one: MeasuredSpan) -> bool:
     """Whether it is the scale of an expert's quantised weight."""
     companion = one.member.stem.companion if one.member is not None else None
     return companion is not None and companion.kind in ("scale", "divisor")
-
-
-def _rms(one: Judged) -> float:
-    return one.statistics.rms
-
-
-def _largest(one: Judged) -> float:
-    return one.statistics.largest
 
 
 @check("V06")

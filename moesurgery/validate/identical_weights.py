@@ -8,14 +8,14 @@ from moesurgery.checkpoint.finding import Finding
 from moesurgery.families.moe_layers import ranges
 from moesurgery.validate.check import finding
 from moesurgery.validate.context import Context
-from moesurgery.validate.judged_tensors import Judged, same_bytes
+from moesurgery.validate.measured_spans import MeasuredSpan, same_bytes
 
 
-def twin_experts(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
+def twin_experts(subject: Context, measured: list[MeasuredSpan]) -> Iterator[Finding]:
     """Experts of one layer that are the same, byte for byte. Equal fingerprints are compared in full."""
-    spans: dict[tuple[str, int], list[Judged]] = {}
+    spans: dict[tuple[str, int], list[MeasuredSpan]] = {}
     block_of = {member.name: block.where for block in subject.whole_blocks for member in block.members}
-    for one in judged:
+    for one in measured:
         if one.member is not None and one.member.part is not None and one.member.stem.main:
             number = one.span.expert if one.span.expert is not None else one.member.expert
             if number is not None:
@@ -36,10 +36,10 @@ def twin_experts(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
                 yield finding("V03", f"{where}: experts {shown} are identical" + (", …" if len(same) > 11 else ""))
 
 
-def same_layers(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
+def same_layers(subject: Context, measured: list[MeasuredSpan]) -> Iterator[Finding]:
     """Layers that hold the same weights, as when a writer takes one for another."""
-    layers: dict[tuple[str, int], list[Judged]] = {}
-    for one in judged:
+    layers: dict[tuple[str, int], list[MeasuredSpan]] = {}
+    for one in measured:
         name = one.span.info.name
         if (number := subject.anatomy.layer.get(name)) is not None:
             layers.setdefault((name.partition(f".{number}.")[0], number), []).append(one)
@@ -56,12 +56,12 @@ def same_layers(subject: Context, judged: list[Judged]) -> Iterator[Finding]:
             yield finding("V07", f"{alike[0][0]}: layers {ranges([alike[0][1], *same])} are identical")
 
 
-def _within(one: Judged, layer: int) -> str:
+def _within(one: MeasuredSpan, layer: int) -> str:
     """Return the name of a tensor in its layer."""
     return one.span.info.name.partition(f".{layer}.")[2]
 
 
-def _equal(subject: Context, first: list[Judged], second: list[Judged]) -> bool:
+def _equal(subject: Context, first: list[MeasuredSpan], second: list[MeasuredSpan]) -> bool:
     return len(first) == len(second) and all(
         same_bytes(subject, a.span, b.span) for a, b in zip(first, second, strict=True)
     )

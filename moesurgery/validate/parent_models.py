@@ -90,7 +90,7 @@ def matched(wanted: Sequence[Recorded], given: Sequence[Given]) -> Parents:
         if named is not None:
             chosen[named] = each
         elif each.name is not None:
-            parents.findings.append(_stranger(f"it names no {each.name}", wanted))
+            parents.findings.append(_not_recorded(f"it names no {each.name}", wanted))
         else:
             rest.append(each)
     for fits in (_same_name, _same_headers, _next):
@@ -99,7 +99,7 @@ def matched(wanted: Sequence[Recorded], given: Sequence[Given]) -> Parents:
             if fitting and (fits is not _same_headers or len(fitting) == 1):
                 chosen[fitting[0]] = each
                 rest.remove(each)
-    parents.findings += [_stranger(f"it names no model for --against {each.reference}", wanted) for each in rest]
+    parents.findings += [_not_recorded(f"it names no model for --against {each.reference}", wanted) for each in rest]
     for entry in wanted:
         if entry.name not in chosen:
             hint = f"add --against {entry.name}" if "://" in entry.name else f"add --against {entry.short}=PATH"
@@ -137,6 +137,6 @@ def _next(entry: Recorded, given: Given) -> bool:
     return True
 
 
-def _stranger(message: str, wanted: Sequence[Recorded]) -> Finding:
+def _not_recorded(message: str, wanted: Sequence[Recorded]) -> Finding:
     names = ", ".join(entry.short for entry in wanted) or "none"
     return finding("R01", message, PROVENANCE, hint=f"the models that it names: {names}")

@@ -32,10 +32,10 @@ _NEVER = frozenset(("eval", "exec", "load", "system", "popen", "hub", "compile",
 
 @dataclass(frozen=True)
 class Pickle:
-    """A pickle in a file. `strange`: what it names besides the usual builders. `partial`: only its start was read."""
+    """A pickle in a file. `unexpected`: names besides the usual builders. `partial`: only its start was read."""
 
     kind: str
-    strange: tuple[str, ...]
+    unexpected: tuple[str, ...]
     partial: bool
 
 
@@ -47,12 +47,12 @@ def find_pickle(size: int, read_at: ReadAt) -> Pickle | None:
     if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         data = read_at(0, min(size, MAX_PICKLE))
         names, _ = _names(data)
-        return Pickle("a Python pickle", _strange(names), len(data) < size) if names is not None else None
+        return Pickle("a Python pickle", _unexpected(names), len(data) < size) if names is not None else None
     if first[:1] in _TEXT_STARTS:
         data = read_at(0, min(size, MAX_PICKLE))
         names, calls = _names(data)
         if names and calls:  # ordinary text now and then begins with valid opcodes, but calls nothing
-            return Pickle("a Python pickle (protocol 0)", _strange(names), len(data) < size)
+            return Pickle("a Python pickle (protocol 0)", _unexpected(names), len(data) < size)
     return None
 
 
@@ -111,7 +111,7 @@ def _in_archive(size: int, read_at: ReadAt) -> Pickle | None:
         if type(error).__name__ in ("error", "LZMAError"):
             return Pickle("a damaged zip archive (perhaps a PyTorch pickle)", (), True)
         raise
-    return Pickle("a PyTorch pickle", _strange(named), partial) if seen else None
+    return Pickle("a PyTorch pickle", _unexpected(named), partial) if seen else None
 
 
 def _names(data: bytes) -> tuple[list[str] | None, bool]:
@@ -144,8 +144,8 @@ def _names(data: bytes) -> tuple[list[str] | None, bool]:
     return global_names, calls
 
 
-def _strange(names: list[str]) -> tuple[str, ...]:
-    strange = []
+def _unexpected(names: list[str]) -> tuple[str, ...]:
+    unexpected = []
     for name in dict.fromkeys(names):
         module, _, rest = name.partition(".")
         if module in ("builtins", "__builtin__"):
@@ -153,5 +153,5 @@ def _strange(names: list[str]) -> tuple[str, ...]:
         else:
             usual = module in _USUAL and not _NEVER.intersection(name.split("."))
         if not usual:
-            strange.append(name)
-    return tuple(strange)
+            unexpected.append(name)
+    return tuple(unexpected)

@@ -12,7 +12,7 @@ from moesurgery.validate.check import NotChecked
 from moesurgery.validate.codes import Level
 
 _SCHEMA_VERSION = 1
-_GRAVITY: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
+_RANK_OF_SEVERITY: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class Report:
 
     def failed(self, fail_on: Severity = "error") -> bool:
         """Whether there is a finding at least as grave as `fail_on`."""
-        return any(_GRAVITY[finding.severity] <= _GRAVITY[fail_on] for finding in self.findings)
+        return any(_RANK_OF_SEVERITY[finding.severity] <= _RANK_OF_SEVERITY[fail_on] for finding in self.findings)
 
     @property
-    def by_gravity(self) -> list[Finding]:
+    def by_severity(self) -> list[Finding]:
         """All findings, errors first, those of one code together."""
-        return sorted(self.findings, key=lambda f: (_GRAVITY[f.severity], f.code))
+        return sorted(self.findings, key=lambda f: (_RANK_OF_SEVERITY[f.severity], f.code))
 
     @property
     def verdict(self) -> str:
         """One line: `2 errors, 1 warning`, or that nothing was found."""
         counts = Counter(finding.severity for finding in self.findings)
-        parts = [f"{n} {kind}{'s' if n > 1 else ''}" for kind in _GRAVITY if (n := counts[kind])]
+        parts = [f"{n} {kind}{'s' if n > 1 else ''}" for kind in _RANK_OF_SEVERITY if (n := counts[kind])]
         return ", ".join(parts) or "nothing wrong was found"
 
 
@@ -75,7 +75,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "tensor": finding.tensor,
                 "hint": finding.hint,
             }
-            for finding in report.by_gravity
+            for finding in report.by_severity
         ],
         "not_checked": [{"codes": list(skipped.codes), "reason": skipped.reason} for skipped in report.not_checked],
         "checked": list(report.checked),

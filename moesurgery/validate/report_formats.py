@@ -41,7 +41,7 @@ def text(report: Report) -> str:
     for finding, alike in _kinds(report):
         shown[finding.code] = shown.get(finding.code, 0) + 1
         if shown[finding.code] <= SHOWN:
-            lines.append(f"{finding.severity:<7} {finding.code}  {_line(finding)}{_so_with(alike)}")
+            lines.append(f"{finding.severity:<7} {finding.code}  {_line(finding)}{_and_alike(alike)}")
             if finding.hint:
                 lines.append(f"             hint: {one_line(finding.hint)}")
     for code, count in shown.items():
@@ -61,7 +61,7 @@ def _kinds(report: Report) -> list[tuple[Finding, int]]:
     """Return findings, of those that differ in numbers alone the first, and how many more of its kind there are."""
     counts: dict[str, int] = {}
     first: dict[str, Finding] = {}
-    for finding in report.by_gravity:
+    for finding in report.by_severity:
         kind = repr((finding.severity, finding.code, finding.file, finding.message))
         if finding.tensor is not None:  # those of a kind may lie in several shards
             template, message = name_template(finding.tensor)[0], _NUMBERS.sub("#", finding.message)
@@ -71,7 +71,7 @@ def _kinds(report: Report) -> list[tuple[Finding, int]]:
     return [(finding, counts[kind] - 1) for kind, finding in first.items()]
 
 
-def _so_with(alike: int) -> str:
+def _and_alike(alike: int) -> str:
     return f" (and {alike:,} more like it)" if alike else ""
 
 
@@ -81,13 +81,14 @@ def _line(finding: Finding) -> str:
 
 
 def to_json(report: Report) -> str:
+    """Return the report as one JSON document."""
     return ascii_json(as_json(report))
 
 
 def junit(report: Report) -> str:
     """Return JUnit XML: one test case for each code that was looked for, its findings as one failure."""
     by_code: dict[str, list[Finding]] = {code: [] for code in report.checked}
-    for finding in report.by_gravity:
+    for finding in report.by_severity:
         by_code.setdefault(finding.code, []).append(finding)
     skipped = {code: skip.reason for skip in report.not_checked for code in skip.codes}
     failures = sum(any(f.severity == "error" for f in findings) for findings in by_code.values())
@@ -136,7 +137,7 @@ def sarif(report: Report) -> str:
                 ],
             }
         },
-        "results": [_sarif_result(finding, levels[finding.severity], rules) for finding in report.by_gravity],
+        "results": [_sarif_result(finding, levels[finding.severity], rules) for finding in report.by_severity],
         "invocations": [
             {
                 "executionSuccessful": True,
@@ -179,7 +180,7 @@ def _uri(file: str) -> str:
 def github(report: Report) -> str:
     """Return workflow commands: one annotation for each code, errors first. GitHub shows ten of each kind."""
     groups: dict[tuple[Severity, str], list[Finding]] = {}
-    for finding in report.by_gravity:
+    for finding in report.by_severity:
         groups.setdefault((finding.severity, finding.code), []).append(finding)
     lines = []
     kinds: dict[Severity, str] = {"error": "error", "warning": "warning", "note": "notice"}
@@ -215,7 +216,7 @@ def markdown(report: Report) -> str:
         for finding, alike in _kinds(report):
             shown[finding.code] = shown.get(finding.code, 0) + 1
             if shown[finding.code] <= SHOWN:
-                where, what = _cell(finding.where), _cell(finding.message + _so_with(alike))
+                where, what = _cell(finding.where), _cell(finding.message + _and_alike(alike))
                 lines.append(f"| {finding.severity} | {finding.code} | {where} | {what} |")
         lines += [f"| | {code} | | … and {n - SHOWN:,} more |" for code, n in shown.items() if n > SHOWN]
         lines.append("")
@@ -227,7 +228,7 @@ def page(report: Report) -> str:
     """Return an HTML page that needs nothing else."""
     rows = [
         f'<tr class="{f.severity}"><td>{f.severity}</td><td>{f.code}</td><td>{html.escape(one_line(f.where))}</td>'
-        f"<td>{html.escape(one_line(f.message))}{_so_with(alike)}"
+        f"<td>{html.escape(one_line(f.message))}{_and_alike(alike)}"
         + (f"<br><small>{html.escape(one_line(f.hint))}</small>" if f.hint else "")
         + "</td></tr>"
         for f, alike in _kinds(report)

@@ -177,7 +177,7 @@ def survey(source: Source, spans: Sequence[Span], progress: Callable[[int], None
     local = threading.local()
     readers: list[FileReader] = []
 
-    def judge(span: Span) -> Statistics:
+    def measured(span: Span) -> Statistics:
         if not hasattr(local, "reader"):
             local.reader, local.buffer = FileReader(), Buffer()
             readers.append(local.reader)
@@ -198,13 +198,13 @@ def survey(source: Source, spans: Sequence[Span], progress: Callable[[int], None
 
     try:
         if threads == 1:
-            judged = [judge(span) for span in spans]
+            statistics = [measured(span) for span in spans]
         else:
             with ThreadPoolExecutor(threads) as pool:
-                judged = list(pool.map(judge, spans))
+                statistics = list(pool.map(measured, spans))
         for reader in readers:
             reader.check()
-        return judged
+        return statistics
     finally:
         for reader in readers:
             reader.close()

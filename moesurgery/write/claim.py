@@ -315,6 +315,7 @@ def kind(status: os.stat_result) -> str:
 
 
 def owner(status: os.stat_result) -> str:
+    """Name the user who owns a file."""
     import pwd
 
     try:
@@ -338,4 +339,5 @@ def _other_plan(partial: Path) -> OutputError:
 
 
 def busy(partial: Path) -> BusyError:
+    """Return the error for a folder that another process is writing."""
     return BusyError(f"another process is writing {partial}", "wait for it, or choose another folder")

@@ -6,7 +6,6 @@ nothing again that the Hub already has; so the same command goes on where it was
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.checkpoint.filenames import CARD, CONFIG, PROVENANCE, WORK
+from moesurgery.checkpoint.scan import read_object
 from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import OutputError, RecipeError
 from moesurgery.write.card import MADE_WITH, front_matter, with_front_matter
@@ -122,10 +122,9 @@ def _record(source: LocalSource, sizes: dict[str, int]) -> dict[str, Any]:
     if PROVENANCE not in sizes:
         return {}
     try:
-        record = json.loads(source.read(PROVENANCE, 0, min(sizes[PROVENANCE], _MOST_RECORD)))
-    except (ValueError, RecursionError):
+        return read_object(source, PROVENANCE, sizes[PROVENANCE], _MOST_RECORD)
+    except ValueError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _identities(record: dict[str, Any]) -> list[str]:

@@ -15,3 +15,4 @@ class JobControl:
 
     progress: ByteProgress = field(default=lambda count: None)
     stop: threading.Event = field(default_factory=threading.Event)
+    expect: ByteProgress = field(default=lambda count: None)  # is told how many bytes there will be in all

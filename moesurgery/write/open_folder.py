@@ -230,6 +230,7 @@ def _open_again(path: Path, inode: int, group: int | None) -> OpenFolder:
 
 
 def replaced_meanwhile(path: Path) -> OutputError:
+    """Return the error for a folder that is no longer the one that was opened."""
     return OutputError(
         f"{path} was moved or replaced by something else while it was written",
         "choose a folder in which nobody else may rename files, with -o",

@@ -112,6 +112,7 @@ def write_part(
     watch = watch or JobControl()
     try:
         mine = part.of(tasks)
+        watch.expect(sum(task.data_bytes for task in mine))
         todo = [task for task in mine if not done(work, task.name, identity)]
         for task in mine:
             if task not in todo:

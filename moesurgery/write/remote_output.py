@@ -153,13 +153,13 @@ def _check_present(
         return marker
     ours = {task.name for task in tasks} | set(plan.checkpoint.side_files) | plan.files.keys()
     ours |= {CONFIG, CARD, PROVENANCE, INDEX, _BEGUN + identity}
-    strange = sorted(present.keys() - ours)
-    if not present or (_BEGUN + identity in present and not strange):
+    foreign = sorted(present.keys() - ours)
+    if not present or (_BEGUN + identity in present and not foreign):
         return _BEGUN + identity
     if not force:
         if _BEGUN + identity in present:
             raise OutputError(
-                f"{store.url}/{strange[0]} came there meanwhile, and is no part of this output",
+                f"{store.url}/{foreign[0]} came there meanwhile, and is no part of this output",
                 "move it away, or delete what the output does not have with --force",
             )
         if any(name.startswith((_BEGUN, _REPLACE)) for name in present):

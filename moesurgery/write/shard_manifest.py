@@ -76,6 +76,7 @@ def boot_id() -> str:
 
 
 def write_manifest(folder: OpenFolder, name: str, plan_id: str, rounding: Rounding, *, durable: bool) -> None:
+    """Note that a shard of a plan is complete; where the disk was not waited for, for this run of the machine alone."""
     manifest = _manifest(folder, name, plan_id, None if durable else boot_id(), rounding)
     temporary = f"{WORK}/{work_name(name)}.{os.getpid()}.{time.monotonic_ns()}.tmp"
     folder.write(temporary, [json.dumps(manifest).encode()], durable=durable)

@@ -59,6 +59,7 @@ def _follows(piece: Piece, before: Copy) -> bool:
 
 
 def cut_piece(piece: Piece, at: int) -> Iterator[tuple[Piece, int]]:
+    """Yield parts of a piece, of about UNIT bytes and whole multiples of `chunk_multiple`, with their places."""
     if not isinstance(piece, Compute):
         for offset in range(0, piece.nbytes, UNIT):
             length = min(UNIT, piece.nbytes - offset)

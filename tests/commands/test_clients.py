@@ -22,7 +22,7 @@ from moesurgery.decoders.lookup import DENSE_TYPES
 from moesurgery.errors import RecipeError, RefusedError
 from moesurgery.expr.tensors import Full
 from moesurgery.families.client_types import LLAMA_CPP_TYPES
-from moesurgery.families.clients import CLIENTS, wants_of
+from moesurgery.families.clients import CLIENTS, Wants
 from moesurgery.families.table import FAMILIES
 from moesurgery.validate.run_checks import validate_checkpoint
 from tests.conftest import Result
@@ -376,11 +376,11 @@ def test_to_dense_says_who_runs_it_and_writes_both_spellings(ok: Cli, cli: Cli, 
 
 
 def test_every_wish_is_met_by_the_form_for_all(tmp_path: Path) -> None:
-    """`wants_of` a config that has what all clients want is empty."""
+    """`Wants` a config that has what all clients want is empty."""
     save_dense(tmp_path / "dense", "llama")
     for target in ("mixtral", "solar_open", "ernie4_5_moe", "llama4_text"):
         config = read_config(upcycled(tmp_path / "dense", tmp_path / target, to=target))
-        assert wants_of(config).keys == {}, target
+        assert Wants(config).keys == {}, target
     assert "mixtral" in LLAMA_CPP_TYPES
 
 

@@ -21,16 +21,14 @@ def norm_topk(default: bool) -> Flag:
     return Flag(("norm_topk_prob", "moe_renormalize", "route_norm"), default)
 
 
-def sigmoid(
-    routed_scale_default: float, *, routed_scale_key: str = "routed_scaling_factor", groups: bool = True
-) -> RouterRule:
+def sigmoid(routed_scale: float, *, groups: bool = True) -> RouterRule:
     """Return DeepSeek-V3's routing: sigmoid scores, a selection bias, groups scored by their best two."""
     return RouterRule(
         score="sigmoid",
         renormalised=norm_topk(True),
         groups="top2" if groups else None,
-        routed_scale_key=routed_scale_key,
-        routed_scale_default=routed_scale_default,
+        routed_scale_key="routed_scaling_factor",
+        routed_scale_default=routed_scale,
     )
 
 

@@ -19,6 +19,7 @@ from moesurgery.families.table.common import (
     GATE,
     GATE_AND_BIAS,
     OTHER_NAMES,
+    SELECTION_BIAS,
     SHARED_EXPERTS,
     W123,
     norm_topk,
@@ -29,7 +30,7 @@ from moesurgery.families.table.common import (
 def _like_v3(
     name: str,
     *more: str,
-    routed_scale_key: float,
+    routed_scale: float,
     sparse: tuple[str, ...] = DEEPSEEK_LAYERS,
     buffers: tuple[str, ...] = (),
     note: str = "",
@@ -41,7 +42,7 @@ def _like_v3(
         layouts=(per_expert_layout(), fused_layout()),
         along=GATE_AND_BIAS,
         shared=SHARED_EXPERTS,
-        routing=sigmoid(routed_scale_key),
+        routing=sigmoid(routed_scale),
         experts_key="n_routed_experts",
         sparse=sparse,
         buffers=buffers,
@@ -91,12 +92,12 @@ DEEPSEEK: tuple[Family, ...] = (
         sparse=DEEPSEEK_LAYERS,
         refuses={"convert": OTHER_NAMES},
     ),
-    _like_v3("deepseek_v3", "kimi_k2", "sarvam_mla", routed_scale_key=2.5),
+    _like_v3("deepseek_v3", "kimi_k2", "sarvam_mla", routed_scale=2.5),
     replace(
-        _like_v3("kimi_k25", routed_scale_key=2.5, note="transformers 5 writes the text layers as `blocks`"),
+        _like_v3("kimi_k25", routed_scale=2.5, note="transformers 5 writes the text layers as `blocks`"),
         also_layers=("blocks",),
     ),
-    _like_v3("deepseek_v32", routed_scale_key=2.5),
+    _like_v3("deepseek_v32", routed_scale=2.5),
     Family(
         "deepseek_v4",
         ("deepseek_v4",),
@@ -104,7 +105,7 @@ DEEPSEEK: tuple[Family, ...] = (
             per_expert_layout("ffn.experts.#", **W123),
             fused_layout(
                 moved=(
-                    ("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+                    ("ffn.gate.bias", SELECTION_BIAS),
                     ("ffn.shared_experts.w1.", "mlp.shared_experts.gate_proj."),
                     ("ffn.shared_experts.w2.", "mlp.shared_experts.down_proj."),
                     ("ffn.shared_experts.w3.", "mlp.shared_experts.up_proj."),
@@ -114,7 +115,7 @@ DEEPSEEK: tuple[Family, ...] = (
         ),
         along=(
             *router_tensor("ffn.gate", "mlp.gate", bias=False),
-            *correction("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+            *correction("ffn.gate.bias", SELECTION_BIAS),
             ExpertAxisTensor("ffn.gate.tid2eid", "expert_table", parameter=False),
             ExpertAxisTensor("mlp.gate.tid2eid", "expert_table", parameter=False),
         ),
@@ -125,33 +126,33 @@ DEEPSEEK: tuple[Family, ...] = (
         norm=InputNorm("ffn_norm.weight", others=("post_attention_layernorm.weight",)),
         note="its first layers choose experts by a table (tid2eid) of numbers per token, which follows every edit",
     ),
-    _like_v3("glm4_moe", "glm4_moe_text", routed_scale_key=1.0),
-    _like_v3("glm4_moe_lite", routed_scale_key=1.8),
-    _like_v3("glm_moe_dsa", routed_scale_key=2.5),
-    _like_v3("glm4v_moe", "glm4v_moe_text", routed_scale_key=1.0),
-    _like_v3("glm5_next", "glm5_next_text", routed_scale_key=2.5),
-    _like_v3("dots1", routed_scale_key=1.0),
+    _like_v3("glm4_moe", "glm4_moe_text", routed_scale=1.0),
+    _like_v3("glm4_moe_lite", routed_scale=1.8),
+    _like_v3("glm_moe_dsa", routed_scale=2.5),
+    _like_v3("glm4v_moe", "glm4v_moe_text", routed_scale=1.0),
+    _like_v3("glm5_next", "glm5_next_text", routed_scale=2.5),
+    _like_v3("dots1", routed_scale=1.0),
     replace(
         _like_v3(
             "dots3_note",
             "dots3_note_text",
-            routed_scale_key=1.0,
+            routed_scale=1.0,
             buffers=("mlp.router_bias", "mlp.e_score_correction_bias"),
             note="the vision tower is a mixture too: it is counted apart and stays as it is",
         ),
         shared_width="shared_experts_intermediate_size",
     ),
-    _like_v3("solar_open", routed_scale_key=1.0, sparse=()),
+    _like_v3("solar_open", routed_scale=1.0, sparse=()),
     replace(
-        _like_v3("mimo_v2_flash", routed_scale_key=1.0, note="routed_scaling_factor may be null, which is 1"), shared=()
+        _like_v3("mimo_v2_flash", routed_scale=1.0, note="routed_scaling_factor may be null, which is 1"), shared=()
     ),
     replace(
-        _like_v3("axk1", "AXK1", routed_scale_key=2.5),
+        _like_v3("axk1", "AXK1", routed_scale=2.5),
         layouts=(per_expert_layout(), fused_layout(moved=(("post_mlp_layernorm.", "mlp.post_mlp_layernorm."),))),
         routing=replace(sigmoid(2.5), after="joint"),
     ),
     replace(
-        _like_v3("axk2", routed_scale_key=2.5),
+        _like_v3("axk2", routed_scale=2.5),
         routing=replace(sigmoid(2.5), no_estimate="the norm before the router is gated by a small network"),
     ),
     Family(

@@ -16,7 +16,7 @@ from moesurgery.families.family import (
     router_tensor,
     stacked,
 )
-from moesurgery.families.table.common import GATE, W123, norm_topk
+from moesurgery.families.table.common import GATE, SELECTION_BIAS, W123, norm_topk
 
 MIXTRAL_LAYOUTS = (
     per_expert_layout("block_sparse_moe.experts.#", **W123),
@@ -67,14 +67,14 @@ MIXTRAL: tuple[Family, ...] = (
             per_expert_layout("block_sparse_moe.experts.#", **W123),
             fused_layout(
                 moved=(
-                    ("block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+                    ("block_sparse_moe.e_score_correction_bias", SELECTION_BIAS),
                     ("block_sparse_moe.", "mlp."),
                 )
             ),
         ),
         along=(
             *MIXTRAL_ROUTER,
-            *correction("block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+            *correction("block_sparse_moe.e_score_correction_bias", SELECTION_BIAS),
         ),
         routing=RouterRule(score="sigmoid", routed_scale_key="routed_scaling_factor", routed_scale_default=2.0),
         shared=("block_sparse_moe.shared_experts", "mlp.shared_experts"),

@@ -121,14 +121,14 @@ QWEN: tuple[Family, ...] = (
             per_expert_layout(),
             fused_layout(
                 moved=(
-                    ("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+                    ("mlp.experts.e_score_correction_bias", SELECTION_BIAS),
                     ("mlp.shared_expert.", "mlp.shared_experts."),
                 )
             ),
         ),
         along=(
             *GATE,
-            *correction("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias", parameter=True),
+            *correction("mlp.experts.e_score_correction_bias", SELECTION_BIAS, parameter=True),
         ),
         routing=RouterRule(
             score="sigmoid",

@@ -18,7 +18,15 @@ from moesurgery.families.family import (
     router_tensor,
     stacked,
 )
-from moesurgery.families.table.common import DEEPSEEK_LAYERS, GATE, SHARED_EXPERTS, W123, norm_topk, sigmoid
+from moesurgery.families.table.common import (
+    DEEPSEEK_LAYERS,
+    GATE,
+    SELECTION_BIAS,
+    SHARED_EXPERTS,
+    W123,
+    norm_topk,
+    sigmoid,
+)
 
 TWO_LAYER_GATE = "its router is a network of two layers, whose last one mixes the experts' scores"
 _EDITS = ("rescale", "drop-experts", "merge-experts", "slim-experts", "to-dense", "refit", "convert", "tie-blocks")
@@ -112,7 +120,7 @@ REMOTE: tuple[Family, ...] = (
         layouts=(per_expert_layout("ffn.experts.#", **W123), fused_layout()),
         along=(
             *router_tensor("ffn.gate", "mlp.gate", bias=False),
-            *correction("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+            *correction("ffn.gate.bias", SELECTION_BIAS),
             *correction("ffn.gate.bias_vl", "mlp.gate.e_score_correction_bias_vl"),
         ),
         shared=("ffn.shared_experts", "mlp.shared_experts"),

@@ -64,7 +64,7 @@ SIGMOID: tuple[Family, ...] = (
         ),
         along=(
             *router_tensor("block_sparse_moe.gate", "mlp.gate"),
-            *correction("block_sparse_moe.gate.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+            *correction("block_sparse_moe.gate.e_score_correction_bias", SELECTION_BIAS),
         ),
         shared=("block_sparse_moe.shared_experts", "mlp.shared_experts"),
         routing=sigmoid(2.446),
@@ -156,7 +156,7 @@ SIGMOID: tuple[Family, ...] = (
             stacked("moe.gate_proj", "moe.up_proj", "moe.down_proj"),
             fused_layout(
                 moved=(
-                    ("moe.router_bias", "mlp.gate.e_score_correction_bias"),
+                    ("moe.router_bias", SELECTION_BIAS),
                     ("moe.gate.", "mlp.gate."),
                     ("share_expert.", "mlp.shared_experts."),
                 )
@@ -164,7 +164,7 @@ SIGMOID: tuple[Family, ...] = (
         ),
         along=(
             *router_tensor("moe.gate", "mlp.gate"),
-            *correction("moe.router_bias", "mlp.gate.e_score_correction_bias"),
+            *correction("moe.router_bias", SELECTION_BIAS),
         ),
         shared=("share_expert", "mlp.shared_experts"),
         routing=RouterRule(
@@ -197,12 +197,12 @@ SIGMOID: tuple[Family, ...] = (
         layouts=(
             fused_layout(gate_up="w13_weight", down="w2_weight", interleaved=True),
             fused_layout(
-                moved=(("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),),
+                moved=(("mlp.gate.bias", SELECTION_BIAS),),
             ),
         ),
         along=(
             ExpertAxisTensor("mlp.gate.weight", "router", extra=True),
-            *correction("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),
+            *correction("mlp.gate.bias", SELECTION_BIAS),
         ),
         shared=("mlp.shared_experts",),
         router_parts=("mlp.gate.global_scale",),
@@ -220,11 +220,11 @@ SIGMOID: tuple[Family, ...] = (
         ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
         layouts=(
             fused_layout(gate_up="w13_weight", down="w2_weight", interleaved=True),
-            fused_layout(moved=(("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),)),
+            fused_layout(moved=(("mlp.gate.bias", SELECTION_BIAS),)),
         ),
         along=(
             *router_tensor("mlp.gate", bias=False),
-            *correction("mlp.gate.bias", "mlp.gate.e_score_correction_bias"),
+            *correction("mlp.gate.bias", SELECTION_BIAS),
         ),
         routing=RouterRule(score="sigmoid", routed_scale_key="route_scale", routed_scale_default=8.0),
         experts_key="n_routed_experts",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moesurgery.checkpoint.arrays import encoded
-from moesurgery.expr.nodes import Expr, Reader, Stored, narrowed, torch_dtype
+from moesurgery.expr.elementwise import narrowed
+from moesurgery.expr.nodes import Expr, Reader, Stored, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np

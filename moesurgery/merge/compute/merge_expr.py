@@ -84,7 +84,7 @@ class MergeExpr(Expr):
 
     @property
     def numpy_only(self) -> bool:
-        return not self.device and not self._method.torch and all(expr.numpy_only for expr in self.inputs)
+        return not self.device and not self._method.torch and super().numpy_only
 
     @property
     def memory(self) -> int:

@@ -40,7 +40,7 @@ def read_stages(text: str, origin: str) -> tuple[Stage, ...]:
                 stages.append(stage)
         ordered = _ordered(stages, wrong)
     if wrong:
-        raise RecipeError(wrong.told(origin), "docs/merge.md shows what a merge recipe may hold")
+        raise RecipeError(wrong.text(origin), "docs/merge.md shows what a merge recipe may hold")
     return tuple(ordered)
 
 

@@ -88,7 +88,7 @@ class StageReader:
         )
         return replace(stage, warnings=tuple(self.warnings))
 
-    def complain(self, path: tuple[Any, ...], message: str) -> None:
+    def add_mistake(self, path: tuple[Any, ...], message: str) -> None:
         """Enter what is wrong with the value at a path."""
         self.wrong.append((self.document.line(path), message))
 
@@ -112,7 +112,7 @@ class StageReader:
         present = [key for key in ("models", "slices", "modules") if value.get(key) is not None]
         if len(present) != 1:
             what = " and ".join(present) or "none of them"
-            self.complain((), f"a recipe has `models:` or `slices:`; here is {what}")
+            self.add_mistake((), f"a recipe has `models:` or `slices:`; here is {what}")
             return None, ()
         if present != ["modules"]:
             return value, ()
@@ -125,7 +125,7 @@ class StageReader:
         path = ("modules", name)
         self.keys(body, path, ("models", "slices", "parameters"))
         if (body.get("models") is None) == (body.get("slices") is None):
-            self.complain(path, "a module has either `models:` or `slices:`")
+            self.add_mistake(path, "a module has either `models:` or `slices:`")
             return None, ()
         return body, path
 
@@ -135,7 +135,7 @@ class StageReader:
 
     def slices(self, value: Any, path: tuple[Any, ...]) -> Iterator[LayerSlice]:
         if not isinstance(value, list) or not value:
-            self.complain(path, "slices is a list: - sources: [{model: …, layer_range: [0, 8]}]")
+            self.add_mistake(path, "slices is a list: - sources: [{model: …, layer_range: [0, 8]}]")
             return
         for i, entry in enumerate(value):
             here = (*path, i)
@@ -162,7 +162,7 @@ class StageReader:
 
     def inputs(self, value: Any, path: tuple[Any, ...], keys: tuple[str, ...]) -> Iterator[Input]:
         if not isinstance(value, list) or not value:
-            self.complain(path, f"{path[-1]} is a list: - model: …")
+            self.add_mistake(path, f"{path[-1]} is a list: - model: …")
             return
         seen: set[tuple[str | None, Any]] = set()
         for i, entry in enumerate(value):
@@ -204,7 +204,7 @@ class StageReader:
             if all(part is not None for part in parts):
                 self.references[path] = "+".join(part for part in parts if part)
                 return self.references[path]
-        self.complain(path, f"{path[-1]} is {value!r}, expected a path or org/name")
+        self.add_mistake(path, f"{path[-1]} is {value!r}, expected a path or org/name")
         return None
 
     def parameters(
@@ -216,7 +216,7 @@ class StageReader:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            self.complain(path, "parameters is a mapping: {weight: 0.5}")
+            self.add_mistake(path, "parameters is a mapping: {weight: 0.5}")
             return {}
         parameters = {}
         for name, given in value.items():
@@ -333,14 +333,14 @@ class StageReader:
             name = str(given).removeprefix("torch.")
             if name not in BY_CONFIG_NAME:
                 hint = did_you_mean(name, BY_CONFIG_NAME) or f"one of {', '.join(BY_CONFIG_NAME)}"
-                self.complain((key,), f"{key} is {given!r}: {hint}")
+                self.add_mistake((key,), f"{key} is {given!r}: {hint}")
             dtype = BY_CONFIG_NAME.get(name, dtype)
         return dtype
 
     def granularity(self, value: dict[str, Any]) -> Literal["expert", "tensor"]:
         given = value.get("granularity", "expert")
         if given not in ("expert", "tensor"):
-            self.complain(("granularity",), f"granularity is {given!r}: one of expert, tensor")
+            self.add_mistake(("granularity",), f"granularity is {given!r}: one of expert, tensor")
             return "expert"
         return given  # type: ignore[no-any-return]
 
@@ -349,14 +349,14 @@ class StageReader:
         wanted = [] if given in (None, "none") else given if isinstance(given, list) else [given]
         for word in wanted:
             if word not in ("experts", "neurons"):
-                self.complain(("align",), f"align is {word!r}: experts, neurons, [experts, neurons] or none")
+                self.add_mistake(("align",), f"align is {word!r}: experts, neurons, [experts, neurons] or none")
                 return frozenset()
         return frozenset(wanted)
 
     def seed(self, value: dict[str, Any]) -> int:
         """Return the seed, which LazyMergekit's recipes call random_seed."""
         if value.get("seed") is not None and value.get("random_seed") is not None:
-            self.complain(("random_seed",), "give seed or random_seed, not both")
+            self.add_mistake(("random_seed",), "give seed or random_seed, not both")
         seeds = [self.one_of(value, key, int, "a whole number") for key in ("seed", "random_seed")]
         return seeds[0] or seeds[1] or 0
 
@@ -364,7 +364,7 @@ class StageReader:
         given = value.get(key)
         if given is None or type(given) is kind:
             return given
-        self.complain((key,), f"{key} is {given!r}, expected {what}")
+        self.add_mistake((key,), f"{key} is {given!r}, expected {what}")
         return None
 
 

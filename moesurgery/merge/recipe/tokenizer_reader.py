@@ -12,7 +12,7 @@ from moesurgery.recipe.registry import did_you_mean
 class DocumentReader(Protocol):
     """What reads the rest of the document (`stage_reader`), and gathers what is wrong with it."""
 
-    def complain(self, path: tuple[Any, ...], message: str) -> None: ...
+    def add_mistake(self, path: tuple[Any, ...], message: str) -> None: ...
     def keys(self, value: dict[str, Any], path: tuple[Any, ...], known: tuple[str, ...]) -> None: ...
     def reference(self, value: Any, path: tuple[Any, ...]) -> str | None: ...
     def one_of(self, value: dict[str, Any], key: str, kind: Any, what: str) -> Any: ...
@@ -30,24 +30,24 @@ class TokenizerReader:
     def tokenizer(self, value: dict[str, Any]) -> TokenizerConfig | None:
         source, given = value.get("tokenizer_source"), value.get("tokenizer")
         if source is not None and given is not None:
-            self.of.complain(("tokenizer",), "give tokenizer or tokenizer_source, not both")
+            self.of.add_mistake(("tokenizer",), "give tokenizer or tokenizer_source, not both")
         if given is None:
             model = self.tokenizer_source(source, ("tokenizer_source",)) if source is not None else None
             return TokenizerConfig(model) if model is not None else None
         path = ("tokenizer",)
         if not isinstance(given, dict):
-            self.of.complain(path, "tokenizer is a mapping: {source: union}")
+            self.of.add_mistake(path, "tokenizer is a mapping: {source: union}")
             return None
         self.of.keys(given, path, ("source", "tokens", "pad_to_multiple_of"))
         model = self.tokenizer_source(given.get("source", "union"), (*path, "source"))
         multiple = given.get("pad_to_multiple_of")
         if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= MOST_PADDING):
             wanted = f"expected a whole number up to {MOST_PADDING:,}"
-            self.of.complain((*path, "pad_to_multiple_of"), f"pad_to_multiple_of is {multiple!r}, {wanted}")
+            self.of.add_mistake((*path, "pad_to_multiple_of"), f"pad_to_multiple_of is {multiple!r}, {wanted}")
             multiple = None
         by_token = given.get("tokens") or {}
         if not isinstance(by_token, dict):
-            self.of.complain((*path, "tokens"), "tokens is a mapping: {<token>: {source: MODEL}}")
+            self.of.add_mistake((*path, "tokens"), "tokens is a mapping: {<token>: {source: MODEL}}")
             by_token = {}
         tokens = {str(token): self.token(source, (*path, "tokens", token)) for token, source in by_token.items()}
         return TokenizerConfig(model or "base", tokens, multiple)
@@ -62,12 +62,12 @@ class TokenizerReader:
         if given is None or given == {}:
             return None
         if not isinstance(given, dict):
-            self.of.complain(path, "a token is a mapping: {source: MODEL, force: true}")
+            self.of.add_mistake(path, "a token is a mapping: {source: MODEL, force: true}")
             return None
         self.of.keys(given, path, ("source", "force"))
         source, force = given.get("source"), given.get("force") or False
         if not isinstance(force, bool):
-            self.of.complain((*path, "force"), f"force is {force!r}, expected true or false")
+            self.of.add_mistake((*path, "force"), f"force is {force!r}, expected true or false")
         if source is None:
             return None
         if not (isinstance(source, dict) and "kind" in source):
@@ -77,13 +77,13 @@ class TokenizerReader:
         if source["kind"] == "zero":
             return TokenSource(None, force=force)
         if source["kind"] != "model_token":
-            self.of.complain((*path, "source"), f"kind is {source['kind']!r}: one of zero, model_token")
+            self.of.add_mistake((*path, "source"), f"kind is {source['kind']!r}: one of zero, model_token")
             return None
         path = (*path, "source")
         model = self.of.reference(source.get("model"), (*path, "model"))
         text, number = source.get("token"), source.get("token_id")
         if (text is None) == (number is None) or type(text or "") is not str or type(number or 0) is not int:
-            self.of.complain(path, "model_token takes the model and either token or token_id")
+            self.of.add_mistake(path, "model_token takes the model and either token or token_id")
             return None
         return TokenSource(model, text, number, force)
 
@@ -92,5 +92,5 @@ class TokenizerReader:
         known = ("auto", *TEMPLATES)
         if given is not None and given not in known and "{" not in given:
             hint = did_you_mean(given, known) or f"known: {', '.join(known)}"
-            self.of.complain(("chat_template",), f"chat_template is {given!r}, no Jinja: {hint}")
+            self.of.add_mistake(("chat_template",), f"chat_template is {given!r}, no Jinja: {hint}")
         return given

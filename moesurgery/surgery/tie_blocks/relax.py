@@ -7,10 +7,12 @@ back. It is a stock LoRA: `PeftModel.from_pretrained(model, folder + "/adapter")
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.checkpoint.strict_json import write_json
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr, concat, stack
@@ -18,7 +20,11 @@ from moesurgery.expr.shared import SharedComputation, SharedResult
 from moesurgery.expr.tensors import transpose
 from moesurgery.families.anatomy import MoeBlock
 from moesurgery.families.family import Layout
+from moesurgery.families.layer_stack import Stack
 from moesurgery.lora.apply import LAYOUT_VERSION
+from moesurgery.plan.plan import Plan
+from moesurgery.surgery.tie_blocks.schemes import TIE_BLOCKS
+from moesurgery.surgery.tie_blocks.tied_stack import TiedStack
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +45,28 @@ def is_linear(inside: str, shape: Sequence[int]) -> bool:
     """Whether a LoRA can stand beside a tensor of a block, that is no part of stacked experts."""
     module, _, leaf = inside.rpartition(".")
     return leaf == "weight" and len(shape) == 2 and module.rpartition(".")[2] in LINEARS
+
+
+def apart_for_relaxing(plan: Plan, stack: Stack) -> list[str]:
+    """Return texts that name what stays with each position because no LoRA can give it back: all but large matrices."""
+    anatomy = plan.anatomy
+    experts = {m.name for block in anatomy.blocks for m in block.members if m.part is not None and m.stem.main}
+    routers = {m.name for block in anatomy.blocks for m in block.members if m.along is not None}
+    apart = ["norm"]
+    for block in range(stack.depth):
+        for inside, name in stack.blocks[block].items():
+            linear = is_linear(inside, plan.tensors[name].shape) and name not in routers
+            if linear or name in experts or any(text in inside for text in apart):
+                continue
+            module, _, leaf = inside.rpartition(".")
+            router = re.search(r"\.(gate|router)\.", inside)
+            if name in routers and router:
+                apart.append(router[0])  # the one part of its path that is the same on disk and in memory
+            elif leaf == "weight":
+                apart.append(f"{module.rpartition('.')[2]}.weight")
+            else:
+                apart.append(f".{leaf}" if module else leaf)
+    return apart
 
 
 @dataclass
@@ -140,11 +168,11 @@ def expert_parameters(block: MoeBlock, tensors: Mapping[str, Expr], layouts: Seq
     Each is [E, out, in]. Raises RefusedError for layouts of which it is not known how PEFT sees them.
     """
     if block.of is not None:
-        raise RefusedError(f"tie-blocks: relax: {block.where} is one of two sets of experts", "leave relax out")
+        raise RefusedError(f"{TIE_BLOCKS}: relax: {block.where} is one of two sets of experts", "leave relax out")
     fused = next((layout for layout in reversed(layouts) if layout.kind == "fused"), None)
     if fused is None or [part.role for part in fused.parts] != ["gate_up", "down"]:
         raise RefusedError(
-            "tie-blocks: relax: it is not known how transformers holds the experts of this family",
+            f"{TIE_BLOCKS}: relax: it is not known how transformers holds the experts of this family",
             "leave relax out",
         )
     members = [(m, tensors[m.name]) for m in block.members if m.part is not None and m.stem.main]
@@ -157,3 +185,42 @@ def expert_parameters(block: MoeBlock, tensors: Mapping[str, Expr], layouts: Seq
             stacked = [stack([concat([by_place[role, e] for role in roles]) for e in range(block.experts)])]
         by_path[part.path] = transpose(stacked[0]) if part.order == "io" else stacked[0]
     return by_path
+
+
+def relaxed(tie: TiedStack, rank: int) -> tuple[dict[str, bytes | None], dict[str, Mapping[str, Expr]]]:
+    """Return the config and the weights of the adapter that holds each position's difference, by their paths.
+
+    Raises RefusedError for families and layouts that PEFT knows otherwise, quantised weights, or no difference at all.
+    """
+    plan, anatomy = tie.plan, tie.plan.anatomy
+    if anatomy.model_type in RENAMED:
+        raise RefusedError(f"{TIE_BLOCKS}: relax: PEFT knows {anatomy.model_type} under other names", "leave relax out")
+    adapter = LowRankAdapter(rank)
+    by_layer = {block.layer: block for block in anatomy.main_blocks}
+    experts = {m.name for block in anatomy.blocks for m in block.members if m.part is not None}
+    done: set[int] = set()
+    for inside, position, own, _ in tie.compared():
+        old = tie.arrangement.own[position]
+        layer = tie.stack.name(position, "").removesuffix(".")
+        shared = tie.weights(tie.arrangement.tie_map[position], inside)
+        if own.dtype not in PLAIN_FLOATS:
+            raise RefusedError(f"{TIE_BLOCKS}: relax: {inside} is quantised", "dequantise first")
+        if tie.stack.blocks[old][inside] not in experts:
+            adapter.add_linear(f"{layer}.{inside.removesuffix('.weight')}", own, shared)
+        elif position not in done:
+            done.add(position)
+            replaced = {
+                name: tie.weights(tie.arrangement.tie_map[position], inside)
+                for inside, name in tie.stack.blocks[old].items()
+                if name in experts and tie.shared(inside)
+            }
+            layouts = anatomy.settings.family.layouts
+            block = by_layer[old]
+            adapter.add_experts(
+                layer,
+                expert_parameters(block, plan.tensors, layouts),
+                expert_parameters(block, {**plan.tensors, **replaced}, layouts),
+            )
+    if not adapter.tensors:
+        raise RefusedError(f"{TIE_BLOCKS}: relax: every position has its own weights already", "leave relax out")
+    return adapter.files()

@@ -13,6 +13,7 @@ from typing import Literal
 
 from moesurgery.errors import RefusedError
 
+TIE_BLOCKS = "tie-blocks"
 Scheme = Literal["immediate", "cycle", "all", "middle-cycle", "repeat"]
 Init = Literal["first", "last", "average", "stepwise"]
 
@@ -59,11 +60,11 @@ def mapped(blocks: Sequence[int], depth: int, init: Init | None) -> TieScheme:
     """
     for block in blocks:
         if not 0 <= block < depth:
-            raise RefusedError(f"tie-blocks: there is no block {block}", f"the blocks are 0 to {depth - 1}")
+            raise RefusedError(f"{TIE_BLOCKS}: there is no block {block}", f"the blocks are 0 to {depth - 1}")
     if len(blocks) != depth:
         if init is not None:
             raise RefusedError(
-                f"tie-blocks: init {init} needs a map as long as the model is deep ({depth}), this has {len(blocks)}",
+                f"{TIE_BLOCKS}: init {init} needs a map as long as the model is deep ({depth}), this has {len(blocks)}",
                 "leave init out: each position then has the block that the map names",
             )
         return _over(tuple(blocks))

@@ -9,39 +9,36 @@ scheme has been used for and what tying an untrained stack costs.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import moesurgery.tied
-from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import Expr
-from moesurgery.expr.tensors import mean
 from moesurgery.families.anatomy import TIED, Anatomy
 from moesurgery.families.clients import adapter_readers
 from moesurgery.families.components import MTP
-from moesurgery.families.layer_config import LayerOrigin, layer_settings, restacked_config, without_prediction
+from moesurgery.families.layer_config import LayerOrigin, restacked_config, without_prediction
 from moesurgery.families.layer_stack import Stack, check_movable, stack_of
 from moesurgery.families.quantised import method
 from moesurgery.moe.expert_axis import Entries
-from moesurgery.plan.plan import Plan, Step, Table
+from moesurgery.plan.plan import Plan, Step
 from moesurgery.plan.side_files import refuse_named_layers
 from moesurgery.recipe.parameters import Param
 from moesurgery.recipe.registry import operation
 from moesurgery.surgery.tie_blocks.distances import Compared, Distances, distance_table, relative_distances
-from moesurgery.surgery.tie_blocks.relax import RENAMED, LowRankAdapter, expert_parameters, is_linear
-from moesurgery.surgery.tie_blocks.schemes import Init, Scheme, TieScheme, arranged, mapped
+from moesurgery.surgery.tie_blocks.relax import apart_for_relaxing, relaxed
+from moesurgery.surgery.tie_blocks.schemes import TIE_BLOCKS, Init, Scheme, TieScheme, arranged, mapped
+from moesurgery.surgery.tie_blocks.tied_stack import TiedStack
 
 Norms = Literal["kept", "shared"]
 Prediction = Literal["keep", "drop"]
-_NAME = "tie-blocks"
 _CODE = "modeling_tied.py"
 
 
-@operation(_NAME)
+@operation(TIE_BLOCKS)
 def tie_blocks(
     plan: Plan,
     *,
@@ -71,13 +68,14 @@ def tie_blocks(
     computation or KV cache. Ties between blocks that were trained apart damage a model, and need training.
     """
     anatomy = plan.anatomy
-    if anatomy.family is not None and (reason := anatomy.family.refuses.get(_NAME)):
-        raise RefusedError(f"{_NAME}: {anatomy.family.name}: {reason}")
-    stack = stack_of(anatomy, plan.tensors, _NAME)
+    if anatomy.family is not None and (reason := anatomy.family.refuses.get(TIE_BLOCKS)):
+        raise RefusedError(f"{TIE_BLOCKS}: {anatomy.family.name}: {reason}")
+    stack = stack_of(anatomy, plan.tensors, TIE_BLOCKS)
     if anatomy.settings.tie_map is not None:
         if not materialize or blocks is not None or init is not None or relax is not None:
             raise RefusedError(
-                f"{_NAME}: the blocks are tied already", f"write them out first: `- {_NAME}: {{materialize: true}}`"
+                f"{TIE_BLOCKS}: the blocks are tied already",
+                f"write them out first: `- {TIE_BLOCKS}: {{materialize: true}}`",
             )
         return _written_out(plan, anatomy, stack)
     if blocks is None:
@@ -89,8 +87,8 @@ def tie_blocks(
         refuse_named_layers(plan.checkpoint, plan.files)
     apart = ["norm"] if norms == "kept" else []
     if relax is not None:
-        apart = _apart_for_relaxing(plan, anatomy, stack)
-    tie = _Tie(plan, stack, arrangement, apart)
+        apart = apart_for_relaxing(plan, stack)
+    tie = TiedStack(plan, stack, arrangement, apart)
     tie.check()
     stored_once = arrangement.tied and not materialize
     if stored_once:
@@ -104,7 +102,7 @@ def tie_blocks(
     if stored_once:
         files[_CODE] = Path(moesurgery.tied.__file__).with_name(_CODE).read_bytes()
     if relax is not None:
-        more, companions = _relaxed(plan, anatomy, tie, relax)
+        more, companions = relaxed(tie, relax)
         files |= more
     compared = tie.compared()
     by_kind: dict[str, dict[int, float]] = {}
@@ -119,7 +117,7 @@ def tie_blocks(
     parameters |= {"prediction_layers": prediction_layers, "distances": distances}
     used = len(set(arrangement.tie_map))
     step = Step(
-        _NAME,
+        TIE_BLOCKS,
         parameters,
         f"{len(arrangement.tie_map)} positions run {used} blocks ({stack.depth} before)",
         details=(f"layer_tie_map: {', '.join(map(str, arrangement.tie_map))}",),
@@ -131,98 +129,15 @@ def tie_blocks(
             "distances_from": distances,
         },
         notes=(
-            *_notes(arrangement, compared, by_kind, distances, stored_once, relax, anatomy.is_moe),
-            *_odd_note(left_out),
+            *_notes(compared, by_kind, distances, stored_once, relax, anatomy.is_moe),
+            *_left_out_note(left_out),
         ),
-        tables=_tables(by_kind),
+        tables=(distance_table(by_kind),) if by_kind else (),
     )
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files=files, companions=companions)
 
 
-@dataclass(frozen=True)
-class _Tie:
-    """An arrangement of the blocks of one model; `apart` are texts in the names of tensors that are not shared."""
-
-    plan: Plan
-    stack: Stack
-    arrangement: TieScheme
-    apart: Sequence[str]
-
-    def shared(self, inside: str) -> bool:
-        return not any(text in inside for text in self.apart)
-
-    def check(self) -> None:
-        """Refuse blocks that cannot take each other's place: other tensors, other shapes, another kind of layer."""
-        settings = self.plan.anatomy.settings
-        tensors, blocks = self.plan.tensors, self.stack.blocks
-        for position, old in enumerate(self.arrangement.own):
-            for source in self.arrangement.sources[self.arrangement.tie_map[position]]:
-                if source == old:
-                    continue
-                forms = [
-                    {inside: (tensors[name].dtype, tensors[name].shape) for inside, name in blocks[block].items()}
-                    for block in (source, old)
-                ]
-                if different := sorted(
-                    i for i in forms[0].keys() | forms[1].keys() if forms[0].get(i) != forms[1].get(i)
-                ):
-                    raise RefusedError(
-                        f"{_NAME}: block {old} cannot run with the weights of block {source}: {different[0]} differs"
-                        f" ({_form(forms[0], different[0])}; {_form(forms[1], different[0])})",
-                        "choose groups of blocks of one kind, with --blocks if no scheme has them",
-                    )
-                kinds = layer_settings(settings, source), layer_settings(settings, old)
-                if kinds[0] != kinds[1]:
-                    key = next(k for k in kinds[0].keys() | kinds[1].keys() if kinds[0].get(k) != kinds[1].get(k))
-                    raise RefusedError(
-                        f"{_NAME}: block {old} cannot run with the weights of block {source}: {key} says"
-                        f" {kinds[1].get(key)!r} of one and {kinds[0].get(key)!r} of the other",
-                        "choose groups of blocks of one kind, with --blocks if no scheme has them",
-                    )
-
-    def weights(self, source: int, inside: str) -> Expr:
-        """Return what the positions of a group share."""
-        parts = [self.plan.tensors[self.stack.blocks[block][inside]] for block in self.arrangement.sources[source]]
-        if len(parts) > 1 and parts[0].dtype not in PLAIN_FLOATS:
-            raise RefusedError(
-                f"{_NAME}: {inside} is quantised ({parts[0].dtype}): its average has no exact form",
-                "use --init first, or dequantise first with `moesurgery convert --dequantize`",
-            )
-        return mean(parts)
-
-    def entries(self, *, everywhere: bool) -> Entries:
-        """Return what takes the place of each block's tensors: those of its positions, tied ones only `everywhere`."""
-        entries: Entries = {}
-        for old, names in self.stack.blocks.items():
-            if old >= self.stack.depth:
-                continue
-            positions = [i for i, block in enumerate(self.arrangement.own) if block == old]
-            for inside, name in names.items():
-                replacements = []
-                for position in positions:
-                    source = self.arrangement.tie_map[position]
-                    if not self.shared(inside):
-                        replacements.append((self.stack.name(position, inside), self.plan.tensors[name]))
-                    elif everywhere or source == position:
-                        replacements.append((self.stack.name(position, inside), self.weights(source, inside)))
-                entries[name] = replacements
-        return entries
-
-    def compared(self) -> list[Compared]:
-        """Return each shared tensor whose weights come from other blocks than its own, with those."""
-        pairs: list[Compared] = []
-        for position, old in enumerate(self.arrangement.own):
-            sources = self.arrangement.sources[self.arrangement.tie_map[position]]
-            if sources == (old,):
-                continue
-            for inside, name in self.stack.blocks[old].items():
-                if self.shared(inside):
-                    others = [self.plan.tensors[self.stack.blocks[block][inside]] for block in sources]
-                    pairs.append((inside, position, self.plan.tensors[name], others))
-        return pairs
-
-
-def _odd_note(left_out: int) -> list[str]:
+def _left_out_note(left_out: int) -> list[str]:
     """Say how much of the blocks the distances leave out."""
     if not left_out:
         return []
@@ -232,18 +147,14 @@ def _odd_note(left_out: int) -> list[str]:
     ]
 
 
-def _form(forms: Mapping[str, Any], inside: str) -> str:
-    return f"{forms[inside][0]} {list(forms[inside][1])}" if inside in forms else "absent"
-
-
 def _config(anatomy: Anatomy, arrangement: TieScheme, prediction_layers: Prediction) -> dict[str, Any]:
     """Return the config of the new stack, as a stock model."""
     if list(arrangement.own) != list(range(anatomy.settings.layers or 0)):
-        check_movable(anatomy, anatomy.component, _NAME)
+        check_movable(anatomy, anatomy.component, TIE_BLOCKS)
     try:
         config = restacked_config(anatomy.settings, [LayerOrigin(anatomy.settings, block) for block in arrangement.own])
     except RefusedError as error:
-        raise RefusedError(f"{_NAME}: {error.message}", error.hint) from None
+        raise RefusedError(f"{TIE_BLOCKS}: {error.message}", error.hint) from None
     return without_prediction(replace(anatomy.settings, config=config)) if prediction_layers == "drop" else config
 
 
@@ -255,15 +166,15 @@ def _tied_config(
     architectures = config.get("architectures") or []
     if stack.container != "layers" or stack.root not in ("", "model."):
         raise RefusedError(
-            f"{_NAME}: the blocks of this model are {stack.root}{stack.container}, not model.layers", hint
+            f"{TIE_BLOCKS}: the blocks of this model are {stack.root}{stack.container}, not model.layers", hint
         )
     if config.get("num_hidden_layers") is None or "auto_map" in config:
-        raise RefusedError(f"{_NAME}: this model has nested settings or code of its own", hint)
+        raise RefusedError(f"{TIE_BLOCKS}: this model has nested settings or code of its own", hint)
     if len(architectures) != 1 or not str(architectures[0]).endswith("ForCausalLM"):
-        raise RefusedError(f"{_NAME}: architectures is {architectures}, not one causal language model", hint)
+        raise RefusedError(f"{TIE_BLOCKS}: architectures is {architectures}, not one causal language model", hint)
     if quantised := method(config):
         raise RefusedError(
-            f"{_NAME}: the weights are quantised ({quantised}), which tied loading was not tried with", hint
+            f"{TIE_BLOCKS}: the weights are quantised ({quantised}), which tied loading was not tried with", hint
         )
     name = f"{_CODE.removesuffix('.py')}.Tied{architectures[0]}"
     # The stock family's classes refuse a depth of null, where they would fill the tied blocks with random numbers.
@@ -294,64 +205,6 @@ def _behind(plan: Plan, stack: Stack, arrangement: TieScheme, prediction_layers:
     }
 
 
-def _apart_for_relaxing(plan: Plan, anatomy: Anatomy, stack: Stack) -> list[str]:
-    """Return texts that name what stays with each position because no LoRA can give it back: all but large matrices."""
-    experts = {m.name for block in anatomy.blocks for m in block.members if m.part is not None and m.stem.main}
-    routers = {m.name for block in anatomy.blocks for m in block.members if m.along is not None}
-    apart = ["norm"]
-    for block in range(stack.depth):
-        for inside, name in stack.blocks[block].items():
-            linear = is_linear(inside, plan.tensors[name].shape) and name not in routers
-            if linear or name in experts or any(text in inside for text in apart):
-                continue
-            module, _, leaf = inside.rpartition(".")
-            router = re.search(r"\.(gate|router)\.", inside)
-            if name in routers and router:
-                apart.append(router[0])  # the one part of its path that is the same on disk and in memory
-            elif leaf == "weight":
-                apart.append(f"{module.rpartition('.')[2]}.weight")
-            else:
-                apart.append(f".{leaf}" if module else leaf)
-    return apart
-
-
-def _relaxed(
-    plan: Plan, anatomy: Anatomy, tie: _Tie, rank: int
-) -> tuple[dict[str, bytes | None], dict[str, Mapping[str, Expr]]]:
-    """Return the files of the adapter that holds each position's difference."""
-    if anatomy.model_type in RENAMED:
-        raise RefusedError(f"{_NAME}: relax: PEFT knows {anatomy.model_type} under other names", "leave relax out")
-    adapter = LowRankAdapter(rank)
-    by_layer = {block.layer: block for block in anatomy.main_blocks}
-    experts = {m.name for block in anatomy.blocks for m in block.members if m.part is not None}
-    done: set[int] = set()
-    for inside, position, own, _ in tie.compared():
-        old = tie.arrangement.own[position]
-        layer = tie.stack.name(position, "").removesuffix(".")
-        shared = tie.weights(tie.arrangement.tie_map[position], inside)
-        if own.dtype not in PLAIN_FLOATS:
-            raise RefusedError(f"{_NAME}: relax: {inside} is quantised", "dequantise first")
-        if tie.stack.blocks[old][inside] not in experts:
-            adapter.add_linear(f"{layer}.{inside.removesuffix('.weight')}", own, shared)
-        elif position not in done:
-            done.add(position)
-            replaced = {
-                name: tie.weights(tie.arrangement.tie_map[position], inside)
-                for inside, name in tie.stack.blocks[old].items()
-                if name in experts and tie.shared(inside)
-            }
-            layouts = anatomy.settings.family.layouts
-            block = by_layer[old]
-            adapter.add_experts(
-                layer,
-                expert_parameters(block, plan.tensors, layouts),
-                expert_parameters(block, {**plan.tensors, **replaced}, layouts),
-            )
-    if not adapter.tensors:
-        raise RefusedError(f"{_NAME}: relax: every position has its own weights already", "leave relax out")
-    return adapter.files()
-
-
 def _written_out(plan: Plan, anatomy: Anatomy, stack: Stack) -> Plan:
     """Return the stock form of a model whose blocks are tied: every position with its weights."""
     tie_map = anatomy.settings.tie_map
@@ -369,12 +222,13 @@ def _written_out(plan: Plan, anatomy: Anatomy, stack: Stack) -> Plan:
     config["model_type"] = anatomy.model_type.removeprefix(TIED)
     config["architectures"] = [str(name).removeprefix("Tied") for name in config.get("architectures") or ()]
     config["num_hidden_layers"] = len(tie_map)
-    step = Step(_NAME, {"materialize": True}, f"all {len(tie_map)} positions written out as {config['model_type']}")
+    step = Step(
+        TIE_BLOCKS, {"materialize": True}, f"all {len(tie_map)} positions written out as {config['model_type']}"
+    )
     return plan.edited(step, tensors=tensors, shard_of=shard_of, config=config, files={_CODE: None})
 
 
 def _notes(
-    arrangement: TieScheme,
     compared: Sequence[Compared],
     found: Mapping[str, Any],
     distances: Distances,
@@ -398,7 +252,3 @@ def _notes(
         notes.append(f"adapter/: a PEFT LoRA of rank {relax} that gives each position its difference back")
         notes.append(adapter_readers(experts=moe))
     return notes
-
-
-def _tables(found: Mapping[str, Mapping[int, float]]) -> tuple[Table, ...]:
-    return (distance_table(found),) if found else ()

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from moesurgery.expr.nodes import Expr, Reader, Unary, narrowed
+from moesurgery.expr.elementwise import narrowed
+from moesurgery.expr.nodes import Expr, Reader, Unary
 from moesurgery.expr.random import Normal
 from moesurgery.expr.shared import SharedComputation
 from moesurgery.expr.tensors import Gather

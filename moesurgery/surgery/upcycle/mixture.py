@@ -15,7 +15,7 @@ from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import cast
 from moesurgery.expr.nodes import Expr
 from moesurgery.expr.tensors import Full
-from moesurgery.families.clients import wants_of, with_keys
+from moesurgery.families.clients import Wants, with_keys
 from moesurgery.families.family import Layout, Projection
 from moesurgery.surgery.upcycle import routers
 from moesurgery.surgery.upcycle.dense_model import DenseModel
@@ -230,4 +230,4 @@ class Mixture:
             for key in ("torch_dtype", "dtype"):
                 if key in config:
                     config[key] = self.given["dtype"]
-        return with_keys(config, wants_of(config).keys)
+        return with_keys(config, Wants(config).keys)

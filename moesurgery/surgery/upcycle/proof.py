@@ -174,7 +174,7 @@ def shrunk(config: Mapping[str, Any], parts: int) -> dict[str, Any]:
     small = {k: v for k, v in harmless(config).items() if k not in ("torch_dtype", "dtype")}
     count = config["num_hidden_layers"]
     layers = min(count, LAYERS)
-    shown = _layers_to_show(config, count, layers)
+    shown = _layers_to_show(count, layers)
     heads = config["num_attention_heads"]
     shared = max(1, heads // (config.get("num_key_value_heads") or heads))
     small_heads = 4 if shared < 4 else min(shared, 8)
@@ -249,7 +249,7 @@ def _sizes_without_default(config: Mapping[str, Any]) -> list[str]:
     return [key for key in wanted if config.get(key, None) is None and key not in config and full.get(key) is not None]
 
 
-def _layers_to_show(config: Mapping[str, Any], count: int, wanted: int) -> list[int]:
+def _layers_to_show(count: int, wanted: int) -> list[int]:
     """Choose layers: the first and the last ones, which between them show every kind of layer."""
     if count <= wanted:
         return list(range(count))

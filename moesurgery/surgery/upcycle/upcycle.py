@@ -193,6 +193,7 @@ def _check_sources(design: Design, sources: list[DenseSource], rest: str) -> Non
 
 
 def branches_of(sources: list[DenseSource]) -> list[DenseModel]:
+    """Return the different models among the sources of an upcycle."""
     return branches(sources[0].dense, sources) if sources else []
 
 

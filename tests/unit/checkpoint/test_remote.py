@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from moesurgery.checkpoint.http_answers import Asked
+from moesurgery.checkpoint.http_answers import RangeRequest
 from moesurgery.checkpoint.remote_source import RemoteSource
 from moesurgery.errors import CheckpointError
 from tests.conftest import ROOT, Result
@@ -441,7 +441,7 @@ def test_an_answer_that_is_not_what_was_asked_for(
     ],
 )
 def test_what_an_answer_says_of_itself(status: int, headers: dict[str, str], size: int, said: str | None) -> None:
-    asked = Asked("x/model.safetensors", 8, 16, size, "model.safetensors", {"model.safetensors": '"first"'})
+    asked = RangeRequest("x/model.safetensors", 8, 16, size, "model.safetensors", {"model.safetensors": '"first"'})
     if said is None:
         asked.check(status, headers)
     else:
@@ -450,7 +450,7 @@ def test_what_an_answer_says_of_itself(status: int, headers: dict[str, str], siz
 
 
 def test_a_server_without_ranges_may_send_a_small_file_whole() -> None:
-    Asked("x/config.json", 0, 16, 16, "config.json", {}).check(200, {"content-length": "16"})
+    RangeRequest("x/config.json", 0, 16, 16, "config.json", {}).check(200, {"content-length": "16"})
 
 
 @pytest.mark.parametrize("wrong", ["another range", "another file", "all of another page", "too little", "no range"])
@@ -521,7 +521,7 @@ def test_a_server_costs_what_was_asked_for(fault: str, hub: dict[str, str]) -> N
     Hub.fault = fault
     begun = time.monotonic()
     # A process of its own, which may take less memory than an answer would.
-    quick = "import moesurgery.checkpoint.web as w; w.GRACE = 1.0; " if fault == "slow" else ""
+    quick = "import moesurgery.checkpoint.hub_client as w; w.GRACE = 1.0; " if fault == "slow" else ""
     code = f"{quick}import sys; from moesurgery.cli import main; code = main(['inspect', 'hf://acme/tiny']); "
     code += "print(next(v.split()[1] for v in open('/proc/self/status') if v.startswith('VmHWM'))); sys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], env=hub, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -16,8 +16,8 @@ from moesurgery.checkpoint.source import LocalSource
 from moesurgery.errors import RefusedError
 from moesurgery.expr.elementwise import Cast, Exponent, Scale, cast, scale
 from moesurgery.expr.evaluate import values_of
-from moesurgery.expr.nodes import Copy, Expr, Slice, Stored, concat, reshape, stack, take
-from moesurgery.expr.tensors import transpose
+from moesurgery.expr.nodes import Copy, Expr, Slice, Stored, concat, reshape, stack
+from moesurgery.expr.tensors import take, transpose
 from moesurgery.write.recompute import Recomputer
 
 FACTORS = (0.8164965809277261, 1.2247448713915890, 0.5, 3.0, -1.1, 1e-3, 1e30, 1.0000001)

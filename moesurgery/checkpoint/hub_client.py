@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from moesurgery.checkpoint.http_answers import ASK_AGAIN, CLIENT_LOCK
+from moesurgery.checkpoint.http_answers import ASK_AGAIN
 from moesurgery.errors import CheckpointError
 
 MAX_ANSWER = 64 << 20  # bytes of an answer to anything but a byte range: lists of files, facts about a model
@@ -30,6 +30,7 @@ PACE = 100_000  # bytes per second
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _RESET = re.compile(r";\s*t\s*=\s*(\d+)")
+_CLIENT_LOCK = threading.Lock()  # a client that is replaced while another thread uses it is closed under its hands
 _LATER = "run the same command again later: finished shards are kept"
 
 
@@ -69,7 +70,7 @@ def _current() -> _Operation | None:
 
 def bound_the_hub() -> None:
     """Have huggingface_hub make its requests through a client that checks every response."""
-    with CLIENT_LOCK:
+    with _CLIENT_LOCK:
         _bound_the_hub()
 
 

@@ -14,7 +14,7 @@ _PART = 8 << 20
 
 
 @dataclass(frozen=True)
-class Judged:
+class MeasuredSpan:
     """A span, what it is, and what was found in it."""
 
     span: Span
@@ -27,7 +27,7 @@ class Judged:
         return f"expert {self.span.expert} of " if self.span.expert is not None else ""
 
 
-def survey_of(subject: Context) -> list[Judged]:
+def measured_spans(subject: Context) -> list[MeasuredSpan]:
     """Read every weight once. Raises CheckpointError where one cannot be read."""
     members = {member.name: member for block in subject.whole_blocks for member in block.members}
     experts = {member.name: block.experts for block in subject.whole_blocks for member in block.members}
@@ -40,7 +40,7 @@ def survey_of(subject: Context) -> list[Judged]:
     surveyed = survey(subject.source, spans, subject.progress, threads)
     component = subject.anatomy.component
     return [
-        Judged(span, members.get(span.info.name), component[span.info.name], statistics)
+        MeasuredSpan(span, members.get(span.info.name), component[span.info.name], statistics)
         for span, statistics in zip(spans, surveyed, strict=True)
     ]
 
