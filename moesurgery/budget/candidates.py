@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
@@ -163,13 +163,3 @@ def _largest(holds: Callable[[int], bool], end: int) -> int:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if holds(middle) else (low, middle)
     return low
-
-
-def pareto(points: Iterable[tuple[float, ...]]) -> list[int]:
-    """Return the places of the points that no other is at or below in every number, and below in one."""
-    known = list(points)
-    return [
-        i
-        for i, point in enumerate(known)
-        if not any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in known)
-    ]

@@ -77,7 +77,6 @@ class NeuronMoments:
     """Holds what one layer's FFNs read, for all tokens, until their moments are asked for. Close when done."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
         self._calls: dict[str, list[ExpertsCall]] = {}
         self._ffns: dict[str, _Ffn] = {}
         self._paused = False

@@ -19,7 +19,7 @@ PANEL = 64
 
 
 def removal_order(
-    gram: torch.Tensor, outputs: torch.Tensor, keep: int = 1, size: int = 1, damping: float = DAMPING
+    gram: torch.Tensor, outputs: torch.Tensor, keep: int = 1, size: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the neurons in the order of their removal, until `keep` are left, and the error after each, in float64.
 
@@ -29,7 +29,7 @@ def removal_order(
     import torch
 
     width, count = len(gram), (len(gram) - keep) // size
-    strength = max(damping * float(gram.diagonal().mean()), 1e-30)
+    strength = max(DAMPING * float(gram.diagonal().mean()), 1e-30)
     inverse = _inverse(gram, strength)
     outputs = outputs.clone()
     if size > 1:

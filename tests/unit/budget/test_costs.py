@@ -10,7 +10,7 @@ import pytest
 
 from moesurgery import apply, open_checkpoint, plan_of, write_plan
 from moesurgery.budget.budget import budget_of
-from moesurgery.budget.candidates import AXES, Choices, fitting_shapes, pareto
+from moesurgery.budget.candidates import AXES, Choices, fitting_shapes
 from moesurgery.budget.costs import ShapeCosts
 from moesurgery.budget.limits import Limits, parse_parameters, parse_speed, parse_tokens
 from moesurgery.budget.shape import MixtureShape, narrower_forms
@@ -141,10 +141,6 @@ def test_what_fits_is_what_a_search_of_all_shapes_finds(models: Models) -> None:
 
     assert found == {shape for shape in fits if not contained(shape)}
     assert len(found) > 3
-
-
-def test_pareto_points() -> None:
-    assert pareto([(1, 3), (2, 2), (3, 3), (2, 2), (0, 9)]) == [0, 1, 3, 4]
 
 
 def test_nothing_fits_and_what_would(models: Models) -> None:
