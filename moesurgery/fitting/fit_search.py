@@ -214,11 +214,9 @@ class _Search:
 
     def measure(self, wanted: SearchOptions) -> None:
         """Measure the single axes, then the shapes that are predicted best, without repair."""
-        self.losses.add({ORIGINAL: self.plan})
         if wanted.by is None:
             self._choose_criterion()
-        for shape in self.alone:
-            self._measure(shape)
+        self._measure(*self.alone)
         while len(self.edited) < wanted.measured and (following := self._next(self.edited)):
             self._measure(following)
         self.prediction = self._fitted(self.edited)
@@ -267,14 +265,16 @@ class _Search:
             return
         first = dropping[0]
         names: dict[str, MeasuredCriterion] = {f"{first.name}, {by}": by for by in CANDIDATES}
-        self.losses.add({name: self.steps.planned(first, by) for name, by in names.items()})
+        plans = {name: self.steps.planned(first, by) for name, by in names.items()}
+        self.losses.add({ORIGINAL: self.plan, **plans})
         best = self.losses.cheapest(names)
         self.by, self.edited[first] = names[best], best
 
-    def _measure(self, shape: MixtureShape) -> None:
-        if shape not in self.edited:
-            self.losses.add({shape.name: self.steps.planned(shape, self.by)})
-            self.edited[shape] = shape.name
+    def _measure(self, *shapes: MixtureShape) -> None:
+        new = {shape: shape.name for shape in shapes if shape not in self.edited}
+        plans = {name: self.steps.planned(shape, self.by) for shape, name in new.items()}
+        self.losses.add({ORIGINAL: self.plan, **plans})
+        self.edited |= new
 
     def _repair(self, shape: MixtureShape) -> None:
         """Repair and measure a shape. Forms of one shape share its repair."""

@@ -44,26 +44,32 @@ class HeldOutLosses:
     by_text: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, plans: Mapping[str, Plan]) -> None:
-        """Measure the plans that were not measured yet. Criteria may choose the same experts: that is measured once."""
-        from moesurgery.forward.loss import losses_over, mean_loss
+        """Measure the plans that were not measured yet, side by side. Criteria may choose the same experts: that is
+        measured once."""
+        from moesurgery.forward.loss import losses_of_several, mean_loss
         from moesurgery.forward.tokens import joined
 
-        new = {name: plan for name, plan in plans.items() if name not in self.found}
-        windows = sum(d.windows.numel() for d in self.domains)
-        with self.reporter.progress("measuring", windows * len(new)) as progress:
-            for name, plan in new.items():
-                same = next((n for n, p in self.plans.items() if _computes_the_same(p, plan)), None)
-                self.plans[name] = plan
-                if same is not None:
-                    self.found[name], self.by_text[name] = self.found[same], self.by_text[same]
-                    progress(windows)
-                    continue
-                engines = self.settings.engines(plan, joined([domain.as_tokens for domain in self.domains]))
-                each = losses_over(engines, self.domains)
-                self.found[name], self.by_text[name] = mean_loss(each), {loss.domain: loss.nats for loss in each}
-                del engines
-                gc.collect()  # an engine and its hooks hold each other, and with them files and memory of devices
-                progress(windows)
+        new: dict[str, Plan] = {}
+        measured: dict[str, str] = {}  # for each name that of the plan that is measured for it
+        for name, plan in plans.items():
+            if name in self.found:
+                continue
+            same = next((n for n, p in self.plans.items() if _computes_the_same(p, plan)), None)
+            self.plans[name] = plan
+            measured[name] = same or name
+            if same is None:
+                new[name] = plan
+        if new:
+            windows = joined([domain.as_tokens for domain in self.domains])
+            groups = self.settings.edits(list(new.values()), windows)
+            with self.reporter.progress("measuring", sum(engine.work(windows) for engine in groups[0])) as progress:
+                by_name = dict(zip(new, losses_of_several(groups, self.domains, progress), strict=True))
+            del groups
+            gc.collect()  # an engine and its hooks hold each other, and with them files and memory of devices
+        for name, same in measured.items():
+            each = by_name[same] if same in new else None
+            self.found[name] = mean_loss(each) if each else self.found[same]
+            self.by_text[name] = {loss.domain: loss.nats for loss in each} if each else self.by_text[same]
 
     @property
     def tokens(self) -> int:

@@ -101,6 +101,11 @@ class RunSettings:
         del first
         return [[self._on(plan, devices) for plan in plans]]
 
+    def edits(self, plans: Sequence[Plan], tokens: Tokens) -> list[list[Engine]]:
+        """Return engines for a model and edits of it, in groups that share the windows `tokens` as `engines` does for
+        the first; the others use what it has loaded."""
+        return [[engine, *(engine.sharing(plan) for plan in plans[1:])] for engine in self.engines(plans[0], tokens)]
+
     def pair(self, original: Plan, edited: Plan, tokens: Tokens) -> tuple[Engine, Engine]:
         """Return engines for two models that run side by side, each on half of the devices where there are several."""
         devices, half = self.devices, len(self.devices) // 2

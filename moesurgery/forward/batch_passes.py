@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,18 @@ class BatchPasses:
                 self._advance(each)
                 if unit.layer is not None:
                     progress(each.tokens.count)
+        if unit.layer is not None:
+            self.passed = unit.layer + 1
+
+    def take(self, outputs: Sequence[Any], progress: Progress = lambda count: None) -> None:
+        """Advance all batches as `step` does, with what another model's unit returned for each in place of the unit."""
+        unit = self.unit
+        assert unit is not None
+        for each, output in zip(self.passes, outputs, strict=True):
+            each.last = output
+            each.coroutine.advance(output)
+            if unit.layer is not None:
+                progress(each.tokens.count)
         if unit.layer is not None:
             self.passed = unit.layer + 1
 

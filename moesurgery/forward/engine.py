@@ -94,9 +94,13 @@ class Engine(UnitRunner):
         *,
         resume: Resume | None = None,
         batch: int | None = None,
+        beside: int = 0,
     ) -> BatchPasses:
-        """Begin the forward pass of all windows, `batch` at a time (by default as many as memory has room for)."""
-        self._share_memory(tokens)
+        """Begin the forward pass of all windows, `batch` at a time (by default as many as memory has room for).
+
+        `beside` is how many engines that share this one's weights (`sharing`) run at the same time.
+        """
+        self._share_memory(tokens, beside)
         return BatchPasses(self, tokens, batch or self.windows_per_batch(tokens, True), hooks, resume)
 
     def run(
@@ -181,14 +185,28 @@ class Engine(UnitRunner):
         share = 1 - memory_budget.ACTIVATIONS - 2 * memory_budget.LOGITS
         return int(share * self._budget(stage)) - self.hidden_bytes(tokens)
 
-    def _share_memory(self, tokens: Tokens) -> None:
+    def models_at_once(self, tokens: Tokens) -> int:
+        """Return of how many models the hidden states may be in memory at a time, beside a unit: on the processor,
+        where no memory was given, they may take as much as the largest unit."""
+        largest = max(unit.nbytes for unit in self.meta_model.units.values())
+        if self.on_gpu:
+            room = self._room_for_weights(tokens, 0) + self.hidden_bytes(tokens) - 2 * largest
+        else:
+            room = self.memory - largest if self.memory else max(KEEP_BYTES, largest)
+        return max(1, room // self.hidden_bytes(tokens))
+
+    def _share_memory(self, tokens: Tokens, beside: int) -> None:
         """Set how many bytes of weights may stay loaded, next to hidden states, activations and the unit read ahead."""
         if not self._keeps_what_fits:
             return
+        others = beside * self.hidden_bytes(tokens)
         for stage in range(len(self.meta_model.devices)):
             sizes = [unit.nbytes for unit in self.meta_model.units.values() if unit.stage == stage]
             if self.on_gpu:
-                room = self._room_for_weights(tokens, stage)
-                self.weights.keep[stage] = room if sum(sizes) <= room else max(0, room - 2 * max(sizes))
+                room = self._room_for_weights(tokens, stage) - others
+                if beside:  # they use the unit that was loaded last
+                    self.weights.keep[stage] = max(0, min(max(sizes), room - 2 * max(sizes)))
+                else:
+                    self.weights.keep[stage] = room if sum(sizes) <= room else max(0, room - 2 * max(sizes))
             elif self.memory:
-                self.weights.keep[stage] = max(0, self.memory - self.hidden_bytes(tokens) - max(sizes))
+                self.weights.keep[stage] = max(0, self.memory - self.hidden_bytes(tokens) - others - max(sizes))

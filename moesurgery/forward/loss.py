@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from moesurgery.errors import CheckpointError, RefusedError
 from moesurgery.forward.batch_passes import BatchPasses, Progress
 from moesurgery.forward.device_threads import side_by_side
 from moesurgery.forward.engine import Engine
+from moesurgery.forward.lockstep import run_layers
 from moesurgery.forward.text_windows import Domain
 from moesurgery.forward.tokens import Tokens, joined, shared_out
 
@@ -94,7 +95,24 @@ def losses_over(
     engines: Sequence[Engine], domains: Sequence[Domain], progress: Progress = lambda count: None
 ) -> list[Loss]:
     """Return what `losses` returns, with the windows split among engines of one model on several devices."""
-    return compared_over([[engine] for engine in engines], domains, progress)[0]
+    return losses_of_several([[engine] for engine in engines], domains, progress)[0]
+
+
+def losses_of_several(
+    groups: Sequence[Sequence[Engine]], domains: Sequence[Domain], progress: Progress = lambda count: None
+) -> list[list[Loss]]:
+    """Return for each of several models what `losses_over` returns of it alone, to the bit on the processor.
+
+    The windows are split among `groups` of engines: all models on one device each. The models of a group run in
+    lockstep (`lockstep`), as many at a time as there is memory for their hidden states.
+    """
+
+    def figures(engines: Sequence[Engine], windows: Tokens) -> list[dict[int, TokenFigures]]:
+        count = engines[0].models_at_once(windows)
+        parts = [engines[i : i + count] for i in range(0, len(engines), count)]
+        return [each for part in parts for each in _figures(part, windows, progress, together=False)]
+
+    return _over(groups, domains, figures)
 
 
 def compared(
@@ -102,8 +120,8 @@ def compared(
 ) -> list[list[Loss]]:
     """Return for each engine the loss on each domain; for all but the first, with KL(first || it).
 
-    All models go through their layers one after the other, then through their heads together, batch by batch, so
-    that logits are never kept. Memory: the hidden states of the windows once per model.
+    All models go through their layers in lockstep, then through their heads together, batch by batch, so that logits
+    are never kept. Memory: the hidden states of the windows once per model.
     """
     return compared_over([engines], domains, progress)
 
@@ -112,8 +130,18 @@ def compared_over(
     groups: Sequence[Sequence[Engine]], domains: Sequence[Domain], progress: Progress = lambda count: None
 ) -> list[list[Loss]]:
     """Return what `compared` returns, with the windows split among groups of engines: all models on one device each."""
+    return _over(groups, domains, lambda engines, windows: _figures(engines, windows, progress, together=True))
+
+
+def _over(
+    groups: Sequence[Sequence[Engine]],
+    domains: Sequence[Domain],
+    figures: Callable[[Sequence[Engine], Tokens], list[dict[int, TokenFigures]]],
+) -> list[list[Loss]]:
+    """Return the losses of each model by domain, with the windows split among groups of engines, of which `figures`
+    computes what `_figures` does."""
     parts = shared_out(_together(domains), len(groups))
-    jobs = [partial(_figures, group, part, progress) for group, part in zip(groups, parts, strict=False)]
+    jobs = [partial(figures, group, part) for group, part in zip(groups, parts, strict=False)]
     by_part = side_by_side(jobs)
     by_model = [
         [part[model][i] for part in by_part for i in range(len(part[model]))] for model in range(len(groups[0]))
@@ -125,27 +153,34 @@ def compared_over(
     ]
 
 
-def _figures(engines: Sequence[Engine], windows: Tokens, progress: Progress) -> list[dict[int, TokenFigures]]:
-    """Return for each engine the figures of each window."""
-    if len({engine.vocabulary for engine in engines}) > 1:
+def _figures(
+    engines: Sequence[Engine], windows: Tokens, progress: Progress, *, together: bool
+) -> list[dict[int, TokenFigures]]:
+    """Return for each engine the figures of each window; where the heads run `together`, against the first engine's."""
+    if together and len({engine.vocabulary for engine in engines}) > 1:
         raise RefusedError(
             "the models have different vocabularies: " + ", ".join(str(engine.vocabulary) for engine in engines),
             "compare models with one tokenizer",
         )
     figures: list[dict[int, TokenFigures]] = [{} for _ in engines]  # of each window
-    size = min(engine.windows_per_batch(windows, True) for engine in engines)
+    sizes = [engine.windows_per_batch(windows, True) for engine in engines]
+    sharing = sum(engine.meta_model.donor is engines[0].meta_model for engine in engines)
     runs: list[BatchPasses] = []
     try:
-        for engine in engines:
-            runs.append(engine.start(windows, batch=size))
-            runs[-1].to_layer(len(engine.layers), progress)
-        heads = min(engine.windows_per_head(windows) for engine in engines)
-        for number in range(len(runs[0])):
-            for ends in zip(*(run.logits(number, heads) for run in runs), strict=True):
-                first, part, reference = ends[0]
-                for by_window, (_, _, logits) in zip(figures, ends, strict=True):
-                    found = token_figures(logits, None if logits is reference else reference, part.ids)
-                    by_window |= {first + row: found.of(row) for row in range(len(part))}
+        for engine, size in zip(engines, sizes, strict=True):
+            beside = sharing if engine is engines[0] else 0
+            runs.append(engine.start(windows, batch=min(sizes) if together else size, beside=beside))
+        run_layers(runs, progress)
+        for group in [range(len(runs))] if together else [[i] for i in range(len(runs))]:
+            heads = min(engines[i].windows_per_head(windows) for i in group)
+            for number in range(len(runs[group[0]])):
+                for ends in zip(*(runs[i].logits(number, heads) for i in group), strict=True):
+                    first, part, reference = ends[0]
+                    for i, (_, _, logits) in zip(group, ends, strict=True):
+                        found = token_figures(logits, None if logits is reference else reference, part.ids)
+                        figures[i] |= {first + row: found.of(row) for row in range(len(part))}
+            for i in group:
+                runs[i].close()
     finally:
         for run in runs:
             run.close()

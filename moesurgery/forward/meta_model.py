@@ -215,15 +215,20 @@ class MetaModel:
 
     def _shared(self, group: TensorGroup, donor: MetaModel) -> torch.Tensor | None:
         """Return the donor's parameter if it is loaded and made from the same tensors."""
-        if len(getattr(group.converter, "target_patterns", ())) > 1 or donor.target.get(group.names[0][1]) is None:
+        theirs = next((g for g in donor.unit_of(group.target).groups if g.target == group.target), None)
+        if theirs is None or len(getattr(group.converter, "target_patterns", ())) > 1:
             return None
         empty = donor._empty.get(group.target)
         if empty is None or donor.tensor(group.target) is empty or empty.shape != self._empty[group.target].shape:
             return None
-        if any(self.tensors[name] != donor.tensors.get(name) for _, name in group.names):
+        if self.made_of(group) != donor.made_of(theirs):
             return None
         given: torch.Tensor = donor.tensor(group.target).data
         return given
+
+    def made_of(self, group: TensorGroup) -> list[tuple[str, Expr]]:
+        """Return what a group's parameters are made of, each with the converter's pattern for it."""
+        return [(pattern, self.tensors[name]) for pattern, name in group.names]
 
     def _converted(self, group: TensorGroup) -> dict[str, Any]:
         """Return what a group's parameters are made of; kept where that is expressions alone."""

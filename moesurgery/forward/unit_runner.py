@@ -70,6 +70,12 @@ class BatchPass:
         request = self.coroutine.request
         return None if request is None else request.unit
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the next unit is to be called with: values, then names and values."""
+        request: UnitRequest = self.coroutine.request
+        return (*request.args, *sorted(request.kwargs.items()))
+
 
 @dataclass(frozen=True)
 class _Active:

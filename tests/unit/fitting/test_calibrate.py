@@ -139,21 +139,25 @@ def test_a_plan_is_taken_as_it_is(models: Any, tmp_path: Path, texts: dict[str, 
 def test_the_same_choice_is_measured_once(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two criteria that choose alike have one loss; another choice has its own."""
     measured: list[int] = []
-    losses_over = loss.losses_over
+    losses_of_several = loss.losses_of_several
 
-    def counting(*given: Any) -> Any:
-        measured.append(1)
-        return losses_over(*given)
+    def counting(groups: Any, *given: Any) -> Any:
+        measured.append(len(groups[0]))
+        return losses_of_several(groups, *given)
 
-    monkeypatch.setattr(loss, "losses_over", counting)
+    monkeypatch.setattr(loss, "losses_of_several", counting)
     plan = plan_of(open_checkpoint(models("mixtral")))
     dropped = {name: apply(plan, "drop-experts", experts=[e]) for name, e in (("a", 0), ("b", 0), ("c", 1))}
     domain = Domain("text", TEXT[6:])
     outcome = HeldOutLosses(RunSettings(window=64), [domain], SILENT)
     outcome.add({"original": plan, **dropped})
     nats = outcome.outcome("a").nats
-    assert len(measured) == 3
+    assert measured == [3]
+    assert list(nats) == ["original", "a", "b", "c"]
     assert nats["a"] == nats["b"] != nats["c"]
+    outcome.add({"a": plan, "d": dropped["c"], "e": apply(plan, "drop-experts", experts=[2])})
+    assert measured == [3, 1]
+    assert outcome.outcome("a").nats == {**nats, "d": nats["c"], "e": outcome.found["e"].nats}
 
 
 def test_the_best_of_several_criteria_is_taken(

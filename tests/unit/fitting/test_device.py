@@ -19,6 +19,8 @@ from moesurgery.fitting.group_fit import fit_groups
 from moesurgery.fitting.layer_fit import RepairOptions, fit_layers
 from moesurgery.forward import engine as engine_module
 from moesurgery.forward.engine import Engine
+from moesurgery.forward.loss import losses_of_several
+from moesurgery.forward.text_windows import Domain
 from moesurgery.forward.tokens import Tokens
 from moesurgery.stats.repair_file import FittedBlock
 from moesurgery.surgery.group_experts import merger
@@ -119,3 +121,17 @@ def test_leaving_experts_out(models: Any, monkeypatch: pytest.MonkeyPatch) -> No
         assert there.index[mode] == pytest.approx(here.index[mode], abs=1e-4)
         for where, losses in here.single[mode].items():
             assert there.single[mode][where] == pytest.approx(losses, abs=1e-4)
+
+
+@pytest.mark.parametrize("memory", [0, 400_000])
+def test_models_in_lockstep(models: Any, memory: int) -> None:
+    """What each loses alone, also where memory holds few hidden states and no second layer."""
+    plan = plan_of(open_checkpoint(models("deepseek_v3")))
+    where = plan.anatomy.main_blocks[-1].layer_path
+    plans = [plan, *(apply(plan, "drop-experts", experts={where: [e, e + 4]}) for e in (0, 1, 2))]
+    first = Engine(plan, device=DEVICE, memory=memory)
+    domains = [Domain("text", TEXT[:4])]
+    found = losses_of_several([[first, *map(first.sharing, plans[1:])]], domains)
+    for plan, each in zip(plans, found, strict=True):
+        ((alone,),) = losses_of_several([[Engine(plan, device=DEVICE)]], domains)
+        assert each[0].nats == pytest.approx(alone.nats, abs=1e-6)
