@@ -9,7 +9,8 @@ Five kinds; scalar, expert, down and all each contain the one before:
 
     scalar   one factor on the block's output
     expert   a factor per expert: A s = b with A_ij = sum g_i g_j <f_i, f_j> and b_i = sum g_i <f_i, y>
-    router   the router's rows, for the block's linearised output (`router_fit`)
+    router   the router's rows, for the block's linearised output (`router_fit`), then the bias by which it selects
+             (`bias_fit`)
     down     each expert's down-projection: W_e minimises sum |y - sum_(j != e) g_j f_j - g_e W h_e|^2
              + lambda |W - W_e|^2 over the tokens routed to e, expert after expert (Gauss-Seidel)
     all      gate, up and down of each expert, for its linearised output, likewise (`gauss_newton`)
@@ -31,8 +32,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from moesurgery.checkpoint.dtypes import PLAIN_FLOATS
 from moesurgery.errors import RefusedError
 from moesurgery.expr.nodes import torch_dtype
+from moesurgery.fitting.bias_fit import fit_bias
 from moesurgery.fitting.expert_fit import RoutedTokens, check_names, fit_expert
 from moesurgery.fitting.ridge import RidgeSolution, solve, squared_norm
 from moesurgery.fitting.router_fit import fit_router, router_of
@@ -259,6 +262,7 @@ def _fit(
     index = torch.cat([call.rows(call.index).flatten() for call in calls])
     counts = torch.bincount(index[index < experts], minlength=experts)
     fitted = FittedBlock(block.where, tokens=counts.tolist(), error_before=squared_norm(missing) / total)
+    held_out = 0.0  # of the selection bias
     if options.kind == "router":
         router = router_of(plan, block)
         assert block.router is not None
@@ -267,6 +271,10 @@ def _fit(
         fitted.router, change, calls, missing = fit_router(
             settings, weight, router.axis or 0, calls, missing, options.ridge, dtype, now
         )
+        stored = next((m.name for m in block.block.named("correction_bias")), None)
+        if stored is not None and block.correction is not None and plan.tensors[stored].dtype in PLAIN_FLOATS:
+            bias, dtype = edited.meta_model.tensor(block.correction), torch_dtype(plan.tensors[stored].dtype)
+            fitted.bias, held_out, calls, missing = fit_bias(settings, bias, dtype, calls, missing, now)
         changes, fitted.error_after = [change], squared_norm(missing) / total
     elif options.kind in MATRICES:
         changes = _fit_matrices(plan, calls, missing, options, fitted)
@@ -276,7 +284,8 @@ def _fit(
         fitted.error_after /= total
     fitted.ridges = [change.ridge for change in changes]
     if options.ridge is None:
-        fitted.error_held_out = fitted.error_before + sum(c.held_out or 0.0 for c in changes) / total
+        held_out += sum(c.held_out or 0.0 for c in changes)
+        fitted.error_held_out = fitted.error_before + held_out / total
     return fitted
 
 

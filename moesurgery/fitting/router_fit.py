@@ -11,6 +11,7 @@ of all experts' by their probabilities, which moves y by -y. So what the change 
 products <f_i, f_j> and the k products <f_i, r>, and a step of conjugate gradients for
 |r - change of y|^2 + lambda |d|^2 costs one pass over those. The choice of experts, and with it a selection bias, is
 taken as it is: what a change of the choice does shows in the true output, which is what decides (`fit_router`).
+`bias_fit` comes after.
 
 Memory: the inputs of the block, and k (k + 3) numbers for each token; E more for such a softmax.
 """

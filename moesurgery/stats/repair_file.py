@@ -2,7 +2,8 @@
 
 A folder with `refit.json` (what was fitted, on what, and how well) and, where weights were fitted, a safetensors file
 per block: "e.down" [H, I] is expert e's down-projection, "e.gate" and "e.up" [I, H] its others, "e.kept" [I] the
-neurons that it keeps where the repair is that of `slim-experts`, and "router" the block's router as it is stored.
+neurons that it keeps where the repair is that of `slim-experts`, "router" the block's router as it is stored, and
+"bias" the bias by which it selects.
 Blocks are written one by one, so that none stays in memory; `refit.json` comes last, so a folder without it is an
 incomplete repair.
 """
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 _FORMAT = "moesurgery refit 1"
-ROUTER_ENTRY = "router"
+ROUTER_ENTRY, BIAS_ENTRY = "router", "bias"
 _MATRIX = re.compile(r"(0|[1-9][0-9]{0,6})\.(gate|up|down|kept)")
 _ABOUT = {
     "format": entry_rules.A_TEXT,
@@ -59,7 +60,8 @@ Matrices = dict[str, "torch.Tensor"]
 
 @dataclass
 class FittedBlock:
-    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts and of the router.
+    """The repair of one block: factors [E] (scalar, expert), or the new matrices of experts and of the router, and the
+    bias by which it selects.
 
     `error_before` and `error_after` are sum |y - y'|^2 over the calibration tokens, y' being the edited block's routed
     output, over the sum of squares of the original's; `error_held_out` is the cross-validation error by which the ridge
@@ -71,6 +73,7 @@ class FittedBlock:
     factors: list[float] | None = None
     matrices: dict[int, Matrices] = field(default_factory=dict)
     router: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     ridges: list[float | None] = field(default_factory=list)
@@ -111,6 +114,8 @@ class RepairWriter:
         tensors = {f"{e}.{role}": w for e, of_expert in fitted.matrices.items() for role, w in of_expert.items()}
         if fitted.router is not None:
             tensors[ROUTER_ENTRY] = fitted.router
+        if fitted.bias is not None:
+            tensors[BIAS_ENTRY] = fitted.bias
         if tensors:
             file = f"layer-{len(self.layers):03}.safetensors"
             with whole_file(self.folder / file) as new:
@@ -139,7 +144,7 @@ class RepairWriter:
 def _check_finite(fitted: FittedBlock) -> None:
     numbers = [*(fitted.factors or ()), fitted.error_before, fitted.error_after, fitted.error_held_out]
     matrices = [w for of_expert in fitted.matrices.values() for w in of_expert.values()]
-    matrices += [] if fitted.router is None else [fitted.router]
+    matrices += [w for w in (fitted.router, fitted.bias) if w is not None]
     if all(n is None or math.isfinite(n) for n in numbers) and all(bool(w.isfinite().all()) for w in matrices):
         return
     raise RefusedError(
@@ -171,6 +176,10 @@ class Repair:
         """Return the fitted router of a block as it is stored; None where it was not fitted."""
         return self._stored(where).get(ROUTER_ENTRY)
 
+    def bias(self, where: str) -> Expr | None:
+        """Return the fitted selection bias of a block as it is stored; None where it was not fitted."""
+        return self._stored(where).get(BIAS_ENTRY)
+
     def _stored(self, where: str) -> dict[str, Expr]:
         """Return what the file of a block holds, by name. Raises CheckpointError for anything that is no matrix."""
         file = self.layers[where]["file"]
@@ -183,9 +192,10 @@ class Repair:
         for info in header.tensors:
             match = _MATRIX.fullmatch(info.name)
             kept = match is not None and match[2] == "kept"
-            known = match is not None or info.name == ROUTER_ENTRY
+            vector = kept or info.name == BIAS_ENTRY
+            known = match is not None or info.name in (ROUTER_ENTRY, BIAS_ENTRY)
             fits = info.dtype == "I64" and len(info.shape) == 1 if kept else info.dtype in PLAIN_FLOATS
-            if not known or not fits or (not kept and len(info.shape) != 2):
+            if not known or not fits or (not vector and len(info.shape) != 2):
                 what = f"{info.dtype} {list(info.shape)}"
                 raise CheckpointError(
                     f"{self.source.identity}/{file}: {info.name} ({what}) is no matrix of an expert",

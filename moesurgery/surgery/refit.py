@@ -75,10 +75,12 @@ def _repaired(plan: Plan, repair: str, opened_repair: Repair) -> Plan:
             _check_count(block, len(layer["tokens"]))
             matrices = opened_repair.matrices(where)
             changed |= with_matrices(block, plan.tensors, matrices)
-            router = opened_repair.router(where)
+            router, bias = opened_repair.router(where), opened_repair.bias(where)
             if router is not None:
-                changed |= _with_router(block, plan.tensors, router)
-            fitted = len(matrices) or int(router is not None)
+                changed |= _with_router(block, plan.tensors, router, block.router)
+            if bias is not None:
+                changed |= _with_router(block, plan.tensors, bias, next(iter(block.named("correction_bias")), None))
+            fitted = len(matrices) or int(router is not None) + int(bias is not None)
         skipped += len(layer["skipped"])
         held_out = layer.get("error_held_out")
         errors = (layer["error_before"], layer["error_after"], *([] if held_out is None else [held_out]))
@@ -132,13 +134,16 @@ def with_matrices(
     }
 
 
-def _with_router(block: MoeBlock, tensors: Mapping[str, Expr], fitted: Expr) -> dict[str, Expr]:
-    """Return the changed router of a block."""
-    if block.router is None:
+def _with_router(
+    block: MoeBlock, tensors: Mapping[str, Expr], fitted: Expr, member: BlockTensor | None
+) -> dict[str, Expr]:
+    """Return the changed router of a block, or its changed selection bias."""
+    if member is None:
         raise RefusedError(
-            f"{_NAME}: {block.where}: its router is not one matrix", "the repair is that of another model"
+            f"{_NAME}: {block.where}: its router is not one matrix, or has no selection bias",
+            "the repair is that of another model",
         )
-    return {block.router.name: _fitted(block.router, tensors[block.router.name], fitted)}
+    return {member.name: _fitted(member, tensors[member.name], fitted)}
 
 
 def _fitted(member: BlockTensor, stored: Expr, new: Expr) -> Expr:
