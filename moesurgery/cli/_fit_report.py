@@ -59,7 +59,9 @@ def show_fitted(budget: Budget, found: Fitted) -> None:
         console.result(f"not told apart there, these were measured on {found.further_tokens:,} tokens more: {figures}")
     others = len(found.candidates) - len(known)
     chosen = f"; experts chosen by {found.by}" if found.by else ""
-    console.result(f"{others} more shapes fit, and are predicted to cost more or nearly the same{chosen}")
+    rest = f"{others} more shapes fit, and are predicted to cost more or nearly the same"
+    rest = rest if others else "every other shape that fits is smaller than one of these"
+    console.result(f"{rest}{chosen}")
     if more := _with_more(budget, found):
         shape, cost, predicted = more
         console.result(

@@ -7,7 +7,7 @@ ones reuses the files; where some differ, OutputError names them, and nothing is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,12 @@ class CalibrationCache:
             writer.close(about)
             self.reporter.note(f"the {what} is in {folder}")
         return str(folder)
+
+    def of_candidate(self, name: str) -> CalibrationCache:
+        """Return the cache of one of several outcomes, in files OUT.NAME.…, of which all but one are deleted: so no
+        message names them."""
+        reporter = replace(self.reporter, note=lambda text: None)
+        return replace(self, output=self.output.with_name(f"{self.output.name}.{name}"), reporter=reporter)
 
     def _beside(self, ending: str) -> Path:
         return self.output.with_name(self.output.name + ending)

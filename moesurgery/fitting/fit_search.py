@@ -285,8 +285,8 @@ class _Search:
             self.repaired[shape] = self.edited[shape]
             return
         if plain not in self.folders:
-            beside = replace(self.cache, output=self.cache.output.with_name(f"{self.cache.output.name}.{plain.name}"))
-            self.folders[plain] = Path(beside.repair(self.steps.planned(plain, self.by), self.repair))
+            cache = self.cache.of_candidate(plain.name)
+            self.folders[plain] = Path(cache.repair(self.steps.planned(plain, self.by), self.repair))
         name = f"{shape.name}, refit {self.repair.kind}"
         self.losses.add({name: self.steps.planned(shape, self.by, str(self.folders[plain]))})
         self.repaired[shape] = name

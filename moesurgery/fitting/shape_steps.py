@@ -8,7 +8,7 @@ so that every number is rounded once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -80,8 +80,7 @@ class ShapeSteps:
             values = {"to": experts, "stats": self.statistics}
             groups = find_operation("merge-experts").text.groups
             assert groups is not None
-            beside = self.cache.output.with_name(f"{self.cache.output.name}.merged-{experts}")
-            fit = replace(self.cache, output=beside).group_fits(groups(self.plan, values))
+            fit = self.cache.of_candidate(f"merged-{experts}").group_fits(groups(self.plan, values))
             self._merges[experts] = values | {"fit": fit}
         return self._merges[experts]
 
