@@ -1,7 +1,7 @@
 """Our pass over a model against transformers' plain forward, on the same device and tokens, in one run.
 
-    python benchmarks/engine.py FOLDER [--device cuda] [--dtype bfloat16] [--tokens 49152] [WHAT…]
-    taskset -c 0,1 python benchmarks/engine.py FOLDER --shape tiny --tokens 8192 parity collect    # for a processor
+    python benchmarks/engine.py FOLDER [WHAT…] [--device cuda] [--dtype bfloat16] [--tokens 49152]
+    taskset -c 0,1 python benchmarks/engine.py FOLDER parity collect --shape tiny --tokens 8192    # for a processor
     python benchmarks/engine.py FOLDER --shape large --layers 8 --device cuda --dtype bfloat16 --tokens 1000000
 
 Writes a random Qwen3-MoE into FOLDER: `small` has 775 M parameters (128 experts, top-8, 10 layers), `tiny` 28 M
@@ -164,7 +164,7 @@ def parity(engine: Engine, model: Path, ids: torch.Tensor, device: str, dtype: s
         engine_module.BATCH_TOKENS = windows * WINDOW
         engine.run(Tokens(ids), logits=lambda *seen: None)
 
-    jobs = {(name, b): job for b in (1, 2, 4) for name, job in (("transformers", theirs), ("ours", ours))}
+    jobs = {(name, b): job for b in (1, 2, 4, 8) for name, job in (("transformers", theirs), ("ours", ours))}
     usual = engine_module.BATCH_TOKENS
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in jobs}
     for _ in range(ROUNDS + 1):  # the first warms up
