@@ -59,8 +59,9 @@ def show_fitted(budget: Budget, found: Fitted) -> None:
         console.result(f"not told apart there, these were measured on {found.further_tokens:,} tokens more: {figures}")
     others = len(found.candidates) - len(known)
     chosen = f"; experts chosen by {found.by}" if found.by else ""
-    rest = f"{others} more shapes fit, and are predicted to cost more or nearly the same"
-    rest = rest if others else "every other shape that fits is smaller than one of these"
+    rest = "every other shape that fits is smaller than one of these"
+    if others:
+        rest = f"{others} more shapes fit, and are predicted to cost more or nearly the same"
     console.result(f"{rest}{chosen}")
     if more := _with_more(budget, found):
         shape, cost, predicted = more

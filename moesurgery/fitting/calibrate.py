@@ -18,7 +18,7 @@ from moesurgery.checkpoint.checkpoint import open_checkpoint
 from moesurgery.errors import RecipeError, SurgeryError
 from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibration_run import read_calibration
-from moesurgery.fitting.heldout import HeldOut, HeldOutLosses
+from moesurgery.fitting.heldout import ORIGINAL, HeldOut, HeldOutLosses
 from moesurgery.fitting.reporter import SILENT, Reporter
 from moesurgery.fitting.run_settings import AUTO, TOKENS, WINDOW, RunSettings
 from moesurgery.plan.plan import Plan, plan_of
@@ -162,7 +162,7 @@ def calibrate(
         cache = CalibrationCache(Path(output or f"{plan.checkpoint.name}-{operation}"), run, force, reporter)
         values = _with_statistics(values, declared.text, cache)
     measured = HeldOutLosses(settings, held_out, reporter)
-    plans = {"original": plan}
+    plans = {ORIGINAL: plan}
     chosen: str | None = None
     if held_out and declared.text.candidates is not None:
         candidates = {c.name: c for c in declared.text.candidates(plan, values)}
@@ -247,7 +247,7 @@ def _planned(
 def _with_choice(edited: Plan, measured: HeldOut) -> Plan:
     """Return a plan whose last step records what it was chosen from, for the card and the provenance record."""
     step = edited.steps[-1]
-    base = measured.nats["original"]
+    base = measured.nats[ORIGINAL]
     costs = ", ".join(
         f"{name} {measured.nats[name] - base:+.4f} ({low:+.4f} to {high:+.4f})"
         for name, (low, high) in measured.intervals.items()

@@ -139,13 +139,12 @@ def read_calibration(
 
 
 def windows_left(settings: RunSettings, plan: Plan, texts: Sequence[str | Path], tokens: int) -> list[Domain]:
-    """Return as many windows again of the files as `read_calibration` reads to hold some out: others, where they have
-    more."""
-    domains = [
+    """Return as many windows again of each file as `read_calibration` reads to hold some out, or what there is: others,
+    and none of a file that has no more."""
+    return [
         replace(settings, limit=limit, skip=limit).domain(plan.checkpoint, file)
         for file, limit in zip(*_shares(settings, texts, tokens, 2), strict=True)
     ]
-    return [domain for domain in domains if len(domain.windows)]
 
 
 def _shares(

@@ -25,7 +25,7 @@ from moesurgery.fitting.cache import CalibrationCache
 from moesurgery.fitting.calibrate import HELD_OUT_SHARE, CalibrationOptions
 from moesurgery.fitting.calibration_run import read_calibration, windows_left
 from moesurgery.fitting.fit_record import FitRecord, read_fit_record
-from moesurgery.fitting.heldout import HeldOut, HeldOutLosses
+from moesurgery.fitting.heldout import ORIGINAL, HeldOut, HeldOutLosses
 from moesurgery.fitting.reporter import SILENT, Reporter
 from moesurgery.fitting.rounding_errors import rounding_errors
 from moesurgery.fitting.shape_steps import ShapeSteps
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from moesurgery.fitting.layer_fit import RepairOptions
     from moesurgery.forward.text_windows import Domain
 
-ORIGINAL = "original"
 REPAIR = "down"  # where none is named
 _WORTH_MERGING = 1.5  # times the least loss: above, dropping alone is too far from the best for a merge to reach it
 _NEAR = 1 / 16  # of experts and of width: shapes nearer than that to one that was measured are not
@@ -134,10 +133,7 @@ def best_fit(
     def further() -> list[Domain]:
         if not options.heldout:
             return windows_left(settings, plan, options.text or (), options.tokens)
-        if options.limit is None:
-            return []
-        left = replace(chosen, skip=options.limit).domains(plan.checkpoint, options.heldout)
-        return [domain for domain in left if len(domain.windows)]
+        return replace(chosen, skip=options.limit).domains(plan.checkpoint, options.heldout)
 
     quantised = sorted({shape.form for shape, _ in shapes if shape.form in WRITTEN_FORMS})
     search = _Search(
@@ -182,7 +178,7 @@ def best_fit(
 class _Search:
     """A search under way: losses by name, and the names of the shapes that were measured, edited and repaired.
 
-    `further` reads windows of more text, on which `told_apart` has losses.
+    `further` reads windows of more text, none where there is no more of a file; `told_apart` has losses on them.
     """
 
     plan: Plan
@@ -209,9 +205,6 @@ class _Search:
                 by_axis.setdefault(axes[0], shape)
         return list(by_axis.values()) or [min(self.shapes, key=self.prediction.of)]
 
-    def increase(self, name: str) -> float:
-        return self.losses.increase(name)
-
     def measure(self, wanted: SearchOptions) -> None:
         """Measure the single axes, then the shapes that are predicted best, without repair."""
         if wanted.by is None:
@@ -230,7 +223,7 @@ class _Search:
         for shape in whole:
             self._repair(shape)
         count += len(whole)
-        first = sorted(set(self.alone) - set(whole), key=lambda shape: self.increase(self.edited[shape]))
+        first = sorted(set(self.alone) - set(whole), key=lambda shape: self.losses.increase(self.edited[shape]))
         for shape in first[: max(1, min(2, count - len(whole) - 1))]:
             self._repair(shape)
         while len(self.repaired) < count and (following := self._next(self.repaired)):
@@ -242,9 +235,9 @@ class _Search:
         """Merge experts instead of dropping them, where dropping alone cost nearly as little as anything."""
         if not self.budget.choices.merging:
             return
-        least = min(map(self.increase, self.repaired.values()))
+        least = min(map(self.losses.increase, self.repaired.values()))
         for shape in [s for s in self.repaired if _changed(_plain(s), self.budget.original) == ["experts"]]:
-            if self.increase(self.repaired[shape]) <= max(least, _WORTH_MERGING * least):
+            if self.losses.increase(self.repaired[shape]) <= max(least, _WORTH_MERGING * least):
                 merged = replace(shape, merged=True)
                 self.shapes[merged] = self.shapes[shape]
                 self._repair(merged)
@@ -255,7 +248,7 @@ class _Search:
         return min(left, key=self._fitted(known).of) if left else None
 
     def _fitted(self, known: dict[MixtureShape, str]) -> DamagePrediction:
-        return self.prediction.fitted({s: self.increase(name) for s, name in known.items() if not s.merged})
+        return self.prediction.fitted({s: self.losses.increase(name) for s, name in known.items() if not s.merged})
 
     def _choose_criterion(self) -> None:
         """Measure the criteria on one shape that drops experts, and keep the best."""
@@ -299,7 +292,7 @@ class _Search:
         """Measure the shapes that the held-out windows do not tell from the best on more text, where there is more."""
         final = list((self.repaired or self.edited).values())
         near = self.losses.near(final, self.losses.cheapest(final))
-        if len(near) > 1 and (domains := self.further()):
+        if len(near) > 1 and (domains := [domain for domain in self.further() if len(domain.windows)]):
             self.told_apart = HeldOutLosses(self.losses.settings, domains, self.losses.reporter)
             self.told_apart.add({ORIGINAL: self.plan} | {name: self.losses.plans[name] for name in near})
 
@@ -307,11 +300,11 @@ class _Search:
         """Return what was measured and the best of it, whose repair gets the usual name; the others are deleted."""
         final = self.repaired or self.edited
         further, tokens = {}, 0
-        best = min(final, key=lambda shape: self.increase(final[shape]))
+        best = min(final, key=lambda shape: self.losses.increase(final[shape]))
         if (more := self.told_apart) is not None:
             further = {shape: more.increase(name) for shape, name in final.items() if name in more.found}
             tokens, before = more.tokens, self.losses.tokens
-            best = min(further, key=lambda shape: tokens * further[shape] + before * self.increase(final[shape]))
+            best = min(further, key=lambda shape: tokens * further[shape] + before * self.losses.increase(final[shape]))
         _keep_one(self.folders, _plain(best), self.refit_folder)
         for experts in {s.experts for s in self.edited if s.merged and not (best.merged and s.experts == best.experts)}:
             Path(self.steps.merge_parameters(experts)["fit"]).unlink()
@@ -319,8 +312,8 @@ class _Search:
             best.name,
             self.by,
             self.prediction.prices,
-            {shape.name: self.increase(name) for shape, name in self.edited.items()},
-            {shape.name: self.increase(name) for shape, name in self.repaired.items()},
+            {shape.name: self.losses.increase(name) for shape, name in self.edited.items()},
+            {shape.name: self.losses.increase(name) for shape, name in self.repaired.items()},
             self.losses.outcome(final[best]),
             {shape.name: increase for shape, increase in further.items()},
             tokens,

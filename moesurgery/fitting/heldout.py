@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from moesurgery.forward.text_windows import Domain
 
 
+ORIGINAL = "original"
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Nats per predicted token on held-out text, by name: "original", the edit, what it was compared with, repaired.
@@ -67,9 +70,11 @@ class HeldOutLosses:
             del groups
             gc.collect()  # an engine and its hooks hold each other, and with them files and memory of devices
         for name, same in measured.items():
-            each = by_name[same] if same in new else None
-            self.found[name] = mean_loss(each) if each else self.found[same]
-            self.by_text[name] = {loss.domain: loss.nats for loss in each} if each else self.by_text[same]
+            if name in new:
+                self.found[name] = mean_loss(by_name[name])
+                self.by_text[name] = {loss.domain: loss.nats for loss in by_name[name]}
+            else:  # of a plan that was measured before, or comes before
+                self.found[name], self.by_text[name] = self.found[same], self.by_text[same]
 
     @property
     def tokens(self) -> int:
@@ -77,7 +82,7 @@ class HeldOutLosses:
 
     def increase(self, name: str) -> float:
         """Return by how much the loss is above the original's, in nats per token."""
-        return self.found[name].nats - self.found["original"].nats
+        return self.found[name].nats - self.found[ORIGINAL].nats
 
     def cheapest(self, names: Iterable[str]) -> str:
         return min(names, key=lambda name: self.found[name].nats)
@@ -93,11 +98,11 @@ class HeldOutLosses:
         from moesurgery.forward.bootstrap import interval
 
         by_window = {name: loss.by_window for name, loss in self.found.items()}
-        base, tokens = by_window["original"], self.found["original"].window_tokens
+        base, tokens = by_window[ORIGINAL], self.found[ORIGINAL].window_tokens
         return HeldOut(
-            self.found["original"].tokens,
+            self.found[ORIGINAL].tokens,
             {name: loss.nats for name, loss in self.found.items()},
-            {name: interval(values - base, tokens) for name, values in by_window.items() if name != "original"},
+            {name: interval(values - base, tokens) for name, values in by_window.items() if name != ORIGINAL},
             dict(self.by_text),
             chosen,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -69,15 +69,10 @@ class BatchPasses:
         unit = self.unit
         assert unit is not None
         with self.runner.weights.loaded(unit):
-            for each in self.passes:
-                self._advance(each)
-                if unit.layer is not None:
-                    progress(each.tokens.count)
-        if unit.layer is not None:
-            self.passed = unit.layer + 1
+            self.take((self.runner.run_unit(each, self.hooks) for each in self.passes), progress)
 
-    def take(self, outputs: Sequence[Any], progress: Progress = lambda count: None) -> None:
-        """Advance all batches as `step` does, with what another model's unit returned for each in place of the unit."""
+    def take(self, outputs: Iterable[Any], progress: Progress = lambda count: None) -> None:
+        """Advance all batches to the unit after the next one, which returned `outputs`, perhaps in another model."""
         unit = self.unit
         assert unit is not None
         for each, output in zip(self.passes, outputs, strict=True):

@@ -28,7 +28,8 @@ from moesurgery.plan.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-    Copies = MutableMapping[torch.Tensor, tuple[int, torch.Tensor]]  # of tensors, with the versions that were copied
+    # Of arguments of units, on one device, with the versions that were copied.
+    Copies = MutableMapping[torch.Tensor, tuple[int, torch.Tensor]]
 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
@@ -92,6 +93,8 @@ class UnitRunner:
     """
 
     def __init__(self, plan: Plan, devices: Sequence[str], dtype: str, keep: int) -> None:
+        from torch.utils.weak import WeakTensorKeyDictionary
+
         self.plan = plan
         self.meta_model = MetaModel(plan, devices, dtype)
         self.layers = self.meta_model.layers
@@ -99,7 +102,7 @@ class UnitRunner:
         self.weights = LoadedWeights(self.meta_model, keep)
         self._active: _Active | None = None
         self._tap: RouterTap | None = None
-        self._copies: dict[torch.device, Copies] = {}  # of arguments, on another device
+        self._copies: dict[torch.device, Copies] = {d: WeakTensorKeyDictionary() for d in self.meta_model.devices}
         for block in self.blocks:
             if block.experts is not None:
                 self._wrap(self.meta_model.model.get_submodule(block.experts), partial(self._at_experts, block))
@@ -137,10 +140,8 @@ class UnitRunner:
         request: UnitRequest = batch_pass.coroutine.request
         args, kwargs = request.args, request.kwargs
         if len(self.meta_model.devices) > 1:
-            from torch.utils.weak import WeakTensorKeyDictionary
-
             device = self.meta_model.devices[request.unit.stage]
-            copies = self._copies.setdefault(device, WeakTensorKeyDictionary())
+            copies = self._copies[device]
             args, kwargs = moved(args, device, copies), moved(kwargs, device, copies)
         with torch.no_grad(), self.hooked(hooks, batch_pass.tokens, batch_pass.first, request.unit):
             return request.call(*args, **kwargs)
